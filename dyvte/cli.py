@@ -1,0 +1,85 @@
+"""The ``dyvte`` command: one subcommand per job, each in its own module of :mod:`dyvte.commands`.
+
+A subcommand's module is imported only when it is asked for, so that ``dyvte --help`` and errors stay quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module in dyvte.commands, one-line help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "init": ("init", "set up gates for a backbone"),
+    "trace": ("trace", "run the teacher once and keep what it yields"),
+    "train": ("train", "train gates against the un-pruned backbone"),
+    "calibrate": ("calibrate", "choose the threshold for a compute budget or a bounded risk"),
+    "search-k": ("search_k", "VTW's fixed layer K by KL"),
+    "eval": ("eval", "run benchmarks with one or several exit policies"),
+    "score": ("score", "score a predictions file, no model needed"),
+    "compare": ("compare", "gates beside VTW, the question-only router and the full model"),
+}
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser; only the chosen subcommand's module is imported and filled with its options.
+
+    Parameters
+    ----------
+    chosen : str, optional
+        Subcommand on the command line. Others appear by name and help line only.
+    """
+    parser = argparse.ArgumentParser(
+        prog="dyvte", description="Gates that tell a frozen multimodal LLM when it has seen enough."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (module_name, help_line) in COMMANDS.items():
+        if name != chosen:
+            subparsers.add_parser(name, help=help_line, add_help=False)
+            continue
+        module = importlib.import_module(f"dyvte.commands.{module_name}")
+        subparser = subparsers.add_parser(
+            name,
+            help=help_line,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``dyvte``; return the exit code: 0 done, 2 bad input (message on stderr), 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(chosen)
+    args = parser.parse_args(argv)
+    if args.version:
+        import dyvte
+
+        print(f"dyvte {dyvte.__version__}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return EXIT_BAD_INPUT
+    from dyvte.errors import DyvteError
+
+    try:
+        return int(args.run(args) or 0)
+    except DyvteError as error:
+        print(f"dyvte {args.command}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"dyvte {args.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
