@@ -1,0 +1,246 @@
+"""GQA: real-world visual reasoning (Hudson & Manning, 2019), test-dev balanced.
+
+Scores follow the official ``eval.py`` on predictions converted as LLaVA does (strip, drop trailing full stops,
+lower-case; the gold answer is left alone). Dialects ``lmms`` and ``vlmevalkit`` read answers as those tools do.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dyvte.errors import DataError, ScoreError
+from dyvte.evaluation.base import (
+    IMAGE_EXTENSIONS,
+    SHORT_ANSWER_SUFFIX,
+    Predictions,
+    Question,
+    check_dialect,
+    count_unknown,
+    layout_error,
+    name_some,
+    percent,
+    predictions_from_rows,
+    read_json,
+    read_raw_predictions,
+    require_all,
+)
+
+QUESTIONS_FILE = "testdev_balanced_questions.json"
+_QUESTION_FOLDERS = (".", "questions", "questions1.2", "questions1.3", "data", "data/questions1.2")
+_IMAGE_FOLDERS = ("images", "data/images", "allImages/images")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class GQA:
+    """The benchmark in GQA's own layout."""
+
+    name = "gqa"
+    expected_tree = (
+        "  <root>/\n"
+        f"    {QUESTIONS_FILE}   (or in questions/ or questions1.2/)\n"
+        "    images/\n"
+        "      <imageId>.jpg ...                  (or .png)"
+    )
+
+    def load(self, root: Path, limit: int | None = None) -> list[Question]:
+        """Read the questions file and find every image.
+
+        Raises
+        ------
+        DataError
+            Another layout (the expected tree is shown), duplicate ids, no gold answer, missing images.
+        """
+        root = Path(root)
+        path = self._find(root, _QUESTION_FOLDERS, QUESTIONS_FILE, f"no {QUESTIONS_FILE}")
+        folder = self._find(root, _IMAGE_FOLDERS, "", "no images/ folder")
+        entries = read_json(path, unique_keys=True)
+        if not isinstance(entries, dict) or not entries:
+            raise layout_error(
+                "GQA", root, f"{path.name} is not a dictionary of questions", self.expected_tree
+            )
+        chosen = list(entries.items())[:limit]
+        files = _image_files(folder)
+        _refuse_bad_entries(chosen, path, files, folder)
+        return [_question(question_id, entry, folder, files) for question_id, entry in chosen]
+
+    def _find(self, root: Path, folders: Sequence[str], name: str, problem: str) -> Path:
+        for candidate in (root / folder / name for folder in folders):
+            if candidate.is_file() if name else candidate.is_dir():
+                return candidate
+        problem = problem if root.exists() else "the folder does not exist"
+        raise layout_error("GQA", root, problem, self.expected_tree)
+
+    def prompt(self, question: Question, suffix: str = SHORT_ANSWER_SUFFIX) -> str:
+        """The question, then the suffix."""
+        return question.text + suffix
+
+    def correct(
+        self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"
+    ) -> list[bool]:
+        """Per question, in order: answered rightly under ``dialect``."""
+        check_dialect(dialect)
+        require_all(questions, predictions)
+        return [
+            _read(predictions.texts[q.id], dialect, predictions.converted) == _read_gold(q.answer, dialect)
+            for q in questions
+        ]
+
+    def score(
+        self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"
+    ) -> dict[str, Any]:
+        """Accuracies in percent: over all, binary and open, per type; and the distribution score.
+
+        Only balanced questions count, as in ``eval.py``. Validity, plausibility and consistency are not
+        computed: they need files beside the questions.
+        """
+        balanced = [q for q in questions if q.details["balanced"]]
+        if not balanced:
+            raise ScoreError("none of the questions is marked isBalanced: GQA's accuracy is over those")
+        hits = self.correct(balanced, predictions, dialect)
+        scores: dict[str, Any] = {
+            "benchmark": self.name,
+            "dialect": dialect,
+            "num_questions": len(balanced),
+            "num_not_balanced": len(questions) - len(balanced),
+            "num_unknown_predictions": count_unknown(questions, predictions),
+            "accuracy": percent(hits),
+            "binary": percent([hit for q, hit in zip(balanced, hits) if q.details["structural"] != "query"]),
+            "open": percent([hit for q, hit in zip(balanced, hits) if q.details["structural"] == "query"]),
+            "distribution": _distribution(balanced, predictions, dialect),
+        }
+        for part in ("structural", "semantic", "detailed", "steps", "words"):
+            scores[f"per_{part}"] = _breakdown(balanced, hits, part)
+        return scores
+
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        """Accuracy with one decimal."""
+        return f"{scores['accuracy']:.1f}"
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
+        """Read a submission (``[{"questionId", "prediction"}]``) or raw answers (jsonl)."""
+        path = Path(path)
+        if path.suffix != ".json":
+            return read_raw_predictions(path)
+        rows = read_json(path)
+        if not isinstance(rows, list):
+            raise ScoreError(f'{path}: expected a list of {{"questionId", "prediction"}}')
+        return predictions_from_rows(rows, path, "questionId", ("prediction",), converted=True)
+
+    def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
+        """Write ``testdev_balanced_predictions.json`` for the official ``eval.py``."""
+        path = Path(folder) / "testdev_balanced_predictions.json"
+        rows = [
+            {
+                "questionId": q.id,
+                "prediction": _read(predictions.texts[q.id], "original", predictions.converted),
+            }
+            for q in questions
+        ]
+        path.write_text(json.dumps(rows), encoding="utf-8")
+        return path
+
+
+def _image_files(folder: Path) -> dict[str, str]:
+    """Image id -> file name; ids are matched against the folder's own listing, so none can point outside."""
+    files: dict[str, str] = {}
+    for path in sorted(
+        folder.iterdir(),
+        key=lambda p: (
+            IMAGE_EXTENSIONS.index(p.suffix.lower())
+            if p.suffix.lower() in IMAGE_EXTENSIONS
+            else len(IMAGE_EXTENSIONS)
+        ),
+    ):
+        if path.suffix.lower() in IMAGE_EXTENSIONS:
+            files.setdefault(path.stem, path.name)
+    return files
+
+
+def _refuse_bad_entries(
+    entries: Sequence[tuple[str, Any]], path: Path, files: Mapping[str, str], folder: Path
+) -> None:
+    needed = ("question", "imageId", "answer", "types")
+    for key in needed:
+        lacking = [i for i, entry in entries if not isinstance(entry, dict) or key not in entry]
+        if lacking:
+            what = "gold answer" if key == "answer" else repr(key)
+            raise DataError(f"{path}: {len(lacking)} questions have no {what}: {name_some(lacking)}")
+    missing = sorted({str(entry["imageId"]) for _, entry in entries} - files.keys())
+    if missing:
+        raise DataError(f"{folder} lacks {len(missing)} images: {name_some(missing)}")
+
+
+def _question(question_id: str, entry: Mapping[str, Any], folder: Path, files: Mapping[str, str]) -> Question:
+    image_id = str(entry["imageId"])
+    types = entry["types"]
+    return Question(
+        id=str(question_id),
+        image=folder / files[image_id],
+        text=entry["question"],
+        answer=entry["answer"],
+        image_id=image_id,
+        kind=types.get("detailed") or types.get("structural") or "",
+        details={
+            "balanced": bool(entry.get("isBalanced", True)),
+            "group": (entry.get("groups") or {}).get("global"),
+            "structural": types.get("structural"),
+            "semantic": types.get("semantic"),
+            "detailed": types.get("detailed"),
+            "words": len(entry["question"].split()),
+            "steps": _num_steps(entry.get("semantic") or ()),
+        },
+    )
+
+
+def _num_steps(program: Sequence[Mapping[str, Any]]) -> int:
+    """Reasoning steps as ``eval.py`` counts them: existence and naming are not steps."""
+    trivial = ("exist", "query: name", "choose name")
+    steps = (f"{step.get('operation')}: {step.get('argument')}" for step in program)
+    return sum(1 for step in steps if not any(word in step for word in trivial))
+
+
+def _read(text: str, dialect: str, converted: bool) -> str:
+    if dialect == "lmms":
+        return text.strip().lower().translate(_NO_PUNCTUATION)
+    if dialect == "vlmevalkit":
+        return text.strip().lower()
+    return text if converted else text.strip().rstrip(".").lower()
+
+
+def _read_gold(answer: str, dialect: str) -> str:
+    return answer if dialect == "original" else _read(answer, dialect, converted=False)
+
+
+def _breakdown(questions: Sequence[Question], hits: Sequence[bool], part: str) -> dict[str, Any]:
+    groups: dict[Any, list[bool]] = defaultdict(list)
+    for question, hit in zip(questions, hits):
+        groups[question.details[part]].append(hit)
+    ordered = sorted(
+        groups.items(), key=lambda item: (str(type(item[0])), item[0] if item[0] is not None else "")
+    )
+    return {str(k): {"accuracy": percent(v), "num_questions": len(v)} for k, v in ordered}
+
+
+def _distribution(questions: Sequence[Question], predictions: Predictions, dialect: str) -> float | None:
+    """Chi-square of predicted against gold answers, averaged over global groups, / 100; lower is better."""
+    gold: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    predicted: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for question in questions:
+        group = question.details["group"]
+        if group is None:
+            continue
+        gold[group][_read_gold(question.answer, dialect)] += 1
+        predicted[group][_read(predictions.texts[question.id], dialect, predictions.converted)] += 1
+    if not gold:
+        return None
+    total = sum(sum(counts.values()) for counts in gold.values())
+    weighted = 0.0
+    for group, counts in gold.items():
+        chi_square = sum((predicted[group].get(a, 0) - n) ** 2 / n for a, n in counts.items())
+        weighted += chi_square * sum(counts.values())
+    return weighted / total / 100
