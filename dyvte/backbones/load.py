@@ -1,0 +1,86 @@
+"""Load a backbone and its processor from a local folder or a hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedBackboneError
+
+
+def load_backbone(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "sdpa",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A frozen model in eval mode, and its processor.
+
+    Parameters
+    ----------
+    path
+        Folder written by ``save_pretrained`` of model and processor, or a hub id.
+    dtype
+        "auto": as stored.
+    attn_implementation
+        "sdpa", "eager" or "flash_attention_2" (needs the flash-attn package and a GPU).
+    device
+        None: where transformers puts it (CPU).
+
+    Raises
+    ------
+    UnsupportedBackboneError
+        If nothing loadable is there, flash-attn is missing, or exits cannot work on the model.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    from .describe import describe
+
+    _check_path(path)
+    _check_attention(attn_implementation)
+    # Without torchvision transformers falls back to PIL image processing by itself, but warns each time.
+    backend = {} if is_torchvision_available() else {"backend": "pil"}
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **backend)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedBackboneError(
+            f"cannot load an image-text-to-text model and its processor from {path}: {error}"
+        ) from error
+    describe(model)
+    if getattr(processor, "tokenizer", None) is None:
+        raise UnsupportedBackboneError(f"{path} has no processor with a tokenizer: save it beside the model")
+    model.requires_grad_(False).eval()
+    return (model if device is None else model.to(device)), processor
+
+
+def _check_path(path: str | os.PathLike[str]) -> None:
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UnsupportedBackboneError(
+                f"{path} has no config.json: give the folder of a transformers model"
+            )
+        return
+    # A hub id is "name" or "owner/name"; anything else was meant as a folder.
+    if folder.is_file() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~")):
+        raise UnsupportedBackboneError(f"no model folder at {path}: check the path")
+
+
+def _check_attention(name: str) -> None:
+    if name == "flash_attention_2":
+        from transformers.utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            raise UnsupportedBackboneError(
+                "attn_implementation='flash_attention_2' needs the flash-attn package and a GPU: "
+                "install the extra 'flash', or use 'sdpa'"
+            )

@@ -1,0 +1,146 @@
+"""Prompt texts: the LLaVA v1 conversation, and the processor's own chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import ConfigError, DataError
+
+# LLaVA conversation "vicuna_v1" (llava/conversation.py): the text LLaVA-1.5 was trained with.
+V1_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A prompt as text, image placeholders not yet expanded.
+
+    Attributes
+    ----------
+    text
+        The whole text; with an answer it ends with the EOS text.
+    answer_start
+        Offset of the first character of the answer; None without an answer.
+    """
+
+    text: str
+    answer_start: int | None = None
+
+
+class PromptTemplate(Protocol):
+    """Turns one question (and its answer) into text."""
+
+    version: str
+
+    def render(
+        self, question: str, answer: str | None = None, has_image: bool | int = True
+    ) -> RenderedPrompt:
+        """`has_image` may also be the number of images. With an answer, the EOS text follows it."""
+        ...
+
+
+@dataclass(frozen=True)
+class V1Template:
+    """``SYSTEM USER: <image>\\nQUESTION ASSISTANT: ANSWER</s>``, system prompt included."""
+
+    image_token: str
+    eos: str
+    version: str = "v1"
+
+    def render(
+        self, question: str, answer: str | None = None, has_image: bool | int = True
+    ) -> RenderedPrompt:
+        _check_text(question, answer, self.image_token)
+        images = f"{self.image_token}\n" * int(has_image)
+        prompt = f"{V1_SYSTEM} USER: {images}{question} ASSISTANT:"
+        if answer is None:
+            return RenderedPrompt(prompt)
+        return RenderedPrompt(f"{prompt} {answer}{self.eos}", len(prompt) + 1)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The processor's chat template; the answer ends with EOS even where the template forgets it."""
+
+    processor: Any
+    image_token: str
+    eos: str
+    version: str = "chat"
+
+    def render(
+        self, question: str, answer: str | None = None, has_image: bool | int = True
+    ) -> RenderedPrompt:
+        _check_text(question, answer, self.image_token)
+        content = [{"type": "image"}] * int(has_image) + [{"type": "text", "text": question}]
+        user = {"role": "user", "content": content}
+        prompt = self._apply([user], add_generation_prompt=True)
+        if question not in prompt:
+            raise ConfigError(
+                "the chat template dropped or changed the question: use template 'v1' for this backbone"
+            )
+        if answer is None:
+            return RenderedPrompt(prompt)
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        whole = self._apply([user, reply], add_generation_prompt=False)
+        tail = whole[len(prompt) :] if whole.startswith(prompt) else f" {answer}"
+        at = tail.find(answer)
+        if at < 0:
+            raise ConfigError(
+                f"the chat template changed the answer {answer!r}: use template 'v1' for this backbone"
+            )
+        after = tail[at + len(answer) :]
+        # Keep the template's own end of turn as far as the first EOS; later text is no label.
+        closing = after[: after.find(self.eos)] + self.eos if self.eos in after else self.eos
+        return RenderedPrompt(prompt + tail[: at + len(answer)] + closing, len(prompt) + at)
+
+    def _apply(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        return self.processor.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+
+
+def get_template(version: str, processor: Any) -> PromptTemplate:
+    """A prompt template by name.
+
+    "v1": LLaVA's vicuna_v1, owned here, because the template that converted LLaVA-1.5 checkpoints carry
+    lacks the system prompt and the EOS. "chat": the processor's chat template. "auto": "chat" where the
+    processor has a template that is not a vicuna one, else "v1".
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown, or the processor lacks what the template needs.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    eos = getattr(tokenizer, "eos_token", None)
+    image_token = getattr(processor, "image_token", None)
+    if eos is None or image_token is None:
+        raise ConfigError(
+            "the processor must name an image token and an EOS token: it names "
+            f"image_token={image_token!r}, eos_token={eos!r}"
+        )
+    if version == "v1":
+        return V1Template(image_token, eos)
+    if version not in ("chat", "auto"):
+        raise ConfigError(f"prompt template {version!r}: expected 'v1', 'chat' or 'auto'")
+    if getattr(processor, "chat_template", None) is None:
+        if version == "auto":
+            return V1Template(image_token, eos)
+        raise ConfigError("template 'chat' was asked for, but the processor has no chat template: use 'v1'")
+    chat = ChatTemplate(processor, image_token, eos)
+    if version == "auto" and "USER:" in (probe := chat.render("probe").text) and "ASSISTANT:" in probe:
+        return V1Template(image_token, eos)
+    return chat
+
+
+def _check_text(question: str, answer: str | None, image_token: str) -> None:
+    for name, text in (("question", question), ("answer", answer or "")):
+        if image_token in text:
+            raise DataError(
+                f"the {name} contains the image placeholder {image_token!r}: strip it, the template adds it"
+            )
+    if answer is not None and not answer.strip():
+        raise DataError("the answer is empty: a sample without an answer token cannot be used")
