@@ -1,0 +1,244 @@
+"""Strict configuration: YAML and command-line overrides into frozen dataclasses.
+
+A configuration class is an ordinary ``@dataclass(frozen=True, kw_only=True)``, possibly holding others.
+Unknown keys, wrong types and values that the class itself refuses (``ValueError`` in ``__post_init__``) all
+end as one :class:`~dyvte.errors.ConfigError` that names the key by its dotted path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from dyvte.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def load_config(cls: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Build ``cls`` from a YAML file and overrides; what neither names keeps the class's default.
+
+    Parameters
+    ----------
+    cls:
+        A frozen keyword-only dataclass.
+    path:
+        A YAML file holding one mapping, or None for defaults alone.
+    overrides:
+        ``"a.b=value"`` strings, applied in order after the file. The value is read as YAML, so ``3``,
+        ``true``, ``null`` and ``[1, 2]`` mean what they mean in the file.
+
+    Raises
+    ------
+    ConfigError
+        Naming the file or override, the dotted key, and (for an unknown key) the nearest known one.
+    """
+    values = {} if path is None else _read_yaml(Path(path))
+    origin = "defaults" if path is None else str(path)
+    for override in overrides:
+        _apply_override(values, override)
+        origin = f"{path or 'defaults'} with overrides"
+    return from_dict(cls, values, origin=origin)
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any], *, origin: str = "a mapping") -> Config:
+    """Build ``cls`` from nested plain values, strictly (see :func:`load_config`)."""
+    return _build(cls, values, prefix="", origin=origin)
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """Plain nested values (dicts, lists, strings, numbers) of a configuration, ready for YAML or JSON."""
+    return {field.name: _plain(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)}
+
+
+def dump_config(cfg: Any, path: str | Path) -> None:
+    """Write the resolved configuration as YAML, atomically; :func:`load_config` reads it back equal."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such configuration file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r}: expected key=value, for example training.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node = values
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a group of settings")
+        node = child
+    node[last] = value
+
+
+def _build(cls: type[Config], values: Any, *, prefix: str, origin: str) -> Config:
+    if not isinstance(values, Mapping):
+        found = type(values).__name__
+        raise ConfigError(
+            f"{origin}: {prefix or 'the top level'}: expected a group of settings, found {found}"
+        )
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(
+                f"{origin}: unknown key {_dotted(prefix, key)!r}{_nearest(str(key), fields, prefix)}"
+            )
+    arguments = {
+        name: _convert(hints[name], values[name], key=_dotted(prefix, name), origin=origin)
+        for name in fields
+        if name in values
+    }
+    missing = [
+        _dotted(prefix, name)
+        for name, field in fields.items()
+        if name not in arguments
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{origin}: no value for {', '.join(missing)}, which has no default")
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {prefix + ': ' if prefix else ''}{error}") from error
+
+
+def _dotted(prefix: str, key: Any) -> str:
+    return f"{prefix}.{key}" if prefix else str(key)
+
+
+def _nearest(key: str, fields: Mapping[str, Any], prefix: str) -> str:
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {_dotted(prefix, near[0])!r}?"
+    return f"; known keys here: {', '.join(fields)}"
+
+
+def _convert(hint: Any, value: Any, *, key: str, origin: str) -> Any:
+    """The value as the field's type, or a ConfigError; bool is never taken for a number."""
+    origin_type, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin_type in (Union, types.UnionType):
+        return _convert_union(arguments, value, key=key, origin=origin)
+    if origin_type is Literal:
+        if value in arguments and type(value) in {type(argument) for argument in arguments}:
+            return value
+        raise _mismatch(origin, key, "one of " + ", ".join(map(repr, arguments)), value)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, prefix=key, origin=origin)
+    if origin_type is tuple or hint is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise _mismatch(origin, key, "a list", value)
+        items = (
+            [arguments[0]] * len(value)
+            if len(arguments) == 2 and arguments[1] is Ellipsis
+            else list(arguments)
+        )
+        items = items or [Any] * len(value)
+        if len(items) != len(value):
+            raise _mismatch(origin, key, f"a list of {len(items)} values", value)
+        return tuple(
+            _convert(item, one, key=f"{key}[{index}]", origin=origin)
+            for index, (item, one) in enumerate(zip(items, value, strict=True))
+        )
+    if origin_type is dict or hint is dict:
+        if not isinstance(value, dict):
+            raise _mismatch(origin, key, "a mapping", value)
+        return dict(value)
+    return _convert_scalar(hint, value, key=key, origin=origin)
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any, *, key: str, origin: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    choices = [argument for argument in arguments if argument is not type(None)]
+    errors = []
+    for choice in choices:
+        try:
+            return _convert(choice, value, key=key, origin=origin)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _convert_scalar(hint: Any, value: Any, *, key: str, origin: str) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and not isinstance(value, bool):
+        # YAML 1.1 reads 4e-5 as a string; people write learning rates that way.
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    if hint is str and isinstance(value, str):
+        return value
+    if hint is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    raise _mismatch(
+        origin, key, {str: "text", Path: "a path"}.get(hint, getattr(hint, "__name__", str(hint))), value
+    )
+
+
+def _mismatch(origin: str, key: str, expected: str, value: Any) -> ConfigError:
+    return ConfigError(f"{origin}: {key}: expected {expected}, found {value!r} ({type(value).__name__})")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

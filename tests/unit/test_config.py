@@ -1,0 +1,90 @@
+"""Strict configuration: types, unknown keys, overrides and the round trip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from dyvte.config import dump_config, load_config, to_dict
+from dyvte.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, found {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    epochs: int = 3
+    shuffle: bool = True
+    folder: Path | None = None
+    kind: Literal["a", "b"] = "a"
+    inner: Inner = field(default_factory=Inner)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_file_then_overrides_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: run\nepochs: 2\ninner: {learning_rate: 4e-5}\n")
+    cfg = load_config(Outer, path, ["epochs=5", "inner.layers=[1, 2]", "epochs=7", "folder=/tmp/x", "kind=b"])
+    assert cfg == Outer(
+        name="run", epochs=7, folder=Path("/tmp/x"), kind="b", inner=Inner(learning_rate=4e-5, layers=(1, 2))
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    cfg = Outer(name="é", folder=Path("a/b"), inner=Inner(layers=(3,)))
+    dump_config(cfg, tmp_path / "deep" / "out.yaml")
+    assert load_config(Outer, tmp_path / "deep" / "out.yaml") == cfg
+    assert to_dict(cfg)["inner"]["betas"] == [0.9, 0.999]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "needles"),
+    [
+        ("name: x\nepoch: 2", (), ["'epoch'", "'epochs'"]),
+        ("name: x\ninner: {learning_rat: 1}", (), ["inner.learning_rat", "'inner.learning_rate'"]),
+        ("name: x\nzzz: 1", (), ["'zzz'", "known keys"]),
+        ("epochs: 2", (), ["name", "no default"]),
+        ("name: x\nepochs: two", (), ["epochs", "int", "'two'"]),
+        ("name: x\nepochs: true", (), ["epochs", "int"]),
+        ("name: x\nepochs: 1.5", (), ["epochs", "int"]),
+        ("name: x\nshuffle: 1", (), ["shuffle", "bool"]),
+        ("name: x\nkind: c", (), ["kind", "'a'", "'b'"]),
+        ("name: x\ninner: {betas: [1]}", (), ["inner.betas", "2 values"]),
+        ("name: x\ninner: {learning_rate: .nan}", (), ["inner.learning_rate", "float"]),
+        ("name: x\ninner: {learning_rate: -1}", (), ["inner", "positive"]),
+        ("name: x\ninner: 3", (), ["inner", "group"]),
+        ("- 1\n- 2", (), ["mapping"]),
+        ("name: [", (), ["YAML"]),
+        ("name: x", ("epochs",), ["key=value"]),
+        ("name: x", ("epochs.more=1", "epochs.more.yet=1"), ["epochs"]),
+    ],
+)
+def test_refusals_name_the_key(
+    tmp_path: Path, text: str, overrides: tuple[str, ...], needles: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Outer, write(tmp_path, text), overrides)
+    for needle in needles:
+        assert needle in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        load_config(Outer, tmp_path / "nowhere.yaml")
