@@ -1,0 +1,7 @@
+"""The teacher: what the frozen backbone says about every possible exit."""
+
+from __future__ import annotations
+
+from dyvte.teacher.trace import Trace
+
+__all__ = ["Trace"]
