@@ -37,3 +37,11 @@ class CheckpointError(DyvteError, RuntimeError):
 
 class ExitRuntimeError(DyvteError, RuntimeError):
     """The exit runtime was used in a way it cannot serve: a nested block, an unknown cache, a mask it cannot read."""
+
+
+class CalibrationError(DyvteError, ValueError):
+    """No threshold can meet what calibration was asked for."""
+
+
+class TrainingError(DyvteError, RuntimeError):
+    """Training cannot go on: a loss is not finite, or the outputs cannot be written."""

@@ -1,0 +1,9 @@
+"""From gate logits to decisions: thresholds for a budget or a bounded risk, and VTW's fixed layer."""
+
+from __future__ import annotations
+
+from dyvte.calibration.compute import threshold_for_compute
+from dyvte.calibration.decisions import at_exit, visual_compute
+from dyvte.calibration.risk import RiskThreshold, threshold_for_risk
+
+__all__ = ["RiskThreshold", "at_exit", "threshold_for_compute", "threshold_for_risk", "visual_compute"]
