@@ -103,10 +103,11 @@ def test_mean_is_over_samples():
 
 
 def _config(**changes):
-    sizes = dict(
+    config = SimpleNamespace(
         hidden_size=64, num_attention_heads=4, num_hidden_layers=3, intermediate_size=128, vocab_size=10
     )
-    return SimpleNamespace(**{**sizes, **changes})
+    vars(config).update(changes)
+    return config
 
 
 def test_shape_from_configs():

@@ -1,0 +1,211 @@
+"""What gates must beat: fixed layers, a router that sees the question only, and the bound that none can beat.
+
+Shape letters: B samples, L decoder layers, F features, S settings.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dyvte.calibration.decisions import visual_compute
+from dyvte.errors import DataError
+from dyvte.evaluation.curves import OperatingPoints
+
+NEVER = 1.0
+
+
+def lower_hull(values_L1: Sequence[float] | np.ndarray) -> list[int]:
+    """Corners K of the lower convex hull of the points (K, values[K]), K = 0..L, both ends included.
+
+    A mixture of two neighbouring corners is the least mean value that fixed layers reach at their mean K.
+    """
+    corners: list[int] = []
+    for k in range(len(values_L1)):
+        while len(corners) >= 2 and _above_chord(values_L1, corners[-2], corners[-1], k):
+            corners.pop()
+        corners.append(k)
+    return corners
+
+
+def _above_chord(values: Sequence[float] | np.ndarray, left: int, middle: int, right: int) -> bool:
+    chord = values[left] + (values[right] - values[left]) * (middle - left) / (right - left)
+    return bool(values[middle] >= chord)
+
+
+def fixed_points(
+    calibration_values_BL1: Tensor, num_visual_B: Tensor, *, smaller_is_better: bool = True
+) -> OperatingPoints:
+    """Fixed K along the hull found on calibration samples, applied to samples with ``num_visual_B`` tokens."""
+    means_L1 = calibration_values_BL1.double().mean(0).numpy()
+    corners = lower_hull(means_L1 if smaller_is_better else -means_L1)
+    exits_SB = torch.tensor(corners)[:, None].expand(len(corners), len(num_visual_B))
+    num_layers = calibration_values_BL1.shape[1] - 1
+    return OperatingPoints("fixed K", tuple(map(float, corners)), exits_SB, num_visual_B, num_layers)
+
+
+def oracle_exits(risk_BL1: Tensor, lam: float) -> Tensor:
+    """(B,) argmin over k in 1..L of risk_k + lam * k / L, ties to the smaller k."""
+    num_layers = risk_BL1.shape[1] - 1
+    price_L = lam * torch.arange(1, num_layers + 1, dtype=torch.float64) / num_layers
+    return (risk_BL1[:, 1:].double() + price_L).argmin(1) + 1
+
+
+def oracle_points(risk_BL1: Tensor, num_visual_B: Tensor, lams: Sequence[float]) -> OperatingPoints:
+    """oracle(lambda) over falling lambda: rising compute."""
+    lams = sorted(lams, reverse=True)
+    exits_SB = torch.stack([oracle_exits(risk_BL1, lam) for lam in lams])
+    return OperatingPoints("oracle", tuple(lams), exits_SB, num_visual_B, risk_BL1.shape[1] - 1)
+
+
+def within_wording_share(exits_B: Tensor, questions: Sequence[str]) -> float:
+    """Share of the exit layers' variance that lies within identical wordings; nan without any variance.
+
+    Deviations within a wording asked n times are scaled by n / (n - 1), since its own mean is fitted to it.
+    Wordings asked once cannot tell and are left out of both sums.
+    """
+    groups: dict[str, list[float]] = {}
+    for k, question in zip(exits_B.tolist(), questions, strict=True):
+        groups.setdefault(question, []).append(float(k))
+    repeated = [np.array(ks) for ks in groups.values() if len(ks) > 1]
+    if not repeated:
+        return float("nan")
+    within = sum(ks.var(ddof=1) * len(ks) for ks in repeated)
+    total = np.concatenate(repeated).var() * sum(map(len, repeated))
+    return float(within / total) if total > 0 else float("nan")
+
+
+@dataclass(frozen=True)
+class BagOfWords:
+    """Word counts of a question; words not seen when fitting share the last column."""
+
+    words: tuple[str, ...]
+
+    @staticmethod
+    def fit(questions: Sequence[str], max_words: int = 2000) -> BagOfWords:
+        """Take the most frequent words."""
+        counts = Counter(word for question in questions for word in _words(question))
+        return BagOfWords(tuple(sorted(word for word, _ in counts.most_common(max_words))))
+
+    def __call__(self, questions: Sequence[str]) -> Tensor:
+        """(B, F) float32 counts."""
+        columns = {word: column for column, word in enumerate(self.words)}
+        features = torch.zeros(len(questions), len(self.words) + 1)
+        for row, question in enumerate(questions):
+            for word in _words(question):
+                features[row, columns.get(word, len(columns))] += 1
+        return features
+
+
+def _words(question: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", question.lower())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings:
+    """How a question-only router is trained; ``min_parameters`` makes it no smaller than the gates."""
+
+    lam: float
+    epochs: int = 20
+    learning_rate: float = 3e-3
+    batch_size: int = 64
+    weight_decay: float = 0.01
+    seed: int = 0
+    min_parameters: int = 0
+
+
+class QuestionRouter(nn.Module):
+    """MLP from question features to a distribution over exit layers 1..L."""
+
+    def __init__(self, mean_F: Tensor, scale_F: Tensor, num_layers: int, hidden_size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_F", mean_F)
+        self.register_buffer("scale_F", scale_F)
+        self.layers = nn.Sequential(
+            nn.Linear(len(mean_F), hidden_size), nn.GELU(), nn.Linear(hidden_size, num_layers)
+        )
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        """(B, L) log P_k."""
+        return self.layers((features_BF - self.mean_F) / self.scale_F).log_softmax(-1)
+
+
+def train_router(features_BF: Tensor, risk_BL1: Tensor, settings: RouterSettings) -> QuestionRouter:
+    """Minimise the gates' own objective, sum_k P_k (risk_k + lam k / L), over P given by the question alone."""
+    if len(features_BF) != len(risk_BL1):
+        raise DataError(f"{len(features_BF)} questions but {len(risk_BL1)} traced samples")
+    num_layers, num_features = risk_BL1.shape[1] - 1, features_BF.shape[1]
+    hidden_size = max(32, math.ceil(settings.min_parameters / (num_features + num_layers + 1)))
+    scale_F = features_BF.std(0, correction=0)
+    scale_F = torch.where(scale_F > 1e-6, scale_F, torch.ones_like(scale_F))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        router = QuestionRouter(features_BF.mean(0), scale_F, num_layers, hidden_size)
+        _fit(router, features_BF, risk_BL1, settings)
+    return router.eval().requires_grad_(False)
+
+
+def _fit(router: QuestionRouter, features_BF: Tensor, risk_BL1: Tensor, settings: RouterSettings) -> None:
+    num_layers = risk_BL1.shape[1] - 1
+    cost_BL = risk_BL1[:, 1:].float() + settings.lam * torch.arange(1, num_layers + 1) / num_layers
+    optimizer = torch.optim.AdamW(
+        router.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    steps = settings.epochs * math.ceil(len(features_BF) / settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    for _ in range(settings.epochs):
+        for rows in torch.randperm(len(features_BF)).split(settings.batch_size):
+            loss = (router(features_BF[rows]).exp() * cost_BL[rows]).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def router_exits(log_p_BL: Tensor, threshold: float) -> Tensor:
+    """(B,) smallest k in 1..L whose cumulative probability reaches ``threshold``; 1 means L."""
+    num_layers = log_p_BL.shape[1]
+    if threshold >= NEVER:
+        return torch.full((len(log_p_BL),), num_layers)
+    cumulative_BL = log_p_BL.double().exp().cumsum(1)
+    return ((cumulative_BL[:, :-1] < threshold).sum(1) + 1).long()
+
+
+def router_threshold(log_p_BL: Tensor, num_visual_B: Tensor, budget: float) -> float:
+    """Largest threshold whose visual compute on these (calibration) samples is at most ``budget``.
+
+    Falls back to the smallest threshold where even that spends more.
+    """
+    num_layers = log_p_BL.shape[1]
+    if budget >= 1:
+        return NEVER
+    levels = log_p_BL.double().exp().cumsum(1)[:, :-1].flatten().unique()
+    cuts = torch.cat([levels[:1] / 2, (levels[1:] + levels[:-1]) / 2, (levels[-1:] + 1) / 2]).clamp(
+        max=1 - 1e-12
+    )
+    low, high = 0, len(cuts) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        exits_B = router_exits(log_p_BL, float(cuts[middle]))
+        if visual_compute(exits_B, num_visual_B, num_layers) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return float(cuts[low])
+
+
+@torch.no_grad()
+def router_points(
+    name: str, log_p_BL: Tensor, num_visual_B: Tensor, thresholds: Sequence[float]
+) -> OperatingPoints:
+    """The router's exits at thresholds found on other samples; settings that decide alike are merged."""
+    thresholds = sorted(set(thresholds) | {NEVER})
+    exits_SB = torch.stack([router_exits(log_p_BL, t) for t in thresholds])
+    return OperatingPoints(name, tuple(thresholds), exits_SB, num_visual_B, log_p_BL.shape[1])
