@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dyvte.teacher.exits import exit_logits, kl_divergence, trace_exits
 from dyvte.teacher.trace import Trace
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "exit_logits", "kl_divergence", "trace_exits"]
