@@ -5,5 +5,14 @@ from __future__ import annotations
 from dyvte.calibration.compute import threshold_for_compute
 from dyvte.calibration.decisions import at_exit, visual_compute
 from dyvte.calibration.risk import RiskThreshold, threshold_for_risk
+from dyvte.calibration.vtw import LayerSearch, search_exit_layer
 
-__all__ = ["RiskThreshold", "at_exit", "threshold_for_compute", "threshold_for_risk", "visual_compute"]
+__all__ = [
+    "LayerSearch",
+    "RiskThreshold",
+    "at_exit",
+    "search_exit_layer",
+    "threshold_for_compute",
+    "threshold_for_risk",
+    "visual_compute",
+]

@@ -6,6 +6,7 @@ thresholds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ class RiskThreshold:
             )
         return (
             f"no threshold is certified at alpha {self.alpha:g}, delta {self.delta:g}: visual tokens never "
-            f"leave. {self.num_images} images without any loss could certify alpha {self.smallest_alpha:.4g} at best"
+            f"leave. {self.num_images} images without any loss could certify alpha "
+            f"{self.smallest_alpha:.4g} at best"
         )
 
 
@@ -93,7 +95,7 @@ def threshold_for_risk(
     """
     if not 0 < alpha < 1 or not 0 < delta < 1:
         raise ValueError(f"alpha and delta must lie in (0, 1), found {alpha} and {delta}")
-    if any(later >= earlier for earlier, later in zip(levels, levels[1:], strict=False)):
+    if any(later >= earlier for earlier, later in itertools.pairwise(levels)):
         raise ValueError("the levels of the grid must be strictly falling: latest exits first")
     if loss_BL1.min() < 0 or loss_BL1.max() > 1:
         raise ValueError("the loss must lie in [0, 1]; divide it by its bound and state the bound")

@@ -28,7 +28,8 @@ def test_visual_compute_weighs_by_visual_tokens_and_skips_rows_without_image() -
 def test_at_exit_picks_the_column() -> None:
     values = torch.arange(15.0).reshape(3, 5)
     picked = at_exit(values, torch.tensor([0, 4, -1]))
-    assert picked[:2].tolist() == [0.0, 9.0] and picked[2].isnan()
+    assert picked[:2].tolist() == [0.0, 9.0]
+    assert picked[2].isnan()
 
 
 def gate_logits(rows: int = 40, layers: int = 6) -> torch.Tensor:
@@ -188,7 +189,8 @@ def test_public_function_chooses_what_the_simulation_chooses(method: str) -> Non
     )  # fmt: skip
     order = torch.randperm(images, generator=torch.Generator().manual_seed(3))
     expected = int(chosen_levels(order[None], method))
-    assert result.certified and result.threshold == threshold_at(LEVELS[expected])
+    assert result.certified
+    assert result.threshold == threshold_at(LEVELS[expected])
     assert (result.num_images, result.num_samples) == (images, images * QUESTIONS)
     assert result.mean_loss < ALPHA
 
@@ -196,9 +198,11 @@ def test_public_function_chooses_what_the_simulation_chooses(method: str) -> Non
 def test_no_certified_threshold_means_never_and_says_what_could_be() -> None:
     known = population()
     result = threshold_for_risk(known.logits[:80], known.loss[:80], known.images[:80], 0.01, 0.1)
-    assert not result.certified and result.threshold == 1.0
+    assert not result.certified
+    assert result.threshold == 1.0
     assert exit_layers(known.logits[:80], result.threshold).eq(LAYERS).all()
-    assert result.smallest_alpha > 0.01 and "never leave" in result.describe()
+    assert result.smallest_alpha > 0.01
+    assert "never leave" in result.describe()
     assert f"{result.smallest_alpha:.4g}" in result.describe()
 
 

@@ -86,5 +86,5 @@ def test_refusals_name_the_key(
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_config(Outer, tmp_path / "nowhere.yaml")

@@ -99,7 +99,10 @@ def test_defects_name_file_sample_and_field(tmp_path: Path, bad: Any, field: str
     with pytest.raises(DataError) as caught:
         read(tmp_path, [bad, entry("fine")])
     message = str(caught.value)
-    assert "data.json" in message and field in message and problem in message and "1 unusable" in message
+    assert "data.json" in message
+    assert field in message
+    assert problem in message
+    assert "1 unusable" in message
 
     allowed = read(tmp_path, [bad, entry("fine")], max_bad_samples=1)
     assert [sample.id for sample in allowed.samples] == ["fine"]
@@ -120,7 +123,7 @@ def test_text_only_conversations_may_start_with_gpt(tmp_path: Path) -> None:
 
 def test_missing_image_is_counted_named_and_limited(tmp_path: Path) -> None:
     data = read(tmp_path, [entry("here"), entry("gone", "x/2.png")])
-    with pytest.raises(DataError, match="gone.*image.*2.png"):
+    with pytest.raises(DataError, match=r"gone.*image.*2\.png"):
         select(data)
     chosen = select(data, max_bad_samples=1)
     assert [sample.id for sample in chosen.samples] == ["here"]

@@ -76,7 +76,9 @@ def test_extreme_logits_stay_finite_with_gradient() -> None:
         logits = torch.full((3, 32), size, requires_grad=True)
         value = expected_risk(logits, trace, lam=0.1)
         value.backward()
-        assert value.isfinite() and logits.grad is not None and logits.grad.isfinite().all()
+        assert value.isfinite()
+        assert logits.grad is not None
+        assert logits.grad.isfinite().all()
 
 
 def first_step_norms(offsets: tuple[float, ...]) -> list[float]:
@@ -109,7 +111,8 @@ def test_gate_L_takes_no_part() -> None:
     ):
         logits = torch.randn(4, 6, requires_grad=True)
         loss(logits).backward()
-        assert logits.grad[:, -1].abs().max() == 0 and logits.grad[:, :-1].abs().min() > 0
+        assert logits.grad[:, -1].abs().max() == 0
+        assert logits.grad[:, :-1].abs().min() > 0
 
 
 def test_reference_label_is_the_published_rule() -> None:
@@ -183,7 +186,8 @@ def test_class_balance_makes_both_classes_count_alike() -> None:
         on = labels[:, layer]
         assert weights[on, layer].sum() == pytest.approx(float(weights[~on, layer].sum()))
         assert weights[:, layer].mean() == pytest.approx(1.0)
-    assert balance.isfinite().all() and balance.max() == 10
+    assert balance.isfinite().all()
+    assert balance.max() == 10
 
 
 def test_registry() -> None:
