@@ -1,0 +1,86 @@
+"""What a policy is: it sees a batch's rows before the first layer, and answers with a plan.
+
+Shapes: B rows, L decoder layers, F gate features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch before its prefill; tensors are on the CPU.
+
+    Attributes
+    ----------
+    num_layers
+        L.
+    num_visual_B, num_prompt_B
+        (B,) int64 visual tokens, and prompt text tokens after the last of them, of each row.
+    sample_ids
+        One id for each row.
+    """
+
+    num_layers: int
+    num_visual_B: Tensor
+    num_prompt_B: Tensor
+    sample_ids: Sequence[str]
+
+
+class Plan:
+    """When each row leaves. A plan that does not ask any gate is final from the start.
+
+    Attributes
+    ----------
+    exit_layers_B
+        (B,) int64 on the CPU; a row that still asks holds L.
+    """
+
+    num_fallbacks = 0
+
+    def __init__(self, exit_layers_B: Tensor) -> None:
+        self.exit_layers_B = exit_layers_B
+
+    def asks(self, k: int) -> bool:
+        """Must features be taken after layer k?"""
+        return False
+
+    def asking_rows(self) -> Tensor:
+        """(B,) bool: rows that still ask."""
+        return torch.zeros_like(self.exit_layers_B, dtype=torch.bool)
+
+    def logits(self, k: int, features_BF: Tensor) -> Tensor:
+        """(B,) gate logits on the features' device."""
+        raise NotImplementedError
+
+    def step(self, k: int, logits_B: Tensor) -> None:
+        """Take in the logits (on the CPU) of all rows after layer k."""
+        raise NotImplementedError
+
+
+class Policy:
+    """Base of all policies; a subclass gives `name` and `start`."""
+
+    name = ""
+
+    def check(self, num_layers: int, hidden_size: int) -> None:
+        """Raise where this policy cannot serve a backbone of this shape."""
+
+    def to(self, device: torch.device) -> None:
+        """Bring weights, if any, to the backbone's device."""
+
+    def start(self, rows: Rows) -> Plan:
+        """The plan for one prefill."""
+        raise NotImplementedError
+
+
+def spread(values_P: Tensor, num_rows: int) -> Tensor | None:
+    """One value per prompt to one per row: with beams or return sequences row i is prompt i // expansion."""
+    if len(values_P) == 0 or num_rows % len(values_P):
+        return None
+    return values_P.repeat_interleave(num_rows // len(values_P))

@@ -1,0 +1,31 @@
+"""All rows leave after the same layer (VTW, arXiv 2405.05803)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ConfigError
+from ..gates import check_rule
+from .base import Plan, Policy, Rows
+
+
+class FixedPolicy(Policy):
+    """Every row leaves after layer `exit_layer` (0..L); None means L."""
+
+    name = "fixed"
+
+    def __init__(self, exit_layer: int | None) -> None:
+        self.exit_layer = exit_layer
+
+    @classmethod
+    def parse(cls, argument: str) -> FixedPolicy:
+        if not argument.isdecimal():
+            raise ConfigError(f"policy fixed:{argument}: expected fixed:K with a number of layers K")
+        return cls(int(argument))
+
+    def check(self, num_layers: int, hidden_size: int) -> None:
+        check_rule(num_layers, 0.5, 1, self.exit_layer, "fixed")
+
+    def start(self, rows: Rows) -> Plan:
+        k = rows.num_layers if self.exit_layer is None else self.exit_layer
+        return Plan(torch.full((len(rows.num_visual_B),), k))

@@ -1,0 +1,75 @@
+"""Trained gates decide, row by row (DyVTE, arXiv 2411.19628)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import GateMismatchError
+from ..gates import ExitRule, GateStack, load_checkpoint
+from .base import Plan, Policy, Rows
+from .fixed import FixedPolicy
+
+
+class GatePlan(Plan):
+    """A plan that fills in while the layers run."""
+
+    def __init__(self, gates: GateStack, rule: ExitRule, rows: Rows) -> None:
+        super().__init__(rule.exit_layers_B)
+        self.gates, self.rule = gates, rule
+        # Without text after the image there is nothing to read, and the answer starts from a visual token.
+        rule.asking_B &= (rows.num_visual_B > 0) & (rows.num_prompt_B > 0)
+
+    @property
+    def num_fallbacks(self) -> int:  # type: ignore[override]
+        return int(self.rule.fallback_B.sum())
+
+    def asks(self, k: int) -> bool:
+        return self.rule.wants(k)
+
+    def asking_rows(self) -> Tensor:
+        return self.rule.asking_B.clone()
+
+    def logits(self, k: int, features_BF: Tensor) -> Tensor:
+        return self.gates.gate(k, features_BF)
+
+    def step(self, k: int, logits_B: Tensor) -> None:
+        self.rule.step(k, logits_B)
+
+
+class LearnedPolicy(Policy):
+    """A row leaves at the first layer whose gate fires; see `dyvte.gates.ExitRule`."""
+
+    name = "gates"
+
+    def __init__(
+        self, gates: GateStack, threshold: float = 0.5, min_layer: int = 1, fallback: int | None = None
+    ) -> None:
+        self.gates, self.threshold, self.min_layer, self.fallback = gates, threshold, min_layer, fallback
+
+    @classmethod
+    def parse(cls, argument: str) -> Policy:
+        config, gates = load_checkpoint(argument)
+        if gates is None or config.mode == "fixed":
+            return FixedPolicy(config.fallback)
+        return cls(gates, config.threshold, config.min_layer, config.fallback)
+
+    def check(self, num_layers: int, hidden_size: int) -> None:
+        config = self.gates.config
+        if (config.num_layers, config.hidden_size) != (num_layers, hidden_size):
+            raise GateMismatchError(
+                f"these gates are for {config.num_layers} layers of hidden size {config.hidden_size}, "
+                f"the backbone has {num_layers} layers of hidden size {hidden_size}: "
+                "use the gates trained for this backbone"
+            )
+        ExitRule(0, num_layers, self.threshold, self.min_layer, self.fallback)
+
+    def to(self, device: torch.device) -> None:
+        if self.gates.device != device:
+            self.gates.to(device)
+
+    def start(self, rows: Rows) -> Plan:
+        rule = ExitRule(
+            len(rows.num_visual_B), rows.num_layers, self.threshold, self.min_layer, self.fallback
+        )
+        return GatePlan(self.gates, rule, rows)

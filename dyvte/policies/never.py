@@ -1,0 +1,23 @@
+"""Visual tokens stay to the end: the stock model."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ConfigError
+from .base import Plan, Policy, Rows
+
+
+class NeverPolicy(Policy):
+    """Every row has exit layer L."""
+
+    name = "never"
+
+    @classmethod
+    def parse(cls, argument: str) -> NeverPolicy:
+        if argument:
+            raise ConfigError(f"policy never takes no argument, got {argument!r}")
+        return cls()
+
+    def start(self, rows: Rows) -> Plan:
+        return Plan(torch.full((len(rows.num_visual_B),), rows.num_layers))

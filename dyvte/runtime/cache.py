@@ -1,0 +1,234 @@
+"""Cache layers that hold only what their rows kept.
+
+A layer after some exit keeps other tokens than layer 0. It still reports the length of layer 0 (positions
+and outer masks are built from it), and it stores one tensor without gaps:
+
+- rows that kept equally many tokens: (B, H, K, d) as usual;
+- else: all kept tokens of all rows back to back, (S, H, d), and a table of slots. Beams and return
+  sequences share slots, so reordering moves no state.
+
+Shapes: B rows, H heads, d head size, K columns (longest row), S slots, Q new tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..errors import ExitRuntimeError
+
+# New columns come in blocks, so that the buffer is not copied at every decode step.
+BLOCK = 64
+
+
+class Columns:
+    """Where each row's tokens lie, for all cache layers of equal content; rows are right-aligned.
+
+    `slots_KB` is None where rows are stored densely; `valid_BK` is None where no row is padded.
+    """
+
+    def __init__(
+        self, slots_KB: Tensor | None, valid_BK: Tensor | None, length: int, next_slot: int = 0
+    ) -> None:
+        self.slots_KB, self.valid_BK, self.length = slots_KB, valid_BK, length
+        self._origin = (length, next_slot)
+        self._derived: tuple[Tensor | int, int, Columns] | None = None
+
+    @property
+    def batch(self) -> int:
+        if self.slots_KB is not None:
+            return self.slots_KB.shape[1]
+        return -1 if self.valid_BK is None else self.valid_BK.shape[0]
+
+    def slot(self, column: int) -> int:
+        """First of the B slots of a column added after the prefill."""
+        return self._origin[1] + (column - self._origin[0]) * self.batch
+
+    def grow(self, length: int, new_valid_BQ: Tensor | None) -> None:
+        """Know columns up to `length`. The first layer of a forward pass adds them, the others find them."""
+        added = length - self.length
+        if added <= 0:
+            return
+        if self.slots_KB is not None and length > self.slots_KB.shape[0]:
+            have = self.slots_KB.shape[0]
+            first = self.slot(have)
+            count = -(-(length - have) // BLOCK) * BLOCK
+            block = torch.arange(first, first + count * self.batch, device=self.slots_KB.device)
+            self.slots_KB = torch.cat([self.slots_KB, block.view(count, self.batch)])
+        if self.valid_BK is not None or new_valid_BQ is not None:
+            old = self.valid_BK
+            if old is None:
+                old = new_valid_BQ.new_ones(new_valid_BQ.shape[0], self.length)
+            self.valid_BK = torch.cat(
+                [old, old.new_ones(old.shape[0], added) if new_valid_BQ is None else new_valid_BQ], 1
+            )
+        self.length = length
+
+    def truncate(self, length: int) -> None:
+        """Forget columns from `length` on."""
+        if length >= self.length:
+            return
+        if self.valid_BK is not None:
+            self.valid_BK = self.valid_BK[:, :length]
+        if self.slots_KB is not None:
+            first = self.slot(length) if length >= self._origin[0] else self._origin[1]
+            self.slots_KB, self._origin = self.slots_KB[:length], (length, first)
+        self.length = length
+
+    def select(self, rows: Tensor | int, length: int) -> Columns:
+        """Columns of other rows: indices, or each row repeated. Layers that share these get one answer."""
+        if self._derived is None or self._derived[0] is not rows or self._derived[1] != length:
+            slots, valid = self.slots_KB, self.valid_BK
+            if slots is not None:
+                slots = _pick(slots[:length], rows, 1)
+            if valid is not None:
+                valid = _pick(valid[:, :length], rows, 0)
+            # Columns beyond `length` are new again, from the first slot that no column holds.
+            at = length if length >= self._origin[0] else self._origin[0]
+            derived = Columns(slots, valid, length, self.slot(at) if self.slots_KB is not None else 0)
+            self._derived = (rows, length, derived)
+        return self._derived[2]
+
+
+class ExitLayer(DynamicLayer):
+    """A cache layer behind an exit. Only the exit runtime may append to it: nobody else knows its mask.
+
+    Attributes
+    ----------
+    columns
+        Which tokens it holds; shared with the layers that hold the same.
+    seen
+        Tokens that layer 0 of a stock cache would hold: what `get_seq_length` answers.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, columns: Columns, seen: int) -> None:
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+        self.columns, self.seen = columns, seen
+        self.length = columns.length
+        self._expected: tuple[int, Tensor | None] | None = None
+
+    def expect(self, num_new: int, new_valid_BQ: Tensor | None) -> None:
+        """Announce the next update; the runtime does so right before it calls the decoder layer."""
+        self.columns.grow(self.length + num_new, new_valid_BQ)
+        self._expected = (num_new, new_valid_BQ)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        expected, self._expected = self._expected, None
+        if expected is None or expected[0] != key_states.shape[-2]:
+            raise ExitRuntimeError(
+                "this KV cache was filled inside a dyvte block and lacks visual tokens in some layers: "
+                "keep using it inside `with exits(model)`, or start a new cache"
+            )
+        self.length += key_states.shape[-2]
+        self.seen += key_states.shape[-2]
+        if self.columns.slots_KB is None:
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            self.values = torch.cat([self.values, value_states], dim=-2)
+            return self.keys, self.values
+        self.keys, keys = self._append(self.keys, key_states)
+        self.values, values = self._append(self.values, value_states)
+        return keys, values
+
+    def _append(self, buffer_SHd: Tensor, new_BHQd: Tensor) -> tuple[Tensor, Tensor]:
+        rows, heads, num_new, size = new_BHQd.shape
+        start = self.columns.slot(self.length - num_new)
+        stop = start + rows * num_new
+        if stop > buffer_SHd.shape[0]:
+            room = buffer_SHd.new_zeros(stop + (BLOCK - 1) * rows - buffer_SHd.shape[0], heads, size)
+            buffer_SHd = torch.cat([buffer_SHd, room])
+        buffer_SHd[start:stop] = new_BHQd.permute(2, 0, 1, 3).reshape(-1, heads, size)
+        slots = self.columns.slots_KB[: self.length].reshape(-1)
+        gathered = buffer_SHd.index_select(0, slots).view(self.length, rows, heads, size)
+        return buffer_SHd, gathered.permute(1, 2, 0, 3)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def reset(self) -> None:
+        raise ExitRuntimeError("a cache behind an exit cannot be reset: make a new one")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ExitRuntimeError("crop takes the negative number of tokens to remove")
+        removed = abs(tokens_to_remove)
+        if removed == 0:
+            return
+        self.length -= removed
+        self.seen -= removed
+        self.columns.truncate(self.length)
+        if self.columns.slots_KB is None:
+            self.keys = self.keys[..., : self.length, :]
+            self.values = self.values[..., : self.length, :]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(repeats)
+
+    def _select(self, rows: Tensor | int) -> None:
+        if self.columns.slots_KB is None:
+            self.keys, self.values = _pick(self.keys, rows, 0), _pick(self.values, rows, 0)
+        self.columns = self.columns.select(rows, self.length)
+
+
+class Capture:
+    """Stands in for the cache while one stream of a prefill runs: remembers the K/V, stores nothing."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def put_layer(cache: Cache, index: int, layer: ExitLayer) -> None:
+    """Make `layer` the cache's layer `index`.
+
+    Raises
+    ------
+    ExitRuntimeError
+        If the cache is of a kind whose layers cannot differ in content.
+    """
+    if not isinstance(cache, Cache):
+        raise ExitRuntimeError(f"visual tokens cannot leave a {type(cache).__name__}: use a DynamicCache")
+    if getattr(cache, "offloading", False):
+        raise ExitRuntimeError("visual tokens cannot leave an offloaded cache: use a DynamicCache")
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    kind = type(cache.layers[index])
+    if kind is not DynamicLayer:
+        raise ExitRuntimeError(
+            f"visual tokens cannot leave a cache whose layer {index} is a {kind.__name__}: "
+            "only a DynamicCache with full attention holds layers of different content "
+            "(drop cache_implementation)"
+        )
+    cache.layers[index] = layer
+
+
+def layer_bytes(layer: object) -> int:
+    """Bytes of a cache layer's keys and values."""
+    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def _pick(tensor: Tensor, rows: Tensor | int, dim: int) -> Tensor:
+    if isinstance(rows, int):
+        return tensor.repeat_interleave(rows, dim)
+    return tensor.index_select(dim, rows.to(tensor.device))

@@ -1,0 +1,224 @@
+"""What runs in place of each decoder layer's forward while a block is active.
+
+Shapes: B rows, N tokens of this forward pass, D hidden size, L decoder layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..errors import ExitRuntimeError
+from ..gates import prompt_features
+from ..policies import Plan, Policy, Rows
+from .cache import Capture, ExitLayer, layer_bytes, put_layer
+from .masks import causal_mask, decode_mask
+from .records import PrefillRecord, Run
+from .streams import Layout, Partition
+
+
+class Prefill:
+    """State of one prefill that contains visual tokens."""
+
+    def __init__(self, engine: Engine, layout: Layout, plan: Plan, device: torch.device, plain: bool) -> None:
+        self.engine, self.layout, self.plan, self.device = engine, layout, plan, device
+        # True where the decoder makes an ordinary causal mask itself.
+        self.plain = plain
+        num_layers = engine.backbone.num_layers
+        self.logits_BL = torch.full((layout.batch, num_layers), torch.nan)
+        self.partition: Partition | None = None
+        self.cache: Any = None
+        exits_B = plan.exit_layers_B
+        # Rows without an image join the text stream only if the block can change anything: else it is stock.
+        self.active = bool((exits_B[layout.has_image_B] < num_layers).any()) or any(
+            plan.asks(k) for k in range(1, num_layers)
+        )
+
+    def run_layer(
+        self, index: int, forward: Callable[..., Any], hidden_BND: Tensor, kwargs: dict[str, Any]
+    ) -> Any:
+        """Layer `index` (0-based) on at most two streams, then its gate."""
+        self.cache = kwargs.get("past_key_values")
+        partition = self._partition(index)
+        if partition is None:
+            output = forward(hidden_BND, **kwargs)
+        else:
+            output = self._run_streams(partition, index, forward, hidden_BND, kwargs)
+        k = index + 1
+        if self.plan.asks(k):
+            self._ask(k, output[0] if isinstance(output, tuple) else output)
+        return output
+
+    def record(self) -> PrefillRecord:
+        exits_B = torch.where(self.layout.has_image_B, self.plan.exit_layers_B, -1)
+        layers = getattr(self.cache, "layers", ())
+        return PrefillRecord(
+            exit_layers_B=exits_B,
+            gate_logits_BL=self.logits_BL,
+            num_visual_B=self.layout.num_visual_B,
+            kv_bytes=tuple(layer_bytes(layer) for layer in layers),
+            gate_fallbacks=self.plan.num_fallbacks,
+        )
+
+    def _partition(self, index: int) -> Partition | None:
+        if not self.active:
+            return None
+        in_text_B = (self.plan.exit_layers_B <= index) | ~self.layout.has_image_B
+        if not in_text_B.any():
+            return None
+        if self.partition is None or not torch.equal(self.partition.in_text_B, in_text_B):
+            self.partition = Partition(self.layout, in_text_B, self.device)
+        return self.partition
+
+    def _run_streams(
+        self,
+        part: Partition,
+        index: int,
+        forward: Callable[..., Any],
+        hidden_BND: Tensor,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        mask = kwargs.pop("attention_mask", None)
+        kwargs.pop("past_key_values", None)
+        full, text = None, None
+        captures: list[Capture | None] = [None, None]
+        if part.num_full_rows:
+            captures[0] = Capture() if self.cache is not None else None
+            full = forward(
+                hidden_BND.index_select(0, part.rows_F),
+                attention_mask=part.full_mask(mask),
+                past_key_values=captures[0],
+                **part.for_full(kwargs),
+            )
+        captures[1] = Capture() if self.cache is not None else None
+        text_hidden = part.gather(hidden_BND)
+        text = forward(
+            text_hidden,
+            attention_mask=self._text_mask(part, mask, text_hidden),
+            past_key_values=captures[1],
+            **part.for_text(kwargs),
+        )
+        if self.cache is not None:
+            self._store(part, index, *captures)
+        output = part.scatter(hidden_BND, _hidden(text), None if full is None else _hidden(full))
+        return (output, *text[1:]) if isinstance(text, tuple) else output
+
+    def _text_mask(self, part: Partition, mask: Tensor | None, text_hidden: Tensor) -> Tensor | None:
+        if self.plain:
+            if part.causal_mask is None:
+                part.causal_mask = (causal_mask(self.engine.config, text_hidden),)
+            return part.causal_mask[0]
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            return part.text_mask(mask)
+        raise ExitRuntimeError(
+            "this decoder mixes attention patterns and its attention function takes no 4D mask: "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+
+    def _store(self, part: Partition, index: int, full: Capture | None, text: Capture | None) -> None:
+        keys = part.kept_states(text.keys, None if full is None else full.keys)
+        values = part.kept_states(text.values, None if full is None else full.values)
+        put_layer(self.cache, index, ExitLayer(keys, values, part.columns, seen=self.layout.tokens))
+
+    @torch.no_grad()
+    def _ask(self, k: int, hidden_BND: Tensor) -> None:
+        asking_B = self.plan.asking_rows()
+        prompt_BN = self.layout.spans.prompt_BN & asking_B[:, None]
+        if not prompt_BN.any():
+            return
+        used = prompt_BN.any(0).nonzero().flatten()
+        span = slice(int(used[0]), int(used[-1]) + 1)
+        features_BF = prompt_features(hidden_BND[:, span], prompt_BN[:, span].to(hidden_BND.device))
+        # The one wait for the device of a gated layer.
+        logits_B = self.plan.logits(k, features_BF).float().cpu()
+        self.logits_BL[asking_B, k - 1] = logits_B[asking_B]
+        self.plan.step(k, logits_B)
+
+
+class Engine:
+    """Decides, for every forward pass of a model inside a block, what its layers do."""
+
+    def __init__(self, backbone: Backbone, policy: Policy, run: Run) -> None:
+        self.backbone, self.policy, self.run = backbone, policy, run
+        self.config = backbone.decoder.config
+        layer_types = set(getattr(self.config, "layer_types", None) or ())
+        self.only_full_attention = layer_types <= {"full_attention", "attention"}
+        self.prefill: Prefill | None = None
+        self._masks: dict[int, tuple[Any, Tensor | None]] = {}
+        self._new_valid_BQ: Tensor | None = None
+
+    def wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The replacement of a layer's forward."""
+        names = list(inspect.signature(forward).parameters)
+
+        def exit_forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.prefill is None and not _is_exit_layer(kwargs.get("past_key_values"), index) and not args:
+                return forward(hidden_states, **kwargs)
+            # Some families pass the mask by position.
+            kwargs.update(zip(names[1:], args, strict=False))
+            if self.prefill is not None:
+                return self.prefill.run_layer(index, forward, hidden_states, kwargs)
+            if _is_exit_layer(kwargs.get("past_key_values"), index):
+                self._expect(kwargs["past_key_values"].layers[index], hidden_states, kwargs)
+            return forward(hidden_states, **kwargs)
+
+        exit_forward._dyvte_engine = self  # type: ignore[attr-defined]
+        return exit_forward
+
+    def start_prefill(self, layout: Layout, sample_ids: list[str], device: torch.device, plain: bool) -> None:
+        """Take up a prefill with visual tokens."""
+        rows = Rows(self.backbone.num_layers, layout.num_visual_B, layout.num_prompt_B, sample_ids)
+        plan = self.policy.start(rows)
+        stuck_B = layout.has_image_B & (layout.num_prompt_B == 0)
+        if stuck_B.any():
+            # Its next token is read from a visual token, which therefore must stay.
+            warnings.warn(
+                f"{int(stuck_B.sum())} rows have no text after the image: their visual tokens never leave",
+                stacklevel=2,
+            )
+            plan.exit_layers_B[stuck_B] = self.backbone.num_layers
+        self.prefill = Prefill(self, layout, plan, device, plain and self.only_full_attention)
+
+    def start_decode(self, new_valid_BQ: Tensor | None) -> None:
+        """Take up a pass that continues a cache."""
+        self._masks.clear()
+        self._new_valid_BQ = new_valid_BQ
+
+    def finish(self, *, failed: bool) -> None:
+        """The decoder has returned or raised."""
+        prefill, self.prefill = self.prefill, None
+        self._masks.clear()
+        self._new_valid_BQ = None
+        if prefill is None or failed:
+            return
+        record = prefill.record()
+        if record.gate_fallbacks:
+            warnings.warn(
+                f"{record.gate_fallbacks} rows had a gate output that is not finite: they take the fallback",
+                stacklevel=2,
+            )
+        self.run.records.append(record)
+
+    def _expect(self, layer: ExitLayer, hidden_BND: Tensor, kwargs: dict[str, Any]) -> None:
+        new_tokens = hidden_BND.shape[1]
+        layer.expect(new_tokens, self._new_valid_BQ)
+        key = id(layer.columns)
+        # Layers of equal content share their columns, hence their mask.
+        if key not in self._masks:
+            self._masks[key] = (layer.columns, decode_mask(self.config, hidden_BND, layer, new_tokens))
+        kwargs["attention_mask"] = self._masks[key][1]
+
+
+def _is_exit_layer(cache: Any, index: int) -> bool:
+    layers = getattr(cache, "layers", ())
+    return index < len(layers) and isinstance(layers[index], ExitLayer)
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

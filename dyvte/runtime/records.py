@@ -1,0 +1,69 @@
+"""What a block reports. Shapes: B rows, L decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import ExitRuntimeError
+
+
+@dataclass(frozen=True)
+class PrefillRecord:
+    """One prefill with visual tokens. Tensors are detached and on the CPU.
+
+    Attributes
+    ----------
+    exit_layers_B
+        (B,) int64: layers that processed the visual tokens; L: they never left; -1: a row without an image.
+    gate_logits_BL
+        (B, L) float32: exit minus stay logit; column k-1 = after layer k; NaN where no gate ran.
+    num_visual_B
+        (B,) int64.
+    kv_bytes
+        Bytes that each layer's cache holds after the prefill; empty without a cache.
+    gate_fallbacks
+        Rows whose gate output was not finite.
+    """
+
+    exit_layers_B: Tensor
+    gate_logits_BL: Tensor
+    num_visual_B: Tensor
+    kv_bytes: tuple[int, ...]
+    gate_fallbacks: int
+
+
+class Run:
+    """What happened inside a block; stays readable after it.
+
+    Attributes
+    ----------
+    records
+        One `PrefillRecord` for each prefill that contained visual tokens.
+    sample_ids
+        Set it before a batch where a policy depends on the sample (random, oracle); one id per prompt.
+    transferred
+        True where the gates belong to another backbone of the same shape.
+    """
+
+    def __init__(self, transferred: bool = False) -> None:
+        self.records: list[PrefillRecord] = []
+        self.sample_ids: Sequence[str] | None = None
+        self.transferred = transferred
+
+    @property
+    def exit_layers(self) -> Tensor:
+        """(B,) int64 exit layers of the last record."""
+        return self._last().exit_layers_B
+
+    @property
+    def gate_logits(self) -> Tensor:
+        """(B, L) float32 gate logits of the last record."""
+        return self._last().gate_logits_BL
+
+    def _last(self) -> PrefillRecord:
+        if not self.records:
+            raise ExitRuntimeError("no prefill with visual tokens has run in this block yet")
+        return self.records[-1]

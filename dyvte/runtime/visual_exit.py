@@ -1,0 +1,330 @@
+"""`VisualExit`: the context manager that lets visual tokens leave a model part-way."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import Backbone, describe, fingerprint, weights_digest
+from ..errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualTokensError
+from ..gates import GateConfig, GateStack, check_rule, load_checkpoint
+from ..policies import FixedPolicy, LearnedPolicy, Policy
+from ..spans import find_spans, visual_mask
+from .engine import Engine
+from .records import Run
+from .streams import Layout
+
+_IMAGE_ARGUMENTS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_values_images",
+    "image_embeds",
+    "mm_encoder_outputs",
+)
+
+
+class VisualExit:
+    """Exits for a model: ``with exits(model) as run: model.generate(...)``.
+
+    Parameters
+    ----------
+    gates
+        Trained gates; None for a fixed exit.
+    threshold, min_layer, fallback, mode
+        The decision rule of `dyvte.gates.ExitRule`; None takes the value stored with the gates
+        (threshold 0.5, min_layer 1, no fallback, mode "gates" where nothing is stored). Without gates, or
+        with ``mode="fixed"``, every row leaves after layer `fallback` (None: never).
+    allow_transfer
+        Accept gates trained for another backbone of the same shape; recorded in `Run.transferred`.
+    visual_token_ids
+        Placeholder ids, for a family whose config does not name them.
+
+    Raises
+    ------
+    ConfigError
+        If the rule's settings make no sense.
+    """
+
+    def __init__(
+        self,
+        gates: GateStack | None = None,
+        *,
+        threshold: float | None = None,
+        min_layer: int | None = None,
+        fallback: int | None = None,
+        mode: str | None = None,
+        allow_transfer: bool = False,
+        visual_token_ids: tuple[int, ...] | None = None,
+    ) -> None:
+        if gates is not None and not isinstance(gates, GateStack):
+            raise ConfigError(
+                f"gates must be a GateStack, got {type(gates).__name__}; see VisualExit.from_pretrained"
+            )
+        stored = gates.config if gates is not None else None
+        self.threshold = _first(threshold, stored and stored.threshold, 0.5)
+        self.min_layer = _first(min_layer, stored and stored.min_layer, 1)
+        self.fallback = _first(fallback, stored.fallback if stored else None, None)
+        self.mode = _first(mode, stored and stored.mode, "gates")
+        check_rule(
+            stored.num_layers if stored else None, self.threshold, self.min_layer, self.fallback, self.mode
+        )
+        self.gates, self.config = gates, stored
+        self.allow_transfer, self.visual_token_ids = allow_transfer, visual_token_ids
+        if gates is None or self.mode == "fixed":
+            self.policy: Policy = FixedPolicy(self.fallback)
+        else:
+            self.policy = LearnedPolicy(gates, self.threshold, self.min_layer, self.fallback)
+
+    @classmethod
+    def fixed(cls, exit_layer: int, **options: Any) -> VisualExit:
+        """Every row leaves after layer `exit_layer` (VTW's K); 0: no layer sees the image, L: never."""
+        return cls(fallback=exit_layer, mode="fixed", **options)
+
+    @classmethod
+    def from_policy(cls, policy: Policy, **options: Any) -> VisualExit:
+        """Exits decided by any policy of `dyvte.policies`."""
+        if isinstance(policy, LearnedPolicy):
+            return cls(
+                policy.gates,
+                threshold=policy.threshold,
+                min_layer=policy.min_layer,
+                fallback=policy.fallback,
+                mode="gates",
+                **options,
+            )
+        exits = cls(mode="fixed", **options)
+        exits.policy = policy
+        return exits
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> VisualExit:
+        """Exits of a checkpoint folder (or hub id); without `gates.safetensors` it means fixed(fallback)."""
+        config, gates = load_checkpoint(folder)
+        if gates is not None:
+            return cls(gates, **options)
+        exits = cls(fallback=config.fallback, mode="fixed", **options)
+        exits.config = config
+        return exits
+
+    def __call__(self, model: nn.Module) -> ExitSession:
+        """A context manager for one model."""
+        return ExitSession(self, model)
+
+
+class ExitSession:
+    """Installs the exits on entering and takes every trace of them away on leaving."""
+
+    def __init__(self, exits: VisualExit, model: nn.Module) -> None:
+        self.exits, self.model = exits, model
+        self._undo: list[Any] = []
+        self._seen: dict[int, dict[str, Any]] = {}
+        self._prefills = 0
+
+    def __enter__(self) -> Run:
+        if self._undo:
+            raise ExitRuntimeError("this block is already active: call exits(model) again for a new one")
+        backbone = describe(self.model, self.exits.visual_token_ids)
+        self.exits.policy.check(backbone.num_layers, backbone.hidden_size)
+        transferred = _check_backbone(self.exits.config, backbone, self.exits.allow_transfer)
+        for layer in backbone.layers:
+            if hasattr(layer.__dict__.get("forward"), "_dyvte_engine"):
+                raise ExitRuntimeError("this model is inside a dyvte block already: leave that one first")
+        self.exits.policy.to(next(backbone.decoder.parameters()).device)
+        self.run = Run(transferred)
+        self.backbone = backbone
+        self.engine = Engine(backbone, self.exits.policy, self.run)
+        try:
+            self._install()
+        except BaseException:
+            self._remove()
+            raise
+        return self.run
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    # -- hooks -----------------------------------------------------------------------------------------
+    def _install(self) -> None:
+        for index, layer in enumerate(self.backbone.layers[: self.backbone.num_layers]):
+            own = layer.__dict__.get("forward")
+            wrapped = self.engine.wrap(index, layer.forward)
+            layer.forward = wrapped
+            self._undo.append(lambda layer=layer, own=own, wrapped=wrapped: _restore(layer, own, wrapped))
+        for depth, module in enumerate(self.backbone.path):
+            signature = inspect.signature(module.forward)
+            handle = module.register_forward_pre_hook(self._noting(depth, signature), with_kwargs=True)
+            self._undo.append(handle.remove)
+            handle = module.register_forward_hook(self._forget, always_call=True)
+            self._undo.append(handle.remove)
+        decoder = self.backbone.decoder
+        for handle in (
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, always_call=True),
+        ):
+            self._undo.append(handle.remove)
+
+    def _remove(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._seen.clear()
+
+    def _noting(self, depth: int, signature: inspect.Signature) -> Any:
+        var_keywords = [n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # An outer module starts a new pass: what deeper ones were given before is over.
+            for deeper in [d for d in self._seen if d >= depth]:
+                del self._seen[deeper]
+            try:
+                self._seen[depth] = signature.bind_partial(*args, **kwargs).arguments
+            except TypeError:
+                self._seen[depth] = dict(kwargs)
+            for name in var_keywords:
+                self._seen[depth].update(self._seen[depth].pop(name, None) or {})
+
+        return note
+
+    def _forget(self, *_: Any) -> None:
+        self._seen.clear()
+
+    def _argument(self, name: str) -> Any:
+        """The innermost value given under this name on the way down to the decoder."""
+        for depth in sorted(self._seen, reverse=True):
+            if (value := self._seen[depth].get(name)) is not None:
+                return value
+        return None
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids_BN, cache = self._argument("input_ids"), self._argument("past_key_values")
+        embeds_BND = self._argument("inputs_embeds")
+        images = any(self._argument(name) is not None for name in _IMAGE_ARGUMENTS)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        new_tokens = (ids_BN if ids_BN is not None else embeds_BND).shape[1]
+        mask_BN = self._two_dimensional_mask()
+        try:
+            if past == 0:
+                self._start_prefill(ids_BN, embeds_BND, mask_BN, images)
+            elif images:
+                raise ExitRuntimeError(
+                    "a new image in a later turn on the same cache is not supported: "
+                    "start a new cache with the whole conversation"
+                )
+            else:
+                new_valid = None
+                if new_tokens > 1 and mask_BN is not None and not mask_BN[:, -new_tokens:].all():
+                    new_valid = mask_BN[:, -new_tokens:].bool()
+                self.engine.start_decode(new_valid)
+        finally:
+            self._seen.clear()
+
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.engine.finish(failed=output is None)
+        self._seen.clear()
+
+    def _start_prefill(
+        self, ids_BN: Tensor | None, embeds_BND: Tensor | None, mask_BN: Tensor | None, images: bool
+    ) -> None:
+        if ids_BN is None:
+            raise ExitRuntimeError(
+                "the visual tokens are found in input_ids, but only inputs_embeds were given: pass input_ids"
+            )
+        if embeds_BND is not None and embeds_BND.shape[:2] != ids_BN.shape:
+            raise ExitRuntimeError(
+                f"input_ids have shape {tuple(ids_BN.shape)}, the decoder got {tuple(embeds_BND.shape[:2])} "
+                "tokens: this family does not expand its placeholders in input_ids"
+            )
+        if mask_BN is not None and mask_BN.shape != ids_BN.shape:
+            raise ExitRuntimeError(
+                f"attention_mask has shape {tuple(mask_BN.shape)}, "
+                f"expected that of input_ids, {tuple(ids_BN.shape)}"
+            )
+        visual_BN = visual_mask(ids_BN, self.backbone.visual_token_ids)
+        valid_BN = torch.ones_like(visual_BN) if mask_BN is None else mask_BN.bool()
+        # The one copy to the host that every index of this prefill is worked out from.
+        visual_BN, valid_BN = torch.stack([visual_BN, valid_BN]).cpu()
+        layout = Layout(find_spans(visual_BN.long(), (1,), valid_BN))
+        if not layout.has_image_B.any():
+            if images:
+                raise NoVisualTokensError(
+                    "an image was given, but the prompt has no visual token "
+                    f"(ids {self.backbone.visual_token_ids}): let the processor expand the prompt, or pass "
+                    "visual_token_ids"
+                )
+            return
+        if self._argument("output_attentions"):
+            raise ExitRuntimeError("output_attentions has no meaning once tokens have left: switch it off")
+        _warn_short_prompts(layout)
+        decoder_mask = self._seen.get(len(self.backbone.path) - 1, {}).get("attention_mask")
+        plain = decoder_mask is None or (isinstance(decoder_mask, Tensor) and decoder_mask.dim() == 2)
+        self.engine.start_prefill(layout, self._sample_ids(layout.batch), ids_BN.device, plain)
+
+    def _two_dimensional_mask(self) -> Tensor | None:
+        # gemma3 and paligemma hand a 4D or dict mask to their text model; the 2D one is higher up.
+        for depth in sorted(self._seen, reverse=True):
+            mask = self._seen[depth].get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                return mask
+        return None
+
+    def _sample_ids(self, rows: int) -> list[str]:
+        self._prefills += 1
+        given = self.run.sample_ids
+        if given is None:
+            return [f"{self._prefills}:{row}" for row in range(rows)]
+        if len(given) == 0 or rows % len(given):
+            raise ConfigError(f"run.sample_ids holds {len(given)} ids, the batch has {rows} rows")
+        return [str(given[row // (rows // len(given))]) for row in range(rows)]
+
+
+def _restore(layer: nn.Module, own: Any, wrapped: Any) -> None:
+    if layer.__dict__.get("forward") is not wrapped:
+        warnings.warn(
+            "another tool replaced a decoder layer's forward inside the block; its version stays",
+            stacklevel=3,
+        )
+        return
+    if own is None:
+        del layer.forward
+    else:
+        layer.forward = own
+
+
+def _check_backbone(config: GateConfig | None, backbone: Backbone, allow_transfer: bool) -> bool:
+    """True where the gates belong to another backbone and that is allowed."""
+    if config is None or not config.backbone:
+        return False
+    found = {"fingerprint": fingerprint(backbone.model)}
+    if config.backbone.get("weights"):
+        found["weights"] = weights_digest(backbone.model)
+    for name, have in found.items():
+        want = config.backbone.get(name)
+        if not want or have is None or want == have:
+            continue
+        if allow_transfer:
+            return True
+        raise GateMismatchError(
+            f"these gates were made for {config.backbone.get('id', 'another backbone')} ({name} {want}), "
+            f"the model in hand has {name} {have}: use its own gates, or pass allow_transfer=True"
+        )
+    return False
+
+
+def _warn_short_prompts(layout: Layout) -> None:
+    short = int((layout.has_image_B & (layout.num_prompt_B == 1)).sum())
+    if short:
+        warnings.warn(
+            f"{short} rows have a single text token after the image: gates see little of the question",
+            stacklevel=2,
+        )
+
+
+def _first(*values: Any) -> Any:
+    return next((v for v in values if v is not None), None)
