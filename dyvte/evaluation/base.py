@@ -235,7 +235,7 @@ def predictions_from_rows(
 
 
 def read_raw_predictions(path: Path) -> Predictions:
-    """Read answers as jsonl: our ``predictions.jsonl`` or LLaVA's answers file (``question_id``, ``text``)."""
+    """Read jsonl answers: our ``predictions.jsonl`` or LLaVA's answers file (``question_id``, ``text``)."""
     return predictions_from_rows(
         read_jsonl(path), path, "question_id", ("prediction", "text"), converted=False
     )

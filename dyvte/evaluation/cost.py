@@ -1,8 +1,9 @@
 """FLOPs of the prefill, under the conventions of the published papers.
 
-The papers count differently, so a figure means nothing without its convention; :data:`CONVENTIONS` holds three.
-All cover the language model's decoder layers in prefill: no vision tower, output head, gates or decoding (those are
-separate functions here). A sample's visual tokens go through its first ``exit_layer`` layers, its text through all.
+The papers count differently, so a figure means nothing without its convention; :data:`CONVENTIONS` holds
+three. All cover the language model's decoder layers in prefill: no vision tower, output head, gates or
+decoding (those are separate functions here). A sample's visual tokens go through its first ``exit_layer``
+layers, its text through all.
 
 Shape letters: B batch, L layers.
 """
@@ -22,8 +23,8 @@ from dyvte.errors import ConfigError, UnsupportedBackboneError
 class DecoderShape:
     """Sizes of a decoder that its cost depends on.
 
-    ``ffn_sizes_L`` holds the intermediate size each token meets per layer: for experts, the sum over the active
-    and shared ones.
+    ``ffn_sizes_L`` holds the intermediate size each token meets per layer: for experts, the sum over the
+    active and shared ones.
     """
 
     hidden_size: int
@@ -43,8 +44,8 @@ class DecoderShape:
 class Convention:
     """One way to count: multiply-adds as 1 or 2, matrices per FFN, which tokens.
 
-    ``4nd^2 + 2n^2d + ffn_matrices * ndm`` per layer, times ``flops_per_mac``; with grouped-query heads the first
-    term counts the projections as they are.
+    ``4nd^2 + 2n^2d + ffn_matrices * ndm`` per layer, times ``flops_per_mac``; with grouped-query heads the
+    first term counts the projections as they are.
     """
 
     flops_per_mac: int
@@ -143,7 +144,8 @@ def prefill_flops(
     Parameters
     ----------
     num_text_B, num_visual_B : tokens of each kind.
-    exit_layers_B : layers that process visual tokens, 0..L; -1 for a row without image. Fractions (a mean exit
+    exit_layers_B : layers that process visual tokens, 0..L; -1 for a row without image. Fractions (a mean
+    exit
         layer) interpolate between whole layers.
     convention : key of :data:`CONVENTIONS`.
 
@@ -186,7 +188,7 @@ def head_flops(shape: DecoderShape) -> int:
 
 
 def vision_tower_flops(vision_config: Any) -> float | None:
-    """FLOPs (two per multiply-add) of a ViT on one image of its native size; None when the config lacks sizes."""
+    """FLOPs (two per multiply-add) of a ViT on one image; None when the config lacks a size."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
     values = [getattr(vision_config, name, None) for name in names]
     if not all(isinstance(value, int) for value in values):

@@ -1,7 +1,8 @@
-"""Exit rules as curves: what a rule keeps over the visual compute it spends, and rules compared at equal compute.
+"""Exit rules as curves: what a rule keeps over the visual compute it spends; rules at equal compute.
 
-A rule with a knob (a threshold, K) gives a few operating points; drawing each sample from one of two neighbouring
-points meets any compute between them, and its expected figures lie on the straight line between theirs.
+A rule with a knob (a threshold, K) gives a few operating points; drawing each sample from one of two
+neighbouring points meets any compute between them, and its expected figures lie on the straight line between
+theirs.
 
 Shape letters: B samples, L decoder layers, S settings of the knob.
 """
@@ -105,7 +106,7 @@ def mixture_at(compute_S: np.ndarray, budget: float) -> Mixture:
 
 
 def chosen_by_id(sample_ids: Sequence[str], share: float, seed: int) -> np.ndarray:
-    """(B,) bool: ``share`` of the samples, picked by a hash of id and seed, so order and batches do not matter."""
+    """(B,) bool: ``share`` of the samples, picked by a hash of id and seed: order does not matter."""
     keys = [hashlib.sha256(f"{seed}:{i}".encode()).digest()[:8] for i in sample_ids]
     ranks = np.argsort(np.argsort(np.array([int.from_bytes(key, "big") for key in keys], dtype=np.uint64)))
     return ranks < round(share * len(sample_ids))

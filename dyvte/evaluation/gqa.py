@@ -1,7 +1,8 @@
 """GQA: real-world visual reasoning (Hudson & Manning, 2019), test-dev balanced.
 
-Scores follow the official ``eval.py`` on predictions converted as LLaVA does (strip, drop trailing full stops,
-lower-case; the gold answer is left alone). Dialects ``lmms`` and ``vlmevalkit`` read answers as those tools do.
+Scores follow the official ``eval.py`` on predictions converted as LLaVA does (strip, drop trailing full
+stops, lower-case; the gold answer is left alone). Dialects ``lmms`` and ``vlmevalkit`` read answers as those
+tools do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """MME: 14 subtasks of yes/no questions, two per image (Fu et al., 2023).
 
 Per subtask: acc = share of questions right, acc+ = share of images with both right, score = their sum in
-percent (0..200). Perception and cognition are sums over the subtasks that are present. Answers are read as the
-official ``calculation.py`` does (``original``), as lmms-eval does, or as VLMEvalKit's exact matching does.
+percent (0..200). Perception and cognition are sums over the subtasks that are present. Answers are read as
+the official ``calculation.py`` does (``original``), as lmms-eval does, or as VLMEvalKit's exact matching
+does.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def _above_chord(values: Sequence[float] | np.ndarray, left: int, middle: int, r
 def fixed_points(
     calibration_values_BL1: Tensor, num_visual_B: Tensor, *, smaller_is_better: bool = True
 ) -> OperatingPoints:
-    """Fixed K along the hull found on calibration samples, applied to samples with ``num_visual_B`` tokens."""
+    """Fixed K along the hull found on calibration samples, applied to other samples."""
     means_L1 = calibration_values_BL1.double().mean(0).numpy()
     corners = lower_hull(means_L1 if smaller_is_better else -means_L1)
     exits_SB = torch.tensor(corners)[:, None].expand(len(corners), len(num_visual_B))
@@ -138,7 +138,7 @@ class QuestionRouter(nn.Module):
 
 
 def train_router(features_BF: Tensor, risk_BL1: Tensor, settings: RouterSettings) -> QuestionRouter:
-    """Minimise the gates' own objective, sum_k P_k (risk_k + lam k / L), over P given by the question alone."""
+    """Minimise the gates' objective, sum_k P_k (risk_k + lam k / L), P given by the question alone."""
     if len(features_BF) != len(risk_BL1):
         raise DataError(f"{len(features_BF)} questions but {len(risk_BL1)} traced samples")
     num_layers, num_features = risk_BL1.shape[1] - 1, features_BF.shape[1]

@@ -20,8 +20,10 @@ def test_means_are_over_samples():
 def test_a_constant_difference_has_no_spread():
     b = np.random.default_rng(0).random(40)
     result = paired_bootstrap(b + 0.25, b, [f"i{n // 4}" for n in range(40)])
-    assert result.low == pytest.approx(0.25) and result.high == pytest.approx(0.25)
-    assert result.share_above_zero == 1.0 and result.clear()
+    assert result.low == pytest.approx(0.25)
+    assert result.high == pytest.approx(0.25)
+    assert result.share_above_zero == 1.0
+    assert result.clear()
 
 
 def test_equal_to_the_exact_distribution_over_three_images():
@@ -65,12 +67,14 @@ def test_strata_keep_their_size():
 
     bootstrap_difference(statistic, statistic, 5, num_draws=300, strata_G=strata)
     weights = np.concatenate(seen)
-    assert set(weights[:, :3].sum(1)) == {3.0} and set(weights[:, 3:].sum(1)) == {2.0}
+    assert set(weights[:, :3].sum(1)) == {3.0}
+    assert set(weights[:, 3:].sum(1)) == {2.0}
 
 
 def test_groups_in_order_of_appearance():
     groups, count = group_index(["b", "a", "b"])
-    assert groups.tolist() == [0, 1, 0] and count == 2
+    assert groups.tolist() == [0, 1, 0]
+    assert count == 2
 
 
 def test_errors():

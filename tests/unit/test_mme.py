@@ -1,4 +1,5 @@
-"""MME's loader and scorer against the published table of readings and an independent scorer of result files."""
+"""MME's loader and scorer against the published table of readings and an independent scorer of result
+files."""
 
 from __future__ import annotations
 
@@ -198,5 +199,5 @@ def test_missing_predictions_and_halved_pairs_are_named(mme, tmp_path):
     questions = mme.load(tmp_path)
     with pytest.raises(ScoreError, match=r"1 of 2 questions have no prediction: color/1.png#2"):
         mme.score(questions, Predictions({questions[0].id: "Yes"}))
-    with pytest.raises(ScoreError, match="1 images have not exactly two questions: color/1.png"):
+    with pytest.raises(ScoreError, match=r"1 images have not exactly two questions: color/1\.png"):
         mme.score(questions[:1], Predictions({questions[0].id: "Yes"}))

@@ -194,7 +194,8 @@ def test_mixture_skips_equal_points():
 def test_draws_differ_by_seed_and_keep_their_share():
     ids = [str(n) for n in range(101)]
     one, two = chosen_by_id(ids, 0.3, 0), chosen_by_id(ids, 0.3, 1)
-    assert one.sum() == two.sum() == 30 and not np.array_equal(one, two)
+    assert one.sum() == two.sum() == 30
+    assert not np.array_equal(one, two)
 
 
 def test_compute_to_reach():

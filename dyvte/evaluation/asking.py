@@ -1,0 +1,178 @@
+"""Put questions to a model in batches: prompts, images, greedy generation with exits, answers.
+
+Shape letters: B rows, N tokens, L decoder layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyvte.backbones import PromptTemplate, encode
+from dyvte.errors import DataError
+from dyvte.evaluation.base import Question
+from dyvte.evaluation.records import Answer
+from dyvte.policies import Policy
+from dyvte.runtime import VisualExit
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A loaded backbone and how it is asked."""
+
+    model: Any
+    processor: Any
+    template: PromptTemplate
+    max_new_tokens: int = 16
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.device
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded questions, left-padded, on the model's device."""
+
+    index: int
+    question_ids: tuple[str, ...]
+    inputs: dict[str, Tensor]
+    num_tokens_B: Tensor
+
+
+def plan_batches(asker: Asker, prompts: Sequence[str], batch_size: int) -> list[list[int]]:
+    """Indices of the questions of each batch: neighbours in prompt length, longest first.
+
+    A function of prompts and batch size alone, so that a resumed run forms the same batches. Longest first,
+    so that a batch that does not fit in memory fails at the start.
+    """
+    ids = asker.processor.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    order = sorted(range(len(prompts)), key=lambda i: (-len(ids[i]), i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def load_image(path: Path) -> Any:
+    """An RGB PIL image.
+
+    Raises
+    ------
+    DataError
+        Missing or unreadable.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"missing image {path}") from error
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"cannot read image {path}: {error}") from error
+
+
+def encode_questions(
+    asker: Asker, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
+) -> Batch:
+    """One batch of questions, ready to be asked."""
+    paths = {q.image: None for q in questions}
+    images = {path: load_image(path) for path in paths}
+    rendered = [asker.template.render(prompt) for prompt in prompts]
+    rows = [[images[q.image]] for q in questions]
+    inputs, _ = encode(asker.processor, rendered, rows, padding_side="left")
+    num_tokens_B = inputs["attention_mask"].sum(1)
+    return Batch(index, tuple(q.id for q in questions), _place(inputs, asker), num_tokens_B)
+
+
+def _place(inputs: dict[str, Tensor], asker: Asker) -> dict[str, Tensor]:
+    dtype = asker.model.dtype
+    return {
+        name: tensor.to(asker.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
+
+
+def encoded_batches(
+    asker: Asker,
+    questions: Sequence[Question],
+    prompts: Sequence[str],
+    plan: Sequence[Sequence[int]],
+    wanted: Sequence[int],
+) -> Iterator[Batch]:
+    """The wanted batches of the plan; the next one is read and encoded while the caller works on this one."""
+
+    def make(index: int) -> Batch:
+        rows = plan[index]
+        return encode_questions(asker, [questions[i] for i in rows], [prompts[i] for i in rows], index)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = [pool.submit(make, index) for index in wanted[:1]]
+        for position in range(len(wanted)):
+            batch = coming.pop().result()
+            if position + 1 < len(wanted):
+                coming.append(pool.submit(make, wanted[position + 1]))
+            yield batch
+
+
+@torch.inference_mode()
+def answer(asker: Asker, batch: Batch, policy: Policy) -> list[Answer]:
+    """Greedy answers of one batch under one policy."""
+    exits = VisualExit.from_policy(policy)
+    with exits(asker.model) as run:
+        run.sample_ids = batch.question_ids
+        tokens_BN = asker.model.generate(
+            **batch.inputs,
+            max_new_tokens=asker.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+    new_BN = tokens_BN[:, batch.inputs["input_ids"].shape[1] :]
+    texts = asker.processor.tokenizer.batch_decode(new_BN, skip_special_tokens=True)
+    record = run.records[0]
+    asked_gates = bool(record.gate_logits_BL.isfinite().any())
+    kv_bytes = sum(record.kv_bytes) / len(texts)
+    return [
+        Answer(
+            question_id=question_id,
+            prediction=text,
+            exit_layer=int(record.exit_layers_B[row]),
+            num_visual=int(record.num_visual_B[row]),
+            num_text=int(batch.num_tokens_B[row] - record.num_visual_B[row]),
+            num_new_tokens=_num_new(new_BN[row], asker),
+            kv_bytes=kv_bytes,
+            gate_logits=_logits(record.gate_logits_BL[row]) if asked_gates else (),
+        )
+        for row, (question_id, text) in enumerate(zip(batch.question_ids, texts, strict=True))
+    ]
+
+
+def _num_new(tokens_N: Tensor, asker: Asker) -> int:
+    """Tokens up to and with the first end token; what follows is padding."""
+    ends = asker.model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    is_end_N = torch.isin(tokens_N, torch.tensor(ends, device=tokens_N.device, dtype=tokens_N.dtype))
+    found = is_end_N.nonzero()
+    return int(found[0]) + 1 if len(found) else len(tokens_N)
+
+
+def _logits(logits_L: Tensor) -> tuple[float | None, ...]:
+    return tuple(round(x, 6) if math.isfinite(x) else None for x in logits_L.tolist())
+
+
+def questions_digest(questions: Sequence[Question], prompts: Sequence[str]) -> str:
+    """sha256 over ids, prompts and image names: what a resumed run must share."""
+    digest = hashlib.sha256()
+    for question, prompt in zip(questions, prompts, strict=True):
+        digest.update("\0".join((question.id, prompt, question.image.name, "\n")).encode())
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""Policies of an evaluation: from the command line, named for folders, identified for resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dyvte.errors import ConfigError
+from dyvte.policies import FixedPolicy, LearnedPolicy, OraclePolicy, Policy, parse_policy
+
+
+@dataclass(frozen=True)
+class NamedPolicy:
+    """A policy, a label that is safe as a folder name, and what identifies it across runs."""
+
+    name: str
+    policy: Policy
+    identity: Mapping[str, Any]
+
+
+def parse_policies(texts: Sequence[str], seed: int = 0) -> list[NamedPolicy]:
+    """Policies from ``never``, ``fixed:K``, ``gates:FOLDER[@threshold]``, ``random:LOW-HIGH[:SEED]``.
+
+    Raises
+    ------
+    ConfigError
+        Unknown or malformed, or the same policy twice.
+    """
+    named: list[NamedPolicy] = []
+    for text in texts:
+        if text in texts[: len(named)]:
+            raise ConfigError(f"policy {text!r} is given twice")
+        one = parse_named(text, seed)
+        taken = {other.name for other in named}
+        name, number = one.name, 2
+        while name in taken:
+            name, number = f"{one.name}-{number}", number + 1
+        named.append(NamedPolicy(name, one.policy, one.identity))
+    return named
+
+
+def parse_named(text: str, seed: int = 0) -> NamedPolicy:
+    """One policy from its command-line form; ``seed`` is for a random policy without its own."""
+    kind, _, argument = text.partition(":")
+    if kind == "gates":
+        return _gates(argument)
+    if kind == "random" and argument.count(":") == 0:
+        text = f"{text}:{seed}"
+    policy = parse_policy(text)
+    return NamedPolicy(re.sub(r"[^\w.-]+", "-", text), policy, {"policy": text})
+
+
+def given_exits(name: str, exit_layers: Mapping[str, int]) -> NamedPolicy:
+    """Exit layers known beforehand, by question id."""
+    content = ",".join(f"{question_id}={k}" for question_id, k in sorted(exit_layers.items()))
+    identity = {"policy": "given", "exit_layers_sha256": _sha256(content.encode())}
+    return NamedPolicy(name, OraclePolicy(exit_layers), identity)
+
+
+def learned(name: str, policy: LearnedPolicy) -> NamedPolicy:
+    """Gates in memory; identified by their weights and decision rule."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(policy.gates.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    digest.update(repr(policy.gates.config.offsets).encode())
+    identity = {
+        "policy": "gates",
+        "gates_sha256": digest.hexdigest(),
+        "threshold": policy.threshold,
+        "min_layer": policy.min_layer,
+        "fallback": policy.fallback,
+    }
+    return NamedPolicy(name, policy, identity)
+
+
+def _gates(argument: str) -> NamedPolicy:
+    path, at, threshold = argument.rpartition("@")
+    if not at:
+        path = argument
+    policy = parse_policy(f"gates:{path}")
+    name = "gates-" + re.sub(r"[^\w.-]+", "-", "-".join(Path(path).absolute().parts[-2:]))
+    if isinstance(policy, FixedPolicy):
+        if at:
+            raise ConfigError(
+                f"{path} describes a fixed exit: a threshold (@{threshold}) means nothing there"
+            )
+        return NamedPolicy(name, policy, {"policy": f"fixed:{policy.exit_layer}"})
+    if at:
+        policy.threshold = _threshold(threshold)
+        name = f"{name}-{threshold}"
+    return learned(name, policy)
+
+
+def _threshold(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"threshold {text!r} after '@': expected a probability in 0..1")
+    return value
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
