@@ -36,7 +36,7 @@ class CheckpointError(DyvteError, RuntimeError):
 
 
 class ExitRuntimeError(DyvteError, RuntimeError):
-    """The exit runtime was used in a way it cannot serve: a nested block, an unknown cache, a mask it cannot read."""
+    """The exit runtime was used in a way it cannot serve: a nested block, a foreign cache or mask."""
 
 
 class CalibrationError(DyvteError, ValueError):

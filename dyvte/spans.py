@@ -92,6 +92,7 @@ def _like(input_ids_BN: Tensor, mask_BN: Tensor | None, name: str, *, fill: bool
         return torch.full_like(input_ids_BN, fill, dtype=torch.bool)
     if mask_BN.shape != input_ids_BN.shape:
         raise ValueError(
-            f"{name} has shape {tuple(mask_BN.shape)}, expected that of input_ids, {tuple(input_ids_BN.shape)}"
+            f"{name} has shape {tuple(mask_BN.shape)}, "
+            f"expected that of input_ids, {tuple(input_ids_BN.shape)}"
         )
     return mask_BN.to(device=input_ids_BN.device, dtype=torch.bool)

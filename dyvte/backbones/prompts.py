@@ -53,6 +53,7 @@ class V1Template:
     def render(
         self, question: str, answer: str | None = None, has_image: bool | int = True
     ) -> RenderedPrompt:
+        """See `PromptTemplate.render`."""
         _check_text(question, answer, self.image_token)
         images = f"{self.image_token}\n" * int(has_image)
         prompt = f"{V1_SYSTEM} USER: {images}{question} ASSISTANT:"
@@ -73,6 +74,7 @@ class ChatTemplate:
     def render(
         self, question: str, answer: str | None = None, has_image: bool | int = True
     ) -> RenderedPrompt:
+        """See `PromptTemplate.render`."""
         _check_text(question, answer, self.image_token)
         content = [{"type": "image"}] * int(has_image) + [{"type": "text", "text": question}]
         user = {"role": "user", "content": content}

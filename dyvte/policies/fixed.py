@@ -19,13 +19,16 @@ class FixedPolicy(Policy):
 
     @classmethod
     def parse(cls, argument: str) -> FixedPolicy:
+        """Make the policy from the text after its name."""
         if not argument.isdecimal():
             raise ConfigError(f"policy fixed:{argument}: expected fixed:K with a number of layers K")
         return cls(int(argument))
 
     def check(self, num_layers: int, hidden_size: int) -> None:
+        """Raise where a layer number or shape does not fit the backbone."""
         check_rule(num_layers, 0.5, 1, self.exit_layer, "fixed")
 
     def start(self, rows: Rows) -> Plan:
+        """The plan for one prefill."""
         k = rows.num_layers if self.exit_layer is None else self.exit_layer
         return Plan(torch.full((len(rows.num_visual_B),), k))

@@ -22,18 +22,23 @@ class GatePlan(Plan):
 
     @property
     def num_fallbacks(self) -> int:  # type: ignore[override]
+        """Rows whose gate output was not finite."""
         return int(self.rule.fallback_B.sum())
 
     def asks(self, k: int) -> bool:
+        """Does any row still need gate k?"""
         return self.rule.wants(k)
 
     def asking_rows(self) -> Tensor:
+        """(B,) bool: rows that no gate has settled yet."""
         return self.rule.asking_B.clone()
 
     def logits(self, k: int, features_BF: Tensor) -> Tensor:
+        """(B,) logits of gate k."""
         return self.gates.gate(k, features_BF)
 
     def step(self, k: int, logits_B: Tensor) -> None:
+        """Settle the rows whose gate k fires."""
         self.rule.step(k, logits_B)
 
 
@@ -49,12 +54,14 @@ class LearnedPolicy(Policy):
 
     @classmethod
     def parse(cls, argument: str) -> Policy:
+        """Make the policy from the text after its name."""
         config, gates = load_checkpoint(argument)
         if gates is None or config.mode == "fixed":
             return FixedPolicy(config.fallback)
         return cls(gates, config.threshold, config.min_layer, config.fallback)
 
     def check(self, num_layers: int, hidden_size: int) -> None:
+        """Raise where a layer number or shape does not fit the backbone."""
         config = self.gates.config
         if (config.num_layers, config.hidden_size) != (num_layers, hidden_size):
             raise GateMismatchError(
@@ -65,10 +72,12 @@ class LearnedPolicy(Policy):
         ExitRule(0, num_layers, self.threshold, self.min_layer, self.fallback)
 
     def to(self, device: torch.device) -> None:
+        """Bring the gates to the backbone's device."""
         if self.gates.device != device:
             self.gates.to(device)
 
     def start(self, rows: Rows) -> Plan:
+        """The plan for one prefill."""
         rule = ExitRule(
             len(rows.num_visual_B), rows.num_layers, self.threshold, self.min_layer, self.fallback
         )

@@ -15,9 +15,11 @@ class NeverPolicy(Policy):
 
     @classmethod
     def parse(cls, argument: str) -> NeverPolicy:
+        """Make the policy from the text after its name."""
         if argument:
             raise ConfigError(f"policy never takes no argument, got {argument!r}")
         return cls()
 
     def start(self, rows: Rows) -> Plan:
+        """The plan for one prefill."""
         return Plan(torch.full((len(rows.num_visual_B),), rows.num_layers))

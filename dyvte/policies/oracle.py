@@ -25,6 +25,7 @@ class OraclePolicy(Policy):
         self.exit_layers = exit_layers
 
     def check(self, num_layers: int, hidden_size: int) -> None:
+        """Raise where a layer number does not fit the backbone."""
         given = self.exit_layers.values() if isinstance(self.exit_layers, Mapping) else self.exit_layers
         for k in given:
             # -1 is a row without an image: its entry is not used.
@@ -34,6 +35,7 @@ class OraclePolicy(Policy):
                 )
 
     def start(self, rows: Rows) -> Plan:
+        """The plan for one prefill."""
         given = self.exit_layers
         if isinstance(given, Mapping):
             if missing := [i for i in rows.sample_ids if i not in given]:

@@ -24,12 +24,14 @@ class RandomPolicy(Policy):
 
     @classmethod
     def parse(cls, argument: str) -> RandomPolicy:
+        """Make the policy from the text after its name."""
         match = re.fullmatch(r"(\d+)-(\d+)(?::(\d+))?", argument)
         if match is None:
             raise ConfigError(f"policy random:{argument}: expected random:LOW-HIGH or random:LOW-HIGH:SEED")
         return cls(int(match[1]), int(match[2]), int(match[3] or 0))
 
     def check(self, num_layers: int, hidden_size: int) -> None:
+        """Raise where a layer number or shape does not fit the backbone."""
         check_rule(num_layers, 0.5, 1, self.high, "fixed")
 
     def draw(self, sample_id: str) -> int:
@@ -38,4 +40,5 @@ class RandomPolicy(Policy):
         return self.low + int.from_bytes(digest[:8], "big") % (self.high - self.low + 1)
 
     def start(self, rows: Rows) -> Plan:
+        """The plan for one prefill."""
         return Plan(torch.tensor([self.draw(i) for i in rows.sample_ids]))

@@ -37,6 +37,7 @@ class Columns:
 
     @property
     def batch(self) -> int:
+        """Rows; -1 where nothing depends on them."""
         if self.slots_KB is not None:
             return self.slots_KB.shape[1]
         return -1 if self.valid_BK is None else self.valid_BK.shape[0]
@@ -117,6 +118,7 @@ class ExitLayer(DynamicLayer):
         self._expected = (num_new, new_valid_BQ)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append announced tokens; returns all K/V as (B, H, K, d)."""
         expected, self._expected = self._expected, None
         if expected is None or expected[0] != key_states.shape[-2]:
             raise ExitRuntimeError(
@@ -146,15 +148,19 @@ class ExitLayer(DynamicLayer):
         return buffer_SHd, gathered.permute(1, 2, 0, 3)
 
     def get_seq_length(self) -> int:
+        """Length of a stock cache, dropped tokens included."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes of a stock cache: outer masks are replaced layer by layer."""
         return self.seen + query_length, 0
 
     def reset(self) -> None:
+        """Refused: what the rows kept would be lost."""
         raise ExitRuntimeError("a cache behind an exit cannot be reset: make a new one")
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; the number is negative, as in transformers."""
         if tokens_to_remove > 0:
             raise ExitRuntimeError("crop takes the negative number of tokens to remove")
         removed = abs(tokens_to_remove)
@@ -168,12 +174,15 @@ class ExitLayer(DynamicLayer):
             self.values = self.values[..., : self.length, :]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of a beam search in their new order."""
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row several times."""
         self._select(repeats)
 
     def _select(self, rows: Tensor | int) -> None:
@@ -190,10 +199,12 @@ class Capture:
         self.values: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Remember and pass on."""
         self.keys, self.values = key_states, value_states
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """A prefill has no past."""
         return 0
 
 

@@ -56,6 +56,7 @@ class Prefill:
         return output
 
     def record(self) -> PrefillRecord:
+        """What happened, for the user."""
         exits_B = torch.where(self.layout.has_image_B, self.plan.exit_layers_B, -1)
         layers = getattr(self.cache, "layers", ())
         return PrefillRecord(

@@ -33,6 +33,7 @@ class Layout:
 
     @property
     def has_image_B(self) -> Tensor:
+        """(B,) bool."""
         return self.num_visual_B > 0
 
 
@@ -105,8 +106,7 @@ class Partition:
         axis = self._token_axis(tensor)
         if axis is None:
             return self._rows(tensor, self.rows_T)
-        batch, tokens = tensor.shape[axis - 1 : axis + 1]
-        index = self.take if batch == self.layout.batch else self.positions_T.flatten()
+        index = self.take if tensor.shape[axis - 1] == self.layout.batch else self.positions_T.flatten()
         flat = tensor.flatten(axis - 1, axis).index_select(axis - 1, index)
         return flat.unflatten(axis - 1, (self.num_text_rows, self.text_length))
 

@@ -1,0 +1,91 @@
+"""A gates checkpoint on disk: `gate_config.json` and `gates.safetensors`, each written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .config import CONFIG_FILE, GateConfig
+
+WEIGHTS_FILE = "gates.safetensors"
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, dict[str, Tensor] | None]:
+    """Config and tensors of a checkpoint folder, or of such a repository on the hub; no tensors: a fixed exit.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint, or a file of it cannot be read.
+    """
+    path = _local_folder(folder)
+    if not (path / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"no {CONFIG_FILE} in {path}: this is not a dyvte gates checkpoint (see `dyvte init`)"
+        )
+    config = GateConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        return config, None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return config, load_file(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} is not a readable safetensors file: {error}") from error
+
+
+def write_checkpoint(
+    folder: str | os.PathLike[str], config: GateConfig, tensors: Mapping[str, Tensor]
+) -> None:
+    """Weights first, config last: a folder with a config is complete."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write_atomically(Path(folder) / WEIGHTS_FILE, save(plain, metadata={"format": "pt"}))
+    save_config(config, folder)
+
+
+def save_config(config: GateConfig, folder: str | os.PathLike[str]) -> None:
+    """Write `gate_config.json` alone: after calibration, or for a fixed exit without gates."""
+    _write_atomically(Path(folder) / CONFIG_FILE, config.to_json().encode())
+
+
+def _local_folder(folder: str | os.PathLike[str]) -> Path:
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.is_file() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+        raise CheckpointError(f"no gates checkpoint folder at {folder}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} is neither a local folder nor a repository the hub gave: {error}"
+        ) from error
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {path.parent}: {error}") from error
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,111 @@
+"""Brute force: the whole padded sequence at every step, no cache, visual keys hidden layer by layer.
+
+Shares no code with the runtime. Shapes: B rows, N tokens so far, L layers, P prompts (rows before beams).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def exit_by_masks(model, exits_P, visual_ids, layers=None):
+    """Inside, decoder layer i gets a causal 4D mask without the visual keys of rows whose exit is <= i.
+
+    Only forward calls without a cache are covered. `exits_P` has one entry per prompt; beams repeat it.
+    """
+    layers = model.get_decoder().layers if layers is None else layers
+    exits_P = torch.as_tensor(exits_P)
+    now: dict[str, Tensor] = {}
+
+    def look(module, args, kwargs):
+        ids_BN = kwargs["input_ids"]
+        valid_BN = kwargs.get("attention_mask")
+        valid_BN = torch.ones_like(ids_BN) if valid_BN is None else valid_BN
+        now.update(visual=torch.isin(ids_BN, torch.tensor(list(visual_ids))), valid=valid_BN.bool())
+        now["exits"] = exits_P.repeat_interleave(len(ids_BN) // len(exits_P))
+
+    def swap(index):
+        def hook(module, args, kwargs):
+            seen_BN = now["valid"] & ~(now["visual"] & (now["exits"] <= index)[:, None])
+            length = seen_BN.shape[1]
+            causal_NN = torch.ones(length, length, dtype=torch.bool).tril()
+            allowed = (causal_NN & seen_BN[:, None, :])[:, None]
+            mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+            return args, {**kwargs, "attention_mask": mask}
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
+    for i, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(swap(i), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def greedy_reference(model, inputs: dict, exits_B, visual_ids, steps: int):
+    """Logits (B, 1 + steps, V) of the prefill's end and each greedy step, and tokens (B, 1 + steps)."""
+    inputs = dict(inputs)
+    ids_BN, valid_BN = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    logits, tokens = [], []
+    for _ in range(steps + 1):
+        with exit_by_masks(model, exits_B, visual_ids):
+            positions_BN = (valid_BN.cumsum(1) - 1).clamp(min=0)
+            out = model(
+                input_ids=ids_BN,
+                attention_mask=valid_BN,
+                position_ids=positions_BN,
+                use_cache=False,
+                **inputs,
+            )
+        logits.append(out.logits[torch.arange(len(ids_BN)), last_valid(valid_BN)])
+        tokens.append(allowed_argmax(logits[-1], visual_ids))
+        ids_BN = torch.cat([ids_BN, tokens[-1][:, None]], 1)
+        valid_BN = torch.cat([valid_BN, torch.ones_like(valid_BN[:, :1])], 1)
+    return torch.stack(logits, 1), torch.stack(tokens, 1)
+
+
+@torch.no_grad()
+def greedy_cached(model, inputs: dict, visual_ids, steps: int):
+    """The same by the ordinary loop of cached forward calls, for use inside an exit block; also the cache."""
+    inputs = dict(inputs)
+    ids_BN, valid_BN = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    positions_BN = (valid_BN.cumsum(1) - 1).clamp(min=0)
+    out = model(
+        input_ids=ids_BN, attention_mask=valid_BN, position_ids=positions_BN, use_cache=True, **inputs
+    )
+    logits = [out.logits[torch.arange(len(ids_BN)), last_valid(valid_BN)]]
+    tokens = [allowed_argmax(logits[-1], visual_ids)]
+    next_B1 = valid_BN.sum(1, keepdim=True)
+    for _ in range(steps):
+        valid_BN = torch.cat([valid_BN, torch.ones_like(next_B1)], 1)
+        out = model(
+            input_ids=tokens[-1][:, None],
+            attention_mask=valid_BN,
+            position_ids=next_B1,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        next_B1 = next_B1 + 1
+        logits.append(out.logits[:, -1])
+        tokens.append(allowed_argmax(logits[-1], visual_ids))
+    return torch.stack(logits, 1), torch.stack(tokens, 1), out.past_key_values
+
+
+def last_valid(valid_BN: Tensor) -> Tensor:
+    """Index of each row's last real token."""
+    return valid_BN.shape[1] - 1 - valid_BN.flip(1).argmax(1)
+
+
+def allowed_argmax(logits_BV: Tensor, visual_ids) -> Tensor:
+    """Greedy token, never a placeholder: random weights like to say them."""
+    logits_BV = logits_BV.clone()
+    logits_BV[:, list(visual_ids)] = -torch.inf
+    return logits_BV.argmax(1)
