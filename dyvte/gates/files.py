@@ -1,4 +1,4 @@
-"""A gates checkpoint on disk: `gate_config.json` and `gates.safetensors`, each written whole or not at all."""
+"""A gates checkpoint on disk: `gate_config.json` and `gates.safetensors`; written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WEIGHTS_FILE = "gates.safetensors"
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, dict[str, Tensor] | None]:
-    """Config and tensors of a checkpoint folder, or of such a repository on the hub; no tensors: a fixed exit.
+    """Config and tensors of a checkpoint folder or hub repository; no tensors: a fixed exit.
 
     Raises
     ------

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-WORDS = (
-    "user assistant system the a an is are of in on what which how many color colour shape red green blue "
-    "yellow black white left right top bottom circle square triangle yes no one two three four five six "
-    "object objects image picture there any than more less answer with and or not ? . , : !"
-).split()
+# fmt: off
+WORDS = [
+    "user", "assistant", "system", "the", "a", "an", "is", "are", "of", "in", "on", "what", "which", "how",
+    "many", "color", "colour", "shape", "red", "green", "blue", "yellow", "black", "white", "left", "right",
+    "top", "bottom", "circle", "square", "triangle", "yes", "no", "one", "two", "three", "four", "five", "six",
+    "object", "objects", "image", "picture", "there", "any", "than", "more", "less", "answer", "with", "and",
+    "or", "not", "?", ".", ",", ":", "!",
+]
+# fmt: on
 BOS, EOS, PAD, UNK, IMAGE = "<s>", "</s>", "<pad>", "<unk>", "<image>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
