@@ -154,7 +154,7 @@ class GateStack(nn.Module):
         )
         with torch.device("meta"):
             stack = cls(config)
-        tensors = {f"gates.{i}.{w}.weight": t.detach().clone() for (i, w), t in found.items()}
+        tensors = {f"gates.{i}.{w}.weight": t for (i, w), t in found.items()}
         _assign(stack, tensors, "the reference state dict")
         return stack
 
@@ -179,4 +179,5 @@ def _assign(stack: GateStack, tensors: Mapping[str, Tensor], source: str) -> Non
             f"{source} does not fit its config: {name} has shape {given.get(name, 'nothing')}, "
             f"expected {wanted.get(name, 'nothing')}"
         )
-    stack.load_state_dict(dict(tensors), assign=True)
+    # Tensors read from a file may lie unaligned, which changes the last bits of a product: copy them.
+    stack.load_state_dict({name: t.detach().clone() for name, t in tensors.items()}, assign=True)

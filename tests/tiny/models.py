@@ -10,9 +10,9 @@ import torch
 WORDS = [
     "user", "assistant", "system", "the", "a", "an", "is", "are", "of", "in", "on", "what", "which", "how",
     "many", "color", "colour", "shape", "red", "green", "blue", "yellow", "black", "white", "left", "right",
-    "top", "bottom", "circle", "square", "triangle", "yes", "no", "one", "two", "three", "four", "five", "six",
-    "object", "objects", "image", "picture", "there", "any", "than", "more", "less", "answer", "with", "and",
-    "or", "not", "?", ".", ",", ":", "!",
+    "top", "bottom", "circle", "square", "triangle", "yes", "no", "one", "two", "three", "four", "five",
+    "six", "object", "objects", "image", "picture", "there", "any", "than", "more", "less", "answer", "with",
+    "and", "or", "not", "?", ".", ",", ":", "!",
 ]
 # fmt: on
 BOS, EOS, PAD, UNK, IMAGE = "<s>", "</s>", "<pad>", "<unk>", "<image>"

@@ -1,0 +1,108 @@
+"""Policies by their plans, without any model."""
+
+import collections
+
+import pytest
+import torch
+
+from dyvte.errors import ConfigError, GateMismatchError
+from dyvte.gates import GateConfig, GateStack, save_config
+from dyvte.policies import (
+    FixedPolicy,
+    LearnedPolicy,
+    NeverPolicy,
+    OraclePolicy,
+    RandomPolicy,
+    Rows,
+    parse_policy,
+)
+
+ROWS = Rows(6, torch.tensor([4, 4, 0, 8]), torch.tensor([5, 1, 3, 0]), ["a", "b", "c", "d"])
+
+
+def test_never_and_fixed():
+    assert NeverPolicy().start(ROWS).exit_layers_B.tolist() == [6] * 4
+    assert FixedPolicy(2).start(ROWS).exit_layers_B.tolist() == [2] * 4
+    assert FixedPolicy(None).start(ROWS).exit_layers_B.tolist() == [6] * 4
+    assert not any(FixedPolicy(2).start(ROWS).asks(k) for k in range(7))
+
+
+def test_oracle_takes_a_vector_a_mapping_and_spreads_over_beams():
+    assert OraclePolicy([1, 2, 3, 4]).start(ROWS).exit_layers_B.tolist() == [1, 2, 3, 4]
+    assert OraclePolicy([1, 5]).start(ROWS).exit_layers_B.tolist() == [1, 1, 5, 5]
+    by_id = OraclePolicy({"d": 0, "c": 1, "b": 2, "a": 3, "z": 6})
+    assert by_id.start(ROWS).exit_layers_B.tolist() == [3, 2, 1, 0]
+    with pytest.raises(ConfigError, match="3 exit layers for a batch of 4 rows"):
+        OraclePolicy([1, 2, 3]).start(ROWS)
+    with pytest.raises(ConfigError, match="'c'"):
+        OraclePolicy({"a": 1, "b": 1, "d": 1}).start(ROWS)
+    with pytest.raises(ConfigError, match="exit layer 7"):
+        OraclePolicy([1, 7]).check(6, 8)
+
+
+def test_random_depends_on_seed_and_sample_only_and_covers_its_range():
+    policy = RandomPolicy(2, 4, seed=1)
+    alone = [
+        policy.start(Rows(6, torch.tensor([1]), torch.tensor([1]), [i])).exit_layers_B.item() for i in "abcd"
+    ]
+    assert policy.start(ROWS).exit_layers_B.tolist() == alone
+    counts = collections.Counter(policy.draw(str(i)) for i in range(3000))
+    assert set(counts) == {2, 3, 4}
+    assert min(counts.values()) > 900
+    assert [RandomPolicy(2, 4, seed=2).draw(str(i)) for i in range(50)] != [
+        policy.draw(str(i)) for i in range(50)
+    ]
+
+
+def test_learned_plan_settles_rows_one_layer_at_a_time():
+    gates = GateStack.init(GateConfig(num_layers=6, hidden_size=4))
+    plan = LearnedPolicy(gates, threshold=0.5, min_layer=2, fallback=4).start(ROWS)
+    # the row without an image and the row without a prompt never ask
+    assert plan.asking_rows().tolist() == [True, True, False, False]
+    assert not plan.asks(1)
+    assert plan.asks(2)
+    plan.step(2, torch.tensor([torch.nan, -1.0, 9.0, 9.0]))
+    assert plan.exit_layers_B.tolist() == [4, 6, 6, 6]
+    assert plan.num_fallbacks == 1
+    plan.step(3, torch.tensor([9.0, 1.0, 9.0, 9.0]))
+    assert plan.exit_layers_B.tolist() == [4, 3, 6, 6]
+    assert not plan.asks(4)
+
+
+def test_gates_of_another_shape_are_refused_with_both_shapes():
+    policy = LearnedPolicy(GateStack.init(GateConfig(num_layers=6, hidden_size=4)))
+    policy.check(6, 4)
+    with pytest.raises(GateMismatchError, match=r"6 layers of hidden size 4.*8 layers of hidden size 4"):
+        policy.check(8, 4)
+    with pytest.raises(GateMismatchError, match=r"hidden size 4.*hidden size 5"):
+        policy.check(6, 5)
+
+
+def test_fixed_beyond_the_backbone_is_refused():
+    FixedPolicy(6).check(6, 4)
+    FixedPolicy(0).check(6, 4)
+    with pytest.raises(ConfigError, match=r"exit layer 7: expected 0\.\.6"):
+        FixedPolicy(7).check(6, 4)
+    with pytest.raises(ConfigError, match="exit layer 9"):
+        RandomPolicy(1, 9).check(6, 4)
+
+
+def test_parse(tmp_path):
+    assert isinstance(parse_policy("never"), NeverPolicy)
+    assert parse_policy("fixed:16").exit_layer == 16
+    random = parse_policy("random:8-24:7")
+    assert (random.low, random.high, random.seed) == (8, 24, 7)
+    config = GateConfig(num_layers=3, hidden_size=4, threshold=0.7, min_layer=2, fallback=1)
+    GateStack.init(config).save_pretrained(tmp_path / "g")
+    learned = parse_policy(f"gates:{tmp_path / 'g'}")
+    assert (learned.threshold, learned.min_layer, learned.fallback) == (0.7, 2, 1)
+    save_config(GateConfig(num_layers=3, hidden_size=4, fallback=2), tmp_path / "f")
+    assert parse_policy(f"gates:{tmp_path / 'f'}").exit_layer == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "vtw", "fixed", "fixed:x", "fixed:-1", "random:5", "random:9-3", "never:3"]
+)
+def test_malformed_policies_are_refused(text):
+    with pytest.raises(ConfigError):
+        parse_policy(text)
