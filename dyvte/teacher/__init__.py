@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from dyvte.teacher.exits import exit_logits, kl_divergence, trace_exits
+from dyvte.teacher.labels import greedy_answers
+from dyvte.teacher.pipeline import Teacher, TeacherConfig, write_traces
+from dyvte.teacher.store import Manifest, Shard, TraceStore
 from dyvte.teacher.trace import Trace
 
-__all__ = ["Trace", "exit_logits", "kl_divergence", "trace_exits"]
+__all__ = [
+    "Manifest",
+    "Shard",
+    "Teacher",
+    "TeacherConfig",
+    "Trace",
+    "TraceStore",
+    "exit_logits",
+    "greedy_answers",
+    "kl_divergence",
+    "trace_exits",
+    "write_traces",
+]

@@ -1,0 +1,245 @@
+"""Traces on disk: written once, resumable, by one or several ranks; read by any number of trainings.
+
+A store is a folder of ``manifest.json`` and ``shard-00000.safetensors`` ... Which samples a shard holds
+follows from the manifest alone, and a shard appears whole or not at all: a killed writer loses one shard's
+work, ranks never meet, nothing is doubled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dyvte.errors import CheckpointError
+from dyvte.teacher.trace import Trace
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What the traces of a folder were made from.
+
+    ``fingerprint`` holds one entry per thing a trace depends on (backbone, data, prompt, features, ...); a
+    store is used again only if every one is equal. ``num_samples`` counts the samples of the selection, those
+    dropped during the pass included.
+    """
+
+    fingerprint: dict[str, str]
+    num_samples: int
+    shard_size: int
+    num_layers: int
+    feature_size: int
+    format: int = FORMAT
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shard files."""
+        return -(-self.num_samples // self.shard_size)
+
+    def shard_range(self, shard: int) -> range:
+        """Positions in the selection that a shard holds."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One shard's content: the trace, each sample's image, the dropped samples and notes of the pass."""
+
+    trace: Trace
+    image_ids: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+class TraceStore:
+    """A folder of traces; see :meth:`create` and :meth:`open`."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._shards: dict[int, Shard] = {}
+
+    @classmethod
+    def create(cls, folder: str | Path, manifest: Manifest) -> TraceStore:
+        """Start a store, or go on with the one that is there if it was made from the same things.
+
+        Raises
+        ------
+        CheckpointError
+            If the folder holds traces of something else (the differing fields are named), or cannot be
+            written.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if path.is_file():
+            store = cls.open(folder)
+            store.check(manifest.fingerprint)
+            return cls(folder, store.manifest)
+        text = json.dumps(asdict(manifest), indent=2) + "\n"
+        _write_atomically(path, text.encode())
+        return cls(folder, manifest)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> TraceStore:
+        """An existing store; CheckpointError if there is none or its manifest cannot be read."""
+        path = Path(folder) / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            manifest = Manifest(**values)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{folder}: no {MANIFEST} there, so no traces; run `dyvte trace`"
+            ) from error
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a readable trace manifest ({error})") from error
+        if manifest.format != FORMAT:
+            raise CheckpointError(
+                f"{path}: trace format {manifest.format}, this version reads {FORMAT}; trace again"
+            )
+        return cls(Path(folder), manifest)
+
+    def check(self, fingerprint: Mapping[str, str]) -> None:
+        """Raise CheckpointError naming every field in which the store differs from ``fingerprint``."""
+        mine = self.manifest.fingerprint
+        differing = [name for name in {**mine, **fingerprint} if mine.get(name) != fingerprint.get(name)]
+        if differing:
+            listed = "; ".join(
+                f"{name}: stored {mine.get(name)!r}, this run {fingerprint.get(name)!r}" for name in differing
+            )
+            raise CheckpointError(
+                f"the traces in {self.folder} belong to another run ({listed}). Remove that folder to trace "
+                "again, or choose another output folder"
+            )
+
+    def missing(self) -> list[int]:
+        """Shards that are not there or cannot be read, in order."""
+        return [shard for shard in range(self.manifest.num_shards) if not self._readable(shard)]
+
+    @property
+    def complete(self) -> bool:
+        """True once every shard is there."""
+        return not self.missing()
+
+    def write(self, index: int, shard: Shard) -> None:
+        """Write one shard, atomically."""
+        from safetensors.torch import save
+
+        record = {
+            "sample_ids": shard.trace.sample_ids,
+            "image_ids": shard.image_ids,
+            "dropped": shard.dropped,
+            "notes": shard.notes,
+        }
+        # One key only: safetensors writes several in no fixed order, and equal shards should be equal bytes.
+        metadata = {"dyvte": json.dumps(record)}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.trace.tensors().items()}
+        _write_atomically(self._path(index), save(tensors, metadata=metadata))
+
+    def read(self, index: int) -> Shard:
+        """One shard, its tensors memory-mapped."""
+        if index not in self._shards:
+            self._shards[index] = self._load(index)
+        return self._shards[index]
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards in order; CheckpointError if one is missing."""
+        if missing := self.missing():
+            raise CheckpointError(
+                f"{self.folder}: {len(missing)} of {self.manifest.num_shards} trace shards are missing "
+                f"(first: {missing[0]}); run the same `dyvte trace` or `dyvte train` again to complete them"
+            )
+        for index in range(self.manifest.num_shards):
+            yield self.read(index)
+
+    def trace(self) -> Trace:
+        """All samples as one trace, in the selection's order."""
+        return Trace.cat([shard.trace for shard in self.shards() if len(shard.trace)])
+
+    def image_ids(self) -> tuple[str, ...]:
+        """The image of every sample of :meth:`trace`."""
+        return tuple(image for shard in self.shards() for image in shard.image_ids)
+
+    def dropped(self) -> tuple[str, ...]:
+        """What was dropped during the pass, as text naming file, sample and reason."""
+        return tuple(text for shard in self.shards() for text in shard.dropped)
+
+    def notes(self) -> dict[str, int]:
+        """Counts of the pass, summed over shards."""
+        total: dict[str, int] = {}
+        for shard in self.shards():
+            for name, count in shard.notes.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"shard-{index:05d}.safetensors"
+
+    def _readable(self, index: int) -> bool:
+        if index in self._shards:
+            return True
+        try:
+            self._shards[index] = self._load(index)
+        except CheckpointError:
+            return False
+        return True
+
+    def _load(self, index: int) -> Shard:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads(file.metadata()["dyvte"])
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Shard(
+                trace=Trace(sample_ids=tuple(record["sample_ids"]), **tensors),
+                image_ids=tuple(record["image_ids"]),
+                dropped=tuple(record["dropped"]),
+                notes=record["notes"],
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a readable trace shard ({error})") from error
+
+
+def empty_trace(num_layers: int, feature_size: int, dtype: torch.dtype) -> Trace:
+    """A trace of no samples, for a shard all of whose samples were dropped."""
+    column = torch.zeros(0, num_layers + 1)
+    return Trace(
+        risk=column,
+        reverse_risk=column,
+        agreement=column,
+        same_answer=column,
+        loss=column,
+        features=torch.zeros(0, num_layers, feature_size, dtype=dtype),
+        sample_ids=(),
+        num_visual=torch.zeros(0, dtype=torch.long),
+    )
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise CheckpointError(f"{path.parent}: cannot be written ({error})") from error
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
