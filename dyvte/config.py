@@ -33,7 +33,9 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
     cls:
         A frozen keyword-only dataclass.
     path:
-        A YAML file holding one mapping, or None for defaults alone.
+        A YAML file holding one mapping, or None for defaults alone. Relative paths in it are relative to the
+        file's own folder: fields of type ``Path``, and text fields with ``metadata={"path": True}`` whose
+        value starts with ``./`` or ``../`` (other values may be hub ids).
     overrides:
         ``"a.b=value"`` strings, applied in order after the file. The value is read as YAML, so ``3``,
         ``true``, ``null`` and ``[1, 2]`` mean what they mean in the file.
@@ -44,6 +46,8 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
         Naming the file or override, the dotted key, and (for an unknown key) the nearest known one.
     """
     values = {} if path is None else _read_yaml(Path(path))
+    if path is not None:
+        values = _anchor(cls, values, Path(path).absolute().parent)
     origin = "defaults" if path is None else str(path)
     for override in overrides:
         _apply_override(values, override)
@@ -90,6 +94,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
     return values
+
+
+def _anchor(cls: Any, values: Any, folder: Path) -> Any:
+    """The values with relative paths made absolute, as paths relative to ``folder``."""
+    if not dataclasses.is_dataclass(cls) or not isinstance(values, dict):
+        return values
+    hints = typing.get_type_hints(cls)
+    marked = {field.name for field in dataclasses.fields(cls) if field.metadata.get("path")}
+    anchored = dict(values)
+    for name, value in values.items():
+        hint = hints.get(name)
+        if dataclasses.is_dataclass(hint):
+            anchored[name] = _anchor(hint, value, folder)
+        elif isinstance(value, str) and (
+            (hint is Path or Path in get_args(hint)) or (name in marked and value.startswith(("./", "../")))
+        ):
+            anchored[name] = os.path.normpath(folder / value)
+    return anchored
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -88,3 +88,20 @@ def test_refusals_name_the_key(
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_config(Outer, tmp_path / "nowhere.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    model: str = field(default="x", metadata={"path": True})
+    data: Path | None = None
+
+
+def test_paths_in_a_file_are_relative_to_the_file_and_overrides_are_not(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    path = write(tmp_path / "configs", "model: ../models/m\ndata: d/x.json\n")
+    assert load_config(Paths, path) == Paths(
+        model=str(tmp_path / "models" / "m"), data=tmp_path / "configs/d/x.json"
+    )
+    assert load_config(Paths, path, ["data=d/y.json"]).data == Path("d/y.json")
+    hub = write(tmp_path, "model: owner/name\ndata: /abs/x.json\n")
+    assert load_config(Paths, hub) == Paths(model="owner/name", data=Path("/abs/x.json"))
