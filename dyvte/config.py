@@ -61,7 +61,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], *, origin: str = "a 
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """Plain nested values (dicts, lists, strings, numbers) of a configuration, ready for YAML or JSON."""
+    """Plain nested values of a configuration, ready for YAML or JSON; paths are made absolute."""
     return {field.name: _plain(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)}
 
 
@@ -258,7 +258,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
     if isinstance(value, Path):
-        return str(value)
+        return os.path.abspath(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

@@ -48,7 +48,7 @@ def test_file_then_overrides_in_order(tmp_path: Path) -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    cfg = Outer(name="é", folder=Path("a/b"), inner=Inner(layers=(3,)))
+    cfg = Outer(name="é", folder=Path("/a/b"), inner=Inner(layers=(3,)))
     dump_config(cfg, tmp_path / "deep" / "out.yaml")
     assert load_config(Outer, tmp_path / "deep" / "out.yaml") == cfg
     assert to_dict(cfg)["inner"]["betas"] == [0.9, 0.999]
@@ -103,5 +103,6 @@ def test_paths_in_a_file_are_relative_to_the_file_and_overrides_are_not(tmp_path
         model=str(tmp_path / "models" / "m"), data=tmp_path / "configs/d/x.json"
     )
     assert load_config(Paths, path, ["data=d/y.json"]).data == Path("d/y.json")
+    assert to_dict(Paths(data=Path("d"))) == {"model": "x", "data": str(Path.cwd() / "d")}
     hub = write(tmp_path, "model: owner/name\ndata: /abs/x.json\n")
     assert load_config(Paths, hub) == Paths(model="owner/name", data=Path("/abs/x.json"))
