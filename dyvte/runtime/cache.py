@@ -12,6 +12,8 @@ Shapes: B rows, H heads, d head size, K columns (longest row), S slots, Q new to
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -208,28 +210,34 @@ class Capture:
         return 0
 
 
-def put_layer(cache: Cache, index: int, layer: ExitLayer) -> None:
-    """Make `layer` the cache's layer `index`.
+def check_cache(cache: Any) -> None:
+    """Raise where a cache's layers cannot differ in content.
 
     Raises
     ------
     ExitRuntimeError
-        If the cache is of a kind whose layers cannot differ in content.
+        Naming the kind of cache or layer.
     """
+    if cache is None:
+        return
     if not isinstance(cache, Cache):
         raise ExitRuntimeError(f"visual tokens cannot leave a {type(cache).__name__}: use a DynamicCache")
     if getattr(cache, "offloading", False):
         raise ExitRuntimeError("visual tokens cannot leave an offloaded cache: use a DynamicCache")
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    kind = type(cache.layers[index])
-    if kind is not DynamicLayer:
+    kinds = {type(layer) for layer in cache.layers} | {cache.layer_class_to_replicate or DynamicLayer}
+    if foreign := sorted(kind.__name__ for kind in kinds - {DynamicLayer, ExitLayer}):
         raise ExitRuntimeError(
-            f"visual tokens cannot leave a cache whose layer {index} is a {kind.__name__}: "
+            f"visual tokens cannot leave a cache with layers of kind {', '.join(foreign)}: "
             "only a DynamicCache with full attention holds layers of different content "
             "(drop cache_implementation)"
         )
+
+
+def put_layer(cache: Cache, index: int, layer: ExitLayer) -> None:
+    """Make `layer` the cache's layer `index`."""
+    check_cache(cache)
+    while len(cache.layers) <= index:
+        cache.layers.append(DynamicLayer())
     cache.layers[index] = layer
 
 

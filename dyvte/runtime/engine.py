@@ -172,8 +172,8 @@ class Engine:
         exit_forward._dyvte_engine = self  # type: ignore[attr-defined]
         return exit_forward
 
-    def start_prefill(self, layout: Layout, sample_ids: list[str], device: torch.device, plain: bool) -> None:
-        """Take up a prefill with visual tokens."""
+    def start_prefill(self, layout: Layout, sample_ids: list[str], device: torch.device, plain: bool) -> bool:
+        """Take up a prefill with visual tokens; False where it will be the stock model's."""
         rows = Rows(self.backbone.num_layers, layout.num_visual_B, layout.num_prompt_B, sample_ids)
         plan = self.policy.start(rows)
         stuck_B = layout.has_image_B & (layout.num_prompt_B == 0)
@@ -185,6 +185,7 @@ class Engine:
             )
             plan.exit_layers_B[stuck_B] = self.backbone.num_layers
         self.prefill = Prefill(self, layout, plan, device, plain and self.only_full_attention)
+        return self.prefill.active
 
     def start_decode(self, new_valid_BQ: Tensor | None) -> None:
         """Take up a pass that continues a cache."""
@@ -192,7 +193,7 @@ class Engine:
         self._new_valid_BQ = new_valid_BQ
 
     def finish(self, *, failed: bool) -> None:
-        """The decoder has returned or raised."""
+        """The decoder has returned or raised; drop the state of the pass."""
         prefill, self.prefill = self.prefill, None
         self._masks.clear()
         self._new_valid_BQ = None

@@ -16,6 +16,7 @@ from ..errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualT
 from ..gates import GateConfig, GateStack, check_rule, load_checkpoint
 from ..policies import FixedPolicy, LearnedPolicy, Policy
 from ..spans import find_spans, visual_mask
+from .cache import check_cache
 from .engine import Engine
 from .records import Run
 from .streams import Layout
@@ -25,7 +26,7 @@ _IMAGE_ARGUMENTS = (
     "pixel_values_videos",
     "pixel_values_images",
     "image_embeds",
-    "mm_encoder_outputs",
+    "mm_encoder_outputs",  # encoded beforehand: `generate` does so
 )
 
 
@@ -203,9 +204,10 @@ class ExitSession:
         return None
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.engine.finish(failed=True)
         ids_BN, cache = self._argument("input_ids"), self._argument("past_key_values")
         embeds_BND = self._argument("inputs_embeds")
-        images = any(self._argument(name) is not None for name in _IMAGE_ARGUMENTS)
+        images = any(_holds_images(self._argument(name)) for name in _IMAGE_ARGUMENTS)
         past = int(cache.get_seq_length()) if cache is not None else 0
         new_tokens = (ids_BN if ids_BN is not None else embeds_BND).shape[1]
         mask_BN = self._two_dimensional_mask()
@@ -259,12 +261,15 @@ class ExitSession:
                     "visual_token_ids"
                 )
             return
-        if self._argument("output_attentions"):
-            raise ExitRuntimeError("output_attentions has no meaning once tokens have left: switch it off")
         _warn_short_prompts(layout)
         decoder_mask = self._seen.get(len(self.backbone.path) - 1, {}).get("attention_mask")
         plain = decoder_mask is None or (isinstance(decoder_mask, Tensor) and decoder_mask.dim() == 2)
-        self.engine.start_prefill(layout, self._sample_ids(layout.batch), ids_BN.device, plain)
+        if self.engine.start_prefill(layout, self._sample_ids(layout.batch), ids_BN.device, plain):
+            if self._argument("output_attentions"):
+                raise ExitRuntimeError(
+                    "output_attentions has no meaning once tokens have left: switch it off"
+                )
+            check_cache(self._argument("past_key_values"))
 
     def _two_dimensional_mask(self) -> Tensor | None:
         # gemma3 and paligemma hand a 4D or dict mask to their text model; the 2D one is higher up.
@@ -282,6 +287,12 @@ class ExitSession:
         if len(given) == 0 or rows % len(given):
             raise ConfigError(f"run.sample_ids holds {len(given)} ids, the batch has {rows} rows")
         return [str(given[row // (rows // len(given))]) for row in range(rows)]
+
+
+def _holds_images(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(item is not None for item in value.values())
+    return value is not None
 
 
 def _restore(layer: nn.Module, own: Any, wrapped: Any) -> None:
