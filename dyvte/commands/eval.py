@@ -50,23 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print one row per policy."""
+    from dyvte.commands.options import config_from
     from dyvte.evaluation.report import results_table
-    from dyvte.evaluation.runner import evaluate
+    from dyvte.evaluation.runner import EvalConfig, evaluate
 
-    results = evaluate(config_from(args))
+    results = evaluate(config_from(EvalConfig, args))
     print(results_table(results))
     print(f"results: {results[0].folder.parent}")
     return 0
-
-
-def config_from(args: argparse.Namespace):
-    """The EvalConfig of a command line."""
-    import yaml
-
-    from dyvte.config import load_config
-    from dyvte.evaluation.runner import EvalConfig
-
-    given = vars(args)
-    names = [name for name in EvalConfig.__dataclass_fields__ if given.get(name) is not None]
-    overrides = [f"{name}={yaml.safe_dump(given[name], default_flow_style=True).strip()}" for name in names]
-    return load_config(EvalConfig, args.config, [*overrides, *args.set])

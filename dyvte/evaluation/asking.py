@@ -68,14 +68,14 @@ def load_image(path: Path) -> Any:
     DataError
         Missing or unreadable.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"missing image {path}") from error
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path}: {error}") from error
 
 

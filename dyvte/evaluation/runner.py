@@ -49,6 +49,7 @@ class EvalConfig:
     batch_size: int = 16
     max_new_tokens: int = 16
     dtype: str = "auto"
+    """auto: as stored on a GPU, float32 on a CPU."""
     attn_implementation: str = "sdpa"
     device: str | None = None
     trust_remote_code: bool = False
@@ -84,10 +85,12 @@ class PolicyResult:
 
 def load_asker(config: EvalConfig) -> Asker:
     """The backbone of a configuration, ready to be asked."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else None)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # half precision is slow on a CPU, and rounds differently from one batch shape to the next
+    dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     model, processor = load_backbone(
         config.model,
-        dtype=config.dtype,
+        dtype=dtype,
         attn_implementation=config.attn_implementation,
         device=device,
         trust_remote_code=config.trust_remote_code,

@@ -1,0 +1,199 @@
+"""Gates of one seed and the question-only router tuned like them, ready to be compared.
+
+Everything that is chosen is chosen on calibration scenes: thresholds, the router's kind and learning rate,
+the fixed layers of a mixture. Test scenes are only looked at.
+
+Shape letters: B samples, L decoder layers, S settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyvte.calibration import threshold_for_compute, visual_compute
+from dyvte.errors import CalibrationError, ConfigError
+from dyvte.evaluation.curves import OperatingPoints
+from dyvte.evaluation.rivals import (
+    NEVER,
+    QuestionRouter,
+    RouterSettings,
+    router_points,
+    router_threshold,
+    train_router,
+)
+from dyvte.evaluation.scenes import TracedScenes, gate_logits
+from dyvte.gates import GateStack, exit_layers, load_checkpoint
+
+Featurise = Callable[[Sequence[str]], Tensor]
+ROUTER_LEARNING_RATES = (1e-3, 3e-3)
+ROUTER_MIN_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class GateContender:
+    """Trained gates with their decision rule and the curve of thresholds found on calibration scenes."""
+
+    name: str
+    gates: GateStack
+    threshold: float
+    min_layer: int
+    fallback: int | None
+    curve_thresholds: tuple[float, ...]
+    budget: float
+    """Visual compute on the calibration scenes at ``threshold``."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all gates that decide."""
+        return sum(p.numel() for gate in self.gates.gates[:-1] for p in gate.parameters())
+
+    def exits(self, logits_BL: Tensor, threshold: float | None = None) -> Tensor:
+        """(B,) exit layers that the rule draws from logits."""
+        t = self.threshold if threshold is None else threshold
+        return exit_layers(logits_BL, t, self.min_layer, self.fallback)
+
+    def points(self, logits_BL: Tensor, num_visual_B: Tensor) -> OperatingPoints:
+        """The threshold curve on other samples."""
+        exits_SB = torch.stack([self.exits(logits_BL, t) for t in self.curve_thresholds])
+        return OperatingPoints(self.name, self.curve_thresholds, exits_SB, num_visual_B, logits_BL.shape[1])
+
+    def operating_point(self, logits_BL: Tensor, num_visual_B: Tensor) -> OperatingPoints:
+        """The one point of the stored threshold."""
+        exits_1B = self.exits(logits_BL)[None]
+        return OperatingPoints(self.name, (self.threshold,), exits_1B, num_visual_B, logits_BL.shape[1])
+
+
+@dataclass(frozen=True)
+class RouterContender:
+    """A trained question-only router with its curve of thresholds found on calibration scenes."""
+
+    kind: str
+    featurise: Featurise
+    router: QuestionRouter
+    curve_thresholds: tuple[float, ...]
+    calibration_risk: float
+    settings: RouterSettings
+
+    def points(self, questions: Sequence[str], num_visual_B: Tensor) -> OperatingPoints:
+        """The threshold curve on other questions."""
+        log_p_BL = self.router(self.featurise(questions))
+        return router_points("question-only router", log_p_BL, num_visual_B, self.curve_thresholds)
+
+
+def budget_grid(num_layers: int) -> list[float]:
+    """Visual compute from one layer to all of them, four steps a layer."""
+    return [float(b) for b in np.linspace(1 / num_layers, 1.0, 4 * (num_layers - 1) + 1)]
+
+
+def load_gates(folder: str | Path, name: str, calibration: TracedScenes) -> GateContender:
+    """Gates of a checkpoint folder; their thresholds over budgets come from the calibration scenes.
+
+    Raises
+    ------
+    ConfigError
+        The folder holds no gates, or they do not fit the traces.
+    """
+    config, gates = load_checkpoint(folder)
+    if gates is None or config.mode == "fixed":
+        raise ConfigError(f"{folder} describes a fixed exit; a comparison needs trained gates")
+    if config.num_layers != calibration.num_layers:
+        raise ConfigError(
+            f"{folder}: gates for {config.num_layers} layers, traces of {calibration.num_layers} layers"
+        )
+    logits_BL = gate_logits(gates, calibration)
+    num_visual_B = calibration.trace.num_visual
+    thresholds = set()
+    for budget in budget_grid(config.num_layers):
+        try:
+            found = threshold_for_compute(logits_BL, num_visual_B, budget, min_layer=config.min_layer)
+        except CalibrationError:
+            continue  # below what leaving at min_layer costs
+        thresholds.add(found)
+    exits_B = exit_layers(logits_BL, config.threshold, config.min_layer, config.fallback)
+    return GateContender(
+        name=name,
+        gates=gates,
+        threshold=config.threshold,
+        min_layer=config.min_layer,
+        fallback=config.fallback,
+        curve_thresholds=tuple(sorted(thresholds | {NEVER})),
+        budget=visual_compute(exits_B, num_visual_B, config.num_layers),
+    )
+
+
+def training_settings(
+    gates: GateStack, num_samples: int, *, lam: float | None = None, batch_size: int = 64
+) -> RouterSettings:
+    """Router settings equal to those the gates were trained with; never fewer epochs, and enough steps."""
+    record = gates.config.training
+    lam = _find(record, "lam") if lam is None else lam
+    if lam is None:
+        raise ConfigError(
+            "gate_config.json does not record the lam of its training: the question-only router must be "
+            "trained with the same; give --lam"
+        )
+    enough = -(-ROUTER_MIN_STEPS * batch_size // max(1, num_samples))
+    epochs = max(int(_find(record, "epochs") or _find(record, "num_train_epochs") or 1), enough)
+    return RouterSettings(
+        lam=float(lam),
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=int(_find(record, "seed") or 0),
+        min_parameters=sum(p.numel() for gate in gates.gates[:-1] for p in gate.parameters()),
+    )
+
+
+def _find(record: Mapping[str, Any], key: str) -> Any:
+    """A value by name at any depth of a free-form record."""
+    if key in record:
+        return record[key]
+    for value in record.values():
+        if isinstance(value, Mapping) and (found := _find(value, key)) is not None:
+            return found
+    return None
+
+
+def best_router(
+    features: Mapping[str, Featurise],
+    train: TracedScenes,
+    calibration: TracedScenes,
+    settings: RouterSettings,
+    budget: float,
+) -> RouterContender:
+    """Train a router on each kind of features and learning rate; keep the least risk at ``budget`` on
+    calibration scenes."""
+    import dataclasses
+
+    contenders = [
+        _train_one(
+            kind, featurise, train, calibration, dataclasses.replace(settings, learning_rate=rate), budget
+        )
+        for kind, featurise in features.items()
+        for rate in ROUTER_LEARNING_RATES
+    ]
+    return min(contenders, key=lambda contender: contender.calibration_risk)
+
+
+def _train_one(
+    kind: str,
+    featurise: Featurise,
+    train: TracedScenes,
+    calibration: TracedScenes,
+    settings: RouterSettings,
+    budget: float,
+) -> RouterContender:
+    router = train_router(featurise(train.questions), train.trace.risk, settings)
+    log_p_BL = router(featurise(calibration.questions))
+    num_visual_B = calibration.trace.num_visual
+    grid = budget_grid(train.num_layers)
+    thresholds = tuple(sorted({router_threshold(log_p_BL, num_visual_B, b) for b in grid} | {NEVER}))
+    points = router_points(kind, log_p_BL, num_visual_B, thresholds)
+    risk_B = points.mixed_values(calibration.trace.risk, points.at_compute(budget))
+    return RouterContender(kind, featurise, router, thresholds, float(risk_B.mean()), settings)

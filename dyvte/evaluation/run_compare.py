@@ -1,0 +1,197 @@
+"""Exit rules compared by real generation on the benchmarks: what the table of a comparison holds.
+
+Gates are run first; VTW's mixture and the question-only router are then run at the visual compute that the
+gates really spent on these questions. Fixed layers are run at every K, so accuracy curves of any rule can be
+read off: an answer depends on the exit layer alone.
+
+Shape letters: B questions, L decoder layers, K = L+1 exit layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyvte.evaluation.asking import Asker
+from dyvte.evaluation.base import Benchmark, Predictions, Question
+from dyvte.evaluation.contenders import GateContender
+from dyvte.evaluation.curves import OperatingPoints
+from dyvte.evaluation.policies import NamedPolicy, given_exits, learned, parse_named
+from dyvte.evaluation.records import texts
+from dyvte.evaluation.rivals import fixed_points, oracle_points
+from dyvte.evaluation.runner import EvalConfig, PolicyResult, run_policies
+from dyvte.evaluation.scenes import TracedScenes
+from dyvte.evaluation.trace_compare import ORACLE_LAMS, Pair
+from dyvte.policies import LearnedPolicy
+
+FULL = "never"
+
+
+@dataclass
+class BenchmarkRuns:
+    """All runs on one benchmark, by policy name; seeds of one rule share a stem (``gates/seed``)."""
+
+    benchmark: Benchmark
+    questions: list[Question]
+    dialect: str
+    results: dict[str, PolicyResult] = field(default_factory=dict)
+    policies: dict[str, NamedPolicy] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.results[FULL].scores["num_layers"]
+
+    @property
+    def num_visual_B(self) -> Tensor:
+        """(B,) visual tokens per question."""
+        return torch.tensor([a.num_visual for a in self.results[FULL].answers])
+
+    def hits(self, name: str) -> list[bool]:
+        """Right or wrong per question."""
+        predictions = Predictions(texts(self.results[name].answers))
+        return self.benchmark.correct(self.questions, predictions, self.dialect)
+
+    def same_B(self, name: str) -> np.ndarray:
+        """Whole answer equal to the full model's, per question."""
+        pairs = zip(self.results[name].answers, self.results[FULL].answers, strict=True)
+        return np.array([a.prediction == b.prediction for a, b in pairs], dtype=np.float64)
+
+    def run(self, asker: Asker, policies: Sequence[NamedPolicy], config: EvalConfig, label: str) -> None:
+        """Ask what is not answered yet."""
+        found = run_policies(asker, self.benchmark, self.questions, policies, config, description=label)
+        self.results.update((result.name, result) for result in found)
+        self.policies.update((named.name, named) for named in policies)
+
+
+def run_benchmark(
+    asker: Asker,
+    benchmark: Benchmark,
+    root: Path,
+    calibration: TracedScenes,
+    pairs: Sequence[Pair],
+    config: EvalConfig,
+    *,
+    fixed_layers: Sequence[int],
+    sweep: bool,
+) -> BenchmarkRuns:
+    """All runs of the comparison on one benchmark.
+
+    Parameters
+    ----------
+    fixed_layers : K of VTW rows.
+    sweep : also run every K and keep all gate logits, for accuracy curves.
+    """
+    config = dataclasses.replace(
+        config, benchmark=benchmark.name, data=root, output=config.output / benchmark.name
+    )
+    runs = BenchmarkRuns(benchmark, benchmark.load(root, config.limit), config.dialect)
+    label = f"mini-{benchmark.name.upper()}"
+    num_layers = calibration.num_layers
+    wanted = range(num_layers) if sweep else sorted({k for k in fixed_layers if k < num_layers})
+    first = [parse_named(FULL), *(parse_named(f"fixed:{k}") for k in wanted)]
+    first += [_gates(pair.gates, pair.gates.threshold, gates_name(pair)) for pair in pairs]
+    if sweep:
+        first += [_gates(pair.gates, 1.0, f"{gates_name(pair)}-never") for pair in pairs]
+    runs.run(asker, first, config, f"{label}: full model, fixed layers, gates")
+    runs.run(asker, _at_gates_budget(runs, calibration, pairs, config), config, f"{label}: rivals")
+    return runs
+
+
+def gates_name(pair: Pair) -> str:
+    """Folder of the gates of one seed."""
+    return f"gates-{pair.gates.name}"
+
+
+def mixture_name(pair: Pair) -> str:
+    """Folder of VTW's mixture at that seed's budget."""
+    return f"vtw-mixture-{pair.gates.name}"
+
+
+def router_name(pair: Pair) -> str:
+    """Folder of the router at that seed's budget."""
+    return f"router-{pair.gates.name}"
+
+
+def _gates(contender: GateContender, threshold: float, name: str) -> NamedPolicy:
+    policy = LearnedPolicy(contender.gates, threshold, contender.min_layer, contender.fallback)
+    return learned(name, policy)
+
+
+def _at_gates_budget(
+    runs: BenchmarkRuns, calibration: TracedScenes, pairs: Sequence[Pair], config: EvalConfig
+) -> list[NamedPolicy]:
+    """VTW's mixture and the router, drawn per question, at the visual compute of each seed's gates."""
+    from dyvte.evaluation.runner import prompts_of
+
+    ids = [q.id for q in runs.questions]
+    prompts = prompts_of(runs.benchmark, runs.questions, config.question_suffix)
+    fixed = fixed_points(calibration.trace.risk, runs.num_visual_B)
+    named = []
+    for pair in pairs:
+        compute = runs.results[gates_name(pair)].scores["visual_compute"]
+        router = pair.router.points(prompts, runs.num_visual_B)
+        for name, points in ((mixture_name(pair), fixed), (router_name(pair), router)):
+            exits_B = points.draw(points.at_compute(compute), ids, config.seed)
+            named.append(given_exits(name, dict(zip(ids, exits_B.tolist()))))
+    return named
+
+
+def accuracy_curves(runs: BenchmarkRuns, pairs: Sequence[Pair], config: EvalConfig) -> dict[str, Any]:
+    """Score over visual compute of every rule, read off the fixed-K runs (GQA: accuracy in percent)."""
+    from dyvte.evaluation.runner import prompts_of
+
+    names = [*(f"fixed-{k}" for k in range(runs.num_layers)), FULL]
+    hits_BK = torch.tensor([runs.hits(name) for name in names], dtype=torch.float64).T
+    same_BK = torch.tensor(np.stack([runs.same_B(name) for name in names], axis=1))
+    prompts = prompts_of(runs.benchmark, runs.questions, config.question_suffix)
+    visual_B = runs.num_visual_B
+    fixed = OperatingPoints(
+        "fixed K",
+        tuple(float(k) for k in range(runs.num_layers + 1)),
+        torch.arange(runs.num_layers + 1)[:, None].expand(-1, len(visual_B)),
+        visual_B,
+        runs.num_layers,
+    )
+    oracle = oracle_points(1.0 - same_BK, visual_B, ORACLE_LAMS)
+    curves: dict[str, Any] = {
+        "fixed": _curve(fixed, hits_BK, same_BK),
+        "oracle": _curve(oracle, hits_BK, same_BK),
+    }
+    curves["gates"], curves["router"], curves["lookup_agreement"] = {}, {}, {}
+    for pair in pairs:
+        logits_BL = _logits(runs, f"{gates_name(pair)}-never")
+        name = pair.gates.name
+        curves["gates"][name] = _curve(pair.gates.points(logits_BL, visual_B), hits_BK, same_BK)
+        curves["router"][name] = _curve(pair.router.points(prompts, visual_B), hits_BK, same_BK)
+        curves["lookup_agreement"][name] = _lookup_agreement(runs, names, gates_name(pair))
+    return curves
+
+
+def _curve(points: OperatingPoints, hits_BK: Tensor, same_BK: Tensor) -> dict[str, list[float]]:
+    return {
+        "setting": list(points.settings_S),
+        "compute": points.compute_S.tolist(),
+        "accuracy": (100 * points.means_S(hits_BK)).tolist(),
+        "same_answer": points.means_S(same_BK).tolist(),
+    }
+
+
+def _logits(runs: BenchmarkRuns, name: str) -> Tensor:
+    """(B, L) logits of a run in which no gate fired; gate L never decides."""
+    rows = [[0.0 if x is None else x for x in a.gate_logits] for a in runs.results[name].answers]
+    return torch.tensor(rows)
+
+
+def _lookup_agreement(runs: BenchmarkRuns, names: Sequence[str], gates: str) -> float:
+    """Share of the gates' own answers equal to the fixed-K run's at their exit layer (1 up to rounding)."""
+    table = [texts(runs.results[name].answers) for name in names]
+    answers = runs.results[gates].answers
+    return sum(a.prediction == table[a.exit_layer][a.question_id] for a in answers) / len(answers)
