@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from dyvte.evaluation.trace_compare import Pair, compare_on_traces
 class CompareConfig:
     """Settings of ``dyvte compare``."""
 
-    model: str
+    model: str = field(metadata={"path": True})
     gates: tuple[str, ...]
     """Gates checkpoints, one per seed."""
     output: Path

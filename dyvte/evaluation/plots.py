@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dyvte.errors import ConfigError
+from dyvte.evaluation.rivals import lower_hull
 
 COLORS = {"fixed": "#4d4d4d", "router": "#1f77b4", "gates": "#d62728", "oracle": "#2ca02c"}
 LABELS = {
@@ -52,7 +53,11 @@ def _panel(axes: Any, curves: dict[str, Any], metric: str, title: str) -> None:
     scale = 100.0 if metric == "same_answer" else 1.0
     fixed = curves["fixed"]
     compute, values = 100 * np.array(fixed["compute"]), scale * np.array(fixed[metric])
-    axes.plot(compute, values, "o-", color=COLORS["fixed"], ms=4, lw=1.2, label=LABELS["fixed"])
+    axes.plot(compute, values, "o", color=COLORS["fixed"], ms=4, label=LABELS["fixed"])
+    corners = lower_hull(values if metric == "risk" else -values)
+    _line(
+        axes, compute[corners], values[corners], color=COLORS["fixed"], lw=1.2, label="best mixture of two K"
+    )
     for k, x, y in zip(fixed["setting"], compute, values):
         axes.annotate(
             f"{k:.0f}", (x, y), textcoords="offset points", xytext=(3, 5), fontsize=7, color="#777777"
@@ -60,13 +65,9 @@ def _panel(axes: Any, curves: dict[str, Any], metric: str, title: str) -> None:
     for rule in ("router", "gates"):
         _seed_band(axes, curves[rule], metric, scale, rule)
     oracle = curves["oracle"]
-    axes.plot(
-        100 * np.array(oracle["compute"]),
-        scale * np.array(oracle[metric]),
-        "--",
-        color=COLORS["oracle"],
-        lw=1.2,
-        label=LABELS["oracle"],
+    oracle_compute, oracle_values = 100 * np.array(oracle["compute"]), scale * np.array(oracle[metric])
+    _line(
+        axes, oracle_compute, oracle_values, color=COLORS["oracle"], ls="--", lw=1.2, label=LABELS["oracle"]
     )
     axes.set_xlabel("visual compute, % of the full model")
     axes.set_title(title, fontsize=10)
@@ -76,6 +77,12 @@ def _panel(axes: Any, curves: dict[str, Any], metric: str, title: str) -> None:
     if metric == "risk":
         axes.set_yscale("symlog", linthresh=1e-3)
         axes.set_ylim(bottom=0)
+
+
+def _line(axes: Any, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
+    """A line that stays straight in the data (a mixture of its ends) whatever the scale of the axis."""
+    grid = np.unique(np.concatenate([np.linspace(x[0], x[-1], 300), x]))
+    axes.plot(grid, np.interp(grid, x, y), **style)
 
 
 def _seed_band(axes: Any, seeds: dict[str, Any], metric: str, scale: float, rule: str) -> None:
@@ -90,9 +97,13 @@ def _seed_band(axes: Any, seeds: dict[str, Any], metric: str, scale: float, rule
 
 def _operating_points(axes: Any, result: dict[str, Any]) -> None:
     """Mark where the gates' stored thresholds lie."""
-    for one in result["traces"]["seeds"].values():
+    for name, one in result["traces"]["seeds"].items():
         for panel, (metric, scale) in zip(axes, (("risk", 1.0), ("same_answer", 100.0))):
-            value = scale * one["at_equal_compute"]["gates"][metric]
-            panel.plot(
-                100 * one["visual_compute"], value, "*", color=COLORS["gates"], ms=9, mec="white", mew=0.6
-            )
+            _star(panel, one["visual_compute"], scale * one["at_equal_compute"]["gates"][metric])
+        if len(axes) > 2:
+            run = result["benchmarks"]["gqa"]["runs"][f"gates-{name}"]
+            _star(axes[2], run["visual_compute"], run["scores"]["accuracy"])
+
+
+def _star(axes: Any, compute: float, value: float) -> None:
+    axes.plot(100 * compute, value, "*", color=COLORS["gates"], ms=9, mec="white", mew=0.6, zorder=5)

@@ -79,7 +79,7 @@ def within_wording_share(exits_B: Tensor, questions: Sequence[str]) -> float:
         return float("nan")
     within = sum(ks.var(ddof=1) * len(ks) for ks in repeated)
     total = np.concatenate(repeated).var() * sum(map(len, repeated))
-    return float(within / total) if total > 0 else float("nan")
+    return min(1.0, float(within / total)) if total > 0 else float("nan")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from dyvte.evaluation.timing import machine, measure_prefill, spread_batches
 class EvalConfig:
     """Settings of ``dyvte eval``; a YAML file may hold any of them, the command line the rest."""
 
-    model: str
+    model: str = field(metadata={"path": True})
     """Backbone: folder or hub id."""
     benchmark: str
     """gqa or mme."""
