@@ -22,7 +22,7 @@ VISUAL_ID_FIELDS = (
 )
 # Families whose config field does not identify all of their visual tokens.
 _NEEDS_EXPLICIT_IDS = {"molmo2"}
-_CROSS_ATTENTION = {"mllama", "idefics", "florence2", "kosmos-2", "kosmos-2.5", "blip-2", "instructblip"}
+_CROSS_ATTENTION = {"mllama", "idefics"}
 # Layer types whose K/V live in a plain per-layer attention cache.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 

@@ -148,8 +148,7 @@ class Engine:
     def __init__(self, backbone: Backbone, policy: Policy, run: Run) -> None:
         self.backbone, self.policy, self.run = backbone, policy, run
         self.config = backbone.decoder.config
-        layer_types = set(getattr(self.config, "layer_types", None) or ())
-        self.only_full_attention = layer_types <= {"full_attention", "attention"}
+        self.only_full_attention = _only_full_attention(self.config)
         self.prefill: Prefill | None = None
         self._masks: dict[int, tuple[Any, Tensor | None]] = {}
         self._new_valid_BQ: Tensor | None = None
@@ -215,6 +214,15 @@ class Engine:
         if key not in self._masks:
             self._masks[key] = (layer.columns, decode_mask(self.config, hidden_BND, layer, new_tokens))
         kwargs["attention_mask"] = self._masks[key][1]
+
+
+def _only_full_attention(config: Any) -> bool:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        # Without a list, one window holds for all layers (Mistral).
+        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        return all(window is None for window in windows)
+    return set(layer_types) <= {"full_attention", "attention"}
 
 
 def _is_exit_layer(cache: Any, index: int) -> bool:
