@@ -35,7 +35,8 @@ class GatePlan(Plan):
 
     def logits(self, k: int, features_BF: Tensor) -> Tensor:
         """(B,) logits of gate k."""
-        return self.gates.gate(k, features_BF)
+        # The same device, unless the backbone is spread over several.
+        return self.gates.gate(k, features_BF.to(self.gates.device))
 
     def step(self, k: int, logits_B: Tensor) -> None:
         """Settle the rows whose gate k fires."""
@@ -73,7 +74,8 @@ class LearnedPolicy(Policy):
 
     def to(self, device: torch.device) -> None:
         """Bring the gates to the backbone's device."""
-        if self.gates.device != device:
+        # An offloaded backbone has no device to follow.
+        if device.type != "meta" and self.gates.device != device:
             self.gates.to(device)
 
     def start(self, rows: Rows) -> Plan:

@@ -26,8 +26,8 @@ from .streams import Layout, Partition
 class Prefill:
     """State of one prefill that contains visual tokens."""
 
-    def __init__(self, engine: Engine, layout: Layout, plan: Plan, device: torch.device, plain: bool) -> None:
-        self.engine, self.layout, self.plan, self.device = engine, layout, plan, device
+    def __init__(self, engine: Engine, layout: Layout, plan: Plan, plain: bool) -> None:
+        self.engine, self.layout, self.plan = engine, layout, plan
         # True where the decoder makes an ordinary causal mask itself.
         self.plain = plain
         num_layers = engine.backbone.num_layers
@@ -45,7 +45,7 @@ class Prefill:
     ) -> Any:
         """Layer `index` (0-based) on at most two streams, then its gate."""
         self.cache = kwargs.get("past_key_values")
-        partition = self._partition(index)
+        partition = self._partition(index, hidden_BND.device)
         if partition is None:
             output = forward(hidden_BND, **kwargs)
         else:
@@ -67,14 +67,16 @@ class Prefill:
             gate_fallbacks=self.plan.num_fallbacks,
         )
 
-    def _partition(self, index: int) -> Partition | None:
+    def _partition(self, index: int, device: torch.device) -> Partition | None:
         if not self.active:
             return None
         in_text_B = (self.plan.exit_layers_B <= index) | ~self.layout.has_image_B
         if not in_text_B.any():
             return None
-        if self.partition is None or not torch.equal(self.partition.in_text_B, in_text_B):
-            self.partition = Partition(self.layout, in_text_B, self.device)
+        now = self.partition
+        # A model may be spread over devices, layer by layer.
+        if now is None or now.device != device or not torch.equal(now.in_text_B, in_text_B):
+            self.partition = Partition(self.layout, in_text_B, device)
         return self.partition
 
     def _run_streams(
@@ -171,7 +173,7 @@ class Engine:
         exit_forward._dyvte_engine = self  # type: ignore[attr-defined]
         return exit_forward
 
-    def start_prefill(self, layout: Layout, sample_ids: list[str], device: torch.device, plain: bool) -> bool:
+    def start_prefill(self, layout: Layout, sample_ids: list[str], plain: bool) -> bool:
         """Take up a prefill with visual tokens; False where it will be the stock model's."""
         rows = Rows(self.backbone.num_layers, layout.num_visual_B, layout.num_prompt_B, sample_ids)
         plan = self.policy.start(rows)
@@ -183,7 +185,7 @@ class Engine:
                 stacklevel=2,
             )
             plan.exit_layers_B[stuck_B] = self.backbone.num_layers
-        self.prefill = Prefill(self, layout, plan, device, plain and self.only_full_attention)
+        self.prefill = Prefill(self, layout, plan, plain and self.only_full_attention)
         return self.prefill.active
 
     def start_decode(self, new_valid_BQ: Tensor | None) -> None:

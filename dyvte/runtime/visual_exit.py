@@ -264,7 +264,7 @@ class ExitSession:
         _warn_short_prompts(layout)
         decoder_mask = self._seen.get(len(self.backbone.path) - 1, {}).get("attention_mask")
         plain = decoder_mask is None or (isinstance(decoder_mask, Tensor) and decoder_mask.dim() == 2)
-        if self.engine.start_prefill(layout, self._sample_ids(layout.batch), ids_BN.device, plain):
+        if self.engine.start_prefill(layout, self._sample_ids(layout.batch), plain):
             if self._argument("output_attentions"):
                 raise ExitRuntimeError(
                     "output_attentions has no meaning once tokens have left: switch it off"
