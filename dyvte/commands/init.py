@@ -1,0 +1,63 @@
+"""Set up gates for a backbone: reads its config.json only, copies no backbone.
+
+dyvte init --model llava-hf/llava-1.5-7b-hf --output gates-7b dyvte init --model checkpoints/tiny-llava
+--output gates --architecture reference --objective reference_label
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dyvte init``."""
+    parser.add_argument("--model", required=True, help="backbone: folder or hub id")
+    parser.add_argument("--output", required=True, help="folder for gate_config.json and gates.safetensors")
+    parser.add_argument("--architecture", choices=("compact", "reference"), default="compact")
+    parser.add_argument("--gate-hidden-size", type=int, default=0, help="width; 0: the architecture's own")
+    parser.add_argument(
+        "--objective",
+        choices=("expected_risk", "safe_label", "reference_label"),
+        default="expected_risk",
+        help="what they will be trained with: expected_risk starts with all exits equally likely",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the Xavier initialisation")
+    parser.add_argument("--overwrite", action="store_true", help="replace gates that are there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the gates; print their size and the next step."""
+    from pathlib import Path
+
+    from dyvte.backbones import describe_config
+    from dyvte.errors import ConfigError
+    from dyvte.gates import GateConfig, GateStack, uniform_offsets
+
+    output = Path(args.output)
+    if (output / "gate_config.json").exists() and not args.overwrite:
+        raise ConfigError(f"{output} holds gates already; choose another folder, or pass --overwrite")
+    shape = describe_config(args.model)
+    config = GateConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        architecture=args.architecture,
+        gate_hidden_size=args.gate_hidden_size,
+        offsets=uniform_offsets(shape.num_layers) if args.objective == "expected_risk" else (),
+        backbone={"id": str(args.model), "model_type": shape.model_type, "fingerprint": shape.fingerprint},
+        training={"initialised": "xavier_uniform", "seed": args.seed},
+    )
+    gates = GateStack.init(config, seed=args.seed)
+    gates.save_pretrained(output)
+    parameters = sum(parameter.numel() for parameter in gates.parameters())
+    size = (output / "gates.safetensors").stat().st_size
+    print(
+        f"{args.architecture} gates for {shape.model_type}, {shape.num_layers} layers of "
+        f"{shape.hidden_size}: {parameters:,} parameters ({parameters / shape.num_layers:,.0f} a layer), "
+        f"{size / 1e6:.2f} MB"
+    )
+    print(f"written: {output}")
+    print(
+        f"next: bash scripts/finetune_visual_gate.sh --model_name_or_path {args.model} --gates {output} "
+        "--data_path DATA.json --image_folder IMAGES --output_dir OUTPUT"
+    )
+    return 0

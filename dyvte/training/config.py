@@ -1,0 +1,181 @@
+"""Settings of a training run; every field is a key of the YAML file and of ``--set``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dyvte.teacher.pipeline import TeacherConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen backbone."""
+
+    path: str = field(metadata={"path": True})
+    """Folder or hub id of a transformers image-text-to-text model and its processor."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto" is as stored on a GPU and float32 on a CPU."""
+    attn_implementation: str = "sdpa"
+    """"sdpa", "eager" or "flash_attention_2"."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """LLaVA instruction data and what is taken of it."""
+
+    path: Path
+    """The conversation file."""
+    image_folder: Path | None = None
+    """What its image entries are relative to; null: "images" beside the file."""
+    single_turn: bool = True
+    """Only conversations of one exchange; else the first exchange of any."""
+    fraction: float = 1.0
+    """Random share of the eligible samples; the papers use 0.01 of LLaVA-665k."""
+    limit: int | None = None
+    """At most this many samples, drawn at random."""
+    seed: int = 0
+    """Seed of both draws."""
+    max_bad_samples: int = 0
+    """How many unusable samples (named in the log) are tolerated before the run stops."""
+    validation_fraction: float = 0.05
+    """Share of the images held out from training, for the figures in the log and the summary."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], found {self.fraction}")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in [0, 1), found {self.validation_fraction}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, found {self.limit}")
+
+    @property
+    def images(self) -> Path:
+        """The image folder in force."""
+        return self.image_folder if self.image_folder is not None else self.path.parent / "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatesConfig:
+    """Where the gates come from."""
+
+    init_from: Path | None = None
+    """A folder made by ``dyvte init`` or an earlier training; null: new gates."""
+    architecture: Literal["compact", "reference"] = "compact"
+    """Architecture of new gates."""
+    hidden_size: int = 0
+    """Width of new gates; 0: the architecture's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the gates minimise; see :mod:`dyvte.objectives`."""
+
+    name: Literal["expected_risk", "reference_label", "safe_label"] = "expected_risk"
+    """The objective."""
+    lam: float = 0.1
+    """expected_risk: price in nats of the visual tokens in all layers."""
+    epsilon: float = 0.01
+    """safe_label: risk in nats below which an exit is harmless."""
+    balance: bool = True
+    """safe_label: let exit and stay labels count alike in every layer."""
+    one_layer_per_step: bool = False
+    """reference_label: train one random gate per step, as the reference does; else all."""
+
+    def __post_init__(self) -> None:
+        if self.lam < 0 or self.epsilon <= 0:
+            raise ValueError(f"lam must be >= 0 and epsilon > 0, found {self.lam} and {self.epsilon}")
+        if self.one_layer_per_step and self.name != "reference_label":
+            raise ValueError("one_layer_per_step belongs to the objective reference_label")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps spent warming up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, found {self.learning_rate}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must lie in [0, 1), found {self.warmup_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints of the running training."""
+
+    every_steps: int = 500
+    """Optimiser steps between checkpoints; one more is written at the end."""
+    keep: int = 2
+    """How many are kept."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.keep < 1:
+            raise ValueError("every_steps and keep must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where figures go besides ``train_log.jsonl``, which is always written."""
+
+    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Further trackers; wandb is offline unless WANDB_MODE says otherwise."""
+    project: str = "dyvte"
+    """wandb project."""
+    run_name: str | None = None
+    """wandb run name; null: the output folder's name."""
+    log_every: int = 10
+    """Steps between log lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    gates: GatesConfig = field(default_factory=GatesConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    output_dir: Path
+    """Everything the run writes."""
+    trace_dir: Path | None = None
+    """Traces to use or write; null: ``output_dir/trace``. Share one folder between runs of a sweep."""
+    epochs: float = 20.0
+    """Passes over the training samples."""
+    batch_size: int = 64
+    """Samples per process and micro-step."""
+    accumulation: int = 1
+    """Micro-steps per optimiser step."""
+    seed: int = 0
+    """Seed of new gates, data order and drawn layers."""
+    deepspeed: Path | None = None
+    """DeepSpeed JSON (ZeRO stage, offload); null: stage 0."""
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise ValueError(f"epochs must be positive, found {self.epochs}")
+        if self.batch_size < 1 or self.accumulation < 1:
+            raise ValueError("batch_size and accumulation must be at least 1")
+
+    @property
+    def traces(self) -> Path:
+        """The trace folder in force."""
+        return self.trace_dir if self.trace_dir is not None else self.output_dir / "trace"

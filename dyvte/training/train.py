@@ -1,0 +1,324 @@
+"""``train``: data and backbone in, traces, gates and a summary out; safe to start again at any point.
+
+Output folder::
+
+    config.yaml         the resolved configuration
+    trace/              what the teacher said (reused by every later start)
+    checkpoints/        of the running training
+    train_log.jsonl     figures by step
+    gates/              gate_config.json + gates.safetensors: the result
+    summary.json        the final figures; written last
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyvte import __version__
+from dyvte.backbones import describe_config, fingerprint, load_backbone, weights_digest
+from dyvte.config import dump_config, to_dict
+from dyvte.data.llava import Selection, load_llava, select
+from dyvte.errors import GateMismatchError, TrainingError
+from dyvte.gates import GateConfig, GateStack, uniform_offsets
+from dyvte.teacher import Teacher, Trace, TraceStore, write_traces
+from dyvte.training.config import ModelConfig, TrainConfig
+from dyvte.training.figures import budget_rows, budget_table
+from dyvte.training.loop import GateTraining, Plan
+from dyvte.training.processes import Processes, processes
+from dyvte.training.resuming import check_same_run
+from dyvte.training.schedule import held_out
+from dyvte.training.trackers import open_trackers
+
+log = logging.getLogger(__name__)
+CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the gates are and how they fared on the held-out samples."""
+
+    gates: Path
+    summary: dict[str, Any]
+
+    def table(self) -> str:
+        """The summary table."""
+        return budget_table(self.summary["budgets"])
+
+
+def train(cfg: TrainConfig) -> TrainResult:
+    """Run a training from its configuration, or go on with it; see the module's text.
+
+    Under a launcher every process calls this. A run that is already complete returns its result at once.
+
+    Raises
+    ------
+    ConfigError, DataError, CheckpointError, GateMismatchError, UnsupportedBackboneError, TrainingError
+        Each naming what is wrong and what to do.
+    """
+    with processes() as who:
+        return _train(cfg, who)
+
+
+def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
+    _prepare_output(cfg, who)
+    finished = _finished(cfg)
+    if finished is not None:
+        return finished
+    started = time.perf_counter()
+    selection = select_samples(cfg)
+    store, backbone = _traces(cfg, selection, who)
+    traced = time.perf_counter()
+
+    trace = store.trace()
+    out_B = held_out(store.image_ids(), cfg.data.validation_fraction, cfg.seed)
+    train_part, validation = trace.rows((~out_B).nonzero().flatten()), None
+    if bool(out_B.any()):
+        validation = trace.rows(out_B.nonzero().flatten())
+    gates = make_gates(cfg, trace.num_layers, trace.features.shape[2] // 2, backbone)
+    training = GateTraining(cfg, gates, train_part, validation, who)
+    try:
+        _run(cfg, training, who)
+        weights = training.gathered()
+    finally:
+        training.close()
+
+    finished_at = time.perf_counter()
+    result = None
+    if who.first:
+        times = {"trace_seconds": traced - started, "train_seconds": finished_at - traced}
+        result = _finish(cfg, training, weights, selection, store, times)
+    who.barrier()
+    return result if result is not None else _finished(cfg)  # type: ignore[return-value]
+
+
+def select_samples(cfg: TrainConfig) -> Selection:
+    """The samples of the run, by its data settings."""
+    data = load_llava(cfg.data.path, cfg.data.images, max_bad_samples=cfg.data.max_bad_samples)
+    return select(
+        data,
+        single_turn=cfg.data.single_turn,
+        image_only=True,  # a text-only prompt has no visual tokens to let go
+        fraction=cfg.data.fraction,
+        limit=cfg.data.limit,
+        seed=cfg.data.seed,
+        max_bad_samples=cfg.data.max_bad_samples,
+    )
+
+
+def open_backbone(cfg: ModelConfig, device: torch.device) -> tuple[Any, Any]:
+    """Model and processor on ``device``; "auto" precision is float32 on a CPU."""
+    dtype = cfg.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    return load_backbone(
+        cfg.path,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=cfg.attn_implementation,
+        device=device,
+        trust_remote_code=cfg.trust_remote_code,
+    )
+
+
+def make_gates(
+    cfg: TrainConfig, num_layers: int, hidden_size: int, backbone: Mapping[str, str | None]
+) -> GateStack:
+    """New gates for the run, or those it starts from.
+
+    New gates for ``expected_risk`` get offsets that make all exits equally likely at the start; label
+    objectives need none.
+
+    Raises
+    ------
+    GateMismatchError
+        If the gates to start from have another shape, or belong to another backbone.
+    """
+    if cfg.gates.init_from is None:
+        spread = cfg.objective.name == "expected_risk"
+        config = GateConfig(
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            architecture=cfg.gates.architecture,
+            gate_hidden_size=cfg.gates.hidden_size,
+            offsets=uniform_offsets(num_layers) if spread else (),
+            backbone=dict(backbone),
+        )
+        return GateStack.init(config, seed=cfg.seed)
+    gates = GateStack.from_pretrained(cfg.gates.init_from)
+    given = (gates.config.num_layers, gates.config.hidden_size)
+    if given != (num_layers, hidden_size):
+        raise GateMismatchError(
+            f"{cfg.gates.init_from}: gates for {given[0]} layers of size {given[1]}, the backbone has "
+            f"{num_layers} of size {hidden_size}; make new ones with `dyvte init --model {cfg.model.path}`"
+        )
+    theirs = gates.config.backbone.get("fingerprint")
+    if theirs is not None and theirs != backbone.get("fingerprint"):
+        raise GateMismatchError(
+            f"{cfg.gates.init_from}: gates of another backbone ({gates.config.backbone.get('id')}, "
+            f"fingerprint {theirs}); this one is {backbone.get('id')}, {backbone.get('fingerprint')}"
+        )
+    gates.config = replace(gates.config, backbone=dict(backbone), calibration={})
+    return gates
+
+
+@contextmanager
+def progress_bar(
+    total: int, description: str, unit: str, *, shown: bool, done: int = 0
+) -> Iterator[Callable]:
+    """A bar with rate and ETA on stderr; yields the function that advances it."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, desc=description, unit=unit, disable=not shown, initial=done, mininterval=0.5
+    ) as bar:
+        yield bar.update
+
+
+def _prepare_output(cfg: TrainConfig, who: Processes) -> None:
+    """Refuse a folder of another run; write the resolved configuration."""
+    path = cfg.output_dir / CONFIG_FILE
+    if path.is_file():
+        check_same_run(cfg, path)
+    who.barrier()
+    if who.first:
+        try:
+            cfg.output_dir.mkdir(parents=True, exist_ok=True)
+            dump_config(cfg, path)
+        except OSError as error:
+            raise TrainingError(
+                f"{cfg.output_dir}: the output folder cannot be written ({error}); choose another output_dir"
+            ) from error
+    who.barrier()
+
+
+def _finished(cfg: TrainConfig) -> TrainResult | None:
+    path = cfg.output_dir / SUMMARY_FILE
+    if not path.is_file():
+        return None
+    return TrainResult(cfg.output_dir / "gates", json.loads(path.read_text(encoding="utf-8")))
+
+
+def _traces(
+    cfg: TrainConfig, selection: Selection, who: Processes
+) -> tuple[TraceStore, dict[str, str | None]]:
+    """The run's traces, written where they are not there yet; and the backbone's identity."""
+    model, processor = open_backbone(cfg.model, who.device)
+    shape = describe_config(model.config)
+    backbone = {
+        "id": cfg.model.path,
+        "model_type": shape.model_type,
+        "fingerprint": fingerprint(model),
+        "weights": weights_digest(model),
+    }
+    teacher = Teacher(model, processor, cfg.teacher)
+    # A bar over this process's own share: the others work alongside.
+    share = -(-len(selection.samples) // who.world_size)
+    with progress_bar(share, "teacher", "sample", shown=who.first) as advance:
+        store = write_traces(
+            cfg.traces,
+            teacher,
+            selection,
+            file=str(cfg.data.path),
+            rank=who.rank,
+            world_size=who.world_size,
+            max_bad_samples=cfg.data.max_bad_samples,
+            progress=advance,
+        )
+    del model, teacher
+    gc.collect()
+    who.barrier()
+    return TraceStore.open(store.folder), backbone
+
+
+def _run(cfg: TrainConfig, training: GateTraining, who: Processes) -> None:
+    start = training.resume()
+    if start and who.first:
+        log.info("going on from step %d of %d", start, training.plan.steps)
+    trackers = []
+    if who.first:
+        trackers = open_trackers(
+            cfg.tracking.report_to,
+            cfg.output_dir,
+            project=cfg.tracking.project,
+            run_name=cfg.tracking.run_name or cfg.output_dir.name,
+            config=to_dict(cfg),
+            resume_step=start,
+        )
+
+    def report(step: int, figures: Mapping[str, Any]) -> None:
+        for tracker in trackers:
+            tracker.write(step, figures)
+
+    try:
+        steps = training.plan.steps
+        with progress_bar(steps, "gates", "step", shown=who.first, done=start) as advance:
+            training.run(start, report, advance)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+def _finish(
+    cfg: TrainConfig,
+    training: GateTraining,
+    weights: dict[str, torch.Tensor],
+    selection: Selection,
+    store: TraceStore,
+    times: dict[str, float],
+) -> TrainResult:
+    """Write the gates with their record, then the summary."""
+    record = _record(cfg, training.plan, selection, store)
+    config = replace(training.gates.config, training=record, dyvte_version=__version__)
+    gates = GateStack(config)
+    gates.load_state_dict(weights)
+    gates.eval().save_pretrained(cfg.output_dir / "gates")
+
+    judged = training.validation if training.validation is not None else training.train
+    with torch.no_grad():
+        train_logits, logits = _logits(gates, training.train), _logits(gates, judged)
+    summary = {
+        "gates": str(cfg.output_dir / "gates"),
+        "judged_on": "held-out samples" if training.validation is not None else "training samples",
+        "num_judged": len(judged),
+        "budgets": budget_rows(train_logits, training.train, logits, judged),
+        "parameters": sum(parameter.numel() for parameter in gates.parameters()),
+        "dropped": list(store.dropped()),
+        **times,
+        **record,
+    }
+    path = cfg.output_dir / SUMMARY_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return TrainResult(cfg.output_dir / "gates", summary)
+
+
+def _logits(gates: GateStack, trace: Trace) -> torch.Tensor:
+    return torch.cat([gates(part) for part in trace.features.split(1024)])
+
+
+def _record(cfg: TrainConfig, plan: Plan, selection: Selection, store: TraceStore) -> dict[str, Any]:
+    """How the weights came about: kept in ``gate_config.json``."""
+    return {
+        "objective": to_dict(cfg.objective),
+        "optimizer": to_dict(cfg.optimizer),
+        "epochs": cfg.epochs,
+        "steps": plan.steps,
+        "global_batch": plan.global_batch,
+        "num_samples": plan.num_samples,
+        "seed": cfg.seed,
+        "init_from": str(cfg.gates.init_from) if cfg.gates.init_from else None,
+        "data": {"file": cfg.data.path.name, "sha256": selection.sha256, **selection.counts},
+        "trace": store.manifest.fingerprint,
+        "trace_notes": store.notes(),
+    }

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Train visual exit gates with DeepSpeed. Without arguments: the embedded default (configs/embedded.yaml).
+#
+#   bash scripts/finetune_visual_gate.sh --model_name_or_path llava-hf/llava-1.5-7b-hf --version v1 \
+#       --data_path llava_v1_5_mix665k.json --image_folder images --output_dir runs/7b --bf16 True
+#
+# All options: dyvte train --help. From the environment:
+#   NUM_PROCESSES  processes on this machine (default: its GPUs, else 1)
+#   LAUNCHER       torchrun (default) or deepspeed, for more than one process
+#   HOSTFILE       several machines, with the deepspeed launcher
+#   DRY_LAUNCH=1   print the launch command instead of running it
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+if [ ! -x "$PYTHON" ]; then
+    PYTHON="$(command -v python3 || command -v python)"
+fi
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+if [ "$#" -eq 0 ]; then
+    if [ ! -f "$ROOT/data/scenes/instruct/train.json" ]; then
+        echo "[data] writing the synthetic scenes into data/scenes"
+        "$PYTHON" -m dyvte.data.scenes --output "$ROOT/data/scenes"
+    fi
+    set -- --config "$ROOT/configs/embedded.yaml"
+fi
+
+if [ -z "${NUM_PROCESSES:-}" ]; then
+    NUM_PROCESSES="$( (command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null || true) | wc -l)"
+    [ "$NUM_PROCESSES" -ge 1 ] || NUM_PROCESSES=1
+fi
+
+if [ -n "${HOSTFILE:-}" ]; then
+    launch=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --module dyvte train)
+elif [ "$NUM_PROCESSES" -gt 1 ] && [ "${LAUNCHER:-torchrun}" = deepspeed ]; then
+    port="$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+    launch=("$PYTHON" -m deepspeed.launcher.runner --num_accelerators "$NUM_PROCESSES" --master_port "$port"
+        --module dyvte train)
+elif [ "$NUM_PROCESSES" -gt 1 ]; then
+    launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_PROCESSES" -m dyvte train)
+else
+    launch=("$PYTHON" -m dyvte train)
+fi
+if [ -n "${DRY_LAUNCH:-}" ]; then
+    printf '%q ' "${launch[@]}" "$@"
+    echo
+    exit 0
+fi
+exec "${launch[@]}" "$@"
