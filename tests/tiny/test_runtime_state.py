@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import dyvte
 from dyvte.errors import ExitRuntimeError, NoVisualTokensError, UnsupportedBackboneError
@@ -166,6 +167,33 @@ def test_kv_bytes_are_the_rows_own_and_the_tensors_real_size(exits, side):
             assert storage == kept * HEAD_BYTES
         else:
             assert storage == valid.numel() * HEAD_BYTES
+
+
+@pytest.mark.parametrize("exits", [[1, 2, 3, 4], [0, 4, 4, 4], [2, 2, 2, 2]])
+def test_a_batch_costs_what_its_rows_cost_alone(exits):
+    model, processor = llava("eager")  # eager attention is plain products, which the counter knows
+    questions = [
+        ("what color is it", 1),
+        ("is it red ?", 1),
+        ("how many are there", 1),
+        ("what is left ?", 1),
+    ]
+    questions = [(" ".join(text.split()[:4]), n) for text, n in questions]
+
+    def flops(rows, exit_layers):
+        inputs = batch(processor, rows)
+        assert inputs["attention_mask"].all()
+        with oracle(exit_layers)(model), FlopCounterMode(display=False) as counter:
+            model(**inputs, logits_to_keep=1)
+        return counter.get_total_flops()
+
+    alone = sum(flops([question], [k]) for question, k in zip(questions, exits, strict=True))
+    assert flops(questions, exits) <= 1.02 * alone
+    stock = flops(questions, [4] * 4)
+    per_layer = (stock - flops(questions, [0] * 4)) / 4
+    # each layer saved saves its share of the work on visual tokens
+    saved = per_layer * sum(4 - k for k in exits) / 4
+    assert flops(questions, exits) <= stock - 0.97 * saved
 
 
 def test_beams_share_what_they_have_in_common():
