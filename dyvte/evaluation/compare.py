@@ -71,6 +71,9 @@ class CompareConfig:
     attn_implementation: str = "sdpa"
     device: str | None = None
     limit: int | None = None
+    """Ask about this many benchmark questions only."""
+    sweep_questions: int = 500
+    """GQA questions asked at every fixed K, for accuracy curves; 0 for none."""
     eta: float = 0.003
     """VTW's bound on the mean KL, in nats."""
     search_samples: int = 20
@@ -134,7 +137,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "vtw": dataclasses.asdict(vtw),
         "gates": {p.gates.name: {"threshold": p.gates.threshold, "budget": p.gates.budget} for p in pairs},
         "traces": on_traces,
-        "benchmarks": {run.benchmark.name: _benchmark_result(run, pairs, config) for run in runs},
+        "benchmarks": {run.benchmark.name: _benchmark_result(asker, run, pairs, config) for run in runs},
     }
     rows: list[Row] = []
     if runs:
@@ -238,14 +241,15 @@ def _run_benchmarks(
             pairs,
             _eval_config(config),
             fixed_layers=vtw.layers(),
-            sweep=name == "gqa",
         )
         for name, root in roots.items()
         if root is not None
     ]
 
 
-def _benchmark_result(runs: BenchmarkRuns, pairs: Sequence[Pair], config: CompareConfig) -> dict[str, Any]:
+def _benchmark_result(
+    asker: Asker, runs: BenchmarkRuns, pairs: Sequence[Pair], config: CompareConfig
+) -> dict[str, Any]:
     gates = [runs.hits(gates_name(pair)) for pair in pairs]
     rivals = {
         "vtw_mixture": [runs.hits(mixture_name(pair)) for pair in pairs],
@@ -264,8 +268,8 @@ def _benchmark_result(runs: BenchmarkRuns, pairs: Sequence[Pair], config: Compar
             for name, hits in rivals.items()
         },
     }
-    if f"{gates_name(pairs[0])}-never" in runs.results:
-        result["curves"] = accuracy_curves(runs, pairs, _eval_config(config))
+    if runs.benchmark.name == "gqa" and config.sweep_questions > 0:
+        result["curves"] = accuracy_curves(asker, runs, pairs, _eval_config(config), config.sweep_questions)
     return result
 
 

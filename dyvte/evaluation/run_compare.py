@@ -1,8 +1,8 @@
 """Exit rules compared by real generation on the benchmarks: what the table of a comparison holds.
 
 Gates are run first; VTW's mixture and the question-only router are then run at the visual compute that the
-gates really spent on these questions. Fixed layers are run at every K, so accuracy curves of any rule can be
-read off: an answer depends on the exit layer alone.
+gates really spent on these questions. For curves, the first questions are asked at every fixed K: an answer
+depends on the exit layer alone, so the answers of any rule can be read off.
 
 Shape letters: B questions, L decoder layers, K = L+1 exit layers.
 """
@@ -24,9 +24,10 @@ from dyvte.evaluation.base import Benchmark, Predictions, Question
 from dyvte.evaluation.contenders import GateContender
 from dyvte.evaluation.curves import OperatingPoints
 from dyvte.evaluation.policies import NamedPolicy, given_exits, learned, parse_named
-from dyvte.evaluation.records import texts
+from dyvte.evaluation.probe import probe_gates
+from dyvte.evaluation.records import Answer, texts
 from dyvte.evaluation.rivals import fixed_points, oracle_points
-from dyvte.evaluation.runner import EvalConfig, PolicyResult, run_policies
+from dyvte.evaluation.runner import EvalConfig, PolicyResult, prompts_of, run_policies
 from dyvte.evaluation.scenes import TracedScenes
 from dyvte.evaluation.trace_compare import ORACLE_LAMS, Pair
 from dyvte.policies import LearnedPolicy
@@ -80,27 +81,16 @@ def run_benchmark(
     config: EvalConfig,
     *,
     fixed_layers: Sequence[int],
-    sweep: bool,
 ) -> BenchmarkRuns:
-    """All runs of the comparison on one benchmark.
-
-    Parameters
-    ----------
-    fixed_layers : K of VTW rows.
-    sweep : also run every K and keep all gate logits, for accuracy curves.
-    """
+    """The full model, VTW at ``fixed_layers``, gates, and the rivals at the gates' compute."""
     config = dataclasses.replace(
         config, benchmark=benchmark.name, data=root, output=config.output / benchmark.name
     )
     runs = BenchmarkRuns(benchmark, benchmark.load(root, config.limit), config.dialect)
     label = f"mini-{benchmark.name.upper()}"
-    num_layers = calibration.num_layers
-    wanted = range(num_layers) if sweep else sorted({k for k in fixed_layers if k < num_layers})
-    first = [parse_named(FULL), *(parse_named(f"fixed:{k}") for k in wanted)]
-    first += [_gates(pair.gates, pair.gates.threshold, gates_name(pair)) for pair in pairs]
-    if sweep:
-        first += [_gates(pair.gates, 1.0, f"{gates_name(pair)}-never") for pair in pairs]
-    runs.run(asker, first, config, f"{label}: full model, fixed layers, gates")
+    first = [parse_named(FULL), *(parse_named(f"fixed:{k}") for k in sorted(set(fixed_layers)))]
+    first += [_gates(pair.gates, gates_name(pair)) for pair in pairs]
+    runs.run(asker, first, config, f"{label}: full model, VTW, gates")
     runs.run(asker, _at_gates_budget(runs, calibration, pairs, config), config, f"{label}: rivals")
     return runs
 
@@ -120,8 +110,8 @@ def router_name(pair: Pair) -> str:
     return f"router-{pair.gates.name}"
 
 
-def _gates(contender: GateContender, threshold: float, name: str) -> NamedPolicy:
-    policy = LearnedPolicy(contender.gates, threshold, contender.min_layer, contender.fallback)
+def _gates(contender: GateContender, name: str) -> NamedPolicy:
+    policy = LearnedPolicy(contender.gates, contender.threshold, contender.min_layer, contender.fallback)
     return learned(name, policy)
 
 
@@ -129,8 +119,6 @@ def _at_gates_budget(
     runs: BenchmarkRuns, calibration: TracedScenes, pairs: Sequence[Pair], config: EvalConfig
 ) -> list[NamedPolicy]:
     """VTW's mixture and the router, drawn per question, at the visual compute of each seed's gates."""
-    from dyvte.evaluation.runner import prompts_of
-
     ids = [q.id for q in runs.questions]
     prompts = prompts_of(runs.benchmark, runs.questions, config.question_suffix)
     fixed = fixed_points(calibration.trace.risk, runs.num_visual_B)
@@ -144,35 +132,44 @@ def _at_gates_budget(
     return named
 
 
-def accuracy_curves(runs: BenchmarkRuns, pairs: Sequence[Pair], config: EvalConfig) -> dict[str, Any]:
-    """Score over visual compute of every rule, read off the fixed-K runs (GQA: accuracy in percent)."""
-    from dyvte.evaluation.runner import prompts_of
-
+def accuracy_curves(
+    asker: Asker, runs: BenchmarkRuns, pairs: Sequence[Pair], config: EvalConfig, num_questions: int
+) -> dict[str, Any]:
+    """Score over visual compute of every rule on the first questions (GQA: accuracy in percent)."""
+    sweep = BenchmarkRuns(runs.benchmark, runs.questions[:num_questions], runs.dialect)
+    config = dataclasses.replace(config, output=config.output / f"{runs.benchmark.name}-sweep")
     names = [*(f"fixed-{k}" for k in range(runs.num_layers)), FULL]
-    hits_BK = torch.tensor([runs.hits(name) for name in names], dtype=torch.float64).T
-    same_BK = torch.tensor(np.stack([runs.same_B(name) for name in names], axis=1))
-    prompts = prompts_of(runs.benchmark, runs.questions, config.question_suffix)
-    visual_B = runs.num_visual_B
-    fixed = OperatingPoints(
-        "fixed K",
-        tuple(float(k) for k in range(runs.num_layers + 1)),
-        torch.arange(runs.num_layers + 1)[:, None].expand(-1, len(visual_B)),
-        visual_B,
-        runs.num_layers,
-    )
+    policies = [*(parse_named(f"fixed:{k}") for k in range(runs.num_layers)), parse_named(FULL)]
+    sweep.run(asker, policies, config, f"mini-{runs.benchmark.name.upper()}: every fixed layer")
+    hits_BK = torch.tensor([sweep.hits(name) for name in names], dtype=torch.float64).T
+    same_BK = torch.tensor(np.stack([sweep.same_B(name) for name in names], axis=1))
+    prompts = prompts_of(sweep.benchmark, sweep.questions, config.question_suffix)
+    stacks = [pair.gates.gates for pair in pairs]
+    logits = probe_gates(asker, sweep.questions, prompts, stacks, config.batch_size)
+    visual_B = sweep.num_visual_B
     oracle = oracle_points(1.0 - same_BK, visual_B, ORACLE_LAMS)
     curves: dict[str, Any] = {
-        "fixed": _curve(fixed, hits_BK, same_BK),
+        "num_questions": len(sweep.questions),
+        "fixed": _curve(_every_layer(runs.num_layers, visual_B), hits_BK, same_BK),
         "oracle": _curve(oracle, hits_BK, same_BK),
+        "gates": {},
+        "router": {},
+        "lookup_agreement": {},
     }
-    curves["gates"], curves["router"], curves["lookup_agreement"] = {}, {}, {}
-    for pair in pairs:
-        logits_BL = _logits(runs, f"{gates_name(pair)}-never")
+    table = [texts(sweep.results[name].answers) for name in names]
+    for pair, logits_BL in zip(pairs, logits, strict=True):
         name = pair.gates.name
         curves["gates"][name] = _curve(pair.gates.points(logits_BL, visual_B), hits_BK, same_BK)
         curves["router"][name] = _curve(pair.router.points(prompts, visual_B), hits_BK, same_BK)
-        curves["lookup_agreement"][name] = _lookup_agreement(runs, names, gates_name(pair))
+        answers = runs.results[gates_name(pair)].answers[:num_questions]
+        curves["lookup_agreement"][name] = _lookup_agreement(answers, table)
     return curves
+
+
+def _every_layer(num_layers: int, num_visual_B: Tensor) -> OperatingPoints:
+    layers = torch.arange(num_layers + 1)
+    exits_SB = layers[:, None].expand(-1, len(num_visual_B))
+    return OperatingPoints("fixed K", tuple(map(float, layers)), exits_SB, num_visual_B, num_layers)
 
 
 def _curve(points: OperatingPoints, hits_BK: Tensor, same_BK: Tensor) -> dict[str, list[float]]:
@@ -184,14 +181,6 @@ def _curve(points: OperatingPoints, hits_BK: Tensor, same_BK: Tensor) -> dict[st
     }
 
 
-def _logits(runs: BenchmarkRuns, name: str) -> Tensor:
-    """(B, L) logits of a run in which no gate fired; gate L never decides."""
-    rows = [[0.0 if x is None else x for x in a.gate_logits] for a in runs.results[name].answers]
-    return torch.tensor(rows)
-
-
-def _lookup_agreement(runs: BenchmarkRuns, names: Sequence[str], gates: str) -> float:
+def _lookup_agreement(answers: Sequence[Answer], table: Sequence[dict[str, str]]) -> float:
     """Share of the gates' own answers equal to the fixed-K run's at their exit layer (1 up to rounding)."""
-    table = [texts(runs.results[name].answers) for name in names]
-    answers = runs.results[gates].answers
     return sum(a.prediction == table[a.exit_layer][a.question_id] for a in answers) / len(answers)

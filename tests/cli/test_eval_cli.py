@@ -52,20 +52,10 @@ def test_eval_then_score_in_a_fresh_process(world, tmp_path):
     assert "| fixed-2 |" in done.stdout
     scores = json.loads((tmp_path / "out" / "fixed-2" / "scores.json").read_text())
     assert scores["mean_exit_layer"] == 2.0
+    predictions = tmp_path / "out" / "fixed-2" / "predictions.jsonl"
+    command = [sys.executable, "-m", "dyvte", "score", "gqa", "--dialect", "all"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "dyvte",
-            "score",
-            "gqa",
-            "--data",
-            world / "gqa",
-            "--dialect",
-            "all",
-            "--predictions",
-            tmp_path / "out" / "fixed-2" / "predictions.jsonl",
-        ],
+        [*command, "--data", world / "gqa", "--predictions", predictions],
         cwd=ROOT,
         capture_output=True,
         text=True,
