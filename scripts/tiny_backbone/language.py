@@ -25,8 +25,9 @@ from tiny_backbone.packing import GROUP, Batch, PackedAttention, install, make_b
 class LanguageConfig:
     """Recipe of the language stage; the defaults made the checkpoint in this repository."""
 
-    steps: int = 5200
+    steps: int = 2000
     scenes: int = 16
+    """Scenes per process and step."""
     questions: int = 24
     describe_share: float = 0.3
     """Share of the steps during which four of the questions of a scene are row descriptions."""
@@ -43,8 +44,9 @@ class LanguageConfig:
 class LanguageTrainer:
     """Owns the bf16 model, its fp32 masters and the packed attention."""
 
-    def __init__(self, model, tokenizer, config: LanguageConfig):
+    def __init__(self, model, tokenizer, config: LanguageConfig, rank: int = 0, world: int = 1):
         self.model, self.config = model.bfloat16(), config
+        self.rank, self.world = rank, world
         self.vocabulary = tokenizer.get_vocab()
         self.prefix_ids = torch.tensor([[tokenizer.bos_token_id, self.vocabulary["user"]]])
         visual = model.config.image_seq_length
@@ -75,10 +77,10 @@ class LanguageTrainer:
         """The training batch of `step`."""
         c = self.config
         describes = 4 if step < c.describe_share * c.steps else 0
-        first = c.first_scene + step * c.scenes
+        first = c.first_scene + (step * self.world + self.rank) * c.scenes
         batch = make_batch("train", first, c.scenes, c.questions, describes, self.vocabulary, c.seed)
         if step >= (1 - c.random_exit_share) * c.steps:
-            rng = np.random.default_rng([c.seed, 99, step])
+            rng = np.random.default_rng([c.seed, 99, step, self.rank])
             layers = rng.integers(c.first_random_exit, self.num_layers, size=(c.scenes, c.questions))
             layers[rng.random(layers.shape) < 0.5] = self.num_layers
             batch.exits = list(torch.from_numpy(layers).split(GROUP, dim=1))
@@ -94,17 +96,30 @@ class LanguageTrainer:
             if not torch.isfinite(out["loss"]):
                 raise RuntimeError(f"loss is not finite at step {self.step}; lower muon_lr and resume")
             out["loss"].backward()
+            self.average_gradients()
             self.optimizer.step(schedule(self.step, self.config.steps))
             running.append((out["loss"].item(), out["right"].float().mean().item()))
             self.step += 1
-            if self.step % 50 == 0:
+            if self.step % 50 == 0 and self.rank == 0:
                 loss, right = np.mean(running, axis=0)
                 pace = (time.time() - began) / (self.step - first)
                 eta = pace * (until - self.step) / 60
                 log({"stage": "language", "step": self.step, "loss": loss, "right": right, "eta_min": eta})
                 running = []
-            if self.step % self.config.save_every == 0 or self.step == until:
+            if self.rank == 0 and (self.step % self.config.save_every == 0 or self.step == until):
                 self.save(folder)
+
+    def average_gradients(self) -> None:
+        """Mean over the processes, in one message; every process then takes the same optimiser step."""
+        if self.world == 1:
+            return
+        live = [p for p in self.optimizer.live if p.grad is not None]
+        flat = torch.cat([p.grad.float().reshape(-1) for p in live]).div_(self.world)
+        torch.distributed.all_reduce(flat)
+        start = 0
+        for p in live:
+            p.grad = flat[start : start + p.numel()].view_as(p).to(p.dtype)
+            start += p.numel()
 
     def save(self, folder: Path) -> None:
         """Write the whole state atomically."""

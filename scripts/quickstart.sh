@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# The whole loop on the embedded default, from a fresh machine: data, gates, training, calibration, evaluation,
+# comparison. Two CPU cores are enough; run again it reuses what is there. Everything lands in runs/quickstart.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+OUT="${DYVTE_QUICKSTART:-$ROOT/runs/quickstart}"
+SEEDS=(0 1 2)
+STEPS=7
+began=$SECONDS
+step() {
+    printf '\n[%d/%d] %s   (%dm%02ds so far)\n' "$1" "$STEPS" "$2" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))
+}
+
+step 1 "environment"
+make_environment
+cd "$ROOT"
+dyvte() { "$PYTHON" -m dyvte "$@"; }
+common=(--config configs/embedded.yaml)
+scenes=data/scenes/instruct
+
+step 2 "synthetic scenes in the formats people have: LLaVA json, GQA, MME"
+"$PYTHON" -m dyvte.data.scenes --output data/scenes
+
+step 3 "set up gates"
+if [ ! -f "$OUT/init/gate_config.json" ]; then
+    "$PYTHON" scripts/init_weight.py --model checkpoints/tiny-llava --output "$OUT/init"
+fi
+
+step 4 "train gates with DeepSpeed against the un-pruned model: one teacher pass, ${#SEEDS[@]} seeds"
+gates=()
+for seed in "${SEEDS[@]}"; do
+    # seed 0 starts from the gates of step 3; the others draw their own
+    start=()
+    [ "$seed" -ne 0 ] || start=(--gates "$OUT/init")
+    NUM_PROCESSES=1 bash scripts/finetune_visual_gate.sh "${common[@]}" "${start[@]}" --seed "$seed" \
+        --trace_dir "$OUT/trace-train" --output_dir "$OUT/seed$seed"
+    gates+=("$OUT/seed$seed/gates")
+done
+
+step 5 "calibrate: at least 98 % same answer with probability 0.9; VTW's K by KL"
+for split in calibration test; do
+    dyvte trace "${common[@]}" --data_path "$scenes/$split.json" --set data.limit=null --output "$OUT/trace-$split"
+done
+for folder in "${gates[@]}"; do
+    dyvte calibrate --gates "$folder" --trace "$OUT/trace-calibration" --alpha 0.02 --delta 0.1
+done
+dyvte search-k "${common[@]}" --data_path "$scenes/calibration.json" --json "$OUT/search-k.json"
+
+step 6 "evaluate on mini-GQA and mini-MME"
+for benchmark in gqa mme; do
+    bash "scripts/eval/$benchmark.sh" --config configs/eval_embedded.yaml --data "data/scenes/mini_$benchmark" \
+        --policy never --policy "gates:${gates[0]}" --output "$OUT/eval/$benchmark"
+done
+
+step 7 "compare with VTW, a question-only router and the oracle"
+dyvte compare --config configs/compare_embedded.yaml --gates "${gates[@]}" --traces-train "$OUT/trace-train" \
+    --traces-calibration "$OUT/trace-calibration" --traces-test "$OUT/trace-test" --output "$OUT/comparison"
+
+cat <<EOT
+
+done in $(((SECONDS - began) / 60))m$(((SECONDS - began) % 60))s
+  gates        $OUT/seed0/gates
+  training log $OUT/seed0/train_log.jsonl
+  scores       $OUT/eval/{gqa,mme}
+  table, plot  $OUT/comparison/comparison.md, comparison.png
+EOT
