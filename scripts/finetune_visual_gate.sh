@@ -30,11 +30,11 @@ if [ -z "${NUM_PROCESSES:-}" ]; then
 fi
 
 if [ -n "${HOSTFILE:-}" ]; then
-    launch=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --module dyvte train)
+    launch=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --no_local_rank --module dyvte train)
 elif [ "$NUM_PROCESSES" -gt 1 ] && [ "${LAUNCHER:-torchrun}" = deepspeed ]; then
     port="$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     launch=("$PYTHON" -m deepspeed.launcher.runner --num_accelerators "$NUM_PROCESSES" --master_port "$port"
-        --module dyvte train)
+        --no_local_rank --module dyvte train)
 elif [ "$NUM_PROCESSES" -gt 1 ]; then
     launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_PROCESSES" -m dyvte train)
 else

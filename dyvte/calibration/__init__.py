@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from dyvte.calibration.apply import (
+    Calibration,
+    calibrate_compute,
+    calibrate_risk,
+    write_calibration,
+    write_fixed_layer,
+)
 from dyvte.calibration.compute import threshold_for_compute
 from dyvte.calibration.decisions import at_exit, visual_compute
 from dyvte.calibration.risk import RiskThreshold, threshold_for_risk
 from dyvte.calibration.vtw import LayerSearch, search_exit_layer
 
 __all__ = [
+    "Calibration",
     "LayerSearch",
     "RiskThreshold",
     "at_exit",
+    "calibrate_compute",
+    "calibrate_risk",
     "search_exit_layer",
     "threshold_for_compute",
     "threshold_for_risk",
     "visual_compute",
+    "write_calibration",
+    "write_fixed_layer",
 ]

@@ -72,6 +72,31 @@ def trace_exits(
         If a row has no answer token, or an answer that starts right after a visual token or at the first
         position (the logits there mean nothing once the visual tokens left).
     """
+    trace, _ = trace_checked(
+        model,
+        inputs,
+        answer_mask,
+        sample_ids=sample_ids,
+        exits_per_chunk=exits_per_chunk,
+        visual_token_ids=visual_token_ids,
+    )
+    return trace
+
+
+def trace_checked(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    answer_mask: Tensor,
+    *,
+    sample_ids: Sequence[str] | None = None,
+    exits_per_chunk: int | None = None,
+    visual_token_ids: Iterable[int] | None = None,
+) -> tuple[Trace, Tensor]:
+    """:func:`trace_exits`, and (B,) bool: the answer is the full model's argmax at every position.
+
+    On greedy labels False means that generation and this pass disagree by rounding (a near tie, low
+    precision).
+    """
     answer_BN = torch.as_tensor(answer_mask, dtype=torch.bool)
     ids = tuple(sample_ids) if sample_ids is not None else tuple(map(str, range(len(answer_BN))))
     if len(ids) != len(answer_BN):
@@ -86,13 +111,16 @@ def trace_exits(
         sample_ids=ids,
     )
     input_ids_BN = inputs["input_ids"].to(found.valid_BA.device)
-    columns = _compare(found, _packed_labels(input_ids_BN, answer_BN, found.valid_BA))
-    return Trace(
-        **columns,
+    labels_BA = _packed_labels(input_ids_BN, answer_BN, found.valid_BA)
+    trace = Trace(
+        **_compare(found, labels_BA),
         features=found.features_BLF,
         sample_ids=ids,
         num_visual=found.spans.visual_BN.sum(1),
     )
+    visual_ids = torch.tensor(found.backbone.visual_token_ids, device=labels_BA.device)
+    greedy_BA = _argmax(found.logits_KBAV[-1], visual_ids) == labels_BA
+    return trace, (greedy_BA | ~found.valid_BA).all(1)
 
 
 @torch.no_grad()

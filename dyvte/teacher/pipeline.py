@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dyvte.backbones import PromptTemplate, describe, encode, fingerprint, get_template, weights_digest
 from dyvte.data.llava import Defect, Sample, Selection, check_defects
 from dyvte.gates import FEATURES
-from dyvte.teacher.exits import trace_exits
+from dyvte.teacher.exits import trace_checked
 from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.store import Manifest, Shard, TraceStore, empty_trace
 from dyvte.teacher.trace import Trace
@@ -120,17 +120,33 @@ class Teacher:
         if self.config.label_source == "greedy":
             inputs, answer_BN = greedy_answers(self.model, inputs, self.config.max_new_tokens)
             notes = {"answers_cut": self._cut(inputs["input_ids"], answer_BN)}
-        trace = trace_exits(
+        trace, is_greedy_B = trace_checked(
             self.model,
             inputs,
             answer_BN,
             sample_ids=[sample.id for sample in usable],
             exits_per_chunk=self.config.exits_per_chunk,
-        ).to("cpu")
+        )
+        if self.config.label_source == "greedy":
+            notes["answers_not_reproduced"] = int((~is_greedy_B).sum())
+        trace = trace.to("cpu")
         trace = Trace(
             **{**trace.tensors(), "features": trace.features.to(self.dtype)}, sample_ids=trace.sample_ids
         )
         return Shard(trace=trace, image_ids=tuple(sample.image_id for sample in usable), notes=notes), defects
+
+    def inputs(self, samples: Sequence[Sample], file: str = "") -> tuple[dict[str, Tensor], Tensor]:
+        """Model inputs and answer mask of a batch: with the data's answers, or (greedy labels) prompts only.
+
+        Raises
+        ------
+        DataError
+            If an image cannot be read.
+        """
+        usable, images, defects = self._open_images(samples, file)
+        check_defects(defects, 0)
+        inputs, answer_BN = self._encode(usable, images)
+        return self._place(inputs), answer_BN.to(self.device)
 
     def _open_images(
         self, samples: Sequence[Sample], file: str

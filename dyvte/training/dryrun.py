@@ -15,7 +15,8 @@ from dyvte.evaluation.cost import DecoderShape, decoder_shape
 from dyvte.gates import FEATURES, GateStack
 from dyvte.training.config import TrainConfig
 from dyvte.training.loop import Plan
-from dyvte.training.train import make_gates, select_samples
+from dyvte.training.tracing import select_samples
+from dyvte.training.train import make_gates
 from dyvte.training.zero import engine_config, stage_of
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

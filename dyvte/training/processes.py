@@ -56,31 +56,30 @@ class Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the processes that a launcher started, or stand alone under plain python; leave on exit.
+    """Join the processes that a launcher started, or stand alone under plain python.
 
-    Launchers (torchrun, deepspeed) tell rank and address in the environment; alone, this sets them for as
-    long as the block lasts, because DeepSpeed would look for MPI otherwise.
+    Launchers (torchrun, deepspeed) tell rank and address in the environment; alone, this sets them while the
+    group is made, because DeepSpeed would look for MPI otherwise. A group of one stays for the life of the
+    process: DeepSpeed keeps handles to it and could not start a second engine after it is gone.
     """
-    import_deepspeed()
-    import deepspeed
-
-    added = _stand_alone()
+    deepspeed = import_deepspeed()
     on_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
+    added = _stand_alone()
     try:
-        # A rank may wait for hours until another has finished its share of the teacher pass.
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(days=2), verbose=False
-        )
-        yield Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+        if not torch.distributed.is_initialized():
+            if on_gpu:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # A rank may wait for hours until another has finished its share of the teacher pass.
+            deepspeed.init_distributed(
+                dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(days=2), verbose=False
+            )
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        yield Processes(rank, world_size, device)
     finally:
         gc.collect()
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.destroy_process_group()
-            deepspeed.comm.comm.cdb = None
         for name in added:
             os.environ.pop(name, None)
 

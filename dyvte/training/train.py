@@ -12,13 +12,11 @@ Output folder::
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +24,18 @@ from typing import Any
 import torch
 
 from dyvte import __version__
-from dyvte.backbones import describe_config, fingerprint, load_backbone, weights_digest
 from dyvte.config import dump_config, to_dict
-from dyvte.data.llava import Selection, load_llava, select
+from dyvte.data.llava import Selection
 from dyvte.errors import GateMismatchError, TrainingError
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
-from dyvte.teacher import Teacher, Trace, TraceStore, write_traces
-from dyvte.training.config import ModelConfig, TrainConfig
+from dyvte.teacher import Trace, TraceStore
+from dyvte.training.config import TrainConfig
 from dyvte.training.figures import budget_rows, budget_table
 from dyvte.training.loop import GateTraining, Plan
 from dyvte.training.processes import Processes, processes
 from dyvte.training.resuming import check_same_run
 from dyvte.training.schedule import held_out
+from dyvte.training.tracing import progress_bar, run_traces, select_samples
 from dyvte.training.trackers import open_trackers
 
 log = logging.getLogger(__name__)
@@ -77,7 +75,7 @@ def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
         return finished
     started = time.perf_counter()
     selection = select_samples(cfg)
-    store, backbone = _traces(cfg, selection, who)
+    store, backbone = run_traces(cfg, selection, who)
     traced = time.perf_counter()
 
     trace = store.trace()
@@ -100,34 +98,6 @@ def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
         result = _finish(cfg, training, weights, selection, store, times)
     who.barrier()
     return result if result is not None else _finished(cfg)  # type: ignore[return-value]
-
-
-def select_samples(cfg: TrainConfig) -> Selection:
-    """The samples of the run, by its data settings."""
-    data = load_llava(cfg.data.path, cfg.data.images, max_bad_samples=cfg.data.max_bad_samples)
-    return select(
-        data,
-        single_turn=cfg.data.single_turn,
-        image_only=True,  # a text-only prompt has no visual tokens to let go
-        fraction=cfg.data.fraction,
-        limit=cfg.data.limit,
-        seed=cfg.data.seed,
-        max_bad_samples=cfg.data.max_bad_samples,
-    )
-
-
-def open_backbone(cfg: ModelConfig, device: torch.device) -> tuple[Any, Any]:
-    """Model and processor on ``device``; "auto" precision is float32 on a CPU."""
-    dtype = cfg.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
-    return load_backbone(
-        cfg.path,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        attn_implementation=cfg.attn_implementation,
-        device=device,
-        trust_remote_code=cfg.trust_remote_code,
-    )
 
 
 def make_gates(
@@ -171,19 +141,6 @@ def make_gates(
     return gates
 
 
-@contextmanager
-def progress_bar(
-    total: int, description: str, unit: str, *, shown: bool, done: int = 0
-) -> Iterator[Callable]:
-    """A bar with rate and ETA on stderr; yields the function that advances it."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total, desc=description, unit=unit, disable=not shown, initial=done, mininterval=0.5
-    ) as bar:
-        yield bar.update
-
-
 def _prepare_output(cfg: TrainConfig, who: Processes) -> None:
     """Refuse a folder of another run; write the resolved configuration."""
     path = cfg.output_dir / CONFIG_FILE
@@ -206,38 +163,6 @@ def _finished(cfg: TrainConfig) -> TrainResult | None:
     if not path.is_file():
         return None
     return TrainResult(cfg.output_dir / "gates", json.loads(path.read_text(encoding="utf-8")))
-
-
-def _traces(
-    cfg: TrainConfig, selection: Selection, who: Processes
-) -> tuple[TraceStore, dict[str, str | None]]:
-    """The run's traces, written where they are not there yet; and the backbone's identity."""
-    model, processor = open_backbone(cfg.model, who.device)
-    shape = describe_config(model.config)
-    backbone = {
-        "id": cfg.model.path,
-        "model_type": shape.model_type,
-        "fingerprint": fingerprint(model),
-        "weights": weights_digest(model),
-    }
-    teacher = Teacher(model, processor, cfg.teacher)
-    # A bar over this process's own share: the others work alongside.
-    share = -(-len(selection.samples) // who.world_size)
-    with progress_bar(share, "teacher", "sample", shown=who.first) as advance:
-        store = write_traces(
-            cfg.traces,
-            teacher,
-            selection,
-            file=str(cfg.data.path),
-            rank=who.rank,
-            world_size=who.world_size,
-            max_bad_samples=cfg.data.max_bad_samples,
-            progress=advance,
-        )
-    del model, teacher
-    gc.collect()
-    who.barrier()
-    return TraceStore.open(store.folder), backbone
 
 
 def _run(cfg: TrainConfig, training: GateTraining, who: Processes) -> None:

@@ -121,6 +121,8 @@ def test_store_holds_the_selection_in_order(backbone, selection: Selection, tmp_
     assert sum(done) == 11
     assert trace.sample_ids == tuple(sample.id for sample in selection.samples)
     assert store.image_ids() == tuple(sample.image_id for sample in selection.samples)
+    assert store.notes()["answers_not_reproduced"] == 0
+    assert 0 < store.notes()["answers_cut"] < 11
     alone, defects = teacher_of(backbone).trace(selection.samples[4:5])
     assert not defects
     torch.testing.assert_close(trace.rows([4]).risk, alone.trace.risk, atol=1e-5, rtol=1e-4)

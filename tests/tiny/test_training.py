@@ -105,7 +105,7 @@ def test_engine_equals_a_plain_loop(tmp_path: Path, who: Processes, accumulation
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     assert len(figures) == 2
-    assert figures[-1][1]["loss"] == pytest.approx(float(loss), abs=1e-5)
+    assert figures[-1][1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
     for name, tensor in gates.state_dict().items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=1e-4)
 

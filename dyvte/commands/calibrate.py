@@ -1,0 +1,73 @@
+"""Choose the gates' threshold on calibration data and write it into their gate_config.json.
+
+--budget: the largest threshold whose visual compute on the calibration samples meets it. --alpha: the
+earliest-leaving threshold whose mean loss is at most alpha, with probability 1 - delta over the draw of the
+calibration images; if none is certified, visual tokens never leave, and that is said.
+
+  dyvte calibrate --gates runs/embedded/gates --trace runs/trace_calibration --budget 0.5
+  dyvte calibrate --gates runs/embedded/gates --config configs/embedded.yaml \\
+      --data_path data/scenes/instruct/calibration.json --trace runs/trace_calibration --alpha 0.02 --delta
+      0.1
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dyvte calibrate``."""
+    parser.add_argument("--gates", required=True, help="gates checkpoint; its gate_config.json is rewritten")
+    parser.add_argument(
+        "--trace", required=True, help="traces of the calibration data; made first if --data_path is given"
+    )
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--budget", type=float, help="share of the full model's visual compute")
+    goal.add_argument("--alpha", type=float, help="bound on the mean loss")
+    parser.add_argument("--delta", type=float, default=0.1, help="with --alpha: chance that the bound fails")
+    parser.add_argument(
+        "--loss", default="same_answer", help="with --alpha: same_answer, or risk:C for min(KL, C) / C"
+    )
+    parser.add_argument("--method", choices=("betting", "bentkus"), default="betting", help="p-values")
+    parser.add_argument("--image-seed", type=int, default=0, help="order in which images are bet on")
+    add_settings(parser, MODEL_AND_DATA)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate; print what the threshold does."""
+    import json
+
+    from dyvte.calibration import calibrate_compute, calibrate_risk, write_calibration
+    from dyvte.calibration.apply import trained_on
+    from dyvte.gates import GateStack
+    from dyvte.teacher import TraceStore
+
+    gates = GateStack.from_pretrained(args.gates).eval()
+    if getattr(args, "data.path") is not None:
+        from dyvte.training.tracing import trace_data
+
+        model = gates.config.backbone.get("id")
+        known = [f"model.path={json.dumps(model)}"] if model and args.config is None else []
+        trace_data(config_of(args, ["output_dir=.", *known]), args.trace)
+    store = TraceStore.open(args.trace)
+    if args.budget is not None:
+        if trained_on(gates.config, store):
+            print("note: these are the samples that the gates were trained on; new ones may cost more")
+        found = calibrate_compute(gates, store, args.budget)
+    else:
+        found = calibrate_risk(
+            gates, store, args.alpha, args.delta, loss=args.loss, method=args.method, seed=args.image_seed
+        )
+    write_calibration(args.gates, found)
+    record = found.record
+    print(found.text)
+    print(
+        f"on {record['num_samples']} samples of {record['num_images']} images: mean exit layer "
+        f"{record['mean_exit_layer']:.2f} of {gates.config.num_layers}, visual compute "
+        f"{record['visual_compute']:.1%}, same answer {record['same_answer']:.1%}, "
+        f"risk {record['risk']:.4f} nats"
+    )
+    print(f"written: {args.gates}/gate_config.json")
+    return 0

@@ -1,0 +1,82 @@
+"""VTW's fixed exit layer: the first K whose mean KL to the full model is at most eta, from one pass.
+
+Defaults are the paper's: 20 samples, eta 0.003, KL(exit || full) at the last prompt position.
+
+  dyvte search-k --config configs/embedded.yaml --data_path data/scenes/instruct/calibration.json
+  dyvte search-k --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path data.json --image_folder images \\
+      --write gates-fixed      # a checkpoint without gates: every row leaves after K
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dyvte search-k``."""
+    parser.add_argument("--eta", type=float, default=0.003, help="bound on the mean KL, in nats")
+    parser.add_argument("--num-samples", type=int, default=20, help="samples, drawn at random")
+    parser.add_argument("--k-range", type=int, nargs=2, metavar=("FIRST", "LAST"), help="default: 1 to L-1")
+    parser.add_argument("--direction", choices=("exit||full", "full||exit"), default="exit||full")
+    parser.add_argument(
+        "--positions",
+        choices=("last_prompt", "answer"),
+        default="last_prompt",
+        help="answer: the data's answers",
+    )
+    parser.add_argument("--write", metavar="FOLDER", help="store K there: as the gates' fallback, or alone")
+    parser.add_argument("--json", metavar="FILE", help="store the whole curve there")
+    add_settings(parser, [option for option in MODEL_AND_DATA if option not in ("--limit", "--label_source")])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search; print the curve and K."""
+    import json
+    from pathlib import Path
+
+    from dyvte.backbones import describe_config
+    from dyvte.calibration import write_fixed_layer
+    from dyvte.gates import GateConfig
+    from dyvte.training.tracing import search_k
+
+    cfg = config_of(args, ["output_dir=.", f"data.limit={args.num_samples}"])
+    found = search_k(
+        cfg,
+        eta=args.eta,
+        k_range=tuple(args.k_range) if args.k_range else None,
+        direction=args.direction,
+        positions=args.positions,
+    )
+    print(f"mean KL({found.direction}) over {found.num_samples} samples, positions: {found.positions}")
+    for k, value in enumerate(found.kl.tolist()):
+        print(f"  K = {k:3d}  {value:.6f}{'  <- first within eta' if k == found.k else ''}")
+    record = {
+        "k": found.k,
+        "eta": found.eta,
+        "k_range": list(found.k_range),
+        "direction": found.direction,
+        "positions": found.positions,
+        "num_samples": found.num_samples,
+        "kl": found.kl.tolist(),
+    }
+    if args.json:
+        Path(args.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if found.k is None:
+        print(
+            f"none qualifies: no K in {found.k_range[0]}..{found.k_range[1]} has a mean KL of at most "
+            f"{found.eta:g}"
+        )
+        return 0
+    print(f"K = {found.k} of {len(found.kl) - 1}")
+    if args.write:
+        shape = describe_config(cfg.model.path)
+        base = GateConfig(
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            backbone={"id": cfg.model.path, "model_type": shape.model_type, "fingerprint": shape.fingerprint},
+        )
+        write_fixed_layer(args.write, base, found.k, record)
+        print(f"written: {args.write}/gate_config.json")
+    return 0

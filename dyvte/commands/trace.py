@@ -1,0 +1,43 @@
+"""Run the teacher once over LLaVA data and keep what it yields; goes on where it stopped.
+
+Model, data and teacher settings come from a training configuration and the options here. Under torchrun every
+process takes its share.
+
+  dyvte trace --config configs/embedded.yaml --data_path data/scenes/instruct/test.json --output
+  runs/trace_test
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dyvte trace``."""
+    add_settings(parser, MODEL_AND_DATA)
+    parser.add_argument("--output", required=True, help="folder of the traces")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trace; print what is there."""
+    from dyvte.training.tracing import trace_data
+
+    store = trace_data(config_of(args, ["output_dir=."]), args.output)
+    if store is None:  # not the first process
+        return 0
+    trace = store.trace()
+    print(
+        f"{len(trace)} samples, {trace.num_layers} layers, {trace.features.shape[2]} features: {store.folder}"
+    )
+    for text in store.dropped():
+        print(f"dropped: {text}")
+    for name, count in store.notes().items():
+        if count:
+            print(f"{name.replace('_', ' ')}: {count}")
+    print("exit layer    " + " ".join(f"{k:7d}" for k in range(trace.num_layers + 1)))
+    for name in ("risk", "same_answer"):
+        means = getattr(trace, name).double().mean(0).tolist()
+        print(f"{name.replace('_', ' '):13s} " + " ".join(f"{value:7.4f}" for value in means))
+    return 0

@@ -1,0 +1,82 @@
+"""Options that name settings of a training configuration; shared by the commands that read one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dyvte.training.config import TrainConfig
+
+# option -> (setting, is the value text?, help). Names with underscores are those of LLaVA's training scripts.
+MODEL_AND_DATA: dict[str, tuple[str, bool, str]] = {
+    "--model_name_or_path": ("model.path", True, "backbone: folder or hub id"),
+    "--attn_implementation": ("model.attn_implementation", True, "sdpa, eager or flash_attention_2"),
+    "--data_path": ("data.path", True, "LLaVA conversation json"),
+    "--image_folder": ("data.image_folder", True, "what its images are relative to"),
+    "--fraction": ("data.fraction", False, "random share of the eligible samples"),
+    "--limit": ("data.limit", False, "at most this many samples"),
+    "--max_bad_samples": ("data.max_bad_samples", False, "unusable samples tolerated"),
+    "--version": ("teacher.template", True, "prompt template: v1, chat or auto"),
+    "--model_max_length": ("teacher.max_length", False, "longest prompt plus answer, in tokens"),
+    "--label_source": ("teacher.label_source", True, "greedy (the model's own answers) or data"),
+    "--max_new_tokens": ("teacher.max_new_tokens", False, "longest greedy answer"),
+    "--teacher_batch_size": ("teacher.batch_size", False, "samples per teacher forward"),
+}
+TRAINING: dict[str, tuple[str, bool, str]] = {
+    "--gates": ("gates.init_from", True, "gates to start from (see dyvte init)"),
+    "--gate_architecture": ("gates.architecture", True, "compact or reference, for new gates"),
+    "--objective": ("objective.name", True, "expected_risk, safe_label or reference_label"),
+    "--lam": ("objective.lam", False, "expected_risk: price of visual compute, in nats"),
+    "--num_train_epochs": ("epochs", False, "passes over the samples"),
+    "--per_device_train_batch_size": ("batch_size", False, "samples per process and micro-step"),
+    "--gradient_accumulation_steps": ("accumulation", False, "micro-steps per optimiser step"),
+    "--learning_rate": ("optimizer.learning_rate", False, "peak learning rate"),
+    "--lr_scheduler_type": ("optimizer.schedule", True, "cosine, linear or constant"),
+    "--warmup_ratio": ("optimizer.warmup_ratio", False, "share of the steps spent warming up"),
+    "--weight_decay": ("optimizer.weight_decay", False, "decoupled weight decay"),
+    "--max_grad_norm": ("optimizer.max_grad_norm", False, "clipping norm; 0: none"),
+    "--logging_steps": ("tracking.log_every", False, "steps between log lines"),
+    "--save_steps": ("checkpoint.every_steps", False, "steps between checkpoints"),
+    "--save_total_limit": ("checkpoint.keep", False, "checkpoints kept"),
+    "--run_name": ("tracking.run_name", True, "name of the run in wandb"),
+    "--deepspeed": ("deepspeed", True, "DeepSpeed json (ZeRO stage, offload)"),
+    "--output_dir": ("output_dir", True, "everything the run writes"),
+    "--trace_dir": ("trace_dir", True, "traces to share between runs"),
+    "--seed": ("seed", False, "gates, data order, drawn layers"),
+}
+_ALL = {**MODEL_AND_DATA, **TRAINING}
+
+
+def add_settings(parser: argparse.ArgumentParser, options: Iterable[str]) -> None:
+    """``--config``, the named options, ``--bf16`` and ``--set``."""
+    parser.add_argument(
+        "--config", type=Path, help="training settings (see configs/); paths in it are relative to it"
+    )
+    for option in options:
+        setting, _, text = _ALL[option]
+        parser.add_argument(option, dest=setting, metavar="VALUE", help=f"{text} [{setting}]")
+    parser.add_argument(
+        "--bf16", nargs="?", const="True", metavar="BOOL", help="backbone in bfloat16 [model.dtype]"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, dotted")
+
+
+def config_of(args: argparse.Namespace, extra: Iterable[str] = ()) -> TrainConfig:
+    """The training configuration: file, then ``extra``, then options that were given, then ``--set``."""
+    from dyvte.config import load_config
+    from dyvte.training.config import TrainConfig
+
+    given = vars(args)
+    overrides = list(extra)
+    for setting, is_text, _ in _ALL.values():
+        value = given.get(setting)
+        if value is not None:
+            overrides.append(f"{setting}={json.dumps(value) if is_text else value}")
+    if args.bf16 is not None:
+        wanted = args.bf16.lower() in ("true", "1", "yes")
+        overrides.append(f"model.dtype={'bfloat16' if wanted else 'float32'}")
+    return load_config(TrainConfig, args.config, [*overrides, *args.set])

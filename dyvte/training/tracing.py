@@ -1,0 +1,139 @@
+"""From a configuration to samples, a backbone and traces: what training, tracing and the search for K
+share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyvte.backbones import describe_config, fingerprint, load_backbone, weights_digest
+from dyvte.calibration import LayerSearch, search_exit_layer
+from dyvte.data.llava import Selection, load_llava, select
+from dyvte.teacher import Teacher, TraceStore, write_traces
+from dyvte.training.config import ModelConfig, TrainConfig
+from dyvte.training.processes import Processes, processes
+
+
+def select_samples(cfg: TrainConfig) -> Selection:
+    """The samples of the run, by its data settings."""
+    data = load_llava(cfg.data.path, cfg.data.images, max_bad_samples=cfg.data.max_bad_samples)
+    return select(
+        data,
+        single_turn=cfg.data.single_turn,
+        image_only=True,  # a text-only prompt has no visual tokens to let go
+        fraction=cfg.data.fraction,
+        limit=cfg.data.limit,
+        seed=cfg.data.seed,
+        max_bad_samples=cfg.data.max_bad_samples,
+    )
+
+
+def open_backbone(cfg: ModelConfig, device: torch.device) -> tuple[Any, Any]:
+    """Model and processor on ``device``; "auto" precision is float32 on a CPU."""
+    dtype = cfg.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    return load_backbone(
+        cfg.path,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=cfg.attn_implementation,
+        device=device,
+        trust_remote_code=cfg.trust_remote_code,
+    )
+
+
+def trace_data(cfg: TrainConfig, folder: str | Path) -> TraceStore | None:
+    """Trace the configured data into ``folder``; under a launcher every process calls this.
+
+    Returns the complete store on the first process, None on the others.
+    """
+    with _launched() as who:
+        model, processor = open_backbone(cfg.model, who.device)
+        store = write_store(
+            cfg, Teacher(model, processor, cfg.teacher), select_samples(cfg), Path(folder), who
+        )
+        return store if who.first else None
+
+
+def search_k(cfg: TrainConfig, **search: Any) -> LayerSearch:
+    """VTW's K on the configured data; ``search`` goes to :func:`~dyvte.calibration.search_exit_layer`."""
+    device = _device(0)
+    model, processor = open_backbone(cfg.model, device)
+    labels = "data" if search.get("positions") == "answer" else "greedy"
+    teacher = Teacher(model, processor, replace(cfg.teacher, label_source=labels))
+    samples = select_samples(cfg).samples
+    size = cfg.teacher.batch_size
+    batches = (
+        teacher.inputs(samples[start : start + size], file=str(cfg.data.path))
+        for start in range(0, len(samples), size)
+    )
+    return search_exit_layer(model, batches, exits_per_chunk=cfg.teacher.exits_per_chunk, **search)
+
+
+def run_traces(
+    cfg: TrainConfig, selection: Selection, who: Processes
+) -> tuple[TraceStore, dict[str, str | None]]:
+    """The run's traces, written where they are not there yet; and the backbone's identity."""
+    model, processor = open_backbone(cfg.model, who.device)
+    shape = describe_config(model.config)
+    backbone = {
+        "id": cfg.model.path,
+        "model_type": shape.model_type,
+        "fingerprint": fingerprint(model),
+        "weights": weights_digest(model),
+    }
+    store = write_store(cfg, Teacher(model, processor, cfg.teacher), selection, cfg.traces, who)
+    return store, backbone
+
+
+def write_store(
+    cfg: TrainConfig, teacher: Teacher, selection: Selection, folder: Path, who: Processes
+) -> TraceStore:
+    """This process's share of the traces, under a progress bar; then wait for the others."""
+    share = -(-len(selection.samples) // who.world_size)
+    with progress_bar(share, "teacher", "sample", shown=who.first) as advance:
+        store = write_traces(
+            folder,
+            teacher,
+            selection,
+            file=str(cfg.data.path),
+            rank=who.rank,
+            world_size=who.world_size,
+            max_bad_samples=cfg.data.max_bad_samples,
+            progress=advance,
+        )
+    who.barrier()
+    return TraceStore.open(store.folder)
+
+
+@contextmanager
+def progress_bar(
+    total: int, description: str, unit: str, *, shown: bool, done: int = 0
+) -> Iterator[Callable]:
+    """A bar with rate and ETA on stderr; yields the function that advances it."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, desc=description, unit=unit, disable=not shown, initial=done, mininterval=0.5
+    ) as bar:
+        yield bar.update
+
+
+@contextmanager
+def _launched() -> Iterator[Processes]:
+    """The launcher's processes; a single one needs no DeepSpeed to trace."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        with processes() as who:
+            yield who
+    else:
+        yield Processes(0, 1, _device(int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def _device(index: int) -> torch.device:
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
