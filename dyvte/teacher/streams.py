@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.backbones import Backbone
+from dyvte.errors import ExitRuntimeError
 from dyvte.gates import prompt_features
 from dyvte.spans import Spans
 from dyvte.teacher.layout import (
@@ -31,6 +32,8 @@ from dyvte.teacher.layout import (
 )
 
 _MISSING = object()
+# The attribute by which dyvte's wrappers of a layer's forward know each other.
+_MARK = "_dyvte_engine"
 
 
 class _Recorder:
@@ -162,12 +165,19 @@ def all_exits(
         (B, N) bool: text positions whose next-token logits are wanted.
     exits_per_chunk:
         Exit streams per layer call. None: as many as fit the full stream's own token count.
+
+    Raises
+    ------
+    ExitRuntimeError
+        If the model is inside another block of dyvte.
     """
     if exits_per_chunk is not None and exits_per_chunk < 1:
         raise ValueError(f"exits_per_chunk must be at least 1, found {exits_per_chunk}")
     streams = ExitStreams(backbone, spans, predict_BN, exits_per_chunk)
     layers = list(backbone.layers)[: backbone.num_layers]
     before = [layer.__dict__.get("forward", _MISSING) for layer in layers]
+    if any(hasattr(forward, _MARK) for forward in before):
+        raise ExitRuntimeError("this model is inside a dyvte block already: leave that one before tracing it")
     try:
         for index, layer in enumerate(layers):
             layer.forward = _wrapped(layer, index, streams)
@@ -191,4 +201,5 @@ def _wrapped(layer: nn.Module, index: int, streams: ExitStreams) -> Callable[...
             kwargs.pop(next(iter(signature.parameters)))
         return streams.run_layer(index, original, hidden_states, kwargs)
 
+    setattr(forward, _MARK, streams)
     return forward

@@ -166,6 +166,15 @@ def test_a_wrapper_that_was_there_before_is_put_back(backbone) -> None:
         del layer.forward
 
 
+def test_tracing_and_exits_do_not_mix(backbone) -> None:
+    from dyvte.errors import ExitRuntimeError
+    from dyvte.runtime import VisualExit
+
+    model, processor = backbone
+    with VisualExit.fixed(2)(model), pytest.raises(ExitRuntimeError, match="leave that one"):
+        trace_exits(model, *batch_of(processor, [0], "left"))
+
+
 def test_features_do_not_see_the_answer(backbone) -> None:
     model, processor = backbone
     template = get_template("auto", processor)
