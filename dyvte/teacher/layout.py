@@ -115,14 +115,17 @@ def mask_of_streams(mask: Tensor | None, layout: Layout, implementation: str, dt
     return mask.masked_fill(padding_query & own, 0.0)
 
 
-def _flash_mask(mask: Tensor | None, keys: Slots, implementation: str) -> Tensor | None:
-    """2D padding mask; flash attention aligns the queries to the last keys by itself."""
+def _flash_mask(mask: Tensor | None, keys: Slots, implementation: str) -> Tensor:
+    """2D padding mask; flash attention aligns the queries to the last keys by itself.
+
+    Always given: without one, transformers reads gaps in the position ids as borders of packed sequences.
+    """
     if mask is not None and mask.dim() != 2:
         raise UnsupportedBackboneError(
             f"the teacher cannot read an attention mask of shape {tuple(mask.shape)} of implementation "
             f"{implementation!r}; load the backbone with attn_implementation='sdpa'"
         )
-    return None if bool(keys.valid.all()) else keys.valid.to(torch.int64)
+    return keys.valid.to(torch.int64)
 
 
 def prefix_sees_beyond(mask: Any, spans: Spans) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.backbones import Backbone
-from dyvte.errors import ExitRuntimeError
+from dyvte.errors import ExitRuntimeError, UnsupportedBackboneError
 from dyvte.gates import prompt_features
 from dyvte.spans import Spans
 from dyvte.teacher.layout import (
@@ -175,6 +175,8 @@ def all_exits(
         raise ValueError(f"exits_per_chunk must be at least 1, found {exits_per_chunk}")
     streams = ExitStreams(backbone, spans, predict_BN, exits_per_chunk)
     layers = list(backbone.layers)[: backbone.num_layers]
+    if "flash" in streams.implementation:
+        _check_windows(layers, predict_BN.shape[1])
     before = [layer.__dict__.get("forward", _MISSING) for layer in layers]
     if any(hasattr(forward, _MARK) for forward in before):
         raise ExitRuntimeError("this model is inside a dyvte block already: leave that one before tracing it")
@@ -188,6 +190,17 @@ def all_exits(
                 layer.__dict__.pop("forward", None)
             else:
                 layer.forward = forward
+
+
+def _check_windows(layers: list[nn.Module], num_tokens: int) -> None:
+    """Flash attention counts a window in keys, and an exit stream has fewer of them than its positions
+    span."""
+    windows = [getattr(getattr(layer, "self_attn", None), "sliding_window", None) for layer in layers]
+    if any(window and window < num_tokens for window in windows):
+        raise UnsupportedBackboneError(
+            f"flash attention cannot express a sliding window of {min(filter(None, windows))} over {num_tokens} "
+            "tokens that visual tokens have left: load the backbone with attn_implementation='sdpa' or 'eager'"
+        )
 
 
 def _wrapped(layer: nn.Module, index: int, streams: ExitStreams) -> Callable[..., Any]:

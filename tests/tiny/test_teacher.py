@@ -166,6 +166,37 @@ def test_a_wrapper_that_was_there_before_is_put_back(backbone) -> None:
         del layer.forward
 
 
+def flash_stand_in(module, query, key, value, attention_mask, **kwargs):
+    """What flash attention computes from a 2D key mask: queries are the last keys; causal after unpadding."""
+    assert attention_mask is None or attention_mask.dim() == 2
+    batch, heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    value = value.repeat_interleave(heads // value.shape[1], 1)
+    valid = torch.ones(batch, num_keys) if attention_mask is None else attention_mask
+    valid = valid.bool()
+    order = valid.long().cumsum(1)
+    allowed = valid[:, None, :] & (order[:, None, :] <= order[:, -num_queries:, None])
+    allowed = (allowed | ~valid[:, -num_queries:, None])[:, None]
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, allowed).transpose(1, 2), None
+
+
+def test_flash_attention_gets_the_masks_it_can_use(backbone) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register("flash_stand_in", flash_stand_in)
+    AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
+    model, processor = backbone
+    inputs, answer = batch_of(processor, [0, 1, 2], "left")
+    expected = trace_exits(model, inputs, answer)
+    other, _ = tiny_llava(layers=LAYERS)
+    describe(other).decoder.config._attn_implementation = "flash_stand_in"
+    found = trace_exits(other, inputs, answer)
+    for name in ("risk", "loss", "features"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-4, rtol=0)
+
+
 def test_tracing_and_exits_do_not_mix(backbone) -> None:
     from dyvte.errors import ExitRuntimeError
     from dyvte.runtime import VisualExit
