@@ -198,8 +198,9 @@ def _check_windows(layers: list[nn.Module], num_tokens: int) -> None:
     windows = [getattr(getattr(layer, "self_attn", None), "sliding_window", None) for layer in layers]
     if any(window and window < num_tokens for window in windows):
         raise UnsupportedBackboneError(
-            f"flash attention cannot express a sliding window of {min(filter(None, windows))} over {num_tokens} "
-            "tokens that visual tokens have left: load the backbone with attn_implementation='sdpa' or 'eager'"
+            f"flash attention cannot express a sliding window of {min(filter(None, windows))} over "
+            f"{num_tokens} tokens that visual tokens have left: load the backbone with "
+            "attn_implementation='sdpa' or 'eager'"
         )
 
 

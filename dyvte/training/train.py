@@ -28,6 +28,7 @@ from dyvte.config import dump_config, to_dict
 from dyvte.data.llava import Selection
 from dyvte.errors import GateMismatchError, TrainingError
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
+from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
 from dyvte.teacher import Trace, TraceStore
 from dyvte.training.config import TrainConfig
 from dyvte.training.figures import budget_rows, budget_table
@@ -160,7 +161,7 @@ def _prepare_output(cfg: TrainConfig, who: Processes) -> None:
 
 def _finished(cfg: TrainConfig) -> TrainResult | None:
     path = cfg.output_dir / SUMMARY_FILE
-    if not path.is_file():
+    if not path.is_file() or not (cfg.output_dir / "gates" / GATES_CONFIG).is_file():
         return None
     return TrainResult(cfg.output_dir / "gates", json.loads(path.read_text(encoding="utf-8")))
 
