@@ -129,7 +129,7 @@ def load_gates(folder: str | Path, name: str, calibration: TracedScenes) -> Gate
 
 
 def training_settings(
-    gates: GateStack, num_samples: int, *, lam: float | None = None, batch_size: int = 64
+    gates: GateStack, num_samples: int, *, lam: float | None = None, batch_size: int = 256
 ) -> RouterSettings:
     """Router settings equal to those the gates were trained with; never fewer epochs, and enough steps."""
     record = gates.config.training

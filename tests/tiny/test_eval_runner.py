@@ -14,6 +14,8 @@ from dyvte.evaluation import asking
 from dyvte.evaluation.asking import Asker
 from dyvte.evaluation.base import get_benchmark
 from dyvte.evaluation.policies import given_exits, parse_policies
+from dyvte.evaluation.probe import probe_gates
+from dyvte.evaluation.question_features import TextStates
 from dyvte.evaluation.records import AnswerLog
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.gates import GateConfig, GateStack, exit_layers, uniform_offsets
@@ -239,3 +241,29 @@ def test_bad_settings(data, tmp_path):
         _config(data, tmp_path, "pope")
     with pytest.raises(ConfigError, match="batch_size must be at least 1"):
         _config(data, tmp_path, batch_size=0)
+
+
+def test_probe_notes_what_the_gates_would_say(asker, data, tmp_path, gates_folder):
+    questions, results = _run(asker, _config(data, tmp_path), [f"gates:{gates_folder}@1"])
+    answers = next(iter(results.values())).answers
+    stacks = [
+        GateStack.from_pretrained(gates_folder),
+        GateStack.init(GateConfig(num_layers=4, hidden_size=32)),
+    ]
+    logits = probe_gates(asker, questions, [q.text for q in questions], stacks, batch_size=7)
+    expected = torch.tensor([a.gate_logits[: LAYERS - 1] for a in answers])
+    torch.testing.assert_close(logits[0][:, : LAYERS - 1], expected, atol=1e-4, rtol=0)
+    assert logits[1].shape == (len(questions), LAYERS)
+    assert not torch.allclose(logits[1][:, 0], logits[0][:, 0])
+
+
+def test_text_states_are_those_of_the_prompt_without_its_image(asker):
+    states = TextStates.of(asker)
+    texts = ["what color is the circle ?", "how many ?", "what color is the circle ?"]
+    found = states(texts)
+    for row, text in enumerate(texts):
+        prompt = asker.template.render(text, has_image=False).text
+        inputs = asker.processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        hidden = asker.model(**inputs, output_hidden_states=True).hidden_states
+        parts = [torch.cat([hidden[k][0, :-1].mean(0), hidden[k][0, -1]]) for k in states.layers]
+        torch.testing.assert_close(found[row], torch.cat(parts), atol=1e-4, rtol=1e-4)
