@@ -137,7 +137,7 @@ def answer(asker: Asker, batch: Batch, policy: Policy) -> list[Answer]:
             top_p=None,
             top_k=None,
         )
-    new_BN = tokens_BN[:, batch.inputs["input_ids"].shape[1] :]
+    new_BN = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
     texts = asker.processor.tokenizer.batch_decode(new_BN, skip_special_tokens=True)
     record = run.records[0]
     asked_gates = bool(record.gate_logits_BL.isfinite().any())
@@ -161,7 +161,7 @@ def _num_new(tokens_N: Tensor, asker: Asker) -> int:
     """Tokens up to and with the first end token; what follows is padding."""
     ends = asker.model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or ())
-    is_end_N = torch.isin(tokens_N, torch.tensor(ends, device=tokens_N.device, dtype=tokens_N.dtype))
+    is_end_N = torch.isin(tokens_N, torch.tensor(ends, dtype=tokens_N.dtype))
     found = is_end_N.nonzero()
     return int(found[0]) + 1 if len(found) else len(tokens_N)
 
