@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import ExitRuntimeError
+from .windows import Window
 
 # New columns come in blocks, so that the buffer is not copied at every decode step.
 BLOCK = 64
@@ -31,11 +32,26 @@ class Columns:
     """
 
     def __init__(
-        self, slots_KB: Tensor | None, valid_BK: Tensor | None, length: int, next_slot: int = 0
+        self,
+        slots_KB: Tensor | None,
+        valid_BK: Tensor | None,
+        length: int,
+        next_slot: int = 0,
+        *,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.slots_KB, self.valid_BK, self.length = slots_KB, valid_BK, length
+        # Where windows matter: each kept token's position, and each row's position minus column afterwards.
+        self.places = places
         self._origin = (length, next_slot)
         self._derived: tuple[Tensor | int, int, Columns] | None = None
+
+    def positions(self, start: int, stop: int) -> Tensor:
+        """(B, stop - start) positions of columns, counted from each row's first real token."""
+        known_BK, shift_B = self.places
+        have = known_BK.shape[1]
+        columns = torch.arange(max(start, have), max(stop, have), device=known_BK.device)
+        return torch.cat([known_BK[:, start:stop], columns + shift_B[:, None]], 1)
 
     @property
     def batch(self) -> int:
@@ -77,19 +93,24 @@ class Columns:
         if self.slots_KB is not None:
             first = self.slot(length) if length >= self._origin[0] else self._origin[1]
             self.slots_KB, self._origin = self.slots_KB[:length], (length, first)
+        if self.places is not None:
+            self.places = (self.places[0][:, :length], self.places[1])
         self.length = length
 
     def select(self, rows: Tensor | int, length: int) -> Columns:
         """Columns of other rows: indices, or each row repeated. Layers that share these get one answer."""
         if self._derived is None or self._derived[0] is not rows or self._derived[1] != length:
-            slots, valid = self.slots_KB, self.valid_BK
+            slots, valid, places = self.slots_KB, self.valid_BK, self.places
             if slots is not None:
                 slots = _pick(slots[:length], rows, 1)
             if valid is not None:
                 valid = _pick(valid[:, :length], rows, 0)
+            if places is not None:
+                places = (_pick(places[0], rows, 0), _pick(places[1], rows, 0))
             # Columns beyond `length` are new again, from the first slot that no column holds.
             at = length if length >= self._origin[0] else self._origin[0]
-            derived = Columns(slots, valid, length, self.slot(at) if self.slots_KB is not None else 0)
+            next_slot = self.slot(at) if self.slots_KB is not None else 0
+            derived = Columns(slots, valid, length, next_slot, places=places)
             self._derived = (rows, length, derived)
         return self._derived[2]
 
@@ -103,15 +124,22 @@ class ExitLayer(DynamicLayer):
         Which tokens it holds; shared with the layers that hold the same.
     seen
         Tokens that layer 0 of a stock cache would hold: what `get_seq_length` answers.
+    window
+        How far this layer's tokens see; what the next token cannot see was not stored.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, columns: Columns, seen: int) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, columns: Columns, seen: int, window: Window | None = None
+    ) -> None:
         super().__init__()
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values = keys, values
         self.is_initialized = True
-        self.columns, self.seen = columns, seen
+        self.columns, self.seen, self.window = columns, seen, window
+        self.is_sliding = window is not None
         self.length = columns.length
+        # A sliding layer cannot go back to before its oldest token was dropped.
+        self._floor = seen if window is not None and window.first_needed(seen) else 0
         self._expected: tuple[int, Tensor | None] | None = None
 
     def expect(self, num_new: int, new_valid_BQ: Tensor | None) -> None:
@@ -168,6 +196,8 @@ class ExitLayer(DynamicLayer):
         removed = abs(tokens_to_remove)
         if removed == 0:
             return
+        if self.seen - removed < self._floor:
+            raise ExitRuntimeError("this layer dropped what its sliding window no longer saw: cannot go back")
         self.length -= removed
         self.seen -= removed
         self.columns.truncate(self.length)
@@ -210,6 +240,9 @@ class Capture:
         return 0
 
 
+_SERVED = {DynamicLayer, DynamicSlidingWindowLayer, ExitLayer}
+
+
 def check_cache(cache: Any) -> None:
     """Raise where a cache's layers cannot differ in content.
 
@@ -225,10 +258,10 @@ def check_cache(cache: Any) -> None:
     if getattr(cache, "offloading", False):
         raise ExitRuntimeError("visual tokens cannot leave an offloaded cache: use a DynamicCache")
     kinds = {type(layer) for layer in cache.layers} | {cache.layer_class_to_replicate or DynamicLayer}
-    if foreign := sorted(kind.__name__ for kind in kinds - {DynamicLayer, ExitLayer}):
+    if foreign := sorted(kind.__name__ for kind in kinds - _SERVED):
         raise ExitRuntimeError(
             f"visual tokens cannot leave a cache with layers of kind {', '.join(foreign)}: "
-            "only a DynamicCache with full attention holds layers of different content "
+            "only a DynamicCache with full or sliding attention holds layers of different content "
             "(drop cache_implementation)"
         )
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..errors import ExitRuntimeError
 from ..gates import prompt_features
 from ..policies import Plan, Policy, Rows
 from .cache import Capture, ExitLayer, layer_bytes, put_layer
-from .masks import causal_mask, decode_mask
+from .masks import causal_mask, decode_mask, window_needs_mask
 from .records import PrefillRecord, Run
 from .streams import Layout, Partition
+from .windows import Window, layer_windows
 
 
 class Prefill:
@@ -103,7 +103,7 @@ class Prefill:
         text_hidden = part.gather(hidden_BND)
         text = forward(
             text_hidden,
-            attention_mask=self._text_mask(part, mask, text_hidden),
+            attention_mask=self._text_mask(part, index, mask, text_hidden),
             past_key_values=captures[1],
             **part.for_text(kwargs),
         )
@@ -112,22 +112,28 @@ class Prefill:
         output = part.scatter(hidden_BND, _hidden(text), None if full is None else _hidden(full))
         return (output, *text[1:]) if isinstance(text, tuple) else output
 
-    def _text_mask(self, part: Partition, mask: Tensor | None, text_hidden: Tensor) -> Tensor | None:
-        if self.plain:
-            if part.causal_mask is None:
-                part.causal_mask = (causal_mask(self.engine.config, text_hidden),)
-            return part.causal_mask[0]
-        if isinstance(mask, Tensor) and mask.dim() == 4:
+    def _text_mask(
+        self, part: Partition, index: int, mask: Tensor | None, text_hidden: Tensor
+    ) -> Tensor | None:
+        window = self.engine.windows[index]
+        is_short = window is not None and window.size < self.layout.tokens
+        if isinstance(mask, Tensor) and mask.dim() == 4 and (is_short or not self.plain):
             return part.text_mask(mask)
-        raise ExitRuntimeError(
-            "this decoder mixes attention patterns and its attention function takes no 4D mask: "
-            "load the model with attn_implementation='sdpa' or 'eager'"
-        )
+        if is_short:
+            raise window_needs_mask(self.engine.config._attn_implementation)
+        # Without a 4D mask the attention function is causal by itself; compact text has no padding to hide.
+        if part.causal_mask is None:
+            part.causal_mask = (causal_mask(self.engine.config, text_hidden),)
+        return part.causal_mask[0]
 
     def _store(self, part: Partition, index: int, full: Capture | None, text: Capture | None) -> None:
-        keys = part.kept_states(text.keys, None if full is None else full.keys)
-        values = part.kept_states(text.values, None if full is None else full.values)
-        put_layer(self.cache, index, ExitLayer(keys, values, part.columns, seen=self.layout.tokens))
+        windows, tokens = self.engine.windows, self.layout.tokens
+        first = 0 if windows[index] is None else windows[index].first_needed(tokens)
+        packing = part.packing(first, with_places=any(windows))
+        keys = packing.states(text.keys, None if full is None else full.keys)
+        values = packing.states(text.values, None if full is None else full.values)
+        layer = ExitLayer(keys, values, packing.columns, tokens, windows[index])
+        put_layer(self.cache, index, layer)
 
     @torch.no_grad()
     def _ask(self, k: int, hidden_BND: Tensor) -> None:
@@ -150,9 +156,9 @@ class Engine:
     def __init__(self, backbone: Backbone, policy: Policy, run: Run) -> None:
         self.backbone, self.policy, self.run = backbone, policy, run
         self.config = backbone.decoder.config
-        self.only_full_attention = _only_full_attention(self.config)
+        self.windows = layer_windows(self.config, backbone.num_layers)
         self.prefill: Prefill | None = None
-        self._masks: dict[int, tuple[Any, Tensor | None]] = {}
+        self._masks: dict[tuple[int, Window | None], tuple[Any, Tensor | None]] = {}
         self._new_valid_BQ: Tensor | None = None
 
     def wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,7 +191,7 @@ class Engine:
                 stacklevel=2,
             )
             plan.exit_layers_B[stuck_B] = self.backbone.num_layers
-        self.prefill = Prefill(self, layout, plan, plain and self.only_full_attention)
+        self.prefill = Prefill(self, layout, plan, plain)
         return self.prefill.active
 
     def start_decode(self, new_valid_BQ: Tensor | None) -> None:
@@ -211,20 +217,11 @@ class Engine:
     def _expect(self, layer: ExitLayer, hidden_BND: Tensor, kwargs: dict[str, Any]) -> None:
         new_tokens = hidden_BND.shape[1]
         layer.expect(new_tokens, self._new_valid_BQ)
-        key = id(layer.columns)
         # Layers of equal content share their columns, hence their mask.
+        key = (id(layer.columns), layer.window)
         if key not in self._masks:
             self._masks[key] = (layer.columns, decode_mask(self.config, hidden_BND, layer, new_tokens))
         kwargs["attention_mask"] = self._masks[key][1]
-
-
-def _only_full_attention(config: Any) -> bool:
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        # Without a list, one window holds for all layers (Mistral).
-        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        return all(window is None for window in windows)
-    return set(layer_types) <= {"full_attention", "attention"}
 
 
 def _is_exit_layer(cache: Any, index: int) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..errors import ExitRuntimeError
 from .cache import ExitLayer
 
 
@@ -39,6 +41,8 @@ def decode_mask(config: Any, hidden: Tensor, layer: ExitLayer, new_tokens: int) 
 
     total = layer.length + new_tokens
     valid_BK = layer.columns.valid_BK
+    if layer.window is not None and layer.seen + new_tokens > layer.window.size:
+        return _window_mask(config, hidden, layer, new_tokens)
     if valid_BK is None and new_tokens == 1:
         # Every key is visible to the one query: all attention functions take None for that.
         return None
@@ -50,4 +54,37 @@ def decode_mask(config: Any, hidden: Tensor, layer: ExitLayer, new_tokens: int) 
         layer_idx=0,
         # A skipped mask is found by looking at the values: a wait for the device at every step.
         allow_is_causal_skip=valid_BK is None,
+    )
+
+
+def _window_mask(config: Any, hidden: Tensor, layer: ExitLayer, new_tokens: int) -> Tensor:
+    total = layer.length + new_tokens
+    columns, device = layer.columns, hidden.device
+    positions_BK = columns.positions(0, total).to(device)
+    query_BQ1 = positions_BK[:, layer.length :, None]
+    column_K = torch.arange(total, device=device)
+    # Causal by column: both of a row's orders agree, and padding has no position.
+    allowed_BQK = column_K <= column_K[layer.length :, None]
+    allowed_BQK = allowed_BQK & layer.window.reaches(query_BQ1, positions_BK[:, None])
+    if columns.valid_BK is not None:
+        allowed_BQK = allowed_BQK & columns.valid_BK[:, None, :total].to(device)
+    attention = config._attn_implementation
+    if attention == "sdpa":
+        return allowed_BQK[:, None]
+    if attention == "eager":
+        hidden_value = torch.finfo(hidden.dtype).min
+        return torch.zeros_like(allowed_BQK, dtype=hidden.dtype).masked_fill(~allowed_BQK, hidden_value)[
+            :, None
+        ]
+    if attention.startswith("flash_attention") and new_tokens == 1:
+        # One query sees one set of keys: a padding mask says it all.
+        return allowed_BQK[:, 0]
+    raise window_needs_mask(attention)
+
+
+def window_needs_mask(attention: str) -> ExitRuntimeError:
+    """The error for an attention function that cannot be told which tokens a short window still reaches."""
+    return ExitRuntimeError(
+        f"'{attention}' cannot express a sliding window over a sequence that visual tokens have left: "
+        "load the model with attn_implementation='sdpa' or 'eager'"
     )

@@ -7,14 +7,13 @@ Shapes: B rows, N tokens of the padded batch, T text tokens of the longest exite
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..spans import Spans
-from .cache import Columns
+from .packing import Packing
 
 
 class Layout:
@@ -57,7 +56,7 @@ class Partition:
         self.is_uniform = bool((lengths == self.text_length).all())
         order = layout.text_order_BN[rows_T, : self.text_length]
         real = torch.arange(self.text_length) < lengths[:, None]
-        self._real = real
+        self.order, self.real = order, real
         positions = torch.where(real, order, order[:, :1])
         flat = positions + rows_T[:, None] * layout.tokens
         self.positions_T = positions.to(device)
@@ -67,6 +66,7 @@ class Partition:
         # Made once per partition by the engine, in a tuple because None is an answer.
         self.causal_mask: tuple[Tensor | None] | None = None
         self._cache: dict[Any, tuple[Any, Any]] = {}
+        self._packings: dict[int, Packing] = {}
 
     # -- hidden states ---------------------------------------------------------------------------------
     def gather(self, hidden_BND: Tensor) -> Tensor:
@@ -150,58 +150,14 @@ class Partition:
             picked = picked.gather(2, index)
             index = self.positions_T[:, None, None, :].expand(-1, picked.shape[1], self.text_length, -1)
             picked = picked.gather(3, index)
-            pads = ~self._real.to(self.device)[:, None, None, :]
+            pads = ~self.real.to(self.device)[:, None, None, :]
             hidden = False if picked.dtype == torch.bool else torch.finfo(picked.dtype).min
             self._cache[key] = (mask, picked.masked_fill(pads, hidden))
         return self._cache[key][1]
 
     # -- cache -----------------------------------------------------------------------------------------
-    @cached_property
-    def _packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Flat indices of the F rows' valid tokens, slots (K, B), and validity (B, K) where rows differ."""
-        layout, valid_BN = self.layout, self.layout.spans.valid_BN
-        kept_B = torch.where(self.in_text_B, layout.num_text_B, layout.num_valid_B)
-        full_flat = valid_BN[~self.in_text_B].flatten().nonzero().flatten()
-        # Slots run over the F rows first, then over the T rows.
-        order = torch.cat([(~self.in_text_B).nonzero().flatten(), self.in_text_B.nonzero().flatten()])
-        first_B = torch.empty_like(kept_B)
-        first_B[order] = kept_B[order].cumsum(0) - kept_B[order]
-        length = int(kept_B.max())
-        column_K1 = torch.arange(length)[:, None]
-        offset_KB = column_K1 - (length - kept_B)
-        slots_KB = (first_B + offset_KB.clamp(min=0)).to(self.device)
-        valid_BK = None
-        if not (kept_B == length).all():
-            valid_BK = (offset_KB >= 0).T.contiguous().to(self.device)
-        return full_flat.to(self.device), slots_KB, valid_BK
-
-    @cached_property
-    def columns(self) -> Columns:
-        """The cache columns of every layer that runs under this partition."""
-        if self.is_dense:
-            return Columns(None, None, self.text_length)
-        full_flat, slots_KB, valid_BK = self._packed
-        num_slots = len(full_flat) + len(self.put)
-        return Columns(slots_KB, valid_BK, slots_KB.shape[0], num_slots)
-
-    @property
-    def is_dense(self) -> bool:
-        """All rows hold equally many text tokens and nothing else."""
-        return self.num_full_rows == 0 and self.is_uniform
-
-    def kept_states(self, text: Tensor | None, full: Tensor | None) -> Tensor:
-        """One stream's K (or V), and the other's, as the cache stores them: (B, H, K, d) or (S, H, d)."""
-        if self.is_dense:
-            return text.contiguous()
-        parts = []
-        if full is not None:
-            parts.append(_tokens_first(full).index_select(0, self._packed[0]))
-        if text is not None:
-            flat = _tokens_first(text)
-            parts.append(flat if self.put_from is None else flat.index_select(0, self.put_from))
-        return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-
-
-def _tokens_first(states_BHNd: Tensor) -> Tensor:
-    """(B, H, N, d) to (B * N, H, d)."""
-    return states_BHNd.transpose(1, 2).reshape(-1, states_BHNd.shape[1], states_BHNd.shape[3])
+    def packing(self, first: int = 0, *, with_places: bool = False) -> Packing:
+        """What layers keep that drop all columns before `first`."""
+        if first not in self._packings:
+            self._packings[first] = Packing(self, first, with_places=with_places)
+        return self._packings[first]

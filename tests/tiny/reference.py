@@ -6,34 +6,41 @@ Shares no code with the runtime. Shapes: B rows, N tokens so far, L layers, P pr
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @contextmanager
-def exit_by_masks(model, exits_P, visual_ids, layers=None):
+def exit_by_masks(model, exits_P, visual_ids, layers=None, attention=None):
     """Inside, decoder layer i gets a causal 4D mask without the visual keys of rows whose exit is <= i.
 
     Only forward calls without a cache are covered. `exits_P` has one entry per prompt; beams repeat it.
+    `attention` is a family's own rule where it is not causal; see `families.ATTENTION`.
     """
     layers = model.get_decoder().layers if layers is None else layers
     exits_P = torch.as_tensor(exits_P)
-    now: dict[str, Tensor] = {}
+    now: dict[str, Any] = {}
 
     def look(module, args, kwargs):
         ids_BN = kwargs["input_ids"]
         valid_BN = kwargs.get("attention_mask")
         valid_BN = torch.ones_like(ids_BN) if valid_BN is None else valid_BN
         now.update(visual=torch.isin(ids_BN, torch.tensor(list(visual_ids))), valid=valid_BN.bool())
+        now.setdefault("prompt", ids_BN.shape[1])
+        now["ids"] = ids_BN
         now["exits"] = exits_P.repeat_interleave(len(ids_BN) // len(exits_P))
 
     def swap(index):
         def hook(module, args, kwargs):
             seen_BN = now["valid"] & ~(now["visual"] & (now["exits"] <= index)[:, None])
             length = seen_BN.shape[1]
-            causal_NN = torch.ones(length, length, dtype=torch.bool).tril()
-            allowed = (causal_NN & seen_BN[:, None, :])[:, None]
+            if attention is None:
+                by_rule = torch.ones(length, length, dtype=torch.bool).tril()
+            else:
+                by_rule = attention(now["ids"], now["prompt"], index)
+            allowed = (by_rule & seen_BN[:, None, :])[:, None]
             mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
             return args, {**kwargs, "attention_mask": mask}
 

@@ -1,4 +1,11 @@
-"""The generic path on other families: equal to brute force, tokens and logits."""
+"""The generic path on every family: equal to brute force, tokens and logits.
+
+The normal tier runs a set of exits that covers first, middle, last, none and all mixtures of early and late
+on both attention functions; the whole product runs in the full tier.
+"""
+
+from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -6,37 +13,81 @@ import torch
 import dyvte
 from dyvte.policies import OraclePolicy
 
-from .families import FAMILIES
+from .families import ATTENTION, FAMILIES
 from .reference import exit_by_masks
 
+LAYERS = 4
+GREEDY = {
+    "max_new_tokens": 9,
+    "do_sample": False,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+# rows: one image, no image, two images
+FAST = {"sdpa": ([1, -1, 3], [0, -1, 4]), "eager": ([2, -1, 2], [4, -1, 1])}
+REST = [
+    (attention, [a, -1, b])
+    for attention, a, b in product(FAST, range(LAYERS + 1), range(LAYERS + 1))
+    if [a, -1, b] not in FAST[attention] and (a, b) != (LAYERS, LAYERS)
+]
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+@cache
+def build(family, attention):
+    """Nobody may change it."""
+    return FAMILIES[family](attention)
+
+
+@cache
+def stock(family, attention):
+    model, inputs, _ = build(family, attention)
+    return model.generate(**inputs, **GREEDY)
+
+
+def check(family, attention, exits):
+    model, inputs, visual_ids = build(family, attention)
+    with exit_by_masks(model, exits, visual_ids, attention=ATTENTION.get(family)):
+        expected = model.generate(**inputs, **GREEDY, use_cache=False)
+    with dyvte.VisualExit.from_policy(OraclePolicy(exits))(model) as run:
+        got = model.generate(**inputs, **GREEDY)
+    assert run.exit_layers.tolist() == exits
+    assert torch.equal(got.sequences, expected.sequences)
+    for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
+        assert (a - b).abs().max() < 1e-4, (exits, step)
+    # rows that left early must differ from the full model, or this proves nothing
+    change_B = (got.logits[0] - stock(family, attention).logits[0]).abs().amax(1)
+    assert all(change_B[row] > 1e-3 for row in (0, 2) if exits[row] < LAYERS)
+
+
+@pytest.mark.parametrize("attention", FAST)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_equals_brute_force(family, attention):
-    model, inputs, visual_ids = FAMILIES[family](attention)
-    options = {
-        "max_new_tokens": 9,
-        "do_sample": False,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
-    full = model.generate(**inputs, **options)
-    for exits in ([1, -1, 3], [0, -1, 4], [2, -1, 2], [4, -1, 1]):
-        with exit_by_masks(model, exits, visual_ids):
+    for exits in FAST[attention]:
+        check(family, attention, exits)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("attention", "exits"), REST, ids=[f"{a}-{e[0]}-{e[2]}" for a, e in REST])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_equals_brute_force_at_every_pair_of_exits(family, attention, exits):
+    check(family, attention, exits)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beam_search_equals_brute_force(family):
+    model, inputs, visual_ids = build(family, "sdpa")
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    for exits in ([1, -1, 3], [0, -1, 4]):
+        with exit_by_masks(model, exits, visual_ids, attention=ATTENTION.get(family)):
             expected = model.generate(**inputs, **options, use_cache=False)
-        with dyvte.VisualExit.from_policy(OraclePolicy(exits))(model) as run:
-            got = model.generate(**inputs, **options)
-        assert run.exit_layers.tolist() == exits
-        assert torch.equal(got.sequences, expected.sequences)
-        for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
-            assert (a - b).abs().max() < 1e-4, (exits, step)
-        # rows that left early must differ from the full model, or this proves nothing
-        assert (got.logits[0][0] - full.logits[0][0]).abs().max() > 1e-3 or exits[0] == 4
+        with dyvte.VisualExit.from_policy(OraclePolicy(exits))(model):
+            assert torch.equal(model.generate(**inputs, **options), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_never_is_the_stock_model(family):
-    model, inputs, _ = FAMILIES[family]("sdpa")
-    stock = model(**inputs).logits
+    model, inputs, _ = build(family, "sdpa")
+    logits = model(**inputs).logits
     with dyvte.VisualExit()(model):
-        assert torch.equal(model(**inputs).logits, stock)
+        assert torch.equal(model(**inputs).logits, logits)

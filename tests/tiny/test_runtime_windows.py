@@ -1,0 +1,131 @@
+"""Layers with a short window: what their cache keeps, and everything `generate` does with it."""
+
+import pytest
+import torch
+
+import dyvte
+from dyvte.errors import ExitRuntimeError
+from dyvte.policies import OraclePolicy
+from dyvte.runtime.windows import Window, layer_windows
+
+from .families import ATTENTION, FAMILIES
+from .reference import exit_by_masks
+from .zoo.gemma_like import WINDOW
+
+EXITS = [1, -1, 3]
+
+
+def oracle(exits=EXITS):
+    return dyvte.VisualExit.from_policy(OraclePolicy(exits))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava over mistral"])
+def test_beam_search_equals_brute_force(family):
+    model, inputs, visual_ids = FAMILIES[family]("sdpa")
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    with exit_by_masks(model, EXITS, visual_ids, attention=ATTENTION[family]):
+        expected = model.generate(**inputs, **options, use_cache=False)
+    with oracle()(model):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava over mistral"])
+def test_a_second_text_turn_equals_brute_force(family):
+    # several new tokens at once on a shortened cache: each has its own reach
+    model, inputs, visual_ids = FAMILIES[family]("sdpa")
+    turn_BQ = torch.tensor([[11, 12, 13, 14]]).expand(3, -1)
+    first = dict(inputs)
+    ids_BN, valid_BN = first.pop("input_ids"), first.pop("attention_mask")
+    types = first.pop("token_type_ids", None)
+    longer = torch.cat([valid_BN, torch.ones_like(turn_BQ)], 1)
+    positions_BN = (longer.cumsum(1) - 1).clamp(min=0)
+    tokens = ids_BN.shape[1]
+    extra = {} if types is None else {"token_type_ids": types}
+    with torch.no_grad(), exit_by_masks(model, EXITS, visual_ids, attention=ATTENTION[family]):
+        more = {} if types is None else {"token_type_ids": torch.cat([types, torch.zeros_like(turn_BQ)], 1)}
+        expected = model(
+            input_ids=torch.cat([ids_BN, turn_BQ], 1),
+            attention_mask=longer,
+            position_ids=positions_BN,
+            use_cache=False,
+            **first,
+            **more,
+        ).logits[:, tokens:]
+    with torch.no_grad(), oracle()(model):
+        cache = model(
+            input_ids=ids_BN,
+            attention_mask=valid_BN,
+            position_ids=positions_BN[:, :tokens],
+            use_cache=True,
+            **first,
+            **extra,
+        ).past_key_values
+        got = model(
+            input_ids=turn_BQ,
+            attention_mask=longer,
+            position_ids=positions_BN[:, tokens:],
+            past_key_values=cache,
+        ).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def test_sliding_layers_store_no_more_than_their_window():
+    model, inputs, _ = FAMILIES["llava over mistral"]("sdpa")
+    with oracle()(model) as run:
+        model.generate(**inputs, max_new_tokens=1)
+    per_token = 2 * 2 * 8 * 4  # K and V, two heads of eight float32
+    valid_BN = inputs["attention_mask"].bool()
+    text_BN = valid_BN & (inputs["input_ids"] != 3)
+    near_BN = torch.zeros_like(valid_BN)
+    near_BN[:, 1 - WINDOW :] = True
+    # layers 0..3; row 1 has no image, rows 0 and 2 leave after layers 1 and 3
+    kept = [
+        torch.where(torch.tensor([[k >= 1], [True], [k >= 3]]), text_BN, valid_BN) & near_BN for k in range(4)
+    ]
+    assert run.records[0].kv_bytes == tuple(int(keep.sum()) * per_token for keep in kept)
+
+
+def test_a_sliding_layer_does_not_go_back_to_what_it_dropped():
+    model, inputs, _ = FAMILIES["llava over mistral"]("sdpa")
+    with torch.no_grad(), oracle()(model):
+        cache = model(**inputs).past_key_values
+        with pytest.raises(ExitRuntimeError, match="cannot go back"):
+            cache.layers[-1].crop(-2)
+
+
+def test_an_attention_function_that_takes_no_masks_is_refused_where_it_would_be_wrong():
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import flash_attention_mask
+
+    def causal_only(module, query, key, value, attention_mask, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+    AttentionInterface.register("flash_attention_stand_in", causal_only)
+    AttentionMaskInterface.register("flash_attention_stand_in", flash_attention_mask)
+    model, inputs, _ = FAMILIES["llava over mistral"]("sdpa")
+    model.model.language_model.config._attn_implementation = "flash_attention_stand_in"
+    with pytest.raises(ExitRuntimeError, match="cannot express a sliding window"), oracle()(model):
+        model(**inputs)
+
+
+def test_windows_are_read_from_the_text_config():
+    from transformers import CONFIG_MAPPING
+
+    sliding = layer_windows(CONFIG_MAPPING["mistral"](sliding_window=5, num_hidden_layers=2), 2)
+    assert sliding == (Window("sliding", 5),) * 2
+    assert layer_windows(CONFIG_MAPPING["llama"](), 2) == (None, None)
+    gemma = CONFIG_MAPPING["gemma3_text"](
+        sliding_window=7, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]
+    )
+    assert layer_windows(gemma, 2) == (Window("sliding", 7), None)
+
+
+def test_a_chunk_is_counted_from_the_first_real_token():
+    query, key = torch.tensor([[[5], [8]]]), torch.tensor([[[3, 4, 7, 8]]])
+    assert Window("chunked", 4).reaches(query, key).tolist() == [
+        [[False, True, True, False], [False, False, False, True]]
+    ]
+    assert Window("sliding", 4).reaches(query, key).tolist() == [
+        [[True, True, True, True], [False, False, True, True]]
+    ]
