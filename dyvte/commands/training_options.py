@@ -31,6 +31,7 @@ TRAINING: dict[str, tuple[str, bool, str]] = {
     "--gate_architecture": ("gates.architecture", True, "compact or reference, for new gates"),
     "--objective": ("objective.name", True, "expected_risk, safe_label or reference_label"),
     "--lam": ("objective.lam", False, "expected_risk: price of visual compute, in nats"),
+    "--span": ("objective.span", False, "expected_risk: range of prices that the thresholds learn for"),
     "--num_train_epochs": ("epochs", False, "passes over the samples"),
     "--per_device_train_batch_size": ("batch_size", False, "samples per process and micro-step"),
     "--gradient_accumulation_steps": ("accumulation", False, "micro-steps per optimiser step"),

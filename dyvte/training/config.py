@@ -77,7 +77,9 @@ class ObjectiveConfig:
     name: Literal["expected_risk", "reference_label", "safe_label"] = "expected_risk"
     """The objective."""
     lam: float = 0.1
-    """expected_risk: price in nats of the visual tokens in all layers."""
+    """expected_risk: price in nats of the visual tokens in all layers, at threshold 0.5."""
+    span: float = 100.0
+    """expected_risk: thresholds learn for prices of their own, lam / span to lam * span; 1: lam alone."""
     epsilon: float = 0.01
     """safe_label: risk in nats below which an exit is harmless."""
     balance: bool = True
@@ -86,6 +88,8 @@ class ObjectiveConfig:
     """reference_label: train one random gate per step, as the reference does; else all."""
 
     def __post_init__(self) -> None:
+        if self.span < 1:
+            raise ValueError(f"span must be at least 1, found {self.span}")
         if self.lam < 0 or self.epsilon <= 0:
             raise ValueError(f"lam must be >= 0 and epsilon > 0, found {self.lam} and {self.epsilon}")
         if self.one_layer_per_step and self.name != "reference_label":

@@ -199,7 +199,7 @@ class GateTraining:
         settings = self.cfg.objective
         function = get_objective(settings.name)
         if settings.name == "expected_risk":
-            return partial(function, lam=settings.lam)
+            return partial(function, lam=settings.lam, span=settings.span)
         if settings.name == "safe_label":
             labels_BL = safe_labels(self.train, settings.epsilon)
             balance = class_balance(labels_BL) if settings.balance else None

@@ -100,7 +100,7 @@ def test_engine_equals_a_plain_loop(tmp_path: Path, who: Processes, accumulation
             group["lr"] = 0.02 * factor(step)
         batch = trace.rows(order.at(8 * step, 8))
         optimizer.zero_grad()
-        loss = expected_risk(gates(batch.features), batch, lam=0.1)
+        loss = expected_risk(gates(batch.features), batch, lam=0.1, span=100.0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dyvte.errors import ConfigError
-from dyvte.gates import GateConfig, GateStack, uniform_offsets
+from dyvte.gates import GateConfig, GateStack, exit_layers, uniform_offsets
 from dyvte.objectives import (
     expected_risk,
     get_objective,
@@ -70,24 +70,53 @@ def test_expected_risk_is_the_mean_over_sampled_exits() -> None:
     assert float(expected_risk(logits, trace, lam=0.2)) == pytest.approx(mean, rel=1e-9)
 
 
-def test_extreme_logits_stay_finite_with_gradient() -> None:
+def test_span_is_the_weighted_mean_of_shifted_prices() -> None:
+    trace = make_trace(6, 5)
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    terms = []
+    for x in (0.01, 1.0, 100.0):
+        shifted = logits + 4.0 * math.log(x)
+        terms.append(float(expected_risk(shifted, trace, lam=0.2 * x)) / math.sqrt(x))
+    found = expected_risk(logits, trace, lam=0.2, span=100.0, points=3)
+    assert float(found) == pytest.approx(sum(terms) / 3, rel=1e-5)
+
+
+def test_with_span_each_threshold_is_optimal_for_its_price() -> None:
+    """Logits free per sample: at the optimum, thresholds walk through the exits that each price wants."""
+    risk = torch.tensor([[9.0, 1.0, 0.2, 0.03, 0.0]]).double()
+    trace = make_trace(1, 4)
+    trace = Trace(**{**trace.tensors(), "risk": risk, "sample_ids": trace.sample_ids})
+    logits = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.2)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        expected_risk(logits, trace, lam=1.0, span=100.0, points=15).backward()
+        optimizer.step()
+    for x in (0.02, 0.3, 1.5, 30.0):
+        wanted = int((risk[0, 1:] + 1.0 * x * torch.arange(1, 5) / 4).argmin()) + 1
+        threshold = 1 / (1 + math.exp(4.0 * math.log(x)))
+        assert exit_layers(logits.detach(), threshold).tolist() == [wanted]
+
+
+@pytest.mark.parametrize("span", [1.0, 100.0])
+def test_extreme_logits_stay_finite_with_gradient(span: float) -> None:
     trace = make_trace(3, 32)
     for size in (200.0, -200.0):
         logits = torch.full((3, 32), size, requires_grad=True)
-        value = expected_risk(logits, trace, lam=0.1)
+        value = expected_risk(logits, trace, lam=0.1, span=span)
         value.backward()
         assert value.isfinite()
         assert logits.grad is not None
         assert logits.grad.isfinite().all()
 
 
-def first_step_norms(offsets: tuple[float, ...]) -> list[float]:
+def first_step_norms(offsets: tuple[float, ...], span: float = 1.0) -> list[float]:
     """Gradient norm of each gate at initialisation, L = 32, risks alike in all layers."""
     layers, hidden = 32, 8
     trace = make_trace(512, layers, features=2 * hidden)
     config = GateConfig(num_layers=layers, hidden_size=hidden, offsets=offsets)
     stack = GateStack.init(config, seed=0)
-    expected_risk(stack(trace.features), trace, lam=0.1).backward()
+    expected_risk(stack(trace.features), trace, lam=0.1, span=span).backward()
     return [
         nn.utils.get_total_norm([p.grad for p in gate.parameters() if p.grad is not None]).item()
         for gate in stack.gates[:-1]
@@ -97,6 +126,8 @@ def first_step_norms(offsets: tuple[float, ...]) -> list[float]:
 def test_deep_gates_do_not_starve() -> None:
     norms = first_step_norms(uniform_offsets(32))
     assert 0.1 < norms[0] / norms[30] < 10
+    spanned = first_step_norms(uniform_offsets(32), span=100.0)
+    assert 0.1 < spanned[0] / spanned[30] < 10
     # Without the offsets the deepest gate is reached with probability 2^-31: the test can fail.
     plain = first_step_norms((0.0,) * 32)
     assert plain[0] / plain[30] > 1e4
