@@ -52,20 +52,15 @@ def expected_risk(
         raise ValueError(f"lam must not be negative, found {lam}")
     if span < 1:
         raise ValueError(f"span must be at least 1, found {span}")
-    if span == 1:
-        return _objective(logits_BL, trace, lam)
-    log_x_S = torch.linspace(-math.log(span), math.log(span), points)
+    log_x_S = torch.linspace(-math.log(span), math.log(span), points if span > 1 else 1, dtype=torch.float64)
+    log_x_S = log_x_S.to(logits_BL.device)
+    price_S = lam * log_x_S.exp()
     shifted_SBL = logits_BL + (shift * log_x_S).to(logits_BL)[:, None, None]
-    terms_S = [
-        _objective(shifted_BL, trace, lam * math.exp(log_x)) * math.exp(-log_x / 2)
-        for shifted_BL, log_x in zip(shifted_SBL, log_x_S.tolist(), strict=True)
-    ]
-    return torch.stack(terms_S).mean()
+    log_probability_SBL = exit_probabilities(shifted_SBL.flatten(0, 1)).unflatten(0, shifted_SBL.shape[:2])
 
-
-def _objective(logits_BL: Tensor, trace: Trace, price: float) -> Tensor:
     num_layers = trace.num_layers
-    log_probability_BL = exit_probabilities(logits_BL)
-    layers_L = torch.arange(1, num_layers + 1, device=logits_BL.device, dtype=log_probability_BL.dtype)
-    cost_BL = trace.risk[:, 1:].to(log_probability_BL) + price * layers_L / num_layers
-    return (log_probability_BL.exp() * cost_BL).sum(1).mean()
+    share_L = torch.arange(1, num_layers + 1).to(log_x_S) / num_layers
+    risk_BL = trace.risk[:, 1:].to(log_probability_SBL)
+    cost_SBL = risk_BL + (price_S[:, None] * share_L).to(log_probability_SBL)[:, None]
+    objective_S = (log_probability_SBL.exp() * cost_SBL).sum(2).mean(1)
+    return (objective_S * (-log_x_S / 2).exp().to(objective_S)).mean()
