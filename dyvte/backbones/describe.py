@@ -166,7 +166,7 @@ def _checked_text_config(config: Any) -> Any:
     text = config.get_text_config(decoder=True)
 
     def refuse(reason: str) -> UnsupportedBackboneError:
-        return UnsupportedBackboneError(f"visual tokens cannot leave a {kind} model part-way: {reason}")
+        return UnsupportedBackboneError(f"visual tokens cannot leave {kind} part-way: {reason}")
 
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder, its text never carries visual tokens")

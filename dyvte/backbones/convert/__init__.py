@@ -1,0 +1,17 @@
+"""State dicts of original repositories to the key layout of transformers' classes, one file per source."""
+
+from .eagle import convert_eagle_x5
+from .internvl2 import convert_internvl2
+from .llava15 import convert_llava15
+from .renaming import Converted, Rule, grow_vocabulary
+from .vila15 import convert_vila15
+
+__all__ = [
+    "Converted",
+    "Rule",
+    "convert_eagle_x5",
+    "convert_internvl2",
+    "convert_llava15",
+    "convert_vila15",
+    "grow_vocabulary",
+]
