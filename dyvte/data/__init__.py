@@ -1,0 +1,1 @@
+"""Data: LLaVA instruction files, and the synthetic scenes of the embedded default."""

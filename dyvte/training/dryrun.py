@@ -138,15 +138,13 @@ def _matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) ->
     """FLOP/s of a square matrix product."""
     left = torch.randn(size, size, device=device, dtype=dtype)
 
-    def run(count: int) -> float:
+    def seconds() -> float:
         began = time.perf_counter()
-        for _ in range(count):
-            product = left @ left
-        product.sum().item()  # waits for the device
+        (left @ left).sum().item()  # waits for the device
         return time.perf_counter() - began
 
-    run(1)
-    return 4 * 2 * size**3 / run(4)
+    # The best of several: other work on the machine slows some of them down.
+    return 2 * size**3 / min(seconds() for _ in range(10))
 
 
 def _size(count: float) -> str:
