@@ -109,6 +109,9 @@ def write_store(
             progress=advance,
         )
     who.barrier()
+    if who.first:
+        for left_by_a_killed_writer in store.folder.glob(".*.tmp"):
+            left_by_a_killed_writer.unlink(missing_ok=True)
     return TraceStore.open(store.folder)
 
 

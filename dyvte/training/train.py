@@ -12,6 +12,7 @@ Output folder::
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -66,7 +67,15 @@ def train(cfg: TrainConfig) -> TrainResult:
         Each naming what is wrong and what to do.
     """
     with processes() as who:
-        return _train(cfg, who)
+        try:
+            return _train(cfg, who)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            raise TrainingError(
+                f"{cfg.output_dir} cannot be written any more ({error}). What was finished is kept: make "
+                "room and start the same command again"
+            ) from error
 
 
 def _train(cfg: TrainConfig, who: Processes) -> TrainResult:

@@ -3,6 +3,7 @@ failure."""
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ import pytest
 import torch
 
 from dyvte.config import from_dict
-from dyvte.errors import ConfigError, TrainingError
+from dyvte.errors import CheckpointError, ConfigError, TrainingError
 from dyvte.gates import GateConfig, GateStack, exit_layers, uniform_offsets
 from dyvte.objectives import expected_risk, reference_label
 from dyvte.teacher.trace import Trace
-from dyvte.training.checkpoints import Checkpoints
+from dyvte.training.checkpoints import Checkpoints, RunState
 from dyvte.training.config import TrainConfig
 from dyvte.training.figures import budget_rows, fixed_at, validation_figures
 from dyvte.training.loop import GateTraining
@@ -171,6 +172,26 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path, w
     state = Checkpoints(tmp_path / "checkpoints", 3, who).latest()
     assert state is not None
     assert state[1].step == 5
+
+
+def test_a_full_disk_keeps_earlier_checkpoints(tmp_path: Path, who: Processes, monkeypatch) -> None:
+    cfg = make_config(tmp_path, tracking={"log_every": 1})
+    run(cfg, who, make_trace(), stop_at=6)
+
+    def full(path: Path) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dyvte.training.checkpoints._sha256", full)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, who)
+    training = GateTraining(cfg, make_gates(), make_trace(), None, who)
+    state = RunState(step=10, global_batch=8, world_size=1, zero_stage=0)
+    with pytest.raises(CheckpointError, match=r"step 10 cannot be written.*No space left"):
+        checkpoints.save(training.engine, state)
+    training.close()
+    monkeypatch.undo()
+    found = checkpoints.latest()
+    assert found is not None
+    assert found[1].step == 5
 
 
 def test_one_layer_per_step_leaves_other_gates_and_their_moments_alone(
