@@ -2,7 +2,7 @@
 """Train the embedded backbone (checkpoints/tiny-llava) from scratch on synthetic scenes.
 
 Two stages on CPU: vision pre-training of the tower on dense labels, then language training of projector
-and decoder, with random exits in the last part. Resumable: start the same command again.
+and decoder. Resumable: start the same command again.
 
     python scripts/train_tiny_backbone.py --work runs/backbone --output checkpoints/tiny-llava
 """
@@ -32,6 +32,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vision-steps", type=int, default=1200, help="batches of 64 scenes for the tower")
     parser.add_argument(
         "--steps", type=int, default=2000, help="batches of 16 scenes x 24 questions a process"
+    )
+    parser.add_argument(
+        "--random-exit-share",
+        type=float,
+        default=0.0,
+        help="share of the steps, at the end, in which questions lose the visual tokens after a random layer",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="one-thread processes that share each step")
@@ -90,7 +96,7 @@ def work(rank: int, args: argparse.Namespace, rendezvous: Path) -> None:
     torch.distributed.barrier()
     tower.load_state_dict(torch.load(tower_path, weights_only=True))
 
-    config = LanguageConfig(steps=args.steps, seed=args.seed)
+    config = LanguageConfig(steps=args.steps, seed=args.seed, random_exit_share=args.random_exit_share)
     trainer = LanguageTrainer(model, processor.tokenizer, config, rank, args.processes)
     resumed = trainer.resume(args.work)
     log({"stage": "language", "resumed": resumed, "step": trainer.step})

@@ -1,8 +1,9 @@
 """Language training: projector and decoder learn to answer, over a tower that already sees.
 
 Every batch is a function of the step number alone, so a run that is killed and started again continues
-with the same batches. In the last part of the training questions lose the visual tokens after a random
-layer half of the time ("random exits"): that shapes a late region where visual tokens are no longer needed.
+with the same batches. Optionally, in the last part of the training, questions lose the visual tokens after a
+random layer half of the time ("random exits"): that shapes an earlier region where visual tokens are no longer
+needed. The checkpoint in this repository was made without it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class LanguageConfig:
     questions: int = 24
     describe_share: float = 0.3
     """Share of the steps during which four of the questions of a scene are row descriptions."""
-    random_exit_share: float = 0.3
-    """Share of the steps, at the end, with random exits."""
+    random_exit_share: float = 0.0
+    """Share of the steps, at the end, with random exits; 0: natural training."""
     first_random_exit: int = 3
     muon_lr: float = 0.01
     adam_lr: float = 0.003

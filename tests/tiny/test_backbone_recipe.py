@@ -9,16 +9,17 @@ from torch.nn import functional as F
 
 pytest.importorskip("sklearn")
 
-from tiny_backbone.model import build_model, pixels_to_input
-from tiny_backbone.optim import schedule
-from tiny_backbone.packing import GROUP, PackedAttention, install, make_batch, packed_loss, tokenize
-from tiny_backbone.vision import cell_labels
+import itertools
 
 import dyvte
 from dyvte.data.scenes.processor import build_processor
 from dyvte.data.scenes.questions import ask_many
 from dyvte.data.scenes.render import render
 from dyvte.data.scenes.world import draw_scene
+from tiny_backbone.model import build_model, pixels_to_input
+from tiny_backbone.optim import schedule
+from tiny_backbone.packing import GROUP, PackedAttention, install, make_batch, packed_loss, tokenize
+from tiny_backbone.vision import cell_labels
 
 
 @pytest.fixture(scope="module")
@@ -92,4 +93,4 @@ def test_schedule_warms_up_stays_and_decays_to_zero():
     assert values[99:400] == [1.0] * 301
     assert values[700] == pytest.approx(0.5)
     assert values[-1] == pytest.approx(1 / 600)
-    assert all(a >= b for a, b in zip(values[400:], values[401:]))
+    assert all(a >= b for a, b in itertools.pairwise(values))
