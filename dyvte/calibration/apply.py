@@ -142,15 +142,22 @@ def gate_logits(gates: GateStack, trace: Trace) -> Tensor:
 
 def check_store(config: GateConfig, store: TraceStore) -> None:
     """Raise GateMismatchError if the traces are not of the gates' backbone."""
-    theirs, ours = store.manifest.fingerprint.get("backbone"), config.backbone.get("fingerprint")
+    stored, mine = store.manifest.fingerprint, config.backbone
     shape = (store.manifest.num_layers, store.manifest.feature_size)
-    if shape != (config.num_layers, config.feature_size) or (ours is not None and ours != theirs):
+    if shape != (config.num_layers, config.feature_size):
         raise GateMismatchError(
-            f"{store.folder}: traces of another backbone (fingerprint {theirs}, "
-            f"{store.manifest.num_layers} layers, {store.manifest.feature_size} features) than the gates' "
-            f"({ours}, {config.num_layers} layers, {config.feature_size} features); trace the calibration "
-            "data with the gates' backbone"
+            f"{store.folder}: traces of {shape[0]} layers and {shape[1]} features, the gates have "
+            f"{config.num_layers} and {config.feature_size}; trace the data with the gates' backbone"
         )
+    for what, theirs, ours in (
+        ("architecture", stored.get("backbone"), mine.get("fingerprint")),
+        ("weights", stored.get("backbone_weights"), mine.get("weights")),
+    ):
+        if ours is not None and ours != theirs:
+            raise GateMismatchError(
+                f"{store.folder}: traces of another backbone than the gates' ({what} {theirs}, the gates' "
+                f"backbone has {ours}); trace the data with the gates' backbone, {mine.get('id')}"
+            )
 
 
 def trained_on(config: GateConfig, store: TraceStore) -> bool:

@@ -233,6 +233,23 @@ def test_trace_calibrate_and_search_k(world: Path, trained: Path, tmp_path: Path
     ).read_bytes()
 
 
+def test_traces_of_another_backbone_do_not_calibrate(
+    world: Path, trained: Path, tmp_path: Path, capsys
+) -> None:
+    other, processor = tiny_llava(layers=4, seed=5)
+    other.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    data, images = str(world / "calibration.json"), str(world / "images")
+    trace = [
+        "trace", "--model_name_or_path", str(tmp_path / "other"), "--data_path", data,
+        "--image_folder", images, "--max_new_tokens", "3", "--output", str(tmp_path / "t"),
+    ]  # fmt: skip
+    assert main(trace) == 0
+    gates = str(trained / "gates")
+    assert main(["calibrate", "--gates", gates, "--trace", str(tmp_path / "t"), "--budget", "0.5"]) == 2
+    assert "traces of another backbone" in capsys.readouterr().err
+
+
 def test_dry_run_reads_no_weights(world: Path, tmp_path: Path, capsys) -> None:
     flags = {"--model_name_or_path": str(config_only(world)), "--gate_architecture": "reference"}
     assert main(["train", *options(world, tmp_path / "none", **flags), "--dry-run"]) == 0
