@@ -23,6 +23,7 @@ VISUAL_ID_FIELDS = (
 # Families whose config field does not identify all of their visual tokens.
 _NEEDS_EXPLICIT_IDS = {"molmo2"}
 _CROSS_ATTENTION = {"mllama", "idefics"}
+_OTHER_DECODING = {"diffusion_gemma": "it denoises blocks of tokens instead of decoding one after the other"}
 # Layer types whose K/V live in a plain per-layer attention cache.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
@@ -172,6 +173,8 @@ def _checked_text_config(config: Any) -> Any:
         raise refuse("it is an encoder-decoder, its text never carries visual tokens")
     if kind in _CROSS_ATTENTION or getattr(text, "cross_attention_layers", None):
         raise refuse("it reads the image by cross-attention, there are no visual tokens in its sequence")
+    if kind in _OTHER_DECODING:
+        raise refuse(_OTHER_DECODING[kind])
     if getattr(text, "num_kv_shared_layers", 0) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
         raise refuse("some of its layers share the K/V of others (shared KV)")
     foreign = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS)

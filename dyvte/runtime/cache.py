@@ -125,11 +125,20 @@ class ExitLayer(DynamicLayer):
     seen
         Tokens that layer 0 of a stock cache would hold: what `get_seq_length` answers.
     window
-        How far this layer's tokens see; what the next token cannot see was not stored.
+        How far this layer's tokens see.
+    is_cut
+        What the next token cannot see was not stored.
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, columns: Columns, seen: int, window: Window | None = None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        columns: Columns,
+        seen: int,
+        window: Window | None = None,
+        *,
+        is_cut: bool = False,
     ) -> None:
         super().__init__()
         self.dtype, self.device = keys.dtype, keys.device
@@ -138,8 +147,7 @@ class ExitLayer(DynamicLayer):
         self.columns, self.seen, self.window = columns, seen, window
         self.is_sliding = window is not None
         self.length = columns.length
-        # A sliding layer cannot go back to before its oldest token was dropped.
-        self._floor = seen if window is not None and window.first_needed(seen) else 0
+        self._floor = seen if is_cut else 0
         self._expected: tuple[int, Tensor | None] | None = None
 
     def expect(self, num_new: int, new_valid_BQ: Tensor | None) -> None:
@@ -272,6 +280,11 @@ def put_layer(cache: Cache, index: int, layer: ExitLayer) -> None:
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     cache.layers[index] = layer
+
+
+def records_past(cache: Cache, index: int) -> bool:
+    """Was a sliding layer told to keep what is out of its window?"""
+    return index < len(cache.layers) and getattr(cache.layers[index], "record_past", False)
 
 
 def layer_bytes(layer: object) -> int:

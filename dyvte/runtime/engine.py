@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..gates import prompt_features
 from ..policies import Plan, Policy, Rows
-from .cache import Capture, ExitLayer, layer_bytes, put_layer
+from .cache import Capture, ExitLayer, layer_bytes, put_layer, records_past
 from .masks import causal_mask, decode_mask, window_needs_mask
 from .records import PrefillRecord, Run
 from .streams import Layout, Partition
@@ -128,11 +128,14 @@ class Prefill:
 
     def _store(self, part: Partition, index: int, full: Capture | None, text: Capture | None) -> None:
         windows, tokens = self.engine.windows, self.layout.tokens
-        first = 0 if windows[index] is None else windows[index].first_needed(tokens)
+        first = 0
+        # Assisted generation asks the cache to keep more than its window, to be able to go back.
+        if windows[index] is not None and not records_past(self.cache, index):
+            first = windows[index].first_needed(tokens)
         packing = part.packing(first, with_places=any(windows))
         keys = packing.states(text.keys, None if full is None else full.keys)
         values = packing.states(text.values, None if full is None else full.values)
-        layer = ExitLayer(keys, values, packing.columns, tokens, windows[index])
+        layer = ExitLayer(keys, values, packing.columns, tokens, windows[index], is_cut=first > 0)
         put_layer(self.cache, index, layer)
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ Shares no code with the runtime. Shapes: B rows, N tokens so far, L layers, P pr
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,3 +117,34 @@ def allowed_argmax(logits_BV: Tensor, visual_ids) -> Tensor:
     logits_BV = logits_BV.clone()
     logits_BV[:, list(visual_ids)] = -torch.inf
     return logits_BV.argmax(1)
+
+
+@contextmanager
+def exit_in_own_masks(model, exits_B, visual_ids, layers):
+    """Inside, each decoder layer's own additive mask also hides the visual keys of rows whose exit is past.
+
+    For models in eager mode without a cache: whatever rule a family's masks follow is kept as it is.
+    """
+    exits_B, now = torch.as_tensor(exits_B), {}
+
+    def look(module, args, kwargs):
+        now["visual"] = torch.isin(kwargs["input_ids"], torch.tensor(list(visual_ids)))
+
+    def hide(index):
+        def hook(module, args, kwargs):
+            names = list(inspect.signature(module.forward).parameters)
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+            gone_BN = now["visual"] & (exits_B <= index)[:, None]
+            mask = kwargs["attention_mask"]
+            kwargs["attention_mask"] = mask.masked_fill(gone_BN[:, None, None], torch.finfo(mask.dtype).min)
+            return (), kwargs
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
+    handles += [layer.register_forward_pre_hook(hide(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

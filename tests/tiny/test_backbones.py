@@ -130,6 +130,11 @@ def text_config(kind, **fields):
         (lambda: text_config("lfm2_vl", layer_types=["conv", "full_attention"]), r"\['conv'\]"),
         (lambda: text_config("llama"), "no visual token is named"),
         (lambda: text_config("molmo2"), "pass visual_token_ids"),
+        (lambda: text_config("kosmos-2"), "no visual token is named"),
+        (lambda: text_config("qwen3_5_moe"), r"\['linear_attention'\]"),
+        (lambda: text_config("glm5_next"), r"\['indexed_attention', 'linear_attention'\]"),
+        (lambda: text_config("diffusion_gemma"), "denoises blocks"),
+        (lambda: text_config("t5gemma2"), "encoder-decoder"),
     ],
 )
 def test_families_that_cannot_work_are_refused_by_reason(config, reason):
@@ -137,6 +142,10 @@ def test_families_that_cannot_work_are_refused_by_reason(config, reason):
     with pytest.raises(UnsupportedBackboneError, match=reason) as error:
         describe_config(config)
     assert config.model_type in str(error.value)
+
+
+def test_explicit_ids_serve_a_family_whose_config_does_not_name_them():
+    assert describe_config(CONFIG_MAPPING["molmo2"](), visual_token_ids=[5, 6]).visual_token_ids == (5, 6)
 
 
 def test_explicit_ids_win():

@@ -69,6 +69,21 @@ def test_a_second_text_turn_equals_brute_force(family):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "llava over mistral"])
+def test_prompt_lookup_goes_back_and_changes_nothing(family):
+    model, inputs, _ = FAMILIES[family]("sdpa")
+    valid_N = inputs["attention_mask"][0].bool()
+    inputs = {name: value[:1, valid_N] if value.dim() == 2 else value[:1] for name, value in inputs.items()}
+    # a repeated end, so that candidates are there (and wrong) in the very first pass
+    inputs["input_ids"] = inputs["input_ids"].clone()
+    inputs["input_ids"][0, -6:] = torch.tensor([20, 21, 22, 23, 20, 21])
+    for k in (0, 2):
+        with oracle([k])(model):
+            greedy = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            guessed = model.generate(**inputs, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=2)
+        assert torch.equal(guessed, greedy)
+
+
 def test_sliding_layers_store_no_more_than_their_window():
     model, inputs, _ = FAMILIES["llava over mistral"]("sdpa")
     with oracle()(model) as run:
