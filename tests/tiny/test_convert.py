@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+import dyvte
 from dyvte.backbones import convert
 from dyvte.backbones.convert import internvl2, llava15
 from dyvte.errors import CheckpointError
@@ -97,13 +98,25 @@ def test_eagle_x5_keeps_its_language_side_and_names_the_rest(llava):
     converted = convert.convert_eagle_x5({**original, **dict.fromkeys(towers, torch.zeros(1))})
     assert list(converted.left_out) == towers
     assert converted.missing == ("model.vision_tower",)
-    # the same language model: text in, equal logits out
-    other = type(model)(model.config).eval()
-    absent, unexpected = other.load_state_dict(converted.state, strict=False)
-    assert unexpected == []
-    assert all(key.startswith("model.vision_tower") for key in absent)
-    text = {"input_ids": torch.tensor([[8, 9, 10]])}
-    assert torch.equal(logits(other, text), logits(model, text))
+
+
+@torch.no_grad()
+def test_eagle_x5_given_its_features_answers_as_before(llava):
+    model, inputs, _ = llava
+    original = renamed(model.state_dict(), *LLAVA15)
+    original = {key: value for key, value in original.items() if "vision_tower" not in key}
+    given = convert.llava_for_features(
+        convert.convert_eagle_x5(original), {"model_type": "llama", **TEXT}, IMAGE
+    )
+    features = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-1]
+    with_features = {**inputs, "pixel_values": features[:, 1:]}
+    assert torch.equal(logits(given, with_features), logits(model, inputs))
+    # and exits work on it
+    with dyvte.VisualExit.fixed(2)(model):
+        expected = logits(model, inputs)[:, -1]
+    with dyvte.VisualExit.fixed(2)(given) as run:
+        assert torch.equal(logits(given, with_features)[:, -1], expected)
+    assert run.exit_layers.tolist() == [2, -1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +171,18 @@ def test_vila15_with_the_downsampling_projector_names_it(vila):
     assert converted.missing == ("model.multi_modal_projector",)
     with pytest.raises(CheckpointError, match="no language model"):
         convert.convert_vila15({})
+
+
+@torch.no_grad()
+def test_vila15_given_projected_features_answers_as_before(vila):
+    model, inputs = vila
+    language, tower, _ = vila_folders(model)
+    converted = convert.convert_vila15(language, tower)
+    given = convert.llava_for_features(converted, {"model_type": "llama", **TEXT}, IMAGE)
+    features = torch.stack(list(model.model.get_image_features(inputs["pixel_values"]).pooler_output))
+    assert torch.equal(logits(given, {**inputs, "pixel_values": features}), logits(model, inputs))
+    with pytest.raises(CheckpointError, match="do not fit"):
+        convert.llava_for_features(converted, {"model_type": "llama", **TEXT, "vocab_size": 99}, IMAGE)
 
 
 VISION = (

@@ -14,7 +14,7 @@ import dyvte
 from dyvte.policies import OraclePolicy
 
 from .families import ATTENTION, FAMILIES
-from .reference import exit_by_masks
+from .reference import exit_by_masks, greedy_cached, greedy_reference
 
 LAYERS = 4
 GREEDY = {
@@ -83,6 +83,30 @@ def test_beam_search_equals_brute_force(family):
             expected = model.generate(**inputs, **options, use_cache=False)
         with dyvte.VisualExit.from_policy(OraclePolicy(exits))(model):
             assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def right_padded(inputs):
+    """The same rows, padding on the other side."""
+    moved = dict(inputs)
+    for name in ("input_ids", "attention_mask"):
+        rows = zip(inputs[name], (1 - inputs["attention_mask"]).sum(1).tolist(), strict=True)
+        moved[name] = torch.stack([row.roll(-pad) for row, pad in rows])
+    return moved
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("exits", [[1, -1, 3], [0, -1, 4], [2, -1, 2]])
+@pytest.mark.parametrize(
+    "family", ["llava_next", "llava_onevision", "video_llava", "internvl", "idefics3", "smolvlm", "mistral3"]
+)
+def test_right_padding_equals_brute_force(family, exits):
+    model, inputs, visual_ids = build(family, "sdpa")
+    inputs = right_padded(inputs)
+    expected_logits, expected_tokens = greedy_reference(model, inputs, exits, visual_ids, 8)
+    with dyvte.VisualExit.from_policy(OraclePolicy(exits))(model):
+        logits, tokens, _ = greedy_cached(model, inputs, visual_ids, 8)
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4)
+    assert torch.equal(tokens, expected_tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,6 +1,7 @@
 """State dicts of original repositories to the key layout of transformers' classes, one file per source."""
 
 from .eagle import convert_eagle_x5
+from .features import GivenFeatures, llava_for_features
 from .internvl2 import convert_internvl2
 from .llava15 import convert_llava15
 from .renaming import Converted, Rule, grow_vocabulary
@@ -8,10 +9,12 @@ from .vila15 import convert_vila15
 
 __all__ = [
     "Converted",
+    "GivenFeatures",
     "Rule",
     "convert_eagle_x5",
     "convert_internvl2",
     "convert_llava15",
     "convert_vila15",
     "grow_vocabulary",
+    "llava_for_features",
 ]
