@@ -67,7 +67,6 @@ PER_LAYER = (
     "layer_types",
     "no_rope_layers",
     "mlp_layer_types",
-    "moe_layers",
     "num_key_value_heads_per_layer",
     "swiglu_limits",
     "swiglu_limits_shared",
@@ -159,8 +158,9 @@ def tiny_text(text: PreTrainedConfig) -> PreTrainedConfig:
 def _sample(values: Sequence[Any]) -> list[Any]:
     """Both ends, so that kinds that alternate and kinds that come last are there, then any kind left out."""
     picked = [*values[: LAYERS // 2], *values[-LAYERS // 2 :]]
-    for n, kind in enumerate(kind for kind in dict.fromkeys(values) if kind not in picked):
-        picked[1 + n] = kind
+    absent = [kind for kind in dict.fromkeys(values) if kind not in picked]
+    for place, kind in zip(range(1, LAYERS), absent, strict=False):
+        picked[place] = kind
     return picked
 
 
