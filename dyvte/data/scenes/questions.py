@@ -298,15 +298,23 @@ _MAKERS: dict[str, Callable] = {
 }
 # Types that also have a yes/no form ("Is the star red?"), as MME asks them.
 VERIFIABLE = ("background", "color", "count", "read", "sum")
+VERIFY_SHARE = 0.3
 
 
-def ask(view: View, kind: str, rng: np.random.Generator, *, verify: bool | None = None) -> Question | None:
+def ask(
+    view: View,
+    kind: str,
+    rng: np.random.Generator,
+    *,
+    verify: bool | None = None,
+    verify_share: float = VERIFY_SHARE,
+) -> Question | None:
     """A random question of type `kind`, or None where the scene has none.
 
-    `verify` forces (True) or forbids (False) the yes/no form; None takes it three times in ten.
+    `verify` forces (True) or forbids (False) the yes/no form; None takes it in `verify_share` of the cases.
     """
     if verify is None:
-        verify = kind in VERIFIABLE and bool(rng.random() < 0.3)
+        verify = kind in VERIFIABLE and bool(rng.random() < verify_share)
     made = _MAKERS[kind](view, rng, verify)
     if made is None:
         return None
@@ -316,14 +324,16 @@ def ask(view: View, kind: str, rng: np.random.Generator, *, verify: bool | None 
     )
 
 
-def ask_many(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
+def ask_many(
+    scene: Scene, rng: np.random.Generator, count: int, verify_share: float = VERIFY_SHARE
+) -> list[Question]:
     """`count` different questions about one scene, their types as even as the scene allows."""
     view, seen, questions = View(scene), set(), []
     order = [TYPES[int(i)] for i in rng.permutation(len(TYPES))]
     misses = 0
     while len(questions) < count and misses < 200:
         kind = order[(len(questions) + misses) % len(order)]
-        question = ask(view, kind, rng)
+        question = ask(view, kind, rng, verify_share=verify_share)
         if question is None or question.text in seen:
             misses += 1
             continue

@@ -20,6 +20,9 @@ from dyvte.data.scenes.render import render
 from dyvte.data.scenes.world import Scene, draw_scene
 
 QUESTIONS_PER_SCENE = 8
+# Instruction data asks both ways alike, so that gates meet enough yes/no forms of every type.
+INSTRUCT_VERIFY_SHARE = 0.5
+FORMAT = 2  # raised whenever the same seed gives other files
 # Scenes of every file set start far from each other and from those that trained the backbone.
 FIRST_SCENE = {"instruct": 20_000_000, "gqa": 30_000_000, "mme": 40_000_000}
 # MME subtask -> question type; `scene` is kept in the release's split layout, the others are flat.
@@ -54,7 +57,7 @@ def write_instruct(root: Path, split: str, samples: int, seed: int = 0) -> Path:
     for number, (scene, rng) in enumerate(_scenes(split, "instruct", count, seed)):
         name = f"{split}/{split}_{number:06d}.png"
         _save(scene, folder / "images" / name)
-        for i, q in enumerate(ask_many(scene, rng, QUESTIONS_PER_SCENE)):
+        for i, q in enumerate(ask_many(scene, rng, QUESTIONS_PER_SCENE, INSTRUCT_VERIFY_SHARE)):
             turns = [
                 {"from": "human", "value": f"<image>\n{q.text}"},
                 {"from": "gpt", "value": q.answer},
@@ -153,9 +156,9 @@ def digest(root: Path) -> str:
 
 
 def write_all(root: Path, sizes: dict[str, int], seed: int = 0, tell: Callable[[str], None] = print) -> dict:
-    """Write every set, then `manifest.json` (sizes, seed, digest); a root whose manifest matches is reused."""
+    """Write all sets, then `manifest.json` (sizes, seed, digest); a root whose manifest matches is reused."""
     manifest_path = root / "manifest.json"
-    wanted = {"sizes": sizes, "seed": seed, "types": list(TYPES)}
+    wanted = {"sizes": sizes, "seed": seed, "types": list(TYPES), "format": FORMAT}
     if manifest_path.exists():
         old = json.loads(manifest_path.read_text(encoding="utf-8"))
         if {k: old.get(k) for k in wanted} == wanted:
