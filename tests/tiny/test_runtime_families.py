@@ -15,6 +15,7 @@ from dyvte.policies import OraclePolicy
 
 from .families import ATTENTION, FAMILIES
 from .reference import exit_by_masks, greedy_cached, greedy_reference
+from .zoo.common import END, IMAGE, START
 
 LAYERS = 4
 GREEDY = {
@@ -83,6 +84,20 @@ def test_beam_search_equals_brute_force(family):
             expected = model.generate(**inputs, **options, use_cache=False)
         with dyvte.VisualExit.from_policy(OraclePolicy(exits))(model):
             assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_ids_given_by_the_user_leave_too():
+    # a family may mark its visual tokens by several ids that its config does not name
+    model, inputs, _ = build("internvl", "sdpa")
+    ids, exits = (IMAGE, START, END), [2, -1, 1]
+    with exit_by_masks(model, exits, ids):
+        expected = model.generate(**inputs, **GREEDY, use_cache=False)
+    with dyvte.VisualExit.from_policy(OraclePolicy(exits), visual_token_ids=ids)(model) as run:
+        got = model.generate(**inputs, **GREEDY)
+    assert run.records[0].num_visual_B.tolist() == [6, 0, 12]
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(got.logits, expected.logits, strict=True):
+        assert (a - b).abs().max() < 1e-4
 
 
 def right_padded(inputs):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import dyvte
 from dyvte.errors import ExitRuntimeError
@@ -27,6 +28,29 @@ def test_beam_search_equals_brute_force(family):
         expected = model.generate(**inputs, **options, use_cache=False)
     with oracle()(model):
         assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def every_row_with_an_image(inputs):
+    """Without the row that has none, so that the first layers keep the stock cache."""
+    kept = {name: value[[0, 2]] if value.shape[0] == 3 else value for name, value in inputs.items()}
+    return kept | {"pixel_values": inputs["pixel_values"]}
+
+
+@pytest.mark.parametrize("exits", [[2, 3], [1, 4], [3, 3]])
+@pytest.mark.parametrize("family", ["gemma3", "llava over mistral"])
+def test_stock_layers_before_the_first_exit_equal_brute_force(family, exits):
+    model, inputs, visual_ids = FAMILIES[family]("sdpa")
+    inputs = every_row_with_an_image(inputs)
+    for cache in (None, DynamicCache()):  # with the config's sliding layers, and with full ones
+        options = {"max_new_tokens": 9, "do_sample": False, "output_logits": True}
+        options["return_dict_in_generate"] = True
+        with exit_by_masks(model, exits, visual_ids, attention=ATTENTION[family]):
+            expected = model.generate(**inputs, **options, use_cache=False)
+        with oracle(exits)(model):
+            got = model.generate(**inputs, **options, past_key_values=cache)
+        assert torch.equal(got.sequences, expected.sequences)
+        for a, b in zip(got.logits, expected.logits, strict=True):
+            assert (a - b).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava over mistral"])
@@ -108,20 +132,43 @@ def test_a_sliding_layer_does_not_go_back_to_what_it_dropped():
             cache.layers[-1].crop(-2)
 
 
-def test_an_attention_function_that_takes_no_masks_is_refused_where_it_would_be_wrong():
+@pytest.fixture
+def no_4d_masks():
+    """Name of an attention function that, like flash attention, is handed 2D masks or none."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import flash_attention_mask
 
     def causal_only(module, query, key, value, attention_mask, **kwargs):
-        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+        assert attention_mask is None or attention_mask.dim() == 2
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()[:, None, None]
+            assert query.shape[2] == 1, "only decode steps need a padding mask here"
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-    AttentionInterface.register("flash_attention_stand_in", causal_only)
-    AttentionMaskInterface.register("flash_attention_stand_in", flash_attention_mask)
+    name = "flash_attention_stand_in"
+    AttentionInterface.register(name, causal_only)
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    return name
+
+
+def one_row(inputs):
+    valid_N = inputs["attention_mask"][0].bool()
+    return {name: value[:1, valid_N] if value.dim() == 2 else value[:1] for name, value in inputs.items()}
+
+
+def test_without_4d_masks_a_short_window_is_refused_and_a_long_one_is_served(no_4d_masks):
     model, inputs, _ = FAMILIES["llava over mistral"]("sdpa")
-    model.model.language_model.config._attn_implementation = "flash_attention_stand_in"
-    with pytest.raises(ExitRuntimeError, match="cannot express a sliding window"), oracle()(model):
+    text, inputs = model.model.language_model.config, one_row(inputs)
+    text._attn_implementation = no_4d_masks
+    with pytest.raises(ExitRuntimeError, match="cannot express a sliding window"), oracle([2])(model):
         model(**inputs)
+    text.sliding_window = 28  # the prompt has 25 tokens: the window gets short while decoding
+    results = []
+    for text._attn_implementation in (no_4d_masks, "sdpa"):
+        with oracle([2])(model):
+            results.append(model.generate(**inputs, max_new_tokens=9, do_sample=False))
+    assert torch.equal(*results)
 
 
 def test_windows_are_read_from_the_text_config():
