@@ -39,8 +39,11 @@ class Columns:
         next_slot: int = 0,
         *,
         places: tuple[Tensor, Tensor] | None = None,
+        shift_B: Tensor | None = None,
     ) -> None:
         self.slots_KB, self.valid_BK, self.length = slots_KB, valid_BK, length
+        # Where positions are closed up: what is taken off the position id of every later token.
+        self.shift_B = shift_B
         # Where windows matter: each kept token's position, and each row's position minus column afterwards.
         self.places = places
         self._origin = (length, next_slot)
@@ -107,10 +110,11 @@ class Columns:
                 valid = _pick(valid[:, :length], rows, 0)
             if places is not None:
                 places = (_pick(places[0], rows, 0), _pick(places[1], rows, 0))
+            shift = None if self.shift_B is None else _pick(self.shift_B, rows, 0)
             # Columns beyond `length` are new again, from the first slot that no column holds.
             at = length if length >= self._origin[0] else self._origin[0]
             next_slot = self.slot(at) if self.slots_KB is not None else 0
-            derived = Columns(slots, valid, length, next_slot, places=places)
+            derived = Columns(slots, valid, length, next_slot, places=places, shift_B=shift)
             self._derived = (rows, length, derived)
         return self._derived[2]
 

@@ -18,6 +18,7 @@ from ..gates import prompt_features
 from ..policies import Plan, Policy, Rows
 from .cache import Capture, ExitLayer, layer_bytes, put_layer, records_past
 from .masks import causal_mask, decode_mask, window_needs_mask
+from .positions import check_rearrange, close_up, dropped_before
 from .records import PrefillRecord, Run
 from .streams import Layout, Partition
 from .windows import Window, layer_windows
@@ -34,6 +35,7 @@ class Prefill:
         self.logits_BL = torch.full((layout.batch, num_layers), torch.nan)
         self.partition: Partition | None = None
         self.cache: Any = None
+        self.dropped_BN = dropped_before(layout) if engine.rearranges else None
         exits_B = plan.exit_layers_B
         # Rows without an image join the text stream only if the block can change anything: else it is stock.
         self.active = bool((exits_B[layout.has_image_B] < num_layers).any()) or any(
@@ -76,7 +78,7 @@ class Prefill:
         now = self.partition
         # A model may be spread over devices, layer by layer.
         if now is None or now.device != device or not torch.equal(now.in_text_B, in_text_B):
-            self.partition = Partition(self.layout, in_text_B, device)
+            self.partition = Partition(self.layout, in_text_B, device, self.dropped_BN)
         return self.partition
 
     def _run_streams(
@@ -105,12 +107,20 @@ class Prefill:
             text_hidden,
             attention_mask=self._text_mask(part, index, mask, text_hidden),
             past_key_values=captures[1],
-            **part.for_text(kwargs),
+            **self._text_arguments(part, kwargs, text_hidden),
         )
         if self.cache is not None:
             self._store(part, index, *captures)
         output = part.scatter(hidden_BND, _hidden(text), None if full is None else _hidden(full))
         return (output, *text[1:]) if isinstance(text, tuple) else output
+
+    def _text_arguments(self, part: Partition, kwargs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+        given = part.for_text(kwargs)
+        if part.dropped_T is not None:
+            if part.closed_up is None:
+                part.closed_up = close_up(self.engine.rotary, hidden, given, part.dropped_T)
+            given = {**given, **part.closed_up}
+        return self.engine.without_jumps(given)
 
     def _text_mask(
         self, part: Partition, index: int, mask: Tensor | None, text_hidden: Tensor
@@ -156,11 +166,16 @@ class Prefill:
 class Engine:
     """Decides, for every forward pass of a model inside a block, what its layers do."""
 
-    def __init__(self, backbone: Backbone, policy: Policy, run: Run) -> None:
+    def __init__(self, backbone: Backbone, policy: Policy, run: Run, positions: str = "keep") -> None:
         self.backbone, self.policy, self.run = backbone, policy, run
         self.config = backbone.decoder.config
         self.windows = layer_windows(self.config, backbone.num_layers)
+        self.rotary = getattr(backbone.decoder, "rotary_emb", None)
+        self.rearranges = positions == "rearrange"
+        if self.rearranges:
+            check_rearrange(backbone, self.windows)
         self.prefill: Prefill | None = None
+        self._closed_up: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._masks: dict[tuple[int, Window | None], tuple[Any, Tensor | None]] = {}
         self._new_valid_BQ: Tensor | None = None
 
@@ -200,12 +215,22 @@ class Engine:
     def start_decode(self, new_valid_BQ: Tensor | None) -> None:
         """Take up a pass that continues a cache."""
         self._masks.clear()
+        self._closed_up.clear()
         self._new_valid_BQ = new_valid_BQ
+
+    def without_jumps(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Layer arguments of a text stream such that no attention function takes it for packed sequences."""
+        # Flash attention looks for jumps in a single row's ids, and waits for the device to do so.
+        is_flash = str(self.config._attn_implementation).startswith("flash_attention")
+        if is_flash and kwargs.get("position_embeddings") is not None:
+            return {**kwargs, "position_ids": None}
+        return kwargs
 
     def finish(self, *, failed: bool) -> None:
         """The decoder has returned or raised; drop the state of the pass."""
         prefill, self.prefill = self.prefill, None
         self._masks.clear()
+        self._closed_up.clear()
         self._new_valid_BQ = None
         if prefill is None or failed:
             return
@@ -225,6 +250,15 @@ class Engine:
         if key not in self._masks:
             self._masks[key] = (layer.columns, decode_mask(self.config, hidden_BND, layer, new_tokens))
         kwargs["attention_mask"] = self._masks[key][1]
+        if layer.columns.shift_B is not None:
+            kwargs.update(self._closed(layer, hidden_BND, kwargs))
+
+    def _closed(self, layer: ExitLayer, hidden_BND: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        key = id(layer.columns)
+        if key not in self._closed_up:
+            shift_B1 = layer.columns.shift_B[:, None]
+            self._closed_up[key] = (layer.columns, close_up(self.rotary, hidden_BND, kwargs, shift_B1))
+        return self._closed_up[key][1]
 
 
 def _is_exit_layer(cache: Any, index: int) -> bool:

@@ -37,7 +37,7 @@ class Packing:
         self.is_dense &= bool((kept_B == length).all())
         places = self._places(layout, kept_BN, length, device) if with_places else None
         if self.is_dense:
-            self.columns = Columns(None, None, length, places=places)
+            self.columns = Columns(None, None, length, places=places, shift_B=part.shift_B)
             return
         self._take_full = kept_BN[~part.in_text_B].flatten().nonzero().flatten().to(device)
         text_BT = kept_BN[part.in_text_B].gather(1, part.order) & part.real
@@ -52,7 +52,7 @@ class Packing:
         valid_BK = None
         if not (kept_B == length).all():
             valid_BK = (offset_KB >= 0).T.contiguous().to(device)
-        self.columns = Columns(slots_KB, valid_BK, length, num_slots, places=places)
+        self.columns = Columns(slots_KB, valid_BK, length, num_slots, places=places, shift_B=part.shift_B)
 
     def states(self, text: Tensor | None, full: Tensor | None) -> Tensor:
         """One stream's K (or V), and the other's, as the cache stores them: (B, H, K, d) or (S, H, d)."""

@@ -43,7 +43,13 @@ class Partition:
     the stream needs no padding mask. A pad slot repeats its row's first token and its result is dropped.
     """
 
-    def __init__(self, layout: Layout, in_text_B: Tensor, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        in_text_B: Tensor,
+        device: torch.device,
+        dropped_BN: Tensor | None = None,
+    ) -> None:
         self.layout, self.device = layout, device
         self.in_text_B = in_text_B
         rows_T = in_text_B.nonzero().flatten()
@@ -65,6 +71,13 @@ class Partition:
         self.put_from = None if self.is_uniform else real.flatten().nonzero().flatten().to(device)
         # Made once per partition by the engine, in a tuple because None is an answer.
         self.causal_mask: tuple[Tensor | None] | None = None
+        # Where positions are closed up: what to take off the ids of text tokens, of later tokens, and the
+        # text stream's arguments that come of it.
+        self.dropped_T = self.shift_B = None
+        if dropped_BN is not None:
+            self.dropped_T = dropped_BN[rows_T].gather(1, positions).to(device)
+            self.shift_B = (dropped_BN[:, -1] * in_text_B).to(device)
+        self.closed_up: dict[str, Any] | None = None
         self._cache: dict[Any, tuple[Any, Any]] = {}
         self._packings: dict[int, Packing] = {}
 

@@ -18,6 +18,7 @@ from ..policies import FixedPolicy, LearnedPolicy, Policy
 from ..spans import find_spans, visual_mask
 from .cache import check_cache
 from .engine import Engine
+from .positions import check_choice
 from .records import Run
 from .streams import Layout
 
@@ -45,6 +46,10 @@ class VisualExit:
         Accept gates trained for another backbone of the same shape; recorded in `Run.transferred`.
     visual_token_ids
         Placeholder ids, for a family whose config does not name them.
+    positions
+        "keep": text keeps its position ids behind an exit. "rearrange" (VTW, Table 6): in the layers behind
+        a row's exit its text counts on without a gap from its first text token, in decoding as well; refused
+        on entering for M-RoPE, deepstack and sliding windows.
 
     Raises
     ------
@@ -62,7 +67,10 @@ class VisualExit:
         mode: str | None = None,
         allow_transfer: bool = False,
         visual_token_ids: tuple[int, ...] | None = None,
+        positions: str = "keep",
     ) -> None:
+        check_choice(positions)
+        self.positions = positions
         if gates is not None and not isinstance(gates, GateStack):
             raise ConfigError(
                 f"gates must be a GateStack, got {type(gates).__name__}; see VisualExit.from_pretrained"
@@ -139,7 +147,7 @@ class ExitSession:
         self.exits.policy.to(next(backbone.decoder.parameters()).device)
         self.run = Run(transferred)
         self.backbone = backbone
-        self.engine = Engine(backbone, self.exits.policy, self.run)
+        self.engine = Engine(backbone, self.exits.policy, self.run, self.exits.positions)
         try:
             self._install()
         except BaseException:
