@@ -56,7 +56,10 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``dyvte``; return the exit code: 0 done, 2 bad input (message on stderr), 130 interrupted."""
+    """Run ``dyvte``; return the exit code: 0 done, 2 bad input (message on stderr), 130 interrupted.
+
+    `search-k` adds 3: no layer qualifies.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(chosen)

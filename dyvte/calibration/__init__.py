@@ -11,6 +11,7 @@ from dyvte.calibration.apply import (
 )
 from dyvte.calibration.compute import threshold_for_compute
 from dyvte.calibration.decisions import at_exit, visual_compute
+from dyvte.calibration.plot import check_plot, plot_search
 from dyvte.calibration.risk import RiskThreshold, threshold_for_risk
 from dyvte.calibration.vtw import LayerSearch, search_exit_layer
 
@@ -21,6 +22,8 @@ __all__ = [
     "at_exit",
     "calibrate_compute",
     "calibrate_risk",
+    "check_plot",
+    "plot_search",
     "search_exit_layer",
     "threshold_for_compute",
     "threshold_for_risk",

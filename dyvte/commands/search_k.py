@@ -2,6 +2,9 @@
 
 Defaults are the paper's: 20 samples, eta 0.003, KL(exit || full) at the last prompt position.
 
+Exit code: 0 a K was found, 2 bad input, 3 no K of the range qualifies (the curve is printed and stored all
+the same; nothing is written with --write).
+
   dyvte search-k --config configs/embedded.yaml --data_path data/scenes/instruct/calibration.json
   dyvte search-k --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path data.json --image_folder images \\
       --write gates-fixed      # a checkpoint without gates: every row leaves after K
@@ -10,8 +13,11 @@ Defaults are the paper's: 20 samples, eta 0.003, KL(exit || full) at the last pr
 from __future__ import annotations
 
 import argparse
+import sys
 
 from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+
+EXIT_NONE_QUALIFIES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,19 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--write", metavar="FOLDER", help="store K there: as the gates' fallback, or alone")
     parser.add_argument("--json", metavar="FILE", help="store the whole curve there")
+    parser.add_argument("--plot", metavar="FILE", help="draw KL over K there, png or svg (needs matplotlib)")
     add_settings(parser, [option for option in MODEL_AND_DATA if option not in ("--limit", "--label_source")])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search; print the curve and K."""
+    """Search; print the curve and K; return the exit code."""
     import json
     from pathlib import Path
 
     from dyvte.backbones import describe_config
-    from dyvte.calibration import write_fixed_layer
+    from dyvte.calibration import check_plot, plot_search, write_fixed_layer
     from dyvte.gates import GateConfig
     from dyvte.training.tracing import search_k
 
+    if args.plot:
+        check_plot(args.plot)  # before the model runs, not after
     cfg = config_of(args, ["output_dir=.", f"data.limit={args.num_samples}"])
     found = search_k(
         cfg,
@@ -63,12 +72,18 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        plot_search(found, args.plot)
+        print(f"written: {args.plot}")
     if found.k is None:
+        first, last = found.k_range
+        least = min(range(first, last + 1), key=lambda k: float(found.kl[k]))
         print(
-            f"none qualifies: no K in {found.k_range[0]}..{found.k_range[1]} has a mean KL of at most "
-            f"{found.eta:g}"
+            f"none qualifies: no K in {first}..{last} has a mean KL of at most {found.eta:g}; the least is "
+            f"{float(found.kl[least]):.6f} at K = {least}. Raise --eta, or widen --k-range",
+            file=sys.stderr,
         )
-        return 0
+        return EXIT_NONE_QUALIFIES
     print(f"K = {found.k} of {len(found.kl) - 1}")
     if args.write:
         shape = describe_config(cfg.model.path)

@@ -219,8 +219,13 @@ def test_trace_calibrate_and_search_k(world: Path, trained: Path, tmp_path: Path
     assert "trained on these samples" in capsys.readouterr().err
 
     model = ["--model_name_or_path", str(world / "backbone")]
-    assert main(["search-k", *model, *data, "--eta", "1e-9"]) == 0
-    assert "none qualifies" in capsys.readouterr().out
+    plot = ["--plot", str(tmp_path / "kl.png")]
+    kept = ["--json", str(tmp_path / "kl.json"), "--write", str(tmp_path / "none")]
+    assert main(["search-k", *model, *data, "--eta", "1e-9", *plot, *kept]) == 3
+    assert "none qualifies: no K in 1..3" in capsys.readouterr().err
+    assert json.loads((tmp_path / "kl.json").read_text())["k"] is None
+    assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "none").exists()
     assert main(["search-k", *model, *data, "--eta", "10", "--write", str(tmp_path / "fixed")]) == 0
     config, none = load_checkpoint(tmp_path / "fixed")
     assert none is None

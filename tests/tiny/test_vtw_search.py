@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import kl_div
 
 from dyvte.backbones import encode, get_template
-from dyvte.calibration import search_exit_layer
-from dyvte.errors import CalibrationError, DataError
+from dyvte.calibration import LayerSearch, check_plot, plot_search, search_exit_layer
+from dyvte.errors import CalibrationError, ConfigError, DataError
 from tests.tiny.models import random_image, tiny_llava
 from tests.tiny.test_teacher import ANSWERS, LAYERS, QUESTIONS, batch_of, masked_pass
 
@@ -79,3 +81,33 @@ def test_rows_without_an_image_are_left_out(backbone) -> None:
         search_exit_layer(model, [text])
     with pytest.raises(CalibrationError, match="k_range"):
         search_exit_layer(model, [mixed], k_range=(1, 9))
+
+
+def search(k):
+    kl = torch.tensor([0.5, 0.1, 0.002, 0.001, 0.0], dtype=torch.float64)
+    return LayerSearch(
+        k=k, kl=kl, eta=0.003, k_range=(1, 3), direction="exit||full", positions="last_prompt", num_samples=20
+    )
+
+
+@pytest.mark.parametrize("k", [2, None])
+def test_the_plot_shows_curve_bound_and_choice(tmp_path, k) -> None:
+    plot_search(search(k), tmp_path / "kl.svg")
+    text = (tmp_path / "kl.svg").read_text()
+    assert text.count("<!-- eta = 0.003 -->") == 1
+    assert ("<!-- K = 2 -->" in text) == (k is not None)
+    assert ("none qualifies" in text) == (k is None)
+    assert "<!-- mean KL(exit||full) -->" in text
+
+
+@pytest.mark.parametrize(("name", "message"), [("kl.pdf", "png or .svg"), ("no/kl.png", "does not exist")])
+def test_a_plot_that_cannot_be_written_is_refused_at_once(tmp_path, name, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_plot(tmp_path / name)
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch) -> None:
+    for module in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=r"install dyvte\[eval\]"):
+        check_plot(tmp_path / "kl.png")

@@ -1,0 +1,57 @@
+"""The plot of VTW's search: mean KL over K."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dyvte.calibration.vtw import LayerSearch
+from dyvte.errors import ConfigError
+
+SUFFIXES = (".png", ".svg")
+
+
+def check_plot(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """matplotlib's figure and canvas classes, where a plot can be written to this file; call it early.
+
+    Raises
+    ------
+    ConfigError
+        If the ending is neither png nor svg, the folder does not exist, or matplotlib is not installed.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"plot {path}: expected a file name that ends in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"plot {path}: the folder {path.parent} does not exist")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: install dyvte[eval]") from error
+    return Figure, FigureCanvasAgg
+
+
+def plot_search(found: LayerSearch, path: str | os.PathLike[str]) -> None:
+    """Draw the curve, the bound and the chosen K into a png or svg file; raises as `check_plot` does."""
+    figure_class, canvas_class = check_plot(path)
+    figure = figure_class(figsize=(5.6, 3.8), layout="constrained")
+    canvas_class(figure)  # no display, no global state
+    axes = figure.subplots()
+    layers, kl = range(len(found.kl)), found.kl.tolist()
+    axes.axvspan(found.k_range[0] - 0.5, found.k_range[1] + 0.5, color="#eeeeee", label="K searched")
+    axes.plot(layers, kl, "o-", ms=3.5, lw=1.2, color="#4d4d4d", label=f"mean KL({found.direction})")
+    axes.axhline(found.eta, color="#d62728", lw=1, ls="--", label=f"eta = {found.eta:g}")
+    if found.k is not None:
+        axes.plot(found.k, kl[found.k], "*", ms=13, color="#d62728", label=f"K = {found.k}")
+    # K = L is exactly 0, which a logarithmic axis cannot show.
+    axes.set_yscale("symlog", linthresh=max(found.eta / 10, 1e-6))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("K: decoder layers that see the image")
+    axes.set_ylabel("nats")
+    title = "none qualifies" if found.k is None else f"K = {found.k} of {len(kl) - 1}"
+    axes.set_title(f"{title}; {found.num_samples} samples, positions: {found.positions}", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
