@@ -24,7 +24,7 @@ from dyvte.evaluation.rivals import oracle_exits, within_wording_share
 from dyvte.evaluation.scenes import load_scenes
 from dyvte.teacher import Teacher
 from dyvte.teacher.exits import exit_logits, positions_before
-from dyvte.teacher.pipeline import TeacherConfig
+from dyvte.teacher import TeacherConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LAMBDAS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dyvte.teacher.exits import exit_logits, kl_divergence, trace_exits
 from dyvte.teacher.labels import greedy_answers
-from dyvte.teacher.pipeline import Teacher, TeacherConfig, write_traces
+from dyvte.teacher.pipeline import write_traces
 from dyvte.teacher.store import Manifest, Shard, TraceStore
+from dyvte.teacher.teacher import Teacher, TeacherConfig
 from dyvte.teacher.trace import Trace
 
 __all__ = [

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dyvte.teacher.pipeline import TeacherConfig
+from dyvte.teacher.teacher import TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ FREE = (
     "model.trust_remote_code",
     "teacher.batch_size",
     "teacher.exits_per_chunk",
+    "teacher.try_answers",
     "teacher.shard_batches",
 )
 

@@ -162,7 +162,7 @@ def world(tmp_path_factory):
     """A tiny backbone on disk, traced splits, benchmarks, gates of two seeds."""
     from dyvte.backbones import load_backbone
     from dyvte.data.llava import load_llava, select
-    from dyvte.teacher.pipeline import Teacher, TeacherConfig, write_traces
+    from dyvte.teacher import Teacher, TeacherConfig, write_traces
 
     root = tmp_path_factory.mktemp("world")
     model, processor = tiny_llava(4, 32)

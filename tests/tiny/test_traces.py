@@ -129,6 +129,40 @@ def test_store_holds_the_selection_in_order(backbone, selection: Selection, tmp_
     torch.testing.assert_close(trace.rows([4]).features, alone.trace.features, atol=1e-5, rtol=1e-4)
 
 
+def test_trying_the_given_answers_first_gives_the_same_traces(selection: Selection, tmp_path: Path) -> None:
+    """Answers that are the model's own need no generation; all others, near misses included, do."""
+    model, processor = tiny_llava(layers=LAYERS)
+    settings = {"max_new_tokens": 6}
+    teacher = teacher_of((model, processor), **settings)
+    prompts, _ = teacher.inputs(selection.samples)
+    # A random model never says EOS: let it be the word that it says most often after its first one, and
+    # another one end answers as well.
+    eos = processor.tokenizer.eos_token_id
+    model.generation_config.eos_token_id = None
+    often = torch.bincount(generate(model, prompts, 6)[:, 1:].flatten()).argsort(descending=True)
+    with torch.no_grad():
+        model.lm_head.weight[[eos, int(often[0])]] = model.lm_head.weight[[int(often[0]), eos]]
+    model.generation_config.eos_token_id = [eos, int(often[1])]
+    plain = write_traces(tmp_path / "plain", teacher, selection)
+    grown, mask = greedy_answers(model, prompts, max_new_tokens=6)
+    words = [processor.tokenizer.decode(grown["input_ids"][row][mask[row]][:-1]) for row in range(11)]
+    samples = tuple(
+        replace(sample, answer=answer or "red")
+        for sample, answer in zip(selection.samples, words, strict=True)
+    )
+    trying = teacher_of((model, processor), try_answers=True, **settings)
+    tried = write_traces(tmp_path / "tried", trying, replace(selection, samples=samples))
+    ends = [int(grown["input_ids"][row][mask[row]][-1]) for row in range(11)]
+    own = [bool(answer) and end == eos for answer, end in zip(words, ends, strict=True)]
+    assert 0 < sum(own) < 11
+    assert tried.notes()["answers_generated"] == 11 - sum(own)
+    for name in ("risk", "same_answer", "loss", "features"):
+        torch.testing.assert_close(
+            getattr(tried.trace(), name), getattr(plain.trace(), name), atol=1e-5, rtol=1e-4
+        )
+    assert tried.trace().sample_ids == plain.trace().sample_ids
+
+
 def test_resume_after_a_kill_and_two_ranks_write_the_same_bytes(
     backbone, selection: Selection, tmp_path: Path
 ) -> None:
