@@ -22,9 +22,8 @@ from dyvte.data.llava import load_llava
 from dyvte.data.scenes.questions import HARD_TYPES, PICTURE_TYPES, SIMPLE_TYPES, TYPES
 from dyvte.evaluation.rivals import oracle_exits, within_wording_share
 from dyvte.evaluation.scenes import load_scenes
-from dyvte.teacher import Teacher
+from dyvte.teacher import Teacher, TeacherConfig
 from dyvte.teacher.exits import exit_logits, positions_before
-from dyvte.teacher import TeacherConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LAMBDAS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
