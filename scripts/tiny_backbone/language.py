@@ -1,9 +1,9 @@
 """Language training: projector and decoder learn to answer, over a tower that already sees.
 
 Every batch is a function of the step number alone, so a run that is killed and started again continues
-with the same batches. Optionally, in the last part of the training, questions lose the visual tokens after a
-random layer half of the time ("random exits"): that shapes an earlier region where visual tokens are no longer
-needed. The checkpoint in this repository was made without it.
+with the same batches. Optionally, in the last part of the training, questions lose the visual tokens after
+a random layer half of the time ("random exits"): that shapes an earlier region where visual tokens are no
+longer needed. The checkpoint in this repository was made without it.
 """
 
 from __future__ import annotations
