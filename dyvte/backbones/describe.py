@@ -140,14 +140,17 @@ def describe(model: nn.Module, visual_token_ids: Iterable[int] | None = None) ->
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT, DistributedDataParallel or a DeepSpeed engine."""
+    """The transformers model inside PEFT, torch.compile, DistributedDataParallel or a DeepSpeed engine."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        elif not hasattr(model, "get_decoder") and isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
+            continue
+        # A wrapper may answer for the model inside, so ask what it holds, not what it can do.
+        children = getattr(model, "_modules", {})
+        inner = children.get("_orig_mod") or children.get("module")
+        if inner is None:
             return model
+        model = inner
 
 
 def _read_config(path: str | os.PathLike[str]) -> Any:

@@ -109,7 +109,8 @@ class Prefill:
             past_key_values=captures[1],
             **self._text_arguments(part, kwargs, text_hidden),
         )
-        if self.cache is not None:
+        # Under gradient checkpointing a layer drops its cache, as in the stock model.
+        if captures[1] is not None and captures[1].keys is not None:
             self._store(part, index, *captures)
         output = part.scatter(hidden_BND, _hidden(text), None if full is None else _hidden(full))
         return (output, *text[1:]) if isinstance(text, tuple) else output
