@@ -286,6 +286,11 @@ def put_layer(cache: Cache, index: int, layer: ExitLayer) -> None:
     cache.layers[index] = layer
 
 
+def holds_exits(cache: Any) -> bool:
+    """Have visual tokens left some layer of this cache?"""
+    return any(isinstance(layer, ExitLayer) for layer in getattr(cache, "layers", ()))
+
+
 def records_past(cache: Cache, index: int) -> bool:
     """Was a sliding layer told to keep what is out of its window?"""
     return index < len(cache.layers) and getattr(cache.layers[index], "record_past", False)

@@ -16,7 +16,7 @@ from ..errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualT
 from ..gates import GateConfig, GateStack, check_rule, load_checkpoint
 from ..policies import FixedPolicy, LearnedPolicy, Policy
 from ..spans import find_spans, visual_mask
-from .cache import check_cache
+from .cache import check_cache, holds_exits
 from .engine import Engine
 from .positions import check_choice
 from .records import Run
@@ -228,6 +228,7 @@ class ExitSession:
                     "start a new cache with the whole conversation"
                 )
             else:
+                _check_decode_mask(mask_BN, cache, past + new_tokens)
                 new_valid = None
                 if new_tokens > 1 and mask_BN is not None and not mask_BN[:, -new_tokens:].all():
                     new_valid = mask_BN[:, -new_tokens:].bool()
@@ -295,6 +296,16 @@ class ExitSession:
         if len(given) == 0 or rows % len(given):
             raise ConfigError(f"run.sample_ids holds {len(given)} ids, the batch has {rows} rows")
         return [str(given[row // (rows // len(given))]) for row in range(rows)]
+
+
+def _check_decode_mask(mask_BN: Tensor | None, cache: Any, total: int) -> None:
+    # Stock layers would hide what a short mask does not name; shortened layers could not tell what it means.
+    if mask_BN is None or mask_BN.shape[1] == total or not holds_exits(cache):
+        return
+    raise ExitRuntimeError(
+        f"attention_mask has length {mask_BN.shape[1]}, expected {total}: one entry for every token of the "
+        "cache (those that left included) and for every new one"
+    )
 
 
 def _holds_images(value: Any) -> bool:

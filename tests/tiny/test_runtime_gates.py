@@ -84,15 +84,17 @@ def test_threshold_one_never_leaves_and_zero_leaves_at_min_layer():
         assert torch.isnan(run.gate_logits[:, : min_layer - 1]).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(("fallback", "leaves_at"), [(None, 4), (0, 2), (1, 2), (3, 3)])
-def test_a_gate_that_is_not_finite_sends_its_rows_to_the_fallback(fallback, leaves_at):
+def test_a_gate_that_is_not_finite_sends_its_rows_to_the_fallback(fallback, leaves_at, value):
     model, processor = llava()
     inputs = batch(processor, QUESTIONS[:3])
     gates = make_gates()
-    gates.gates[1].w2.bias.fill_(torch.nan)
+    gates.gates[1].w2.bias.fill_(value)
     exits = dyvte.VisualExit(gates, threshold=0.999999, fallback=fallback)
-    with exits(model) as run, pytest.warns(UserWarning, match="3 rows had a gate output that is not finite"):
+    with exits(model) as run, pytest.warns(UserWarning, match="3 rows had a gate output") as warned:
         logits, _, _ = greedy_cached(model, inputs, [VISUAL_ID], 3)
+    assert sum("not finite" in str(one.message) for one in warned) == 1  # once, not per layer, row or step
     assert run.exit_layers.tolist() == [leaves_at] * 3
     assert run.records[0].gate_fallbacks == 3
     assert torch.isnan(run.gate_logits[:, 2:]).all()
@@ -274,3 +276,15 @@ def test_using_output_attentions_is_refused():
         model(**inputs, output_attentions=True)
     with dyvte.VisualExit.fixed(4)(model):
         assert model(**inputs, output_attentions=True).attentions is not None
+
+
+def test_states_that_are_not_finite_take_the_fallback_for_their_row_alone():
+    model, processor = llava()
+    inputs = batch(processor, QUESTIONS[:3])
+    inputs["pixel_values"] = inputs["pixel_values"].clone()
+    inputs["pixel_values"][1] = torch.nan
+    exits = dyvte.VisualExit(make_gates(), threshold=0.999999, fallback=2)
+    with exits(model) as run, pytest.warns(UserWarning, match="1 rows had a gate output"):
+        logits = model(**inputs).logits[:, -1]
+    assert run.exit_layers.tolist() == [LAYERS, 2, LAYERS]
+    assert logits[[0, 2]].isfinite().all()

@@ -308,6 +308,20 @@ def test_masks_and_inputs_that_cannot_be_read_are_named():
             model(inputs_embeds=embeds)
 
 
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_mask_that_does_not_fit_the_cache_is_named_in_decoding(change):
+    model, processor = llava()
+    inputs = batch(processor, QUESTIONS[:2])
+    length = inputs["input_ids"].shape[1] + 1
+    step = {"input_ids": torch.full((2, 1), 9), "attention_mask": torch.ones(2, length + change)}
+    with dyvte.VisualExit.fixed(2)(model), torch.no_grad():
+        cache = model(**inputs).past_key_values
+        with pytest.raises(ExitRuntimeError, match=f"length {length + change}, expected {length}"):
+            model(**step, past_key_values=cache)
+        step["attention_mask"] = torch.ones(2, length)
+        assert model(**step, past_key_values=cache).logits.isfinite().all()
+
+
 def test_something_that_is_no_multimodal_model_is_refused():
     from transformers import LlamaConfig, LlamaForCausalLM
 
