@@ -170,20 +170,58 @@ def ratio(times: dict[str, list[float]], over: list[str], under: list[str]) -> t
     return statistics.median(ratios), ratios[low], ratios[high]
 
 
-def main() -> None:
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark takes."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--exit-layer", type=int, help="default: half of the layers")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="also write the figures to this file")
+    return parser
+
+
+def setting_of(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
+    """Machine, versions and model."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} logical cores, {args.threads} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"dyvte {dyvte.__version__}",
+        "model": f"{args.layers} layers, hidden {args.hidden}, {args.dtype}, {args.attention}",
+        "rounds": str(args.rounds),
+    }
+
+
+def report(
+    setting: dict[str, str],
+    times: dict[str, list[float]],
+    figures: dict[str, tuple[float, float, float]],
+    path: str | None,
+) -> None:
+    """Print, and write as JSON where asked."""
+    for name, value in setting.items():
+        print(f"{name:16} {value}")
+    print()
+    for name, values in times.items():
+        print(f"{name:32} {1e3 * statistics.median(values):9.2f} ms")
+    print()
+    for name, (median, low, high) in figures.items():
+        print(f"{name:40} {median:6.3f}   95 % of the median: {low:.3f} .. {high:.3f}")
+    if path:
+        with open(path, "w", encoding="utf-8") as stream:
+            json.dump({"setting": setting, "figures": figures, "seconds": times}, stream, indent=2)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--exit-layer", type=int, help="default: half of the layers")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -195,6 +233,7 @@ def main() -> None:
     variants = {
         "stock": prefill_pass(model, inputs),
         "exit": prefill_pass(model, inputs, dyvte.VisualExit.fixed(exit_layer)),
+        "exit that never fires": prefill_pass(model, inputs, dyvte.VisualExit.fixed(args.layers)),
         "silent gates": prefill_pass(model, inputs, silent_gates(model, args.layers, args.hidden)),
         "rest": rest_pass(model, inputs),
         "full layers": layer_pass(model, args.batch, tokens, 0, exit_layer),
@@ -211,32 +250,18 @@ def main() -> None:
         "exit / stock": ratio(times, ["exit"], ["stock"]),
         "ideal / stock": ratio(times, ideal, ["stock"]),
         "exit / ideal": ratio(times, ["exit"], ideal),
+        "exit that never fires / stock": ratio(times, ["exit that never fires"], ["stock"]),
         "silent gates / stock": ratio(times, ["silent gates"], ["stock"]),
     }
     if args.batch > 1:
         figures["half of the rows exit / stock"] = ratio(times, ["half of the rows exit"], ["stock"])
     setting = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} logical cores, {args.threads} threads",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"dyvte {dyvte.__version__}",
-        "model": f"{args.layers} layers, hidden {args.hidden}, {args.dtype}, {args.attention}",
+        **setting_of(args, device),
         "tokens": f"{PREFIX} + {VISUAL} visual + {PROMPT}, batch {args.batch}",
         "exit layer": str(exit_layer),
-        "rounds": str(args.rounds),
         "one full layer": f"{1e3 * statistics.median(times['full layers']) / max(1, exit_layer):.1f} ms",
     }
-    for name, value in setting.items():
-        print(f"{name:16} {value}")
-    print()
-    for name, values in times.items():
-        print(f"{name:32} {1e3 * statistics.median(values):9.1f} ms")
-    print()
-    for name, (median, low, high) in figures.items():
-        print(f"{name:32} {median:6.3f}   95 % of the median: {low:.3f} .. {high:.3f}")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as stream:
-            json.dump({"setting": setting, "figures": figures, "seconds": times}, stream, indent=2)
+    report(setting, times, figures, args.json)
 
 
 def _cpu_name() -> str:
