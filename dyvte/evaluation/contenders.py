@@ -8,6 +8,7 @@ Shape letters: B samples, L decoder layers, S settings.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,8 @@ class RouterContender:
 
     def points(self, questions: Sequence[str], num_visual_B: Tensor) -> OperatingPoints:
         """The threshold curve on other questions."""
-        log_p_BL = self.router(self.featurise(questions))
-        return router_points("question-only router", log_p_BL, num_visual_B, self.curve_thresholds)
+        readiness_BL = self.router.readiness(self.featurise(questions))
+        return router_points("question-only router", readiness_BL, num_visual_B, self.curve_thresholds)
 
 
 def budget_grid(num_layers: int) -> list[float]:
@@ -143,6 +144,7 @@ def training_settings(
     epochs = max(int(_find(record, "epochs") or _find(record, "num_train_epochs") or 1), enough)
     return RouterSettings(
         lam=float(lam),
+        span=float(_find(record, "span") or 1.0),
         epochs=epochs,
         batch_size=batch_size,
         seed=int(_find(record, "seed") or 0),
@@ -167,15 +169,19 @@ def best_router(
     settings: RouterSettings,
     budget: float,
 ) -> RouterContender:
-    """Train a router on each kind of features and learning rate; keep the least risk at ``budget`` on
-    calibration scenes."""
-    import dataclasses
-
+    """Train a router on each kind of features, objective (one price, or the gates' range of prices) and
+    learning rate; keep the least risk at ``budget`` on calibration scenes."""
     contenders = [
         _train_one(
-            kind, featurise, train, calibration, dataclasses.replace(settings, learning_rate=rate), budget
+            kind,
+            featurise,
+            train,
+            calibration,
+            dataclasses.replace(settings, learning_rate=rate, span=span),
+            budget,
         )
         for kind, featurise in features.items()
+        for span in sorted({1.0, settings.span})
         for rate in ROUTER_LEARNING_RATES
     ]
     return min(contenders, key=lambda contender: contender.calibration_risk)
@@ -189,11 +195,11 @@ def _train_one(
     settings: RouterSettings,
     budget: float,
 ) -> RouterContender:
-    router = train_router(featurise(train.questions), train.trace.risk, settings)
-    log_p_BL = router(featurise(calibration.questions))
+    router = train_router(featurise(train.questions), train.trace, settings)
+    readiness_BL = router.readiness(featurise(calibration.questions))
     num_visual_B = calibration.trace.num_visual
     grid = budget_grid(train.num_layers)
-    thresholds = tuple(sorted({router_threshold(log_p_BL, num_visual_B, b) for b in grid} | {NEVER}))
-    points = router_points(kind, log_p_BL, num_visual_B, thresholds)
+    thresholds = tuple(sorted({router_threshold(readiness_BL, num_visual_B, b) for b in grid} | {NEVER}))
+    points = router_points(kind, readiness_BL, num_visual_B, thresholds)
     risk_B = points.mixed_values(calibration.trace.risk, points.at_compute(budget))
     return RouterContender(kind, featurise, router, thresholds, float(risk_B.mean()), settings)

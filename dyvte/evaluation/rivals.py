@@ -5,6 +5,7 @@ Shape letters: B samples, L decoder layers, F features, S settings.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from dyvte.calibration.decisions import visual_compute
 from dyvte.errors import DataError
 from dyvte.evaluation.curves import OperatingPoints
+from dyvte.gates import uniform_offsets
+from dyvte.objectives.expected_risk import expected_risk
+from dyvte.teacher.trace import Trace
 
 NEVER = 1.0
 
@@ -110,9 +114,15 @@ def _words(question: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSettings:
-    """How a question-only router is trained; ``min_parameters`` makes it no smaller than the gates."""
+    """How a question-only router is trained; ``min_parameters`` makes it no smaller than the gates.
+
+    ``span`` 1: a distribution over 1..L, at the price ``lam``; it leaves once enough of it has passed.
+    Larger: a chance to leave per layer, as gates have it, with their objective over many prices and their
+    rule.
+    """
 
     lam: float
+    span: float = 1.0
     epochs: int = 20
     learning_rate: float = 3e-3
     batch_size: int = 64
@@ -122,10 +132,18 @@ class RouterSettings:
 
 
 class QuestionRouter(nn.Module):
-    """MLP from question features to a distribution over exit layers 1..L."""
+    """MLP from question features to a distribution over exit layers 1..L.
 
-    def __init__(self, mean_F: Tensor, scale_F: Tensor, num_layers: int, hidden_size: int) -> None:
+    Its outputs are the logits of that distribution, or with ``layerwise`` those of leaving after each layer.
+    """
+
+    def __init__(
+        self, mean_F: Tensor, scale_F: Tensor, num_layers: int, hidden_size: int, *, layerwise: bool = False
+    ) -> None:
         super().__init__()
+        self.layerwise = layerwise
+        offsets_L = torch.tensor(uniform_offsets(num_layers)) if layerwise else torch.zeros(num_layers)
+        self.register_buffer("offsets_L", offsets_L)
         self.register_buffer("mean_F", mean_F)
         self.register_buffer("scale_F", scale_F)
         self.layers = nn.Sequential(
@@ -133,28 +151,43 @@ class QuestionRouter(nn.Module):
         )
 
     def forward(self, features_BF: Tensor) -> Tensor:
-        """(B, L) log P_k."""
-        return self.layers((features_BF - self.mean_F) / self.scale_F).log_softmax(-1)
+        """(B, L) logits, offsets included."""
+        return self.layers((features_BF - self.mean_F) / self.scale_F) + self.offsets_L
+
+    @torch.no_grad()
+    def readiness(self, features_BF: Tensor) -> Tensor:
+        """(B, L) float64, not falling along k: what `router_exits` holds against its threshold.
+
+        The probability that k layers are enough; with ``layerwise`` the highest chance to leave so far, so
+        that reaching the threshold means what it means for gates.
+        """
+        logits_BL = self(features_BF).double()
+        if self.layerwise:
+            return logits_BL.sigmoid().cummax(1).values
+        return logits_BL.softmax(-1).cumsum(1)
 
 
-def train_router(features_BF: Tensor, risk_BL1: Tensor, settings: RouterSettings) -> QuestionRouter:
+def train_router(features_BF: Tensor, trace: Trace, settings: RouterSettings) -> QuestionRouter:
     """Minimise the gates' objective, sum_k P_k (risk_k + lam k / L), P given by the question alone."""
-    if len(features_BF) != len(risk_BL1):
-        raise DataError(f"{len(features_BF)} questions but {len(risk_BL1)} traced samples")
-    num_layers, num_features = risk_BL1.shape[1] - 1, features_BF.shape[1]
+    if len(features_BF) != len(trace):
+        raise DataError(f"{len(features_BF)} questions but {len(trace)} traced samples")
+    num_layers, num_features = trace.num_layers, features_BF.shape[1]
     hidden_size = max(32, math.ceil(settings.min_parameters / (num_features + num_layers + 1)))
     scale_F = features_BF.std(0, correction=0)
     scale_F = torch.where(scale_F > 1e-6, scale_F, torch.ones_like(scale_F))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        router = QuestionRouter(features_BF.mean(0), scale_F, num_layers, hidden_size)
-        _fit(router, features_BF, risk_BL1, settings)
+        layerwise = settings.span > 1
+        router = QuestionRouter(features_BF.mean(0), scale_F, num_layers, hidden_size, layerwise=layerwise)
+        _fit(router, features_BF, trace, settings)
     return router.eval().requires_grad_(False)
 
 
-def _fit(router: QuestionRouter, features_BF: Tensor, risk_BL1: Tensor, settings: RouterSettings) -> None:
-    num_layers = risk_BL1.shape[1] - 1
-    cost_BL = risk_BL1[:, 1:].float() + settings.lam * torch.arange(1, num_layers + 1) / num_layers
+def _fit(router: QuestionRouter, features_BF: Tensor, trace: Trace, settings: RouterSettings) -> None:
+    num_layers = trace.num_layers
+    cost_BL = trace.risk[:, 1:].float() + settings.lam * torch.arange(1, num_layers + 1) / num_layers
+    # features of the whole trace are not needed here, and picking rows of them would be most of the work
+    risk_only = dataclasses.replace(trace, features=trace.features[:, :, :0])
     optimizer = torch.optim.AdamW(
         router.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -162,38 +195,40 @@ def _fit(router: QuestionRouter, features_BF: Tensor, risk_BL1: Tensor, settings
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     for _ in range(settings.epochs):
         for rows in torch.randperm(len(features_BF)).split(settings.batch_size):
-            loss = (router(features_BF[rows]).exp() * cost_BL[rows]).sum(1).mean()
+            logits_BL = router(features_BF[rows])
+            if router.layerwise:
+                loss = expected_risk(logits_BL, risk_only.rows(rows), lam=settings.lam, span=settings.span)
+            else:
+                loss = (logits_BL.softmax(-1) * cost_BL[rows]).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
 
 
-def router_exits(log_p_BL: Tensor, threshold: float) -> Tensor:
-    """(B,) smallest k in 1..L whose cumulative probability reaches ``threshold``; 1 means L."""
-    num_layers = log_p_BL.shape[1]
+def router_exits(readiness_BL: Tensor, threshold: float) -> Tensor:
+    """(B,) smallest k in 1..L whose readiness reaches ``threshold``; 1 means L."""
     if threshold >= NEVER:
-        return torch.full((len(log_p_BL),), num_layers)
-    cumulative_BL = log_p_BL.double().exp().cumsum(1)
-    return ((cumulative_BL[:, :-1] < threshold).sum(1) + 1).long()
+        return torch.full((len(readiness_BL),), readiness_BL.shape[1])
+    return ((readiness_BL[:, :-1] < threshold).sum(1) + 1).long()
 
 
-def router_threshold(log_p_BL: Tensor, num_visual_B: Tensor, budget: float) -> float:
+def router_threshold(readiness_BL: Tensor, num_visual_B: Tensor, budget: float) -> float:
     """Largest threshold whose visual compute on these (calibration) samples is at most ``budget``.
 
     Falls back to the smallest threshold where even that spends more.
     """
-    num_layers = log_p_BL.shape[1]
+    num_layers = readiness_BL.shape[1]
     if budget >= 1:
         return NEVER
-    levels = log_p_BL.double().exp().cumsum(1)[:, :-1].flatten().unique()
+    levels = readiness_BL[:, :-1].flatten().unique()
     cuts = torch.cat([levels[:1] / 2, (levels[1:] + levels[:-1]) / 2, (levels[-1:] + 1) / 2]).clamp(
         max=1 - 1e-12
     )
     low, high = 0, len(cuts) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        exits_B = router_exits(log_p_BL, float(cuts[middle]))
+        exits_B = router_exits(readiness_BL, float(cuts[middle]))
         if visual_compute(exits_B, num_visual_B, num_layers) <= budget:
             low = middle
         else:
@@ -203,9 +238,9 @@ def router_threshold(log_p_BL: Tensor, num_visual_B: Tensor, budget: float) -> f
 
 @torch.no_grad()
 def router_points(
-    name: str, log_p_BL: Tensor, num_visual_B: Tensor, thresholds: Sequence[float]
+    name: str, readiness_BL: Tensor, num_visual_B: Tensor, thresholds: Sequence[float]
 ) -> OperatingPoints:
     """The router's exits at thresholds found on other samples; settings that decide alike are merged."""
     thresholds = sorted(set(thresholds) | {NEVER})
-    exits_SB = torch.stack([router_exits(log_p_BL, t) for t in thresholds])
-    return OperatingPoints(name, tuple(thresholds), exits_SB, num_visual_B, log_p_BL.shape[1])
+    exits_SB = torch.stack([router_exits(readiness_BL, t) for t in thresholds])
+    return OperatingPoints(name, tuple(thresholds), exits_SB, num_visual_B, readiness_BL.shape[1])

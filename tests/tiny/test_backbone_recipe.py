@@ -93,4 +93,4 @@ def test_schedule_warms_up_stays_and_decays_to_zero():
     assert values[99:400] == [1.0] * 301
     assert values[700] == pytest.approx(0.5)
     assert values[-1] == pytest.approx(1 / 600)
-    assert all(a >= b for a, b in itertools.pairwise(values))
+    assert all(a >= b for a, b in itertools.pairwise(values[399:]))

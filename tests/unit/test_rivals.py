@@ -13,6 +13,7 @@ from dyvte.errors import DataError
 from dyvte.evaluation.curves import Mixture, OperatingPoints, chosen_by_id, compute_to_reach, mixture_at
 from dyvte.evaluation.rivals import (
     BagOfWords,
+    QuestionRouter,
     RouterSettings,
     fixed_points,
     lower_hull,
@@ -24,6 +25,8 @@ from dyvte.evaluation.rivals import (
     train_router,
     within_wording_share,
 )
+from dyvte.gates import exit_layers
+from dyvte.teacher.trace import Trace
 
 LAYERS = 6
 
@@ -114,11 +117,20 @@ def test_router_rule_equals_enumeration(threshold):
         expected.append(next((k for k, s in enumerate(sums, start=1) if s >= threshold), LAYERS))
     if threshold == 1.0:
         expected = [LAYERS] * 40
-    assert router_exits(log_p, threshold).tolist() == expected
+    assert router_exits(_cumulative(log_p), threshold).tolist() == expected
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.55, 0.9])
+def test_layerwise_router_leaves_by_the_rule_of_gates(threshold):
+    router = QuestionRouter(torch.zeros(4), torch.ones(4), LAYERS, 16, layerwise=True)
+    features = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        expected = exit_layers(router(features), threshold)
+    assert router_exits(router.readiness(features), threshold).tolist() == expected.tolist()
 
 
 def test_router_threshold_is_the_largest_that_meets_the_budget():
-    log_p = torch.randn(30, LAYERS, generator=torch.Generator().manual_seed(4)).log_softmax(-1)
+    log_p = _cumulative(torch.randn(30, LAYERS, generator=torch.Generator().manual_seed(4)).log_softmax(-1))
     visual = torch.randint(4, 60, (30,), generator=torch.Generator().manual_seed(5))
     for budget in (0.3, 0.5, 0.77):
         threshold = router_threshold(log_p, visual, budget)
@@ -132,29 +144,49 @@ def test_router_threshold_is_the_largest_that_meets_the_budget():
     assert router_threshold(log_p, visual, 1.0) == 1.0
 
 
+def _cumulative(log_p: torch.Tensor) -> torch.Tensor:
+    return log_p.double().exp().cumsum(1)
+
+
+def _trace(risk: torch.Tensor) -> Trace:
+    other = torch.zeros_like(risk)
+    return Trace(
+        risk=risk,
+        reverse_risk=other,
+        agreement=other,
+        same_answer=other,
+        loss=other,
+        features=torch.zeros(len(risk), risk.shape[1] - 1, 2),
+        sample_ids=tuple(map(str, range(len(risk)))),
+        num_visual=torch.ones(len(risk), dtype=torch.long),
+    )
+
+
 def _needed_depth(depths: torch.Tensor) -> torch.Tensor:
     """Risk 1 before the needed depth, 0 from it on."""
     return (torch.arange(LAYERS + 1) < depths[:, None]).float()
 
 
-def test_router_learns_depth_that_follows_from_the_wording():
+@pytest.mark.parametrize("span", [1.0, 30.0])
+def test_router_learns_depth_that_follows_from_the_wording(span):
     depth_of = {"what colour": 2, "how many": 3, "which digit": 5}
     questions = list(depth_of) * 100
     risk = _needed_depth(torch.tensor([depth_of[q] for q in questions]))
     bag = BagOfWords.fit(questions)
-    router = train_router(bag(questions), risk, RouterSettings(lam=0.5, epochs=100))
-    exits = router_exits(router(bag(list(depth_of))), 0.5)
+    router = train_router(bag(questions), _trace(risk), RouterSettings(lam=0.5, span=span, epochs=100))
+    exits = router_exits(router.readiness(bag(list(depth_of))), 0.5)
     assert exits.tolist() == [2, 3, 5]
 
 
-def test_router_cannot_learn_depth_that_the_image_decides():
+@pytest.mark.parametrize("span", [1.0, 30.0])
+def test_router_cannot_learn_depth_that_the_image_decides(span):
     rng = torch.Generator().manual_seed(6)
     risk = _needed_depth(torch.randint(1, LAYERS, (400,), generator=rng))
     questions = ["follow the arrow"] * 400
     bag = BagOfWords.fit(questions)
-    router = train_router(bag(questions), risk, RouterSettings(lam=0.5, epochs=100))
-    log_p = router(bag(questions))
-    points = router_points("router", log_p, torch.ones(400), [0.1, 0.5, 0.9])
+    router = train_router(bag(questions), _trace(risk), RouterSettings(lam=0.5, span=span, epochs=100))
+    readiness = router.readiness(bag(questions))
+    points = router_points("router", readiness, torch.ones(400), [0.1, 0.5, 0.9])
     assert all(len(exits_B.unique()) == 1 for exits_B in points.exits_SB)
 
 
@@ -162,7 +194,7 @@ def test_router_size_and_determinism():
     features, risk = torch.randn(64, 10), torch.rand(64, LAYERS + 1)
     settings = RouterSettings(lam=0.1, epochs=2, min_parameters=5000, seed=3)
     state = torch.get_rng_state()
-    one, two = (train_router(features, risk, settings) for _ in range(2))
+    one, two = (train_router(features, _trace(risk), settings) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert sum(p.numel() for p in one.parameters()) >= 5000
     assert torch.equal(one(features), two(features))
@@ -211,4 +243,4 @@ def test_errors():
     with pytest.raises(DataError, match="do not fit"):
         OperatingPoints("rule", (1.0,), torch.ones(2, 3), torch.ones(3), LAYERS)
     with pytest.raises(DataError, match="3 questions but 2"):
-        train_router(torch.ones(3, 2), torch.ones(2, 4), RouterSettings(lam=0.1))
+        train_router(torch.ones(3, 2), _trace(torch.ones(2, 4)), RouterSettings(lam=0.1))
