@@ -17,6 +17,7 @@ DOCUMENTS = [
     "data/README.md",
     "checkpoints/README.md",
     "benchmarks/README.md",
+    "docs/runtime.md",
 ]
 # scripts that are thin entry points -> the command whose options they take
 ENTRY_POINTS = {

@@ -174,6 +174,17 @@ def test_a_static_cache_is_refused_with_its_reason():
     assert "layers of different content" in str(error.value)
 
 
+def test_a_quantised_cache_is_refused_with_its_reason():
+    from transformers import DynamicCache
+    from transformers.cache_utils import QuantizedLayer
+
+    model, processor = llava()
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = QuantizedLayer
+    with dyvte.VisualExit.fixed(2)(model), pytest.raises(ExitRuntimeError, match="kind QuantizedLayer"):
+        model(**batch(processor), past_key_values=cache)
+
+
 ZERO3 = """
 import gc, os, sys
 import deepspeed, deepspeed.ops, torch
