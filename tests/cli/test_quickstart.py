@@ -1,0 +1,43 @@
+"""The first of the two commands, whole. Minutes long: full tier only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.full
+def test_quickstart_ends_with_the_table_and_reuses_what_is_there(tmp_path):
+    environment = {**os.environ, "DYVTE_QUICKSTART": str(tmp_path / "out")}
+    command = ["bash", str(ROOT / "scripts/quickstart.sh")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for row in (
+        "full model",
+        "VTW, K by KL",
+        "VTW at the gates' budget",
+        "question-only router",
+        "DyVTE gates",
+    ):
+        assert f"| {row}" in done.stdout
+    result = json.loads((tmp_path / "out/comparison/comparison.json").read_text())
+    gates = next(
+        row for row in result["table"] if "gates" in row["policy"].lower() and "VTW" not in row["policy"]
+    )
+    assert gates["policy"] == "DyVTE gates"
+    weights = {p: p.read_bytes() for p in (tmp_path / "out").rglob("gates.safetensors")}
+    assert len(weights) >= 4  # the initial ones and three seeds
+
+    again = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000
+    )
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert {p: p.read_bytes() for p in weights} == weights
