@@ -21,7 +21,7 @@ from dyvte.errors import ConfigError
 from dyvte.evaluation.asking import Asker, encoded_batches, load_image, plan_batches
 from dyvte.evaluation.base import get_benchmark
 from dyvte.evaluation.compare_table import Row, comparison_markdown, table_rows
-from dyvte.evaluation.contenders import best_router, load_gates, training_settings
+from dyvte.evaluation.contenders import VtwChoice, best_router, load_gates, training_settings
 from dyvte.evaluation.question_features import TextStates
 from dyvte.evaluation.records import write_atomically
 from dyvte.evaluation.rivals import BagOfWords
@@ -89,21 +89,6 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.gates:
             raise ConfigError("no gates given: name one checkpoint folder per seed")
-
-
-@dataclass(frozen=True)
-class VtwChoice:
-    """VTW's fixed layer: by eta as published, and by an eta chosen on calibration where none qualifies."""
-
-    k: int | None
-    eta: float
-    calibrated_k: int | None
-    calibrated_eta: float | None
-    kl: tuple[float, ...]
-
-    def layers(self) -> list[int]:
-        """The K to run."""
-        return [k for k in (self.k, self.calibrated_k) if k is not None]
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:

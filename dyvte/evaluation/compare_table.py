@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from dyvte.evaluation.contenders import VtwChoice
 from dyvte.evaluation.report import markdown_table, number, percentage
 from dyvte.evaluation.run_compare import BenchmarkRuns, gates_name, mixture_name, router_name
 from dyvte.evaluation.trace_compare import Pair
-
-if TYPE_CHECKING:
-    from dyvte.evaluation.compare import VtwChoice
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,21 @@ class RouterContender:
         return router_points("question-only router", readiness_BL, num_visual_B, self.curve_thresholds)
 
 
+@dataclass(frozen=True)
+class VtwChoice:
+    """VTW's fixed layer: by eta as published, and by an eta chosen on calibration where none qualifies."""
+
+    k: int | None
+    eta: float
+    calibrated_k: int | None
+    calibrated_eta: float | None
+    kl: tuple[float, ...]
+
+    def layers(self) -> list[int]:
+        """The K to run."""
+        return [k for k in (self.k, self.calibrated_k) if k is not None]
+
+
 def budget_grid(num_layers: int) -> list[float]:
     """Visual compute from one layer to all of them, four steps a layer."""
     return [float(b) for b in np.linspace(1 / num_layers, 1.0, 4 * (num_layers - 1) + 1)]
