@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole loop on the embedded default, from a fresh machine: data, gates, training, calibration, evaluation,
 # comparison. Two CPU cores are enough; run again it reuses what is there. Everything lands in runs/quickstart.
+# DYVTE_SCENES="--gqa 1000 --mme 40 --test 2400" asks more questions (the sizes of the README's table).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -20,7 +21,8 @@ common=(--config configs/embedded.yaml)
 scenes=data/scenes/instruct
 
 step 2 "synthetic scenes in the formats people have: LLaVA json, GQA, MME"
-"$PYTHON" -m dyvte.data.scenes --output data/scenes
+# shellcheck disable=SC2086  # several options
+"$PYTHON" -m dyvte.data.scenes --output data/scenes ${DYVTE_SCENES:-}
 
 step 3 "set up gates"
 if [ ! -f "$OUT/init/gate_config.json" ]; then
@@ -52,7 +54,7 @@ dyvte search-k "${common[@]}" --data_path "$scenes/calibration.json" --json "$OU
 step 6 "evaluate on mini-GQA and mini-MME"
 for benchmark in gqa mme; do
     bash "scripts/eval/$benchmark.sh" --config configs/eval_embedded.yaml --data "data/scenes/mini_$benchmark" \
-        --policy never --policy "gates:${gates[0]}" --output "$OUT/eval/$benchmark"
+        --policy never --policy "gates:${gates[0]}" --timing-batches 2 --output "$OUT/eval/$benchmark"
 done
 
 step 7 "compare with VTW, a question-only router and the oracle"

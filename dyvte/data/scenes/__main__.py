@@ -9,7 +9,7 @@ from pathlib import Path
 from dyvte.data.scenes.writers import write_all
 from dyvte.errors import DyvteError
 
-DEFAULT_SIZES = {"train": 4000, "calibration": 2400, "validation": 800, "test": 2400, "gqa": 1000, "mme": 40}
+DEFAULT_SIZES = {"train": 4000, "calibration": 2400, "validation": 800, "test": 1600, "gqa": 600, "mme": 30}
 
 
 def main() -> int:
