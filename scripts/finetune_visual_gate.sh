@@ -17,7 +17,7 @@ fi
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ "$#" -eq 0 ]; then
-    if [ ! -f "$ROOT/data/scenes/instruct/train.json" ]; then
+    if [ -z "${DRY_LAUNCH:-}" ] && [ ! -f "$ROOT/data/scenes/instruct/train.json" ]; then
         echo "[data] writing the synthetic scenes into data/scenes"
         "$PYTHON" -m dyvte.data.scenes --output "$ROOT/data/scenes"
     fi

@@ -279,8 +279,6 @@ def test_shipped_configurations_load(name: str) -> None:
 
 
 def test_script_without_arguments_is_the_embedded_default(tmp_path: Path) -> None:
-    if not (ROOT / "data" / "scenes" / "instruct" / "train.json").is_file():
-        pytest.skip("the scenes are not generated here")
     done = script(cwd=tmp_path, DRY_LAUNCH="1", NUM_PROCESSES="1")
     assert done.stdout.split()[-4:] == ["dyvte", "train", "--config", str(ROOT / "configs" / "embedded.yaml")]
 
