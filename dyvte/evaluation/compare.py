@@ -138,7 +138,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def make_pairs(
     config: CompareConfig, asker: Asker, train: TracedScenes, calibration: TracedScenes
 ) -> list[Pair]:
-    """Gates of every seed, each with a question-only router trained and tuned like them."""
+    """Gates of every seed, each with a question-only router trained and tuned like them.
+
+    The router's kind, objective and learning rate are chosen on calibration data, for every seed anew.
+    """
     names = _seed_names(config.gates)
     features = {"bag of words": BagOfWords.fit(train.questions), "text states": TextStates.of(asker)}
     cached = {kind: _remember(featurise) for kind, featurise in features.items()}
