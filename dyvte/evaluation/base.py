@@ -64,7 +64,7 @@ class Predictions:
 
 
 class Benchmark(Protocol):
-    """Interface of a benchmark; see :mod:`dyvte.evaluation.gqa` for the smallest one."""
+    """Interface of a benchmark; see :mod:`dyvte.evaluation.benchmarks.gqa` for the smallest one."""
 
     name: str
     expected_tree: str
@@ -102,7 +102,7 @@ class Benchmark(Protocol):
         ...
 
 
-_BENCHMARKS = {"gqa": "dyvte.evaluation.gqa:GQA", "mme": "dyvte.evaluation.mme:MME"}
+_BENCHMARKS = {"gqa": "dyvte.evaluation.benchmarks.gqa:GQA", "mme": "dyvte.evaluation.benchmarks.mme:MME"}
 
 
 def benchmark_names() -> tuple[str, ...]:

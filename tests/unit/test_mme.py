@@ -11,7 +11,7 @@ from PIL import Image
 
 from dyvte.errors import DataError, ScoreError
 from dyvte.evaluation.base import Predictions, get_benchmark
-from dyvte.evaluation.mme import read_answer
+from dyvte.evaluation.benchmarks.mme import read_answer
 
 
 @pytest.fixture

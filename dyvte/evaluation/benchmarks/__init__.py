@@ -1,0 +1,1 @@
+"""One file per benchmark: a loader for the formats people have, and a pure scorer of predictions."""
