@@ -1,5 +1,6 @@
 """Backbones: load them, know their decoder stack, their visual tokens and their prompt."""
 
+from .adapter import resolve_adapter
 from .describe import Backbone, BackboneShape, describe, describe_config, unwrap
 from .encode import encode
 from .fingerprint import fingerprint, weights_digest
@@ -17,6 +18,7 @@ __all__ = [
     "fingerprint",
     "get_template",
     "load_backbone",
+    "resolve_adapter",
     "unwrap",
     "weights_digest",
 ]

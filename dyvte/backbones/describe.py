@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedBackboneError
+from .adapter import resolve_adapter
 from .fingerprint import config_fingerprint
 
 # Config fields under which transformers families keep the ids of their visual placeholders.
@@ -82,6 +83,8 @@ def describe_config(
     path_or_config: str | os.PathLike[str] | Any, visual_token_ids: Iterable[int] | None = None
 ) -> BackboneShape:
     """Shape of a backbone from its `config.json` (or a transformers config); no weights are read.
+
+    The folder of a PEFT adapter has the shape of the backbone that it names.
 
     Raises
     ------
@@ -156,6 +159,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _read_config(path: str | os.PathLike[str]) -> Any:
     from transformers import AutoConfig
 
+    path, _ = resolve_adapter(path)
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UnsupportedBackboneError(f"{path} has no config.json: give the folder of a transformers model")

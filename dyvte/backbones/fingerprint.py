@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .adapter import adapter_parameters
 
 # Fields that change how a model is run or stored, not what it is.
 _INCIDENTAL = {
@@ -57,18 +61,52 @@ def config_fingerprint(config: Any) -> str:
 def weights_digest(model: nn.Module) -> str | None:
     """Hash of a sample of every decoder weight, rounded to bfloat16: the same for fp32, fp16 and bf16 loads.
 
-    None where the weights are not plain floating-point tensors in memory (quantised, offloaded, sharded).
+    Active PEFT adapters, wherever in the model they are, add a hash of their own: "base+adapter". With the
+    adapters switched off it is that of the backbone alone. Adapters merged into the weights change the first
+    hash.
+
+    Weights that ZeRO-3 holds in shards are gathered one by one, so every process must call this. Quantised
+    weights count as the integers they are stored as: another digest than before, as the answers are others.
+
+    None where weights are not in memory (offloaded to disk).
     """
     from .describe import describe
 
+    backbone = describe(model)
+    added = {id(tensor) for _, tensor, _ in adapter_parameters(backbone.model)}
+    base = _digest([tensor for tensor in backbone.layers.parameters() if id(tensor) not in added])
+    active = list(adapter_parameters(backbone.model, active=True))
+    if base is None or not active:
+        return base
+    scaling = torch.tensor([value for _, _, value in active])
+    adapter = _digest([*(tensor for _, tensor, _ in active), scaling])
+    return None if adapter is None else f"{base}+{adapter}"
+
+
+def _digest(tensors: Iterable[Tensor]) -> str | None:
     samples = []
-    for parameter in describe(model).layers.parameters():
-        if not parameter.is_floating_point() or parameter.is_meta or parameter.numel() == 0:
-            return None
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-        samples.append(flat[::step][:_SAMPLES_PER_TENSOR].to(torch.bfloat16).cpu())
-    return hashlib.sha256(torch.cat(samples).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    for tensor in tensors:
+        with _whole(tensor) as weight:
+            if weight.is_meta or weight.numel() == 0:
+                return None
+            flat = weight.reshape(-1)
+            step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+            sample = flat[::step][:_SAMPLES_PER_TENSOR]
+            sample = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample
+            samples.append(sample.to(torch.int16).cpu())
+    return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16]
+
+
+@contextmanager
+def _whole(tensor: Tensor) -> Iterator[Tensor]:
+    """A weight's values, also where ZeRO-3 has divided them among processes."""
+    if not hasattr(tensor, "ds_id"):
+        yield tensor.detach()
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        yield tensor.detach()
 
 
 def _essential(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedBackboneError
+from .adapter import load_adapter, resolve_adapter
 
 
 def load_backbone(
@@ -18,30 +19,37 @@ def load_backbone(
     attn_implementation: str = "sdpa",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Any]:
     """A frozen model in eval mode, and its processor.
 
     Parameters
     ----------
     path
-        Folder written by ``save_pretrained`` of model and processor, or a hub id.
+        Folder written by ``save_pretrained`` of model and processor, or a hub id; or the folder of a PEFT
+        adapter, which names its backbone.
     dtype
         "auto": as stored.
     attn_implementation
         "sdpa", "eager" or "flash_attention_2" (needs the flash-attn package and a GPU).
     device
         None: where transformers puts it (CPU).
+    adapter
+        A PEFT adapter to put on the model: folder or hub id. The model then comes as a ``PeftModel``; the
+        adapter is not merged, its weights stay in float32.
 
     Raises
     ------
     UnsupportedBackboneError
-        If nothing loadable is there, flash-attn is missing, or exits cannot work on the model.
+        If nothing loadable is there, flash-attn or PEFT is missing, the adapter does not fit, or exits cannot
+        work on the model.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import is_torchvision_available
 
     from .describe import describe
 
+    path, adapter = resolve_adapter(path, adapter)
     _check_path(path)
     _check_attention(attn_implementation)
     # Without torchvision transformers falls back to PIL image processing by itself, but warns each time.
@@ -58,6 +66,8 @@ def load_backbone(
     describe(model)
     if getattr(processor, "tokenizer", None) is None:
         raise UnsupportedBackboneError(f"{path} has no processor with a tokenizer: save it beside the model")
+    if adapter is not None:
+        model = load_adapter(model, adapter)
     model.requires_grad_(False).eval()
     return (model if device is None else model.to(device)), processor
 

@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
         model = gates.config.backbone.get("id")
         known = [f"model.path={json.dumps(model)}"] if model and args.config is None else []
+        if known and (adapter := gates.config.backbone.get("adapter")):
+            known.append(f"model.adapter={json.dumps(adapter)}")
         trace_data(config_of(args, ["output_dir=.", *known]), args.trace)
     store = TraceStore.open(args.trace)
     if args.budget is not None:

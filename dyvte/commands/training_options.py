@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # option -> (setting, is the value text?, help). Names with underscores are those of LLaVA's training scripts.
 MODEL_AND_DATA: dict[str, tuple[str, bool, str]] = {
     "--model_name_or_path": ("model.path", True, "backbone: folder or hub id"),
+    "--adapter": ("model.adapter", True, "PEFT adapter on the backbone: folder or hub id"),
     "--attn_implementation": ("model.attn_implementation", True, "sdpa, eager or flash_attention_2"),
     "--data_path": ("data.path", True, "LLaVA conversation json"),
     "--image_folder": ("data.image_folder", True, "what its images are relative to"),

@@ -32,6 +32,8 @@ class EvalConfig:
 
     model: str = field(metadata={"path": True})
     """Backbone: folder or hub id."""
+    adapter: str | None = field(default=None, metadata={"path": True})
+    """PEFT adapter to put on the backbone: folder or hub id."""
     benchmark: str
     """gqa or mme."""
     data: Path
@@ -94,6 +96,7 @@ def load_asker(config: EvalConfig) -> Asker:
         attn_implementation=config.attn_implementation,
         device=device,
         trust_remote_code=config.trust_remote_code,
+        adapter=config.adapter,
     )
     return Asker(model, processor, get_template(config.template, processor), config.max_new_tokens)
 

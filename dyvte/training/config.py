@@ -14,7 +14,10 @@ class ModelConfig:
     """The frozen backbone."""
 
     path: str = field(metadata={"path": True})
-    """Folder or hub id of a transformers image-text-to-text model and its processor."""
+    """Folder or hub id of a transformers image-text-to-text model and its processor; or the folder of a PEFT
+    adapter, which names its backbone."""
+    adapter: str | None = field(default=None, metadata={"path": True})
+    """PEFT adapter to put on the model: folder or hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is as stored on a GPU and float32 on a CPU."""
     attn_implementation: str = "sdpa"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dyvte.backbones import describe_config
+from dyvte.backbones import describe_config, resolve_adapter
 from dyvte.evaluation.cost import DecoderShape, decoder_shape
 from dyvte.gates import FEATURES, GateStack
 from dyvte.training.config import TrainConfig
@@ -29,7 +29,8 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     """Numbers of the run; raises what the run itself would raise about its data and settings."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
+    base, _ = resolve_adapter(cfg.model.path, cfg.model.adapter)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=cfg.model.trust_remote_code)
     shape = describe_config(config)
     sizes = decoder_shape(config)
     selection = select_samples(cfg)

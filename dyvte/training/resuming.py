@@ -22,6 +22,7 @@ FREE = (
     "data.path",
     "data.image_folder",
     "model.path",
+    "model.adapter",
     "model.trust_remote_code",
     "teacher.batch_size",
     "teacher.exits_per_chunk",

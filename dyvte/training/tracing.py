@@ -45,6 +45,7 @@ def open_backbone(cfg: ModelConfig, device: torch.device) -> tuple[Any, Any]:
         attn_implementation=cfg.attn_implementation,
         device=device,
         trust_remote_code=cfg.trust_remote_code,
+        adapter=cfg.adapter,
     )
 
 
@@ -88,6 +89,8 @@ def run_traces(
         "fingerprint": fingerprint(model),
         "weights": weights_digest(model),
     }
+    if cfg.model.adapter is not None:
+        backbone["adapter"] = cfg.model.adapter
     store = write_store(cfg, Teacher(model, processor, cfg.teacher), selection, cfg.traces, who)
     return store, backbone
 

@@ -1,0 +1,153 @@
+"""PEFT adapters on a backbone: found, loaded, and told apart from the backbone without them."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedBackboneError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def resolve_adapter(
+    path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None
+) -> tuple[str, str | None]:
+    """Where the backbone is and where its adapter, if there is one.
+
+    Parameters
+    ----------
+    path
+        A model (folder or hub id), or the folder of a PEFT adapter: then the backbone is the one that its
+        ``adapter_config.json`` names.
+    adapter
+        A PEFT adapter (folder or hub id) to put on the model at ``path``.
+
+    Raises
+    ------
+    UnsupportedBackboneError
+        If an adapter names no backbone, or one that is not there; if two adapters are given; if a folder is
+        both a model and an adapter and it is not said which is meant.
+    """
+    folder = Path(path)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return str(path), None if adapter is None else str(adapter)
+    is_model = (folder / "config.json").is_file()
+    if is_model and adapter is None:
+        raise UnsupportedBackboneError(
+            f"{path} holds a model and an adapter: name the adapter to use as model.adapter (this folder or "
+            "another), or remove its adapter_config.json"
+        )
+    if is_model:
+        return str(path), str(adapter)
+    if adapter is not None:
+        raise UnsupportedBackboneError(
+            f"{path} is a PEFT adapter, and model.adapter is {adapter}: one adapter at a time; give the "
+            "backbone as model.path"
+        )
+    base = _read_config(folder).get("base_model_name_or_path")
+    if not base:
+        raise UnsupportedBackboneError(
+            f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path: give the backbone as model.path "
+            "and this folder as model.adapter"
+        )
+    if not Path(base).is_dir() and str(base).startswith(("/", ".", "~")):
+        raise UnsupportedBackboneError(
+            f"{path} is a PEFT adapter of the backbone {base}, which is not there: give the backbone as "
+            "model.path and this folder as model.adapter"
+        )
+    return str(base), str(path)
+
+
+def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> Any:
+    """``model`` inside a ``PeftModel`` that holds the adapter, not merged, for inference.
+
+    Raises
+    ------
+    UnsupportedBackboneError
+        If PEFT is not installed, or the adapter is not whole, adds tokens of its own, or belongs to a model
+        of another shape.
+    """
+    folder = Path(adapter)
+    if folder.is_dir():
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / name).is_file():
+                raise UnsupportedBackboneError(f"{adapter} has no {name}: give the folder of a PEFT adapter")
+    elif str(adapter).count("/") > 1 or str(adapter).startswith((".", "/", "~")):
+        raise UnsupportedBackboneError(f"no adapter folder at {adapter}: check the path")
+    peft = import_peft()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            loaded = peft.PeftModel.from_pretrained(model, str(adapter))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UnsupportedBackboneError(
+                f"the adapter at {adapter} does not fit the backbone: {error}"
+            ) from error
+    # PEFT leaves what it does not find at its initial value and only warns.
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise UnsupportedBackboneError(f"the adapter at {adapter} does not fit: {warning.message}")
+    if any(getattr(one, "is_prompt_learning", False) for one in loaded.peft_config.values()):
+        raise UnsupportedBackboneError(
+            f"the adapter at {adapter} puts tokens of its own before the prompt, so positions in the prompt "
+            "no longer say where the visual tokens are: use LoRA or another adapter of the weights"
+        )
+    return loaded
+
+
+def import_peft() -> Any:
+    """PEFT, or an error that says how to get it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UnsupportedBackboneError(
+            f"adapters need the package peft, which cannot be imported ({error}): pip install 'dyvte[train]'"
+        ) from error
+    return peft
+
+
+def adapter_parameters(model: nn.Module, *, active: bool = False) -> Iterator[tuple[str, Tensor, float]]:
+    """Name, tensor and scaling of everything that adapters add to a model; active ones only if asked.
+
+    An adapter switched off (``disable_adapter()``) is not active. PEFT's layers are known by the attributes
+    that all of them have, so that PEFT itself is not needed to find none.
+    """
+    for module_name, module in model.named_modules():
+        names = getattr(module, "adapter_layer_names", None)
+        if not isinstance(names, (tuple, list)) or not hasattr(module, "active_adapters"):
+            continue
+        wanted = set(module.active_adapters)
+        if active and module.disable_adapters:
+            continue
+        scaling = getattr(module, "scaling", {})
+        for name in names:
+            for adapter, part in _items(getattr(module, name, None)):
+                if active and adapter not in wanted:
+                    continue
+                value = scaling.get(adapter, 1.0) if isinstance(scaling, dict) else 1.0
+                found = part.named_parameters() if isinstance(part, nn.Module) else [("", part)]
+                for parameter_name, tensor in found:
+                    yield f"{module_name}.{name}.{parameter_name}", tensor, float(value)
+
+
+def _items(parts: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(parts, (nn.ModuleDict, nn.ParameterDict)):
+        yield from parts.items()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedBackboneError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UnsupportedBackboneError(f"{folder / ADAPTER_CONFIG}: expected a JSON object")
+    return values
