@@ -34,7 +34,7 @@ class Calibration:
 def calibrate_compute(gates: GateStack, store: TraceStore, budget: float) -> Calibration:
     """Threshold for a visual-compute budget on a store's samples (see ``threshold_for_compute``)."""
     check_store(gates.config, store)
-    trace = store.trace()
+    trace = store.trace(gates.config.features)
     logits_BL = gate_logits(gates, trace)
     threshold = threshold_for_compute(logits_BL, trace.num_visual, budget, min_layer=gates.config.min_layer)
     record = {"kind": "compute", "budget": budget, **_seen(gates, threshold, logits_BL, trace, store)}
@@ -73,7 +73,7 @@ def calibrate_risk(
         raise CalibrationError(
             f"{store.folder}: the gates were trained on these samples; a risk bound needs others"
         )
-    trace = store.trace()
+    trace = store.trace(gates.config.features)
     logits_BL = gate_logits(gates, trace)
     found = threshold_for_risk(
         logits_BL,
@@ -143,11 +143,12 @@ def gate_logits(gates: GateStack, trace: Trace) -> Tensor:
 def check_store(config: GateConfig, store: TraceStore) -> None:
     """Raise GateMismatchError if the traces are not of the gates' backbone."""
     stored, mine = store.manifest.fingerprint, config.backbone
-    shape = (store.manifest.num_layers, store.manifest.feature_size)
-    if shape != (config.num_layers, config.feature_size):
+    hidden_size = store.manifest.feature_size // len(store.manifest.features)
+    shape = (store.manifest.num_layers, hidden_size)
+    if shape != (config.num_layers, config.hidden_size):
         raise GateMismatchError(
-            f"{store.folder}: traces of {shape[0]} layers and {shape[1]} features, the gates have "
-            f"{config.num_layers} and {config.feature_size}; trace the data with the gates' backbone"
+            f"{store.folder}: traces of {shape[0]} layers of size {shape[1]}, the gates have "
+            f"{config.num_layers} of {config.hidden_size}; trace the data with the gates' backbone"
         )
     for what, theirs, ours in (
         ("architecture", stored.get("backbone"), mine.get("fingerprint")),

@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="backbone: folder or hub id")
     parser.add_argument("--output", required=True, help="folder for gate_config.json and gates.safetensors")
     parser.add_argument("--architecture", choices=("compact", "reference"), default="compact")
+    parser.add_argument(
+        "--features",
+        help="what they read, comma-separated: mean_prompt, last_prompt, mean_visual, last_visual "
+        "(default: the first two)",
+    )
     parser.add_argument("--gate-hidden-size", type=int, default=0, help="width; 0: the architecture's own")
     parser.add_argument(
         "--objective",
@@ -31,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dyvte.backbones import describe_config
     from dyvte.errors import ConfigError
-    from dyvte.gates import GateConfig, GateStack, uniform_offsets
+    from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack, uniform_offsets
 
     output = Path(args.output)
     if (output / "gate_config.json").exists() and not args.overwrite:
@@ -42,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         hidden_size=shape.hidden_size,
         architecture=args.architecture,
         gate_hidden_size=args.gate_hidden_size,
+        features=tuple(args.features.split(",")) if args.features else DEFAULT_FEATURES,
         offsets=uniform_offsets(shape.num_layers) if args.objective == "expected_risk" else (),
         backbone={"id": str(args.model), "model_type": shape.model_type, "fingerprint": shape.fingerprint},
         training={"initialised": "xavier_uniform", "seed": args.seed},

@@ -25,6 +25,11 @@ MODEL_AND_DATA: dict[str, tuple[str, bool, str]] = {
     "--model_max_length": ("teacher.max_length", False, "longest prompt plus answer, in tokens"),
     "--label_source": ("teacher.label_source", True, "greedy (the model's own answers) or data"),
     "--max_new_tokens": ("teacher.max_new_tokens", False, "longest greedy answer"),
+    "--features": (
+        "teacher.features",
+        True,
+        "what gates read, comma-separated: mean_prompt, last_prompt, mean_visual, last_visual",
+    ),
     "--teacher_batch_size": ("teacher.batch_size", False, "samples per teacher forward"),
 }
 TRAINING: dict[str, tuple[str, bool, str]] = {
@@ -77,6 +82,8 @@ def config_of(args: argparse.Namespace, extra: Iterable[str] = ()) -> TrainConfi
     for setting, is_text, _ in _ALL.values():
         value = given.get(setting)
         if value is not None:
+            if setting == "teacher.features":
+                value = value.split(",")
             overrides.append(f"{setting}={json.dumps(value) if is_text else value}")
     if args.bf16 is not None:
         wanted = args.bf16.lower() in ("true", "1", "yes")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyvte.evaluation.asking import Asker, encoded_batches, plan_batches
 from dyvte.evaluation.base import Question
-from dyvte.gates import GateStack
+from dyvte.gates import FEATURES, GateStack, select_features
 from dyvte.policies import Plan, Policy, Rows
 from dyvte.runtime import VisualExit
 
@@ -42,6 +42,9 @@ class _ProbePlan(Plan):
     def __init__(self, policy: ProbePolicy, rows: Rows) -> None:
         super().__init__(torch.full((len(rows.num_visual_B),), rows.num_layers))
         self.policy, self.num_layers = policy, rows.num_layers
+        # All parts that any of the gates reads; each takes its own of them.
+        read = {name for stack in policy.stacks for name in stack.config.features}
+        self.features = tuple(name for name in FEATURES if name in read)
 
     def asks(self, k: int) -> bool:
         return k < self.num_layers
@@ -51,7 +54,8 @@ class _ProbePlan(Plan):
 
     def logits(self, k: int, features_BF: Tensor) -> Tensor:
         for number, stack in enumerate(self.policy.stacks):
-            self.policy.noted[-1][number, :, k - 1] = stack.gate(k, features_BF).float().cpu()
+            own_BF = select_features(features_BF, self.features, stack.config.features)
+            self.policy.noted[-1][number, :, k - 1] = stack.gate(k, own_BF).float().cpu()
         return features_BF.new_zeros(len(features_BF))
 
     def step(self, k: int, logits_B: Tensor) -> None:

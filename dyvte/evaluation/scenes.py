@@ -11,7 +11,7 @@ from torch import Tensor
 from dyvte.data.llava import load_llava
 from dyvte.errors import DataError
 from dyvte.evaluation.base import name_some
-from dyvte.gates import GateStack
+from dyvte.gates import DEFAULT_FEATURES, GateStack, select_features
 from dyvte.teacher.store import TraceStore
 from dyvte.teacher.trace import Trace
 
@@ -25,6 +25,8 @@ class TracedScenes:
     trace: Trace
     questions: tuple[str, ...]
     image_ids: tuple[str, ...]
+    features: tuple[str, ...] = DEFAULT_FEATURES
+    """Names of the parts of the trace's features."""
 
     @property
     def num_layers(self) -> int:
@@ -59,6 +61,7 @@ def load_scenes(traces: Path, data: Path, image_folder: Path) -> TracedScenes:
         trace=trace,
         questions=tuple(question_of[sample_id] for sample_id in trace.sample_ids),
         image_ids=tuple(image_ids[row] for row in rows),
+        features=store.manifest.features,
     )
 
 
@@ -67,7 +70,11 @@ def gate_logits(gates: GateStack, scenes: TracedScenes) -> Tensor:
     import torch
 
     with torch.no_grad():
-        parts = [gates(part.float()) for part in scenes.trace.features.split(_LOGIT_CHUNK)]
+        wanted = gates.config.features
+        parts = [
+            gates(select_features(part, scenes.features, wanted).float())
+            for part in scenes.trace.features.split(_LOGIT_CHUNK)
+        ]
     return torch.cat(parts)
 
 

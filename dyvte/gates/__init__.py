@@ -1,7 +1,14 @@
 """The gates: what they read, how they are stored, and the one place of the decision rule."""
 
 from .config import GateConfig
-from .features import FEATURES, prompt_features
+from .features import (
+    DEFAULT_FEATURES,
+    FEATURES,
+    check_features,
+    prompt_features,
+    reads_visual,
+    select_features,
+)
 from .files import save_config
 from .rule import (
     ExitRule,
@@ -14,16 +21,20 @@ from .rule import (
 from .stack import GateStack, load_checkpoint
 
 __all__ = [
+    "DEFAULT_FEATURES",
     "FEATURES",
     "ExitRule",
     "GateConfig",
     "GateStack",
+    "check_features",
     "check_rule",
     "exit_layers",
     "exit_probabilities",
     "load_checkpoint",
     "logit_threshold",
     "prompt_features",
+    "reads_visual",
     "save_config",
+    "select_features",
     "uniform_offsets",
 ]

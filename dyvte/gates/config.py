@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError
-from .features import FEATURES
+from .features import DEFAULT_FEATURES, check_features
 from .rule import check_rule
 
 CONFIG_FILE = "gate_config.json"
@@ -25,10 +25,12 @@ class GateConfig:
     num_layers, hidden_size
         L and D of the backbone.
     architecture
-        "reference": Linear(2D, h), erf GELU, Linear(h, 2), no biases (DyVTE, Eq. 1). "compact": the two
-        feature parts RMS-normalised, Linear(2D, h), GELU, Linear(h, 1), with biases.
+        "reference": Linear(F, h), erf GELU, Linear(h, 2), no biases (DyVTE, Eq. 1). "compact": each
+        feature part RMS-normalised, Linear(F, h), GELU, Linear(h, 1), with biases.
     gate_hidden_size
         h; 0 means the architecture's own (2048 and 16).
+    features
+        What the gates read, in this order; see `dyvte.gates.prompt_features`.
     offsets
         L constants added to the logits; see `uniform_offsets`. Empty means zeros.
     threshold, min_layer, fallback, mode
@@ -43,7 +45,7 @@ class GateConfig:
     hidden_size: int
     architecture: str = "compact"
     gate_hidden_size: int = 0
-    features: tuple[str, ...] = FEATURES
+    features: tuple[str, ...] = DEFAULT_FEATURES
     offsets: tuple[float, ...] = ()
     threshold: float = 0.5
     min_layer: int = 1
@@ -57,8 +59,6 @@ class GateConfig:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise ConfigError(f"gate architecture {self.architecture!r}: expected one of {ARCHITECTURES}")
-        if tuple(self.features) != FEATURES:
-            raise ConfigError(f"gate features {tuple(self.features)}: this version knows {FEATURES} only")
         if self.num_layers < 1 or self.hidden_size < 1:
             raise ConfigError(
                 f"num_layers {self.num_layers} and hidden_size {self.hidden_size}: expected positive integers"
@@ -68,7 +68,7 @@ class GateConfig:
         if len(offsets) != self.num_layers:
             raise ConfigError(f"{len(offsets)} offsets for {self.num_layers} layers: expected one for each")
         set_field = object.__setattr__
-        set_field(self, "features", tuple(self.features))
+        set_field(self, "features", check_features(self.features))
         set_field(self, "offsets", offsets)
         set_field(self, "gate_hidden_size", self.gate_hidden_size or DEFAULT_WIDTH[self.architecture])
         if not self.dyvte_version:

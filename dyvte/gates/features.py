@@ -1,24 +1,88 @@
-"""What a gate reads. Shapes: B rows, N tokens, D hidden size."""
+"""What a gate reads. Shapes: B rows, N tokens, D hidden size, L layers, P feature parts, F = P D."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-FEATURES = ("mean_prompt", "last_prompt")
+from ..errors import ConfigError
+
+FEATURES = ("mean_prompt", "last_prompt", "mean_visual", "last_visual")
+"""All parts there are: DyVTE's inputs (its Tables 4 and 7), in the order of the weights below."""
+DEFAULT_FEATURES = ("mean_prompt", "last_prompt")
+"""DyVTE, Eq. 1."""
 
 
-def prompt_features(hidden_BND: Tensor, prompt_mask_BN: Tensor) -> Tensor:
-    """What a gate reads: [mean of the prompt text without its last token, its last token], (B, 2D) float32.
+def check_features(names: Sequence[str]) -> tuple[str, ...]:
+    """``names`` as a tuple; ConfigError unless they are known, different and at least one."""
+    names = tuple(names)
+    if not names or len(set(names)) != len(names) or not set(names) <= set(FEATURES):
+        raise ConfigError(f"gate features {names}: expected one or more of {FEATURES}, each at most once")
+    return names
 
-    A single prompt token is its own mean. A row without prompt text gives zeros: it must not be asked.
-    Source: DyVTE, Eq. 1.
+
+def reads_visual(names: Sequence[str]) -> bool:
+    """Do the features need the states of visual tokens?"""
+    return any(name.endswith("_visual") for name in names)
+
+
+def prompt_features(
+    hidden_BND: Tensor,
+    prompt_mask_BN: Tensor,
+    visual_mask_BN: Tensor | None = None,
+    names: Sequence[str] = DEFAULT_FEATURES,
+) -> Tensor:
+    """What a gate reads of the prompt, (B, P D) float32, one part of size D for each name, in their order.
+
+    mean_prompt: mean over the prompt text without its last token; last_prompt: that token. A single prompt
+    token is its own mean. mean_visual, last_visual: mean over all visual tokens, the last of them included,
+    and the last. A row without the tokens of a part gives zeros there. The one definition of the features,
+    in training and inference. Source: DyVTE, Eq. 1 and Table 4.
+
+    Parameters
+    ----------
+    hidden_BND:
+        Output of a decoder layer.
+    prompt_mask_BN, visual_mask_BN:
+        Prompt text after the image, and visual tokens (``Spans``); the latter where a name asks for it.
     """
-    count_BN = prompt_mask_BN.cumsum(1)
+    if reads_visual(names) and visual_mask_BN is None:
+        raise ConfigError(f"gate features {tuple(names)} need the positions of the visual tokens")
+    weights_BPN = torch.stack([_weights(name, prompt_mask_BN, visual_mask_BN) for name in names], 1)
+    # Where not a token that is read, the weight is 0, but 0 * inf would still be NaN.
+    unread_BN = ~(weights_BPN > 0).any(1)
+    hidden_BND = hidden_BND.float().masked_fill(unread_BN[..., None], 0.0)
+    return torch.bmm(weights_BPN, hidden_BND).flatten(1)
+
+
+def select_features(features_F: Tensor, stored: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """The parts named ``wanted`` of features (..., F) that hold the parts ``stored``.
+
+    Raises
+    ------
+    ConfigError
+        If a wanted part is not stored.
+    """
+    if tuple(stored) == tuple(wanted):
+        return features_F
+    if missing := [name for name in wanted if name not in stored]:
+        raise ConfigError(
+            f"the traces hold the features {', '.join(stored)}, the gates read {', '.join(wanted)}: trace "
+            f"again with --features that include {', '.join(missing)}"
+        )
+    parts_PD = features_F.unflatten(-1, (len(stored), -1))
+    return parts_PD[..., [list(stored).index(name) for name in wanted], :].flatten(-2)
+
+
+def _weights(name: str, prompt_BN: Tensor, visual_BN: Tensor | None) -> Tensor:
+    """(B, N) float32 weights of the tokens of one part."""
+    where, tokens_BN = name.split("_")[0], prompt_BN if name.endswith("_prompt") else visual_BN
+    count_BN = tokens_BN.cumsum(1)
     total_B1 = count_BN[:, -1:]
-    last_BN = prompt_mask_BN & (count_BN == total_B1)
-    before_BN = prompt_mask_BN & ((count_BN < total_B1) | (total_B1 == 1))
-    weights_B2N = torch.stack([before_BN / before_BN.sum(1, keepdim=True).clamp(min=1), last_BN.float()], 1)
-    # Where not a prompt token, the weight is 0, but 0 * inf would still be NaN.
-    hidden_BND = hidden_BND.float().masked_fill(~prompt_mask_BN[..., None], 0.0)
-    return torch.bmm(weights_B2N.to(hidden_BND.dtype), hidden_BND).flatten(1)
+    if where == "last":
+        return (tokens_BN & (count_BN == total_B1)).float()
+    if name == "mean_prompt":
+        tokens_BN = tokens_BN & ((count_BN < total_B1) | (total_B1 == 1))
+    return tokens_BN / tokens_BN.sum(1, keepdim=True).clamp(min=1)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..gates import DEFAULT_FEATURES
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -39,9 +41,12 @@ class Plan:
     ----------
     exit_layers_B
         (B,) int64 on the CPU; a row that still asks holds L.
+    features
+        What the gates read, by name.
     """
 
     num_fallbacks = 0
+    features: tuple[str, ...] = DEFAULT_FEATURES
 
     def __init__(self, exit_layers_B: Tensor) -> None:
         self.exit_layers_B = exit_layers_B
@@ -61,6 +66,10 @@ class Plan:
     def step(self, k: int, logits_B: Tensor) -> None:
         """Take in the logits (on the CPU) of all rows after layer k."""
         raise NotImplementedError
+
+    def settle(self, rows_B: Tensor, k: int) -> None:
+        """Rows that have no visual token behind layer k, whoever took the last: they left there."""
+        self.exit_layers_B[rows_B & (self.exit_layers_B > k)] = k
 
 
 class Policy:

@@ -16,7 +16,7 @@ class GatePlan(Plan):
 
     def __init__(self, gates: GateStack, rule: ExitRule, rows: Rows) -> None:
         super().__init__(rule.exit_layers_B)
-        self.gates, self.rule = gates, rule
+        self.gates, self.rule, self.features = gates, rule, gates.config.features
         # Without text after the image there is nothing to read, and the answer starts from a visual token.
         rule.asking_B &= (rows.num_visual_B > 0) & (rows.num_prompt_B > 0)
 
@@ -41,6 +41,11 @@ class GatePlan(Plan):
     def step(self, k: int, logits_B: Tensor) -> None:
         """Settle the rows whose gate k fires."""
         self.rule.step(k, logits_B)
+
+    def settle(self, rows_B: Tensor, k: int) -> None:
+        """Rows that have no visual token behind layer k: there is nothing left to decide."""
+        super().settle(rows_B, k)
+        self.rule.asking_B &= ~rows_B
 
 
 class LearnedPolicy(Policy):

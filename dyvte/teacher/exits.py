@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyvte.backbones import Backbone, describe
 from dyvte.errors import DataError
+from dyvte.gates import DEFAULT_FEATURES
 from dyvte.spans import Spans, find_spans
 from dyvte.teacher.streams import all_exits
 from dyvte.teacher.trace import Trace
@@ -38,6 +39,7 @@ def trace_exits(
     sample_ids: Sequence[str] | None = None,
     exits_per_chunk: int | None = None,
     visual_token_ids: Iterable[int] | None = None,
+    features: Sequence[str] = DEFAULT_FEATURES,
 ) -> Trace:
     """What every exit layer of a frozen backbone would say, from ONE forward.
 
@@ -60,6 +62,8 @@ def trace_exits(
         Exit streams per layer call, to bound memory. None: no call is larger than the full pass itself.
     visual_token_ids:
         For families whose config does not name them.
+    features:
+        What the gates will read, by name; see :func:`dyvte.gates.prompt_features`.
 
     Returns
     -------
@@ -79,6 +83,7 @@ def trace_exits(
         sample_ids=sample_ids,
         exits_per_chunk=exits_per_chunk,
         visual_token_ids=visual_token_ids,
+        features=features,
     )
     return trace
 
@@ -91,6 +96,7 @@ def trace_checked(
     sample_ids: Sequence[str] | None = None,
     exits_per_chunk: int | None = None,
     visual_token_ids: Iterable[int] | None = None,
+    features: Sequence[str] = DEFAULT_FEATURES,
 ) -> tuple[Trace, Tensor]:
     """:func:`trace_exits`, and (B,) bool: the answer is the full model's argmax at every position.
 
@@ -109,6 +115,7 @@ def trace_checked(
         exits_per_chunk=exits_per_chunk,
         visual_token_ids=visual_token_ids,
         sample_ids=ids,
+        features=features,
     )
     input_ids_BN = inputs["input_ids"].to(found.valid_BA.device)
     labels_BA = _packed_labels(input_ids_BN, answer_BN, found.valid_BA)
@@ -133,6 +140,7 @@ def exit_logits(
     exits_per_chunk: int | None = None,
     visual_token_ids: Iterable[int] | None = None,
     sample_ids: Sequence[str] | None = None,
+    features: Sequence[str] = DEFAULT_FEATURES,
 ) -> ExitLogits:
     """Next-token logits at ``predict_BN`` for all exit layers 0..L, from one forward."""
     backbone = describe(model, visual_token_ids)
@@ -143,7 +151,9 @@ def exit_logits(
         inputs["input_ids"], backbone.visual_token_ids, inputs.get("attention_mask"), answer_BN
     )
     _check_predicted(spans, predict_BN, sample_ids)
-    with all_exits(backbone, spans, predict_BN, exits_per_chunk=exits_per_chunk) as streams:
+    with all_exits(
+        backbone, spans, predict_BN, exits_per_chunk=exits_per_chunk, features=features
+    ) as streams:
         output = model(**_forward_inputs(backbone, inputs, spans), use_cache=False, return_dict=True)
     rows = predict_BN.shape[0]
     logits_KBAV = output.logits.unflatten(0, (backbone.num_layers + 1, rows))

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dyvte.errors import CheckpointError
+from dyvte.gates import DEFAULT_FEATURES, select_features
 from dyvte.teacher.trace import Trace
 
 MANIFEST = "manifest.json"
@@ -39,6 +40,11 @@ class Manifest:
     num_layers: int
     feature_size: int
     format: int = FORMAT
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the parts that the features hold."""
+        return tuple(self.fingerprint.get("features", "+".join(DEFAULT_FEATURES)).split("+"))
 
     @property
     def num_shards(self) -> int:
@@ -160,9 +166,17 @@ class TraceStore:
         for index in range(self.manifest.num_shards):
             yield self.read(index)
 
-    def trace(self) -> Trace:
-        """All samples as one trace, in the selection's order."""
-        return Trace.cat([shard.trace for shard in self.shards() if len(shard.trace)])
+    def trace(self, features: Sequence[str] | None = None) -> Trace:
+        """All samples as one trace, in the selection's order.
+
+        ``features`` names the parts that are wanted of each feature (None: all that are stored);
+        :class:`~dyvte.errors.ConfigError` if one is not stored.
+        """
+        parts = [shard.trace for shard in self.shards() if len(shard.trace)]
+        if features is not None:
+            stored = self.manifest.features
+            parts = [replace(p, features=select_features(p.features, stored, features)) for p in parts]
+        return Trace.cat(parts)
 
     def image_ids(self) -> tuple[str, ...]:
         """The image of every sample of :meth:`trace`."""

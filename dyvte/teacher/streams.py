@@ -12,7 +12,7 @@ S exit streams.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dyvte.backbones import Backbone
 from dyvte.errors import ExitRuntimeError, UnsupportedBackboneError
-from dyvte.gates import prompt_features
+from dyvte.gates import DEFAULT_FEATURES, check_features, prompt_features, reads_visual
 from dyvte.spans import Spans
 from dyvte.teacher.layout import (
     Layout,
@@ -75,8 +75,14 @@ class ExitStreams:
     """
 
     def __init__(
-        self, backbone: Backbone, spans: Spans, predict_BN: Tensor, exits_per_chunk: int | None
+        self,
+        backbone: Backbone,
+        spans: Spans,
+        predict_BN: Tensor,
+        exits_per_chunk: int | None,
+        features: Sequence[str] = DEFAULT_FEATURES,
     ) -> None:
+        self.features = check_features(features)
         self.backbone, self.spans, self.predict_BN = backbone, spans, predict_BN
         self.exits_per_chunk = exits_per_chunk
         self.implementation = getattr(backbone.decoder.config, "_attn_implementation", None) or "eager"
@@ -132,9 +138,11 @@ class ExitStreams:
         return self._masks[id(mask)][1]
 
     def _features(self, full_BND: Tensor) -> Tensor:
+        if reads_visual(self.features):
+            return prompt_features(full_BND, self.spans.prompt_BN, self.spans.visual_BN, self.features)
         suffix = self._layout.suffix
         prompt_BT = suffix.take(self.spans.prompt_BN) & suffix.valid
-        return prompt_features(suffix.take(full_BND), prompt_BT)
+        return prompt_features(suffix.take(full_BND), prompt_BT, names=self.features)
 
     def _predicted(self, full_BND: Tensor) -> Tensor:
         """((L+1) B, A, D): exits 0..L-1, then the full stream."""
@@ -151,7 +159,12 @@ class ExitStreams:
 
 @contextmanager
 def all_exits(
-    backbone: Backbone, spans: Spans, predict_BN: Tensor, *, exits_per_chunk: int | None = None
+    backbone: Backbone,
+    spans: Spans,
+    predict_BN: Tensor,
+    *,
+    exits_per_chunk: int | None = None,
+    features: Sequence[str] = DEFAULT_FEATURES,
 ) -> Iterator[ExitStreams]:
     """Make the model's next forward return logits of all exits; nothing is left on the model afterwards.
 
@@ -165,6 +178,8 @@ def all_exits(
         (B, N) bool: text positions whose next-token logits are wanted.
     exits_per_chunk:
         Exit streams per layer call. None: as many as fit the full stream's own token count.
+    features:
+        What is kept of each layer's output for the gates; see :func:`dyvte.gates.prompt_features`.
 
     Raises
     ------
@@ -173,7 +188,7 @@ def all_exits(
     """
     if exits_per_chunk is not None and exits_per_chunk < 1:
         raise ValueError(f"exits_per_chunk must be at least 1, found {exits_per_chunk}")
-    streams = ExitStreams(backbone, spans, predict_BN, exits_per_chunk)
+    streams = ExitStreams(backbone, spans, predict_BN, exits_per_chunk, features)
     layers = list(backbone.layers)[: backbone.num_layers]
     if "flash" in streams.implementation:
         _check_windows(layers, predict_BN.shape[1])

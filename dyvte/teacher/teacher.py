@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyvte.backbones import PromptTemplate, describe, encode, fingerprint, get_template, weights_digest
 from dyvte.data.llava import Defect, Sample, Selection, check_defects
-from dyvte.gates import FEATURES
+from dyvte.gates import DEFAULT_FEATURES, check_features
 from dyvte.teacher.exits import trace_checked
 from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.store import Manifest, Shard, empty_trace
@@ -50,11 +50,14 @@ class TeacherConfig:
     """Longest prompt plus answer, in tokens; longer samples are dropped and counted, never cut."""
     shard_batches: int = 8
     """Batches per shard file: what a killed pass loses at most."""
+    features: tuple[str, ...] = DEFAULT_FEATURES
+    """Kept for the gates: mean_prompt, last_prompt, mean_visual, last_visual; gates may read fewer."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "max_length", "shard_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        check_features(self.features)
 
 
 class Teacher:
@@ -81,7 +84,7 @@ class Teacher:
             "data": selection_sha256,
             "prompt": f"{self.template.version} {_digest(probe)}",
             "images": _digest(image_settings),
-            "features": "+".join(FEATURES),
+            "features": "+".join(self.config.features),
             "labels": f"greedy {self.config.max_new_tokens}" if labels == "greedy" else labels,
             "max_length": str(self.config.max_length),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -94,7 +97,7 @@ class Teacher:
             num_samples=len(selection.samples),
             shard_size=self.config.batch_size * self.config.shard_batches,
             num_layers=self.backbone.num_layers,
-            feature_size=len(FEATURES) * self.backbone.hidden_size,
+            feature_size=len(self.config.features) * self.backbone.hidden_size,
         )
 
     def trace(self, samples: Sequence[Sample], file: str = "") -> tuple[Shard, list[Defect]]:
@@ -112,7 +115,7 @@ class Teacher:
             usable = [sample for row, sample in enumerate(usable) if row not in too_long]
         notes: dict[str, int] = {}
         if not usable:
-            features = len(FEATURES) * self.backbone.hidden_size
+            features = len(self.config.features) * self.backbone.hidden_size
             trace = empty_trace(self.backbone.num_layers, features, self.dtype)
         elif greedy:
             trace = self._trace_greedy(usable, images, inputs, notes)
@@ -194,6 +197,7 @@ class Teacher:
             answer_BN,
             sample_ids=[sample.id for sample in samples],
             exits_per_chunk=self.config.exits_per_chunk,
+            features=self.config.features,
         )
         tensors = {**trace.to("cpu").tensors(), "features": trace.features.to("cpu", self.dtype)}
         return Trace(**tensors, sample_ids=trace.sample_ids), is_greedy_B

@@ -24,6 +24,8 @@ class ModelConfig:
     """"sdpa", "eager" or "flash_attention_2"."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Load the weights in 8 or 4 bits (bitsandbytes, on a GPU); gates learn what that model says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class GatesConfig:
     """Architecture of new gates."""
     hidden_size: int = 0
     """Width of new gates; 0: the architecture's own."""
+    features: tuple[str, ...] = ()
+    """What new gates read, out of ``teacher.features``; empty: all of it. A sweep needs one trace only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +178,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of new gates, data order and drawn layers."""
     deepspeed: Path | None = None
-    """DeepSpeed JSON (ZeRO stage, offload); null: stage 0."""
+    """DeepSpeed JSON; null: stage 0. Stage 3 also shards the backbone, ``offload_param`` is for it alone."""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:

@@ -12,7 +12,7 @@ import torch
 
 from dyvte.backbones import describe_config, resolve_adapter
 from dyvte.evaluation.cost import DecoderShape, decoder_shape
-from dyvte.gates import FEATURES, GateStack
+from dyvte.gates import GateStack
 from dyvte.training.config import TrainConfig
 from dyvte.training.loop import Plan
 from dyvte.training.tracing import select_samples
@@ -45,7 +45,8 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     visual = _visual_tokens(config)
     flops = samples * teacher_flops(sizes, visual, _TEXT_TOKENS)
     speed = _matmul_speed(device, getattr(torch, dtype))
-    feature_bytes = samples * shape.num_layers * len(FEATURES) * shape.hidden_size * _BYTES[dtype]
+    num_features = len(cfg.teacher.features)
+    feature_bytes = samples * shape.num_layers * num_features * shape.hidden_size * _BYTES[dtype]
     parameters = _parameters(gates)
     held_out = round(samples * cfg.data.validation_fraction)
     plan = Plan.of(cfg, max(1, samples - held_out), world_size)
@@ -57,7 +58,7 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
         "dtype": dtype,
         "gate_architecture": gates.config.architecture,
         "gate_parameters": parameters,
-        "features_per_sample": (shape.num_layers, len(FEATURES) * shape.hidden_size),
+        "features_per_sample": (shape.num_layers, num_features * shape.hidden_size),
         "samples": selection.counts,
         "data_sha256": selection.sha256,
         "steps": plan.steps,

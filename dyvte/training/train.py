@@ -70,7 +70,7 @@ def train(cfg: TrainConfig) -> TrainResult:
         try:
             return _train(cfg, who)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
             raise TrainingError(
                 f"{cfg.output_dir} cannot be written any more ({error}). What was finished is kept: make "
@@ -88,12 +88,14 @@ def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
     store, backbone = run_traces(cfg, selection, who)
     traced = time.perf_counter()
 
-    trace = store.trace()
+    gates = make_gates(
+        cfg, store.manifest.num_layers, store.manifest.feature_size // len(store.manifest.features), backbone
+    )
+    trace = store.trace(gates.config.features)
     out_B = held_out(store.image_ids(), cfg.data.validation_fraction, cfg.seed)
     train_part, validation = trace.rows((~out_B).nonzero().flatten()), None
     if bool(out_B.any()):
         validation = trace.rows(out_B.nonzero().flatten())
-    gates = make_gates(cfg, trace.num_layers, trace.features.shape[2] // 2, backbone)
     training = GateTraining(cfg, gates, train_part, validation, who)
     try:
         _run(cfg, training, who)
@@ -130,6 +132,7 @@ def make_gates(
             hidden_size=hidden_size,
             architecture=cfg.gates.architecture,
             gate_hidden_size=cfg.gates.hidden_size,
+            features=cfg.gates.features or cfg.teacher.features,
             offsets=uniform_offsets(num_layers) if spread else (),
             backbone=dict(backbone),
         )

@@ -8,6 +8,7 @@ import torch
 
 from dyvte.errors import CheckpointError, ConfigError
 from dyvte.gates import (
+    FEATURES,
     GateConfig,
     GateStack,
     exit_layers,
@@ -15,6 +16,7 @@ from dyvte.gates import (
     load_checkpoint,
     prompt_features,
     save_config,
+    select_features,
     uniform_offsets,
 )
 
@@ -109,6 +111,50 @@ def test_prompt_features_by_hand():
     torch.testing.assert_close(got[2], torch.cat([hidden[2, 3], hidden[2, 3]]))
     assert torch.equal(got[3], torch.zeros(6))
     assert prompt_features(hidden.bfloat16(), mask).dtype == torch.float32
+
+
+def features_by_hand(hidden, prompt, visual, name):
+    """One part of one row, in plain Python."""
+    places = [n for n, on in enumerate(prompt if name.endswith("prompt") else visual) if on]
+    if name == "mean_prompt" and len(places) > 1:
+        places = places[:-1]
+    if name.startswith("last"):
+        places = places[-1:]
+    return hidden[places].mean(0) if places else torch.zeros(hidden.shape[1])
+
+
+@pytest.mark.parametrize(
+    "names", [("mean_visual",), ("last_visual", "mean_visual"), ("mean_prompt", "last_visual"), FEATURES]
+)
+def test_every_feature_by_hand(names):
+    hidden = torch.randn(4, 9, 3, generator=torch.Generator().manual_seed(2))
+    visual = torch.tensor([[0, 1, 1, 0, 1] + [0] * 4, [1] + [0] * 8, [0] * 9, [0, 1] + [0] * 7]).bool()
+    prompt = torch.tensor([[0] * 5 + [1, 1, 1, 0], [0, 1] + [0] * 7, [1] * 9, [0] * 9]).bool()
+    hidden[0, 3] = hidden[0, 8] = torch.nan  # neither visual nor prompt: must not leak
+    got = prompt_features(hidden, prompt, visual, names)
+    for row in range(4):
+        wanted = [features_by_hand(hidden[row], prompt[row], visual[row], name) for name in names]
+        torch.testing.assert_close(got[row], torch.cat(wanted))
+
+
+def test_features_that_cannot_be_read_are_refused():
+    with pytest.raises(ConfigError, match="visual tokens"):
+        prompt_features(torch.zeros(1, 2, 3), torch.ones(1, 2).bool(), names=("mean_visual",))
+    for names in ((), ("mean_prompt", "mean_prompt"), ("attention",)):
+        with pytest.raises(ConfigError, match="gate features"):
+            GateConfig(num_layers=3, hidden_size=4, features=names)
+
+
+def test_gates_take_their_parts_of_wider_traces():
+    parts = torch.arange(24.0).view(2, 3, 4)  # 2 rows, 3 parts of size 4
+    got = select_features(parts.flatten(1), FEATURES[:3], ("mean_visual", "mean_prompt"))
+    assert torch.equal(got, parts[:, [2, 0]].flatten(1))
+    with pytest.raises(ConfigError, match=r"--features that include last_visual$"):
+        select_features(parts.flatten(1), FEATURES[:3], ("mean_prompt", "last_visual"))
+    config = GateConfig(num_layers=3, hidden_size=4, features=FEATURES[:3])
+    assert config.feature_size == 12
+    assert GateStack.init(config)(parts.flatten(1)[:, None].expand(2, 3, 12)).shape == (2, 3)
+    assert GateConfig.from_json(config.to_json()).features == FEATURES[:3]
 
 
 def test_compact_gates_equal_their_formula():
