@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UnsupportedBackboneError
 from .adapter import load_adapter, resolve_adapter
+from .quantize import quantized_arguments
 
 
 def load_backbone(
@@ -20,6 +21,7 @@ def load_backbone(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     adapter: str | os.PathLike[str] | None = None,
+    quantization: str = "none",
 ) -> tuple[Any, Any]:
     """A frozen model in eval mode, and its processor.
 
@@ -37,12 +39,14 @@ def load_backbone(
     adapter
         A PEFT adapter to put on the model: folder or hub id. The model then comes as a ``PeftModel``; the
         adapter is not merged, its weights stay in float32.
+    quantization
+        "none", "int8" or "nf4": linear layers in 8 or 4 bits, all else in ``dtype`` (bitsandbytes, a GPU).
 
     Raises
     ------
     UnsupportedBackboneError
-        If nothing loadable is there, flash-attn or PEFT is missing, the adapter does not fit, or exits cannot
-        work on the model.
+        If nothing loadable is there, flash-attn, PEFT, torchvision or bitsandbytes is needed but missing, the
+        adapter does not fit, or exits cannot work on the model.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import is_torchvision_available
@@ -52,13 +56,26 @@ def load_backbone(
     path, adapter = resolve_adapter(path, adapter)
     _check_path(path)
     _check_attention(attn_implementation)
+    packed = quantized_arguments(quantization, dtype, device)
     # Without torchvision transformers falls back to PIL image processing by itself, but warns each time.
     backend = {} if is_torchvision_available() else {"backend": "pil"}
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **backend)
         model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **packed,
         )
+    except (ImportError, AttributeError) as error:
+        if is_torchvision_available():
+            raise
+        # What transformers says here names one of its own classes.
+        raise UnsupportedBackboneError(
+            f"the processor of {path} cannot be built without torchvision, which is not installed (families "
+            f"that also take videos need it): pip install torchvision ({error})"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedBackboneError(
             f"cannot load an image-text-to-text model and its processor from {path}: {error}"
@@ -69,7 +86,7 @@ def load_backbone(
     if adapter is not None:
         model = load_adapter(model, adapter)
     model.requires_grad_(False).eval()
-    return (model if device is None else model.to(device)), processor
+    return (model if device is None or packed else model.to(device)), processor
 
 
 def _check_path(path: str | os.PathLike[str]) -> None:

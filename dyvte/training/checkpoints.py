@@ -7,8 +7,10 @@ sha256.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from typing import Any
 from dyvte.errors import CheckpointError, ConfigError
 from dyvte.training.processes import Processes
 
+log = logging.getLogger(__name__)
 STATE = "state.json"
 _PREFIX = "step-"
 
@@ -63,7 +66,12 @@ class Checkpoints:
             state = self._checked(path)
             if state is not None:
                 return path, state
+            log.warning("%s is damaged or not whole: the checkpoint before it is used", path)
         return None
+
+    def agreed(self) -> tuple[Path, RunState] | None:
+        """:meth:`latest` as the first process finds it, on every process; all processes must call this."""
+        return self.who.from_first(self.latest() if self.who.first else None)
 
     def load(self, engine: Any, path: Path) -> None:
         """Put a checkpoint's gates, optimiser and schedule into the engine; all processes must call this."""
@@ -83,6 +91,7 @@ class Checkpoints:
             os.fsync(stream.fileno())
         shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
         os.replace(writing, final)
+        _sync_folder(self.folder)
         for old in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)[self.keep :]:
             doomed = self.folder / f".removing-{old.name}"
             os.replace(old, doomed)
@@ -108,6 +117,21 @@ def _sha256(path: Path) -> str:
             digest.update(block)
         os.fsync(stream.fileno())
     return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the renaming survive a power cut, where the system can do that for folders."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def check_resumable(found: RunState, now: RunState) -> None:

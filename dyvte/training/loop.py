@@ -87,7 +87,7 @@ class GateTraining:
 
     def resume(self) -> int:
         """Load the newest whole checkpoint; the step to go on from, 0 if there is none."""
-        found = self.checkpoints.latest()
+        found = self.checkpoints.agreed()
         if found is None:
             return 0
         path, state = found
@@ -123,6 +123,7 @@ class GateTraining:
             if self.validation is not None and (done % plan.steps_per_epoch == 0 or done == plan.steps):
                 report(done, self._validate())
             if done % cfg.checkpoint.every_steps == 0 or done == plan.steps:
+                self._check_weights(done)
                 self.checkpoints.save(self.engine, self._state(done))
             advance(1)
 
@@ -170,12 +171,23 @@ class GateTraining:
             return
         if mine:
             raise TrainingError(f"step {step + 1}: another process met a loss that is not finite")
-        found = self.checkpoints.latest()
-        kept = f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
         raise TrainingError(
             f"step {step + 1}: the loss is {float(loss.detach())}; samples {', '.join(sample_ids)}. Training "
-            f"stopped and {kept}. Look at these samples' traces, or lower the learning rate"
+            f"stopped and {self._kept()}. Look at these samples' traces, or lower the learning rate"
         )
+
+    def _check_weights(self, step: int) -> None:
+        """A step whose gradients overflowed leaves no finite weights behind: never save those."""
+        shards = (getattr(parameter, "ds_tensor", parameter) for parameter in self.gates.parameters())
+        if not self.who.all_true(all(bool(torch.isfinite(shard).all()) for shard in shards)):
+            raise TrainingError(
+                f"step {step}: the gates hold weights that are not finite; training stopped before they were "
+                f"saved, and {self._kept()}. Lower the learning rate"
+            )
+
+    def _kept(self) -> str:
+        found = self.checkpoints.latest()
+        return f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
 
     def _forget_gradients_except(self, layers: set[int]) -> None:
         # DeepSpeed fills missing gradients with zeros, and a zero gradient still moves Adam.

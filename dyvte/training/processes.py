@@ -45,6 +45,14 @@ class Processes:
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
 
+    def from_first(self, value: Any) -> Any:
+        """The first process's ``value``, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
     def mean(self, value: float) -> float:
         """Mean over processes; the same answer everywhere."""
         if self.world_size == 1:

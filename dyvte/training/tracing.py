@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from dyvte.backbones import describe_config, fingerprint, load_backbone, weights_digest
+from dyvte.backbones import describe_config, fingerprint, weights_digest
 from dyvte.calibration import LayerSearch, search_exit_layer
 from dyvte.data.llava import Selection, load_llava, select
 from dyvte.teacher import Teacher, TraceStore, write_traces
-from dyvte.training.config import ModelConfig, TrainConfig
+from dyvte.training.config import TrainConfig
 from dyvte.training.processes import Processes, processes
+from dyvte.training.sharded import Lockstep, open_backbone, opened_backbone
+from dyvte.training.zero import shards_backbone
 
 
 def select_samples(cfg: TrainConfig) -> Selection:
@@ -34,31 +36,13 @@ def select_samples(cfg: TrainConfig) -> Selection:
     )
 
 
-def open_backbone(cfg: ModelConfig, device: torch.device) -> tuple[Any, Any]:
-    """Model and processor on ``device``; "auto" precision is float32 on a CPU."""
-    dtype = cfg.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
-    return load_backbone(
-        cfg.path,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        attn_implementation=cfg.attn_implementation,
-        device=device,
-        trust_remote_code=cfg.trust_remote_code,
-        adapter=cfg.adapter,
-    )
-
-
 def trace_data(cfg: TrainConfig, folder: str | Path) -> TraceStore | None:
     """Trace the configured data into ``folder``; under a launcher every process calls this.
 
     Returns the complete store on the first process, None on the others.
     """
-    with _launched() as who:
-        model, processor = open_backbone(cfg.model, who.device)
-        store = write_store(
-            cfg, Teacher(model, processor, cfg.teacher), select_samples(cfg), Path(folder), who
-        )
+    with _launched(shards_backbone(cfg)) as who:
+        store, _ = _traced(cfg, select_samples(cfg), Path(folder), who)
         return store if who.first else None
 
 
@@ -81,27 +65,41 @@ def run_traces(
     cfg: TrainConfig, selection: Selection, who: Processes
 ) -> tuple[TraceStore, dict[str, str | None]]:
     """The run's traces, written where they are not there yet; and the backbone's identity."""
-    model, processor = open_backbone(cfg.model, who.device)
-    shape = describe_config(model.config)
-    backbone = {
-        "id": cfg.model.path,
-        "model_type": shape.model_type,
-        "fingerprint": fingerprint(model),
-        "weights": weights_digest(model),
-    }
-    if cfg.model.adapter is not None:
-        backbone["adapter"] = cfg.model.adapter
-    store = write_store(cfg, Teacher(model, processor, cfg.teacher), selection, cfg.traces, who)
+    return _traced(cfg, selection, cfg.traces, who)
+
+
+def _traced(
+    cfg: TrainConfig, selection: Selection, folder: Path, who: Processes
+) -> tuple[TraceStore, dict[str, str | None]]:
+    with opened_backbone(cfg, who) as (model, processor):
+        backbone = {
+            "id": cfg.model.path,
+            "model_type": describe_config(model.config).model_type,
+            "fingerprint": fingerprint(model),
+            "weights": weights_digest(model),
+        }
+        if cfg.model.adapter is not None:
+            backbone["adapter"] = cfg.model.adapter
+        if shards_backbone(cfg):
+            teacher = Lockstep.of(cfg, model, processor, selection, who)
+            store = write_store(cfg, teacher, selection, folder, who, teacher.finish)
+        else:
+            store = write_store(cfg, Teacher(model, processor, cfg.teacher), selection, folder, who)
     return store, backbone
 
 
 def write_store(
-    cfg: TrainConfig, teacher: Teacher, selection: Selection, folder: Path, who: Processes
+    cfg: TrainConfig,
+    teacher: Teacher | Lockstep,
+    selection: Selection,
+    folder: Path,
+    who: Processes,
+    finish: Callable[[], None] = lambda: None,
 ) -> TraceStore:
-    """This process's share of the traces, under a progress bar; then wait for the others."""
+    """This process's share of the traces, under a progress bar; ``finish``; then wait for the others."""
     share = -(-len(selection.samples) // who.world_size)
     with progress_bar(share, "teacher", "sample", shown=who.first) as advance:
-        store = write_traces(
+        write_traces(
             folder,
             teacher,
             selection,
@@ -111,11 +109,12 @@ def write_store(
             max_bad_samples=cfg.data.max_bad_samples,
             progress=advance,
         )
+    finish()
     who.barrier()
     if who.first:
-        for left_by_a_killed_writer in store.folder.glob(".*.tmp"):
+        for left_by_a_killed_writer in folder.glob(".*.tmp"):
             left_by_a_killed_writer.unlink(missing_ok=True)
-    return TraceStore.open(store.folder)
+    return TraceStore.open(folder)
 
 
 @contextmanager
@@ -132,9 +131,9 @@ def progress_bar(
 
 
 @contextmanager
-def _launched() -> Iterator[Processes]:
-    """The launcher's processes; a single one needs no DeepSpeed to trace."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+def _launched(sharded: bool) -> Iterator[Processes]:
+    """The launcher's processes; a single one needs no DeepSpeed to trace, unless it shards."""
+    if sharded or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         with processes() as who:
             yield who
     else:

@@ -1,0 +1,143 @@
+"""Backbones that do not fit one device: weights sharded over processes by ZeRO-3, or kept in CPU memory.
+
+With stage 3 in the run's DeepSpeed file the frozen backbone of the teacher pass is loaded straight into
+shards, and each decoder layer's weights are gathered while it runs. Gathering is collective, so all processes
+must run the same modules in the same order: :class:`Lockstep` sees to that.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dyvte.backbones import describe, load_backbone
+from dyvte.data.llava import Defect, Sample, Selection
+from dyvte.errors import ConfigError, DataError
+from dyvte.teacher import Teacher
+from dyvte.teacher.store import Manifest, Shard
+from dyvte.training.config import ModelConfig, TrainConfig
+from dyvte.training.processes import Processes, import_deepspeed
+from dyvte.training.zero import backbone_config, shards_backbone
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def opened_backbone(cfg: TrainConfig, who: Processes) -> Iterator[tuple[Any, Any]]:
+    """Model and processor for the teacher pass; sharded where the DeepSpeed file says stage 3.
+
+    All processes must enter and leave together. The model must not be used afterwards.
+
+    Raises
+    ------
+    ConfigError
+        If stage 3 meets a quantised backbone, whose packed weights cannot be sharded.
+    """
+    if not shards_backbone(cfg):
+        yield open_backbone(cfg.model, who.device)
+        return
+    if cfg.model.quantization != "none":
+        raise ConfigError(
+            f"ZeRO-3 cannot shard a backbone in {cfg.model.quantization}: use stage 0 to 2, or "
+            "quantization: none"
+        )
+    deepspeed = import_deepspeed()
+    from transformers.integrations import HfDeepSpeedConfig
+
+    settings = backbone_config(cfg, _stored_dtype(cfg.model, who.device), who.world_size)
+    told_transformers = HfDeepSpeedConfig(
+        settings
+    )  # holds from_pretrained and generate to ZeRO-3 while alive
+    engine = None
+    try:
+        model, processor = open_backbone(cfg.model, None if who.device.type == "cpu" else who.device)
+        # A layer runs on the full stream and then on the exit streams: its weights stay gathered in between.
+        deepspeed.utils.set_z3_leaf_modules(model, [type(describe(model).layers[0])])
+        engine, *_ = deepspeed.initialize(model=model, config=settings)
+        engine.eval()
+        yield model, processor
+    finally:
+        if engine is not None:
+            engine.destroy()
+        del told_transformers, engine
+        gc.collect()
+
+
+def open_backbone(cfg: ModelConfig, device: torch.device | None) -> tuple[Any, Any]:
+    """Model and processor on ``device``; "auto" precision is float32 on a CPU."""
+    dtype = cfg.dtype
+    if dtype == "auto" and (device is None or device.type == "cpu"):
+        dtype = "float32"
+    return load_backbone(
+        cfg.path,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=cfg.attn_implementation,
+        device=device,
+        trust_remote_code=cfg.trust_remote_code,
+        adapter=cfg.adapter,
+        quantization=cfg.quantization,
+    )
+
+
+class Lockstep:
+    """A teacher whose processes all make the same number of passes; takes a teacher's place in a writer.
+
+    A process that has nothing left to trace, or whose batch holds no usable sample, passes over a spare
+    sample and throws the result away, until no process has a batch left.
+    """
+
+    def __init__(self, teacher: Teacher, selection: Selection, who: Processes) -> None:
+        self.teacher, self.selection, self.who = teacher, selection, who
+        self.config = teacher.config
+
+    @staticmethod
+    def of(cfg: TrainConfig, model: Any, processor: Any, selection: Selection, who: Processes) -> Lockstep:
+        """For a sharded backbone. Whether an answer must be generated may depend on no process's own data,
+        so ``try_answers`` (the same labels, sooner) is off."""
+        teacher = Teacher(model, processor, replace(cfg.teacher, try_answers=False))
+        teacher.device = who.device  # a sharded weight may lie elsewhere
+        return Lockstep(teacher, selection, who)
+
+    def manifest(self, selection: Selection) -> Manifest:
+        """That of the teacher."""
+        return self.teacher.manifest(selection)
+
+    def trace(self, samples: Sequence[Sample], file: str = "") -> tuple[Shard, list[Defect]]:
+        """Trace one batch while every other process passes over one of its own."""
+        self._any_busy(True)
+        shard, defects = self.teacher.trace(samples, file)
+        if not len(shard.trace):
+            self._pass_over_a_spare()
+        return shard, defects
+
+    def finish(self) -> None:
+        """Keep up with the others until all are done."""
+        while self._any_busy(False):
+            self._pass_over_a_spare()
+
+    def _any_busy(self, busy: bool) -> bool:
+        return not self.who.all_true(not busy)
+
+    def _pass_over_a_spare(self) -> None:
+        for sample in self.selection.samples:
+            if len(self.teacher.trace([sample])[0].trace):
+                return
+        raise DataError("no sample of the selection can be traced")
+
+
+def _stored_dtype(cfg: ModelConfig, device: torch.device) -> str:
+    """The precision of the weights, by name; ZeRO-3 must know it before they are read."""
+    if cfg.dtype != "auto":
+        return cfg.dtype
+    if device.type == "cpu":
+        return "float32"
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
