@@ -1,10 +1,11 @@
 """How the K/V of a prefill's two streams become one cache layer.
 
-Shapes: B rows, N tokens of the padded batch, T text tokens of the longest exited row, K columns, S slots.
+Shapes: B rows, N tokens of the padded batch, R rows and T tokens of a stream, K columns, S slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from .cache import Columns
 
 if TYPE_CHECKING:
-    from .streams import Partition
+    from .streams import Partition, Stream
 
 
 class Packing:
@@ -27,24 +28,22 @@ class Packing:
 
     def __init__(self, part: Partition, first: int, *, with_places: bool) -> None:
         layout, device = part.layout, part.device
-        spans, in_text_B1 = layout.spans, part.in_text_B[:, None]
-        kept_BN = torch.where(in_text_B1, spans.valid_BN & ~spans.visual_BN, spans.valid_BN)
+        kept_BN = part.carried_BN.clone()
         kept_BN[:, :first] = False
         kept_B = kept_BN.sum(1)
         length = int(kept_B.max())
-        # Nothing but whole streams of text, all of one length: (B, H, K, d) as they are.
-        self.is_dense = part.num_full_rows == 0 and part.is_uniform and length == part.text_length
-        self.is_dense &= bool((kept_B == length).all())
+        only = part.streams[0]
+        # Nothing but one compact stream, all rows of one length, all kept: (B, H, K, d) as it is.
+        self.is_dense = len(part.streams) == 1 and only.is_compact and only.is_uniform
+        self.is_dense &= bool((kept_B == only.length).all())
         places = self._places(layout, kept_BN, length, device) if with_places else None
         if self.is_dense:
             self.columns = Columns(None, None, length, places=places, shift_B=part.shift_B)
             return
-        self._take_full = kept_BN[~part.in_text_B].flatten().nonzero().flatten().to(device)
-        text_BT = kept_BN[part.in_text_B].gather(1, part.order) & part.real
-        self._take_text = None if text_BT.all() else text_BT.flatten().nonzero().flatten().to(device)
+        self._take = [_kept_slots(stream, kept_BN, device) for stream in part.streams]
         num_slots = int(kept_B.sum())
-        # Slots run over the rows of the full stream first, then over those of the text stream.
-        order = torch.cat([(~part.in_text_B).nonzero().flatten(), part.in_text_B.nonzero().flatten()])
+        # Slots run over the rows of one stream, then over those of the other.
+        order = torch.cat([stream.rows_R for stream in part.streams])
         first_B = torch.empty_like(kept_B)
         first_B[order] = kept_B[order].cumsum(0) - kept_B[order]
         offset_KB = torch.arange(length)[:, None] - (length - kept_B)
@@ -54,17 +53,15 @@ class Packing:
             valid_BK = (offset_KB >= 0).T.contiguous().to(device)
         self.columns = Columns(slots_KB, valid_BK, length, num_slots, places=places, shift_B=part.shift_B)
 
-    def states(self, text: Tensor | None, full: Tensor | None) -> Tensor:
-        """One stream's K (or V), and the other's, as the cache stores them: (B, H, K, d) or (S, H, d)."""
+    def states(self, parts: Sequence[Tensor]) -> Tensor:
+        """The streams' K (or V), each (R, H, T, d), as the cache stores them: (B, H, K, d) or (S, H, d)."""
         if self.is_dense:
-            return text.contiguous()
-        parts = []
-        if full is not None:
-            parts.append(_tokens_first(full).index_select(0, self._take_full))
-        if text is not None:
-            flat = _tokens_first(text)
-            parts.append(flat if self._take_text is None else flat.index_select(0, self._take_text))
-        return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+            return parts[0].contiguous()
+        kept = []
+        for states, take in zip(parts, self._take, strict=True):
+            flat = _tokens_first(states)
+            kept.append(flat if take is None else flat.index_select(0, take))
+        return torch.cat(kept) if len(kept) > 1 else kept[0].contiguous()
 
     @staticmethod
     def _places(layout, kept_BN: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -73,6 +70,12 @@ class Packing:
         # Stable: kept tokens go to the end of each row and stay in order.
         order_BK = torch.argsort(kept_BN.to(torch.uint8), dim=1, stable=True)[:, layout.tokens - length :]
         return (order_BK - start_B[:, None]).to(device), (layout.tokens - length - start_B).to(device)
+
+
+def _kept_slots(stream: Stream, kept_BN: Tensor, device: torch.device) -> Tensor | None:
+    """Which of a stream's R * T slots are kept; None: all."""
+    kept_RT = kept_BN[stream.rows_R].gather(1, stream.order_RT) & stream.real_RT
+    return None if kept_RT.all() else kept_RT.flatten().nonzero().flatten().to(device)
 
 
 def _tokens_first(states_BHNd: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..backbones import Backbone
@@ -71,7 +72,7 @@ def dropped_before(layout: Layout) -> Tensor:
     """(B, N) int64: visual tokens between a row's first text token and each token, on the host."""
     visual_BN = layout.spans.visual_BN
     seen_BN = visual_BN.cumsum(1)
-    first_B1 = layout.text_order_BN[:, :1]
+    first_B1 = layout.text_BN.to(torch.uint8).argmax(1, keepdim=True)
     return (seen_BN - seen_BN.gather(1, first_B1)).clamp(min=0)
 
 

@@ -26,6 +26,8 @@ class PrefillRecord:
         Bytes that each layer's cache holds after the prefill; empty without a cache.
     gate_fallbacks
         Rows whose gate output was not finite.
+    visual_tokens_BL
+        (B, L) int64: visual tokens that each layer processed; what exits and reductions left.
     """
 
     exit_layers_B: Tensor
@@ -33,6 +35,7 @@ class PrefillRecord:
     num_visual_B: Tensor
     kv_bytes: tuple[int, ...]
     gate_fallbacks: int
+    visual_tokens_BL: Tensor
 
 
 class Run:

@@ -1,8 +1,8 @@
-"""Index arithmetic of a prefill: which rows run with their visual tokens, which with text only.
+"""Index arithmetic of a prefill: which rows run together, on which of their tokens.
 
 Everything is worked out on the host from one copy of the token masks, so no layer waits for the device.
 
-Shapes: B rows, N tokens of the padded batch, T text tokens of the longest exited row.
+Shapes: B rows, N tokens of the padded batch, R rows of a stream, T tokens of a stream's longest row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..spans import Spans
 from .packing import Packing
+from .picking import Picker
 
 
 class Layout:
@@ -22,13 +23,11 @@ class Layout:
     def __init__(self, spans: Spans) -> None:
         self.spans = spans
         self.batch, self.tokens = spans.valid_BN.shape
-        text_BN = spans.valid_BN & ~spans.visual_BN
-        self.num_text_B = text_BN.sum(1)
-        self.num_valid_B = spans.valid_BN.sum(1)
+        self.text_BN = spans.valid_BN & ~spans.visual_BN
         self.num_visual_B = spans.visual_BN.sum(1)
         self.num_prompt_B = spans.prompt_BN.sum(1)
-        # Text positions of each row first, in order: the compact layout of an exited row.
-        self.text_order_BN = torch.argsort((~text_BN).to(torch.uint8), dim=1, stable=True)
+        # Index of each row's last real token: its next token is read there.
+        self.last_B = self.tokens - 1 - spans.valid_BN.flip(1).to(torch.uint8).argmax(1)
 
     @property
     def has_image_B(self) -> Tensor:
@@ -36,141 +35,137 @@ class Layout:
         return self.num_visual_B > 0
 
 
-class Partition:
-    """Rows of a prefill split into the full stream F and the text stream T, with device indices.
+class Stream:
+    """Rows of a prefill that a layer runs in one call.
 
-    T rows are compact and padded on the right: under a causal mask no text token can see that padding, so
-    the stream needs no padding mask. A pad slot repeats its row's first token and its result is dropped.
+    Either whole: rows as they stand in the batch, padding included. Or compact: the tokens that each row
+    still carries, padded on the right; under a causal mask no token can see that padding, so the stream needs
+    no padding mask. A pad slot repeats its row's first token and its result is dropped.
+
+    Attributes
+    ----------
+    rows_R
+        Indices of the rows, on the host.
+    order_RT, real_RT
+        Position in the batch of every slot, and whether it is a token of the row; on the host.
+    """
+
+    def __init__(
+        self, layout: Layout, rows_R: Tensor, carried_BN: Tensor, device: torch.device, *, compact: bool
+    ) -> None:
+        self.rows_R, self.num_rows, self.is_compact = rows_R, len(rows_R), compact
+        carried_RN = carried_BN[rows_R]
+        num_R = carried_RN.sum(1)
+        self.length = int(num_R.max()) if compact else layout.tokens
+        self.is_uniform = bool((num_R == self.length).all())
+        if compact:
+            # Stable: carried tokens first, in order.
+            order_RN = torch.argsort((~carried_RN).to(torch.uint8), dim=1, stable=True)
+            self.order_RT = order_RN[:, : self.length]
+            self.real_RT = torch.arange(self.length) < num_R[:, None]
+        else:
+            self.order_RT = torch.arange(layout.tokens).expand(self.num_rows, -1)
+            self.real_RT = carried_RN
+        self.rows = rows_R.to(device)
+        self._device = device
+        positions_RT = torch.where(self.real_RT, self.order_RT, self.order_RT[:, :1]) if compact else None
+        self._pick = Picker(layout.batch, layout.tokens, rows_R, positions_RT, device)
+        if compact:
+            self._put = (positions_RT + rows_R[:, None] * layout.tokens)[self.real_RT].to(device)
+            self._put_from = None if self.is_uniform else _indices(self.real_RT, device)
+        # Made once by the engine, in a tuple because None is an answer.
+        self.causal_mask: tuple[Tensor | None] | None = None
+        # Where positions are closed up: what to take off the ids of the stream's tokens, and the arguments of
+        # the layers that come of it.
+        self.dropped_RT: Tensor | None = None
+        self.closed_up: dict[str, Any] | None = None
+
+    def gather(self, hidden_BND: Tensor) -> Tensor:
+        """(R, T, D) states of the stream."""
+        return self._pick(hidden_BND, remember=False)
+
+    def arguments(self, value: Any) -> Any:
+        """The stream's part of a layer argument: tensors, or tuples and dicts of them."""
+        return self._pick(value)
+
+    def scatter(self, out_BND: Tensor, states_RTD: Tensor) -> None:
+        """Write the stream's states into those of the batch."""
+        states_RTD = states_RTD.to(out_BND.dtype)
+        if not self.is_compact:
+            out_BND.index_copy_(0, self.rows, states_RTD)
+            return
+        flat = states_RTD.reshape(-1, states_RTD.shape[-1])
+        flat = flat if self._put_from is None else flat.index_select(0, self._put_from)
+        out_BND.view(-1, out_BND.shape[-1]).index_copy_(0, self._put, flat)
+
+    def mask(self, mask: Tensor) -> Tensor:
+        """The stream's part of a 2D or 4D mask; pad columns of a compact stream are hidden."""
+        return self._pick.mask(mask, self.real_RT if self.is_compact else None)
+
+    def spread(self, values_RT: Tensor, fill: float) -> Tensor:
+        """(R, T) values of the stream's tokens at their places in the batch, (B, N)."""
+        out_BN = values_RT.new_full((self._pick.batch, self._pick.tokens), fill)
+        take = _indices(self.real_RT, self._device)
+        put = (self.order_RT + self.rows_R[:, None] * self._pick.tokens)[self.real_RT].to(self._device)
+        out_BN.view(-1)[put] = values_RT.flatten()[take]
+        return out_BN
+
+
+class Partition:
+    """Rows of a prefill split into a stream that carries visual tokens and a text stream; either may lack.
+
+    Parameters
+    ----------
+    carried_BN
+        (B, N) bool: tokens that each row still carries; on the host, as all masks here.
+    in_text_B
+        (B,) bool: rows that carry text only.
+    dropped_BN
+        Where positions are closed up: visual tokens before each token, see `positions.dropped_before`.
     """
 
     def __init__(
         self,
         layout: Layout,
+        carried_BN: Tensor,
         in_text_B: Tensor,
         device: torch.device,
         dropped_BN: Tensor | None = None,
     ) -> None:
         self.layout, self.device = layout, device
-        self.in_text_B = in_text_B
-        rows_T = in_text_B.nonzero().flatten()
-        rows_F = (~in_text_B).nonzero().flatten()
-        self.num_text_rows, self.num_full_rows = len(rows_T), len(rows_F)
-        self.rows_F = rows_F.to(device)
-        self.rows_T = rows_T.to(device)
-        lengths = layout.num_text_B[rows_T]
-        self.text_length = int(lengths.max()) if len(rows_T) else 0
-        self.is_uniform = bool((lengths == self.text_length).all())
-        order = layout.text_order_BN[rows_T, : self.text_length]
-        real = torch.arange(self.text_length) < lengths[:, None]
-        self.order, self.real = order, real
-        positions = torch.where(real, order, order[:, :1])
-        flat = positions + rows_T[:, None] * layout.tokens
-        self.positions_T = positions.to(device)
-        self.take = flat.flatten().to(device)
-        self.put = flat[real].to(device)
-        self.put_from = None if self.is_uniform else real.flatten().nonzero().flatten().to(device)
-        # Made once per partition by the engine, in a tuple because None is an answer.
-        self.causal_mask: tuple[Tensor | None] | None = None
-        # Where positions are closed up: what to take off the ids of text tokens, of later tokens, and the
-        # text stream's arguments that come of it.
-        self.dropped_T = self.shift_B = None
-        if dropped_BN is not None:
-            self.dropped_T = dropped_BN[rows_T].gather(1, positions).to(device)
+        self.carried_BN, self.in_text_B = carried_BN, in_text_B
+        self.visual, self.text = None, None
+        if not in_text_B.all():
+            rows_R = (~in_text_B).nonzero().flatten()
+            is_reduced = not torch.equal(carried_BN[rows_R], layout.spans.valid_BN[rows_R])
+            self.visual = Stream(layout, rows_R, carried_BN, device, compact=is_reduced)
+        if in_text_B.any():
+            rows_R = in_text_B.nonzero().flatten()
+            self.text = Stream(layout, rows_R, carried_BN, device, compact=True)
+        self.streams = [stream for stream in (self.visual, self.text) if stream is not None]
+        # Where positions are closed up: what to take off the ids of later tokens.
+        self.shift_B = None
+        if dropped_BN is not None and self.text is not None:
+            order_RT = torch.where(self.text.real_RT, self.text.order_RT, self.text.order_RT[:, :1])
+            self.text.dropped_RT = dropped_BN[self.text.rows_R].gather(1, order_RT).to(device)
             self.shift_B = (dropped_BN[:, -1] * in_text_B).to(device)
-        self.closed_up: dict[str, Any] | None = None
-        self._cache: dict[Any, tuple[Any, Any]] = {}
         self._packings: dict[int, Packing] = {}
 
-    # -- hidden states ---------------------------------------------------------------------------------
-    def gather(self, hidden_BND: Tensor) -> Tensor:
-        """Compact states of the T rows."""
-        flat = hidden_BND.reshape(-1, hidden_BND.shape[-1]).index_select(0, self.take)
-        return flat.view(self.num_text_rows, self.text_length, -1)
+    def is_of(self, carried_BN: Tensor, in_text_B: Tensor, device: torch.device) -> bool:
+        """Would a partition of these be the same?"""
+        # A model may be spread over devices, layer by layer.
+        return (
+            self.device == device
+            and torch.equal(self.in_text_B, in_text_B)
+            and torch.equal(self.carried_BN, carried_BN)
+        )
 
-    def scatter(self, hidden_BND: Tensor, text: Tensor | None, full: Tensor | None) -> Tensor:
-        """A copy of `hidden_BND` with the streams' results; visual tokens of T rows keep their last state."""
-        out = hidden_BND.clone(memory_format=torch.contiguous_format)
-        if full is not None:
-            out.index_copy_(0, self.rows_F, full.to(out.dtype))
-        if text is not None:
-            flat = text.reshape(-1, text.shape[-1])
-            flat = flat if self.put_from is None else flat.index_select(0, self.put_from)
-            out.view(-1, out.shape[-1]).index_copy_(0, self.put, flat.to(out.dtype))
-        return out
-
-    # -- other layer arguments -------------------------------------------------------------------------
-    def for_full(self, value: Any) -> Any:
-        """The F rows of a layer argument."""
-        return self._memo("F", value, lambda t: self._rows(t, self.rows_F))
-
-    def for_text(self, value: Any) -> Any:
-        """The T rows' text tokens of a layer argument."""
-        return self._memo("T", value, self._text_tokens)
-
-    def _rows(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        axis = self._token_axis(tensor)
-        axis = 0 if axis is None else axis - 1
-        # A one-dimensional tensor has no rows.
-        if tensor.dim() > 1 and tensor.shape[axis] == self.layout.batch:
-            return tensor.index_select(axis, rows)
-        return tensor
-
-    def _text_tokens(self, tensor: Tensor) -> Tensor:
-        axis = self._token_axis(tensor)
-        if axis is None:
-            return self._rows(tensor, self.rows_T)
-        index = self.take if tensor.shape[axis - 1] == self.layout.batch else self.positions_T.flatten()
-        flat = tensor.flatten(axis - 1, axis).index_select(axis - 1, index)
-        return flat.unflatten(axis - 1, (self.num_text_rows, self.text_length))
-
-    def _token_axis(self, tensor: Tensor) -> int | None:
-        """Index of the token axis: the one of size N right after one of size B or 1."""
-        shape = tensor.shape
-        for axis in range(1, len(shape)):
-            if shape[axis] == self.layout.tokens and shape[axis - 1] in (1, self.layout.batch):
-                return axis
-        return None
-
-    def _memo(self, stream: str, value: Any, select: Any) -> Any:
-        if isinstance(value, Tensor):
-            key = (stream, id(value))
-            # The same cos and sin go to every layer: select once. Holding `value` keeps its id its own.
-            if key not in self._cache:
-                self._cache[key] = (value, select(value))
-            return self._cache[key][1]
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._memo(stream, item, select) for item in value)
-        if isinstance(value, dict):
-            return {name: self._memo(stream, item, select) for name, item in value.items()}
-        return value
-
-    def full_mask(self, mask: Tensor | None) -> Tensor | None:
-        """F rows of a 2D or 4D mask."""
-        if not isinstance(mask, Tensor) or mask.shape[0] != self.layout.batch:
-            return mask
-        key = ("F", id(mask))
-        if key not in self._cache:
-            self._cache[key] = (mask, mask.index_select(0, self.rows_F))
-        return self._cache[key][1]
-
-    def text_mask(self, mask: Tensor) -> Tensor:
-        """T rows and columns of a 4D mask, pad columns hidden."""
-        key = ("mask", id(mask))
-        if key not in self._cache:
-            picked = mask.index_select(0, self.rows_T) if mask.shape[0] == self.layout.batch else mask
-            picked = picked.expand(self.num_text_rows, -1, -1, -1)
-            index = self.positions_T[:, None, :, None].expand(-1, picked.shape[1], -1, picked.shape[-1])
-            picked = picked.gather(2, index)
-            index = self.positions_T[:, None, None, :].expand(-1, picked.shape[1], self.text_length, -1)
-            picked = picked.gather(3, index)
-            pads = ~self.real.to(self.device)[:, None, None, :]
-            hidden = False if picked.dtype == torch.bool else torch.finfo(picked.dtype).min
-            self._cache[key] = (mask, picked.masked_fill(pads, hidden))
-        return self._cache[key][1]
-
-    # -- cache -----------------------------------------------------------------------------------------
     def packing(self, first: int = 0, *, with_places: bool = False) -> Packing:
         """What layers keep that drop all columns before `first`."""
         if first not in self._packings:
             self._packings[first] = Packing(self, first, with_places=with_places)
         return self._packings[first]
+
+
+def _indices(mask: Tensor, device: torch.device) -> Tensor:
+    return mask.flatten().nonzero().flatten().to(device)

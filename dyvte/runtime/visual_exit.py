@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..backbones import Backbone, describe, fingerprint, weights_digest
 from ..errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualTokensError
 from ..gates import GateConfig, GateStack, check_rule, load_checkpoint
 from ..policies import FixedPolicy, LearnedPolicy, Policy
+from ..reductions import Reduction, check_reductions
 from ..spans import find_spans, visual_mask
 from .cache import check_cache, holds_exits
 from .engine import Engine
@@ -50,6 +52,8 @@ class VisualExit:
         "keep": text keeps its position ids behind an exit. "rearrange" (VTW, Table 6): in the layers behind
         a row's exit its text counts on without a gap from its first text token, in decoding as well; refused
         on entering for M-RoPE, deepstack and sliding windows.
+    reductions
+        What is spent on visual tokens before they leave (`dyvte.reductions`), such as ``[FastV(2, 0.5)]``.
 
     Raises
     ------
@@ -68,9 +72,12 @@ class VisualExit:
         allow_transfer: bool = False,
         visual_token_ids: tuple[int, ...] | None = None,
         positions: str = "keep",
+        reductions: Sequence[Reduction] = (),
     ) -> None:
         check_choice(positions)
-        self.positions = positions
+        self.positions, self.reductions = positions, check_reductions(reductions)
+        if self.reductions and positions != "keep":
+            raise ConfigError("positions='rearrange' is defined for exits alone: leave reductions away")
         if gates is not None and not isinstance(gates, GateStack):
             raise ConfigError(
                 f"gates must be a GateStack, got {type(gates).__name__}; see VisualExit.from_pretrained"
@@ -140,6 +147,8 @@ class ExitSession:
             raise ExitRuntimeError("this block is already active: call exits(model) again for a new one")
         backbone = describe(self.model, self.exits.visual_token_ids)
         self.exits.policy.check(backbone.num_layers, backbone.hidden_size)
+        for reduction in self.exits.reductions:
+            reduction.check(backbone.num_layers)
         transferred = _check_backbone(self.exits.config, backbone, self.exits.allow_transfer)
         for layer in backbone.layers:
             if hasattr(layer.__dict__.get("forward"), "_dyvte_engine"):
@@ -147,7 +156,9 @@ class ExitSession:
         self.exits.policy.to(next(backbone.decoder.parameters()).device)
         self.run = Run(transferred)
         self.backbone = backbone
-        self.engine = Engine(backbone, self.exits.policy, self.run, self.exits.positions)
+        self.engine = Engine(
+            backbone, self.exits.policy, self.run, self.exits.positions, self.exits.reductions
+        )
         try:
             self._install()
         except BaseException:

@@ -11,7 +11,7 @@ PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
     *["errors", "config", "spans", "gates", "policies"],
-    *["backbones", "runtime", "reductions"],
+    *["backbones", "reductions", "runtime"],
     *["data", "teacher", "objectives", "calibration", "evaluation", "training"],
     *["analysis", "plugins", "commands", "cli", "__main__"],
 ]

@@ -1,0 +1,68 @@
+"""What is spent on visual tokens before they leave: one reduction per file, and its command line name.
+
+A policy says when ALL visual tokens of a row leave; a reduction makes them fewer or cheaper before that. Any
+reductions combine with any policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..errors import ConfigError
+from .base import Reduction, ReductionPlan, TokenRows
+from .fastv import FastV
+from .random_tokens import RandomTokens
+
+# Each entry: a maker that takes the text after the first colon.
+REGISTRY: dict[str, Callable[[str], Reduction]] = {
+    "fastv": FastV.parse,
+    "random_tokens": RandomTokens.parse,
+}
+
+__all__ = [
+    "REGISTRY",
+    "FastV",
+    "RandomTokens",
+    "Reduction",
+    "ReductionPlan",
+    "TokenRows",
+    "parse_reduction",
+    "parse_reductions",
+]
+
+
+def parse_reduction(text: str) -> Reduction:
+    """A reduction from its command line form: ``fastv:K:R``, ``random_tokens:K[:SEED]``.
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown or its argument malformed.
+    """
+    name, _, argument = text.partition(":")
+    if name not in REGISTRY:
+        raise ConfigError(f"reduction {text!r}: expected one of fastv:K:R, random_tokens:K[:SEED]")
+    return REGISTRY[name](argument)
+
+
+def parse_reductions(text: str) -> tuple[Reduction, ...]:
+    """Reductions joined by ``+``; an empty text or ``none``: none."""
+    if text in ("", "none"):
+        return ()
+    return check_reductions([parse_reduction(part) for part in text.split("+")])
+
+
+def check_reductions(reductions: Sequence[Reduction]) -> tuple[Reduction, ...]:
+    """The reductions as a tuple.
+
+    Raises
+    ------
+    ConfigError
+        If something else is among them.
+    """
+    for item in reductions:
+        if not isinstance(item, Reduction):
+            raise ConfigError(
+                f"reductions holds a {type(item).__name__}: expected objects such as FastV(2, 0.5)"
+            )
+    return tuple(reductions)

@@ -1,0 +1,96 @@
+"""What a reduction is: it sees a batch's tokens before the first layer, and answers with a plan.
+
+Shapes: B rows, N tokens of the padded batch, L decoder layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..spans import Spans
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """A batch before its prefill; tensors are on the CPU.
+
+    Attributes
+    ----------
+    num_layers
+        L.
+    spans
+        Where the image and the text sit.
+    sample_ids
+        One id for each row.
+    """
+
+    num_layers: int
+    spans: Spans
+    sample_ids: Sequence[str]
+
+
+class ReductionPlan:
+    """What a reduction does to one prefill. This one does nothing."""
+
+    def drops(self, k: int) -> bool:
+        """Do tokens leave after layer k?"""
+        return False
+
+    def reads_attention(self, k: int) -> bool:
+        """Must `keep` be told whom each row's last prompt token attends to in layer k?"""
+        return False
+
+    def keep(self, k: int, carried_BN: Tensor, scores_BN: Tensor | None) -> Tensor:
+        """(B, N) bool on the CPU: what stays after layer k.
+
+        Parameters
+        ----------
+        carried_BN
+            (B, N) bool on the CPU: tokens that went through layer k.
+        scores_BN
+            (B, N) float32 on the backbone's device: attention of the last prompt token, mean over heads; -inf
+            where nothing was carried. None unless asked for.
+        """
+        return carried_BN
+
+
+class Reduction:
+    """Base of all reductions; a subclass gives `name` and `start`."""
+
+    name = ""
+
+    def check(self, num_layers: int) -> None:
+        """Raise where this reduction cannot serve a backbone of L layers."""
+
+    def start(self, rows: TokenRows) -> ReductionPlan:
+        """The plan for one prefill."""
+        raise NotImplementedError
+
+
+def check_layer(name: str, layer: int, num_layers: int) -> None:
+    """Raise unless tokens that leave after `layer` spare a later layer something.
+
+    Raises
+    ------
+    ConfigError
+        Naming the range.
+    """
+    if not 1 <= layer < num_layers:
+        raise ConfigError(
+            f"{name} after layer {layer}: expected 1..{num_layers - 1}, the backbone has {num_layers} layers"
+        )
+
+
+def top_share(scores_BN: Tensor, among_BN: Tensor, share: float) -> Tensor:
+    """(B, N) bool: the best floor(share * n) of each row's n tokens `among_BN`; of equals the earlier."""
+    # A share such as 1 - 0.9 of 10 tokens is one token, whatever the binary fraction says.
+    num_B1 = (among_BN.sum(1, keepdim=True).double() * share + 1e-9).floor().to(scores_BN.device)
+    scores_BN = scores_BN.masked_fill(~among_BN.to(scores_BN.device), -torch.inf)
+    order_BN = torch.argsort(scores_BN, dim=1, descending=True, stable=True)
+    is_kept_BN = torch.arange(scores_BN.shape[1], device=scores_BN.device) < num_B1
+    return torch.zeros_like(is_kept_BN).scatter(1, order_BN, is_kept_BN).cpu() & among_BN

@@ -1,0 +1,164 @@
+"""Whom each row's last prompt token attends to in one layer, whatever attention function the model runs.
+
+The layer runs as it is; then its attention module is asked once more, for the last token alone, with the
+keys it has just made. One row of scores instead of all N: SDPA and FlashAttention stay on everywhere.
+
+Shapes: R rows, T tokens of a stream, H heads, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedBackboneError
+from .cache import Capture
+from .picking import Picker
+from .streams import Stream
+from .windows import Window
+
+
+class LastRow:
+    """Around one call of a decoder layer; afterwards `scores` are to be had.
+
+    Parameters
+    ----------
+    layer
+        The decoder layer.
+    stream
+        What the layer is called on.
+    window
+        The layer's reach.
+
+    Raises
+    ------
+    UnsupportedBackboneError
+        If the layer's attention is not a module that can be asked for its weights.
+    """
+
+    def __init__(self, layer: nn.Module, stream: Stream, window: Window | None) -> None:
+        self.attention = getattr(layer, "self_attn", None)
+        if not isinstance(self.attention, nn.Module) or not hasattr(self.attention, "config"):
+            raise _refusal(layer, "it has no attention module `self_attn` with a config")
+        self.layer, self.stream, self.window = layer, stream, window
+        self._given: dict[str, Any] = {}
+        self._seen: Capture | None = None
+
+    def __enter__(self) -> LastRow:
+        self._handle = self.attention.register_forward_pre_hook(self._note, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Look no further."""
+        self._handle.remove()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = list(inspect.signature(module.forward).parameters)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        self._seen = _Tee(kwargs.get("past_key_values"))
+        self._given = kwargs
+        return (), {**kwargs, "past_key_values": self._seen}
+
+    @torch.no_grad()
+    def scores(self) -> Tensor:
+        """(R, T) float32 attention weights of each row's last real token, mean over heads.
+
+        Raises
+        ------
+        UnsupportedBackboneError
+            If the attention keeps its keys or its weights to itself.
+        """
+        if self._seen is None or self._seen.keys is None:
+            raise _refusal(self.layer, "its attention does not hand its keys to the cache")
+        hidden_RTD = self._given["hidden_states"]
+        device, (rows, tokens) = hidden_RTD.device, hidden_RTD.shape[:2]
+        real_RT = self.stream.real_RT
+        last_R1 = tokens - 1 - real_RT.flip(1).to(torch.uint8).argmax(1, keepdim=True)
+        pick = Picker(rows, tokens, torch.arange(rows), last_R1, device)
+        given = {name: pick(value, remember=False) for name, value in self._given.items()}
+        given["hidden_states"] = pick(hidden_RTD, remember=False)
+        given["attention_mask"] = self._mask(last_R1, hidden_RTD)
+        given["past_key_values"] = _Held(self._seen.keys, self._seen.values)
+        # Only the eager function returns weights; the module reads its choice from its config.
+        shared = self.attention.config
+        own = copy.copy(shared)
+        own._attn_implementation_internal = "eager"
+        self.attention.config = own
+        try:
+            output = self.attention(**given)
+        finally:
+            self.attention.config = shared
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if not isinstance(weights, Tensor) or weights.shape[-1] < tokens:
+            raise _refusal(self.layer, "its attention does not return its weights")
+        # Some functions put a sink before or behind the keys; the keys come first in all that do.
+        return weights[..., 0, :tokens].float().mean(1)
+
+    def _mask(self, last_R1: Tensor, hidden_RTD: Tensor) -> Tensor | None:
+        """(R or 1, 1, 1, T) additive."""
+        given, lowest = self._given.get("attention_mask"), torch.finfo(hidden_RTD.dtype).min
+        if isinstance(given, Tensor) and given.dim() == 4:
+            given = given.expand(len(last_R1), -1, -1, -1)
+            index = last_R1.to(given.device)[:, None, None].expand(-1, given.shape[1], -1, given.shape[3])
+            row = given.gather(2, index)
+            if row.dtype != torch.bool:
+                return row
+            return torch.zeros_like(row, dtype=hidden_RTD.dtype).masked_fill(~row, lowest)
+        seen_RT = self.stream.real_RT
+        if self.window is not None:
+            # Compact streams are given a 4D mask where a window is short, so columns are positions here.
+            first_R1 = seen_RT.to(torch.uint8).argmax(1, keepdim=True)
+            columns_1T = torch.arange(seen_RT.shape[1])[None]
+            query_R11 = (last_R1 - first_R1)[:, :, None]
+            seen_RT = seen_RT & self.window.reaches(query_R11, (columns_1T - first_R1)[:, None])[:, 0]
+        if seen_RT.all():
+            return None
+        hidden = ~seen_RT.to(hidden_RTD.device)[:, None, None]
+        return torch.zeros_like(hidden, dtype=hidden_RTD.dtype).masked_fill(hidden, lowest)
+
+
+class _Tee(Capture):
+    """Remembers the K/V on their way to the cache."""
+
+    def __init__(self, cache: Any) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Remember and hand on."""
+        super().update(key_states, value_states)
+        if self._cache is None:
+            return key_states, value_states
+        return self._cache.update(key_states, value_states, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_cache"], name)
+
+
+class _Held(Capture):
+    """A cache that already holds the token that is asked about."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """What is held, in place of the one token."""
+        return self.keys, self.values
+
+
+def _refusal(layer: nn.Module, reason: str) -> UnsupportedBackboneError:
+    return UnsupportedBackboneError(
+        f"{type(layer).__name__} cannot tell what its last token attends to: {reason}. "
+        "Reductions that rank tokens by attention (fastv) cannot serve this model"
+    )
