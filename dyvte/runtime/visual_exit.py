@@ -28,6 +28,7 @@ _IMAGE_ARGUMENTS = (
     "pixel_values",
     "pixel_values_videos",
     "pixel_values_images",
+    "image_patches",
     "image_embeds",
     "mm_encoder_outputs",  # encoded beforehand: `generate` does so
 )
@@ -234,10 +235,7 @@ class ExitSession:
             if past == 0:
                 self._start_prefill(ids_BN, embeds_BND, mask_BN, images)
             elif images:
-                raise ExitRuntimeError(
-                    "a new image in a later turn on the same cache is not supported: "
-                    "start a new cache with the whole conversation"
-                )
+                self._start_later_image(ids_BN, embeds_BND, mask_BN, cache)
             else:
                 _check_decode_mask(mask_BN, cache, past + new_tokens)
                 new_valid = None
@@ -251,9 +249,23 @@ class ExitSession:
         self.engine.finish(failed=output is None)
         self._seen.clear()
 
+    def _start_later_image(
+        self, ids_BN: Tensor | None, embeds_BND: Tensor | None, mask_BN: Tensor | None, cache: Any
+    ) -> None:
+        # The old turns' exits are past: a new image is right only where nothing left and nothing will.
+        if mask_BN is not None and ids_BN is not None:
+            mask_BN = mask_BN[:, -ids_BN.shape[1] :]
+        if holds_exits(cache) or self._start_prefill(ids_BN, embeds_BND, mask_BN, images=True):
+            self.engine.finish(failed=True)
+            raise ExitRuntimeError(
+                "a new image in a later turn on the same cache is not supported: "
+                "start a new cache with the whole conversation"
+            )
+
     def _start_prefill(
         self, ids_BN: Tensor | None, embeds_BND: Tensor | None, mask_BN: Tensor | None, images: bool
-    ) -> None:
+    ) -> bool:
+        """Find the visual tokens and take up the prefill; True where some may leave."""
         if ids_BN is None:
             raise ExitRuntimeError(
                 "the visual tokens are found in input_ids, but only inputs_embeds were given: pass input_ids"
@@ -280,16 +292,16 @@ class ExitSession:
                     f"(ids {self.backbone.visual_token_ids}): let the processor expand the prompt, or pass "
                     "visual_token_ids"
                 )
-            return
+            return False
         _warn_short_prompts(layout)
         decoder_mask = self._seen.get(len(self.backbone.path) - 1, {}).get("attention_mask")
         plain = decoder_mask is None or (isinstance(decoder_mask, Tensor) and decoder_mask.dim() == 2)
-        if self.engine.start_prefill(layout, self._sample_ids(layout.batch), plain):
-            if self._argument("output_attentions"):
-                raise ExitRuntimeError(
-                    "output_attentions has no meaning once tokens have left: switch it off"
-                )
-            check_cache(self._argument("past_key_values"))
+        if not self.engine.start_prefill(layout, self._sample_ids(layout.batch), plain):
+            return False
+        if self._argument("output_attentions"):
+            raise ExitRuntimeError("output_attentions has no meaning once tokens have left: switch it off")
+        check_cache(self._argument("past_key_values"))
+        return True
 
     def _two_dimensional_mask(self) -> Tensor | None:
         # gemma3 and paligemma hand a 4D or dict mask to their text model; the 2D one is higher up.

@@ -57,26 +57,45 @@ def exit_by_masks(model, exits_P, visual_ids, layers=None, attention=None):
             handle.remove()
 
 
+def positions_of(model, ids_BN: Tensor, valid_BN: Tensor, inputs: dict) -> Tensor:
+    """Position ids as `generate` makes them: (B, N) counted over real tokens; with M-RoPE (4, B, N)."""
+    text_BN = (valid_BN.cumsum(1) - 1).clamp(min=0)
+    if "mm_token_type_ids" not in inputs:
+        return text_BN
+    axes_3BN, _ = model.model.get_rope_index(
+        ids_BN,
+        _grown(inputs["mm_token_type_ids"], ids_BN.shape[1]),
+        image_grid_thw=inputs.get("image_grid_thw"),
+        attention_mask=valid_BN,
+    )
+    return torch.cat([text_BN[None], axes_3BN])
+
+
+def _grown(types_BN: Tensor, tokens: int) -> Tensor:
+    # what is generated is text
+    return torch.nn.functional.pad(types_BN, (0, tokens - types_BN.shape[1]))
+
+
 @torch.no_grad()
-def greedy_reference(model, inputs: dict, exits_B, visual_ids, steps: int):
+def greedy_reference(model, inputs: dict, exits_B, visual_ids, steps: int, attention=None):
     """Logits (B, 1 + steps, V) of the prefill's end and each greedy step, and tokens (B, 1 + steps)."""
     inputs = dict(inputs)
     ids_BN, valid_BN = inputs.pop("input_ids"), inputs.pop("attention_mask")
     logits, tokens = [], []
-    for _ in range(steps + 1):
-        with exit_by_masks(model, exits_B, visual_ids):
-            positions_BN = (valid_BN.cumsum(1) - 1).clamp(min=0)
+    with exit_by_masks(model, exits_B, visual_ids, attention=attention):
+        for _ in range(steps + 1):
+            grown = {n: _grown(v, ids_BN.shape[1]) for n, v in inputs.items() if n.endswith("token_type_ids")}
             out = model(
                 input_ids=ids_BN,
                 attention_mask=valid_BN,
-                position_ids=positions_BN,
+                position_ids=positions_of(model, ids_BN, valid_BN, inputs),
                 use_cache=False,
-                **inputs,
+                **{**inputs, **grown},
             )
-        logits.append(out.logits[torch.arange(len(ids_BN)), last_valid(valid_BN)])
-        tokens.append(allowed_argmax(logits[-1], visual_ids))
-        ids_BN = torch.cat([ids_BN, tokens[-1][:, None]], 1)
-        valid_BN = torch.cat([valid_BN, torch.ones_like(valid_BN[:, :1])], 1)
+            logits.append(out.logits[torch.arange(len(ids_BN)), last_valid(valid_BN)])
+            tokens.append(allowed_argmax(logits[-1], visual_ids))
+            ids_BN = torch.cat([ids_BN, tokens[-1][:, None]], 1)
+            valid_BN = torch.cat([valid_BN, torch.ones_like(valid_BN[:, :1])], 1)
     return torch.stack(logits, 1), torch.stack(tokens, 1)
 
 
@@ -85,23 +104,25 @@ def greedy_cached(model, inputs: dict, visual_ids, steps: int):
     """The same by the ordinary loop of cached forward calls, for use inside an exit block; also the cache."""
     inputs = dict(inputs)
     ids_BN, valid_BN = inputs.pop("input_ids"), inputs.pop("attention_mask")
-    positions_BN = (valid_BN.cumsum(1) - 1).clamp(min=0)
     out = model(
-        input_ids=ids_BN, attention_mask=valid_BN, position_ids=positions_BN, use_cache=True, **inputs
+        input_ids=ids_BN,
+        attention_mask=valid_BN,
+        position_ids=positions_of(model, ids_BN, valid_BN, inputs),
+        use_cache=True,
+        **inputs,
     )
     logits = [out.logits[torch.arange(len(ids_BN)), last_valid(valid_BN)]]
     tokens = [allowed_argmax(logits[-1], visual_ids)]
-    next_B1 = valid_BN.sum(1, keepdim=True)
     for _ in range(steps):
-        valid_BN = torch.cat([valid_BN, torch.ones_like(next_B1)], 1)
+        ids_BN = torch.cat([ids_BN, tokens[-1][:, None]], 1)
+        valid_BN = torch.cat([valid_BN, torch.ones_like(valid_BN[:, :1])], 1)
         out = model(
             input_ids=tokens[-1][:, None],
             attention_mask=valid_BN,
-            position_ids=next_B1,
+            position_ids=positions_of(model, ids_BN, valid_BN, inputs)[..., -1:],
             past_key_values=out.past_key_values,
             use_cache=True,
         )
-        next_B1 = next_B1 + 1
         logits.append(out.logits[:, -1])
         tokens.append(allowed_argmax(logits[-1], visual_ids))
     return torch.stack(logits, 1), torch.stack(tokens, 1), out.past_key_values

@@ -13,7 +13,7 @@ import torch
 import dyvte
 from dyvte.policies import OraclePolicy
 
-from .families import ATTENTION, FAMILIES
+from .families import ATTENTION, FAMILIES, build, one_row
 from .reference import exit_by_masks, greedy_cached, greedy_reference
 from .zoo.common import END, IMAGE, START
 
@@ -31,12 +31,6 @@ REST = [
     for attention, a, b in product(FAST, range(LAYERS + 1), range(LAYERS + 1))
     if [a, -1, b] not in FAST[attention] and (a, b) != (LAYERS, LAYERS)
 ]
-
-
-@cache
-def build(family, attention):
-    """Nobody may change it."""
-    return FAMILIES[family](attention)
 
 
 @cache
@@ -94,7 +88,7 @@ def test_ids_given_by_the_user_leave_too():
         expected = model.generate(**inputs, **GREEDY, use_cache=False)
     with dyvte.VisualExit.from_policy(OraclePolicy(exits), visual_token_ids=ids)(model) as run:
         got = model.generate(**inputs, **GREEDY)
-    assert run.records[0].num_visual_B.tolist() == [6, 0, 12]
+    assert run.records[0].num_visual_B.tolist() == [6, 0, 20]
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(got.logits, expected.logits, strict=True):
         assert (a - b).abs().max() < 1e-4
@@ -103,25 +97,49 @@ def test_ids_given_by_the_user_leave_too():
 def right_padded(inputs):
     """The same rows, padding on the other side."""
     moved = dict(inputs)
-    for name in ("input_ids", "attention_mask"):
+    for name in inputs.keys() & {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}:
         rows = zip(inputs[name], (1 - inputs["attention_mask"]).sum(1).tolist(), strict=True)
         moved[name] = torch.stack([row.roll(-pad) for row, pad in rows])
     return moved
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("exits", [[1, -1, 3], [0, -1, 4], [2, -1, 2]])
-@pytest.mark.parametrize(
-    "family", ["llava_next", "llava_onevision", "video_llava", "internvl", "idefics3", "smolvlm", "mistral3"]
-)
-def test_right_padding_equals_brute_force(family, exits):
-    model, inputs, visual_ids = build(family, "sdpa")
+def check_right_padding(family, attention, exits):
+    model, inputs, visual_ids = build(family, attention)
     inputs = right_padded(inputs)
-    expected_logits, expected_tokens = greedy_reference(model, inputs, exits, visual_ids, 8)
+    expected_logits, expected_tokens = greedy_reference(
+        model, inputs, exits, visual_ids, 8, attention=ATTENTION.get(family)
+    )
     with dyvte.VisualExit.from_policy(OraclePolicy(exits))(model):
         logits, tokens, _ = greedy_cached(model, inputs, visual_ids, 8)
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4)
     assert torch.equal(tokens, expected_tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padding_equals_brute_force(family):
+    check_right_padding(family, "sdpa", [1, -1, 3])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("exits", [[0, -1, 4], [2, -1, 2], [4, -1, 1], [3, -1, 0]], ids=str)
+@pytest.mark.parametrize("attention", FAST)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padding_equals_brute_force_at_more_exits(family, attention, exits):
+    check_right_padding(family, attention, exits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_equals_its_batch_of_one(family):
+    # one image, no image, two images (of different size where the family knows such)
+    model, inputs, visual_ids = build(family, "sdpa")
+    exits = [1, -1, 3]
+    with dyvte.VisualExit.from_policy(OraclePolicy(exits))(model):
+        together, tokens, _ = greedy_cached(model, inputs, visual_ids, 4)
+    for row, k in enumerate(exits):
+        with dyvte.VisualExit.from_policy(OraclePolicy([k]))(model):
+            alone, alone_tokens, _ = greedy_cached(model, one_row(family, inputs, row), visual_ids, 4)
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-4)
+        assert torch.equal(alone_tokens[0], tokens[row])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -65,10 +65,12 @@ def ids_of(rows: Sequence[Sequence[int | Sequence[int]]]) -> dict[str, torch.Ten
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def one_none_two(run: list[int], among_several: list[int] | None = None) -> dict[str, torch.Tensor]:
-    """Rows with one image, none and two; a run is what one image becomes, alone or beside others."""
-    several = among_several or run
-    return ids_of([[3, run, 6], [7], [2, several, 3, several, 5]])
+def one_none_two(
+    alone: list[int], first: list[int] | None = None, second: list[int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Rows with one image, none and two; a run is what an image becomes, alone or as one of two."""
+    first = first or alone
+    return ids_of([[3, alone, 6], [7], [2, first, 3, second or first, 5]])
 
 
 def noise(*shape: int) -> torch.Tensor:

@@ -37,13 +37,15 @@ def llava_next(attention: str) -> Built:
         text_config={"model_type": "llama", **TEXT},
         vision_config={"model_type": "clip_vision_model", **CLIP},
         image_token_id=IMAGE,
-        image_grid_pinpoints=[[16, 16]],
+        image_grid_pinpoints=[[16, 16], [16, 32]],
         vision_feature_layer=-1,
         attn_implementation=attention,
     )
-    inputs = one_none_two([IMAGE] * (16 + 4 * 5))
-    inputs["pixel_values"] = noise(3, 2, 3, 16, 16)
-    inputs["image_sizes"] = torch.tensor([[16, 16]] * 3)
+    # base view 16 tokens, then one or two tiles side by side with a newline after each line
+    square, wide = [IMAGE] * (16 + 4 * 5), [IMAGE] * (16 + 4 * 9)
+    inputs = one_none_two(square, square, wide)
+    inputs["pixel_values"] = noise(3, 3, 3, 16, 16)
+    inputs["image_sizes"] = torch.tensor([[16, 16], [16, 16], [16, 32]])
     return make(LlavaNextForConditionalGeneration, config), inputs, (IMAGE,)
 
 
@@ -67,8 +69,10 @@ def internvl(attention: str) -> Built:
         image_seq_length=4,
         attn_implementation=attention,
     )
-    inputs = one_none_two([START, *[IMAGE] * 4, END])
-    inputs["pixel_values"] = noise(3, 3, 16, 16)
+    # the last image is large: three tiles
+    tile = [START, *[IMAGE] * 4, END]
+    inputs = one_none_two(tile, tile, [START, *[IMAGE] * 12, END])
+    inputs["pixel_values"] = noise(1 + 1 + 3, 3, 16, 16)
     return make(InternVLForConditionalGeneration, config), inputs, (IMAGE,)
 
 
@@ -92,11 +96,14 @@ def video_llava(attention: str) -> Built:
     return make(VideoLlavaForConditionalGeneration, config), inputs, (IMAGE, VIDEO)
 
 
-def _padded_pictures() -> torch.Tensor:
-    # idefics3 pads each row to the largest number of images; an image of zeros is padding
-    pixels = noise(3, 2, 3, 16, 16)
-    pixels[0, 1] = pixels[1] = 0
-    return pixels
+def _pictures_in_tiles() -> dict[str, torch.Tensor]:
+    """The last image is split: two tiles, each behind a tag that is text, and the whole."""
+    whole, tag = [START, *[IMAGE] * 4, END], VIDEO
+    inputs = one_none_two(whole, whole, 2 * [START, tag, *[IMAGE] * 4] + whole)
+    # each row is padded to the largest number of tiles; an image of zeros is padding
+    pixels = noise(3, 4, 3, 16, 16)
+    pixels[0, 1:] = pixels[1] = 0
+    return {**inputs, "pixel_values": pixels}
 
 
 def idefics3(attention: str) -> Built:
@@ -111,9 +118,7 @@ def idefics3(attention: str) -> Built:
         pad_token_id=0,
         attn_implementation=attention,
     )
-    inputs = one_none_two([START, *[IMAGE] * 4, END])
-    inputs["pixel_values"] = _padded_pictures()
-    return make(Idefics3ForConditionalGeneration, config), inputs, (IMAGE,)
+    return make(Idefics3ForConditionalGeneration, config), _pictures_in_tiles(), (IMAGE,)
 
 
 def smolvlm(attention: str) -> Built:
@@ -128,9 +133,7 @@ def smolvlm(attention: str) -> Built:
         pad_token_id=0,
         attn_implementation=attention,
     )
-    inputs = one_none_two([START, *[IMAGE] * 4, END])
-    inputs["pixel_values"] = _padded_pictures()
-    return make(SmolVLMForConditionalGeneration, config), inputs, (IMAGE,)
+    return make(SmolVLMForConditionalGeneration, config), _pictures_in_tiles(), (IMAGE,)
 
 
 def mistral3(attention: str) -> Built:

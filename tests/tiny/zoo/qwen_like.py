@@ -26,11 +26,12 @@ VISION = {
 
 
 def _inputs() -> dict[str, Any]:
-    # a grid of 4 x 4 patches merges to 4 tokens
-    inputs = one_none_two([START, IMAGE, IMAGE, IMAGE, IMAGE, END])
+    # four patches merge to one token
+    small, wide = [START, *[IMAGE] * 4, END], [START, *[IMAGE] * 8, END]
+    inputs = one_none_two(small, small, wide)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    inputs["pixel_values"] = noise(3 * 16, 3 * 2 * 4 * 4)
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 3)
+    inputs["pixel_values"] = noise(16 + 16 + 32, 3 * 2 * 4 * 4)
+    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4], [1, 4, 8]])
     return inputs
 
 
