@@ -39,6 +39,10 @@ class ExitRuntimeError(DyvteError, RuntimeError):
     """The exit runtime was used in a way it cannot serve: a nested block, a foreign cache or mask."""
 
 
+class MemoryBudgetError(DyvteError, ValueError):
+    """A pass cannot be cut up so that it fits the memory it was given."""
+
+
 class CalibrationError(DyvteError, ValueError):
     """No threshold can meet what calibration was asked for."""
 

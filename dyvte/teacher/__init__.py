@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dyvte.teacher.exits import exit_logits, kl_divergence, trace_exits
+from dyvte.teacher.exits import exit_logits, kl_divergence, thinned_exits, trace_exits
 from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.pipeline import write_traces
 from dyvte.teacher.store import Manifest, Shard, TraceStore
@@ -19,6 +19,7 @@ __all__ = [
     "exit_logits",
     "greedy_answers",
     "kl_divergence",
+    "thinned_exits",
     "trace_exits",
     "write_traces",
 ]

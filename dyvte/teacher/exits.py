@@ -1,11 +1,13 @@
 """One teacher pass over a batch: a whole :class:`~dyvte.teacher.trace.Trace` from one forward.
 
-Shape letters: B rows, N tokens, A predicted positions, V vocabulary, K = L+1 exit layers, F features.
+Shape letters: B rows, N tokens, A predicted positions of a row, R of all rows, V vocabulary, K exits (0..L, or
+those of a thinned pass), F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +18,25 @@ from dyvte.backbones import Backbone, describe
 from dyvte.errors import DataError
 from dyvte.gates import DEFAULT_FEATURES
 from dyvte.spans import Spans, find_spans
-from dyvte.teacher.streams import all_exits
-from dyvte.teacher.trace import Trace
+from dyvte.teacher.layout import Slots
+from dyvte.teacher.plain import forward_inputs
+from dyvte.teacher.streams import ExitStreams, all_exits
+from dyvte.teacher.trace import COLUMNS, Trace
 
 
 @dataclass(frozen=True)
 class ExitLogits:
-    """Next-token logits of every exit, packed to the left over the predicted positions."""
+    """Next-token logits of the exits, packed to the left over the predicted positions.
+
+    Row i of ``logits_KBAV`` is exit layer ``exits[i]``; the last is the full model.
+    """
 
     logits_KBAV: Tensor
     valid_BA: Tensor
     features_BLF: Tensor
     spans: Spans
     backbone: Backbone
+    exits: tuple[int, ...]
 
 
 def trace_exits(
@@ -37,7 +45,9 @@ def trace_exits(
     answer_mask: Tensor,
     *,
     sample_ids: Sequence[str] | None = None,
+    exits: Sequence[int] | None = None,
     exits_per_chunk: int | None = None,
+    memory_budget: int | None = None,
     visual_token_ids: Iterable[int] | None = None,
     features: Sequence[str] = DEFAULT_FEATURES,
 ) -> Trace:
@@ -58,8 +68,15 @@ def trace_exits(
         compared.
     sample_ids:
         B ids for the trace; row numbers if None.
+    exits:
+        Exit layers to label; L, the full model, always belongs to them. None: all, 0..L. Fewer are cheaper
+        (:func:`thinned_exits`); the columns of the others are NaN.
     exits_per_chunk:
-        Exit streams per layer call, to bound memory. None: no call is larger than the full pass itself.
+        Exit streams per layer call. None: as many as ``memory_budget`` allows.
+    memory_budget:
+        Bytes that the decoder and the output head may hold beside the weights, by the estimate of
+        :mod:`dyvte.teacher.memory`: exits are taken through a layer, and answer positions through the output
+        head, as many at a time as fit. None: no call is larger than the full model's own.
     visual_token_ids:
         For families whose config does not name them.
     features:
@@ -75,59 +92,79 @@ def trace_exits(
     DataError
         If a row has no answer token, or an answer that starts right after a visual token or at the first
         position (the logits there mean nothing once the visual tokens left).
+    MemoryBudgetError
+        If the batch does not fit the budget even with one exit at a time.
     """
     trace, _ = trace_checked(
         model,
         inputs,
         answer_mask,
         sample_ids=sample_ids,
+        exits=exits,
         exits_per_chunk=exits_per_chunk,
+        memory_budget=memory_budget,
         visual_token_ids=visual_token_ids,
         features=features,
     )
     return trace
 
 
+@torch.no_grad()
 def trace_checked(
     model: nn.Module,
     inputs: Mapping[str, Any],
     answer_mask: Tensor,
     *,
     sample_ids: Sequence[str] | None = None,
-    exits_per_chunk: int | None = None,
-    visual_token_ids: Iterable[int] | None = None,
-    features: Sequence[str] = DEFAULT_FEATURES,
+    reference_BAV: Tensor | None = None,
+    **how: Any,
 ) -> tuple[Trace, Tensor]:
     """:func:`trace_exits`, and (B,) bool: the answer is the full model's argmax at every position.
 
     On greedy labels False means that generation and this pass disagree by rounding (a near tie, low
     precision).
+
+    ``reference_BAV`` (see :func:`dyvte.teacher.plain.predicted_logits`) stands in for the full model, in the trace and in that
+    answer: exits of a model with an adapter are compared with the model without it.
     """
     answer_BN = torch.as_tensor(answer_mask, dtype=torch.bool)
     ids = tuple(sample_ids) if sample_ids is not None else tuple(map(str, range(len(answer_BN))))
     if len(ids) != len(answer_BN):
         raise ValueError(f"{len(ids)} sample ids for {len(answer_BN)} rows")
-    found = exit_logits(
-        model,
-        inputs,
-        predict_BN=positions_before(answer_BN, ids),
-        answer_BN=answer_BN,
-        exits_per_chunk=exits_per_chunk,
-        visual_token_ids=visual_token_ids,
-        sample_ids=ids,
-        features=features,
-    )
-    input_ids_BN = inputs["input_ids"].to(found.valid_BA.device)
-    labels_BA = _packed_labels(input_ids_BN, answer_BN, found.valid_BA)
+    predict_BN = positions_before(answer_BN, ids)
+    with _pass(model, inputs, predict_BN=predict_BN, answer_BN=answer_BN, sample_ids=ids, **how) as done:
+        streams, blocks = done
+        # Both masks list the answer tokens of a row from left to right, rows one after the other.
+        labels_R = inputs["input_ids"][answer_BN.to(inputs["input_ids"].device)]
+        labels_R = labels_R.to(streams.states_KRD.device)
+        visual_ids = torch.tensor(streams.backbone.visual_token_ids, device=labels_R.device)
+        reference_RV = None
+        if reference_BAV is not None:
+            reference_RV = reference_BAV[streams.layout.predict.valid]
+        parts = [
+            _compare(
+                logits_KRV,
+                logits_KRV[-1] if reference_RV is None else reference_RV[at],
+                labels_R[at],
+                visual_ids,
+            )
+            for at, logits_KRV in blocks
+        ]
+    values = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+    valid_BA, num_columns = streams.layout.predict.valid, streams.backbone.num_layers + 1
     trace = Trace(
-        **_compare(found, labels_BA),
-        features=found.features_BLF,
+        **{
+            name: _spread(rows_KB.T, streams.exits, num_columns)
+            for name, rows_KB in _per_row(values, valid_BA).items()
+        },
+        features=torch.stack(streams.features_BF, 1),
         sample_ids=ids,
-        num_visual=found.spans.visual_BN.sum(1),
+        num_visual=streams.spans.visual_BN.sum(1),
+        exits=streams.exits,
     )
-    visual_ids = torch.tensor(found.backbone.visual_token_ids, device=labels_BA.device)
-    greedy_BA = _argmax(found.logits_KBAV[-1], visual_ids) == labels_BA
-    return trace, (greedy_BA | ~found.valid_BA).all(1)
+    greedy_BA = torch.ones_like(valid_BA)
+    greedy_BA[valid_BA] = values["greedy"]
+    return trace, greedy_BA.all(1)
 
 
 @torch.no_grad()
@@ -137,12 +174,48 @@ def exit_logits(
     *,
     predict_BN: Tensor,
     answer_BN: Tensor | None = None,
-    exits_per_chunk: int | None = None,
-    visual_token_ids: Iterable[int] | None = None,
     sample_ids: Sequence[str] | None = None,
-    features: Sequence[str] = DEFAULT_FEATURES,
+    **how: Any,
 ) -> ExitLogits:
-    """Next-token logits at ``predict_BN`` for all exit layers 0..L, from one forward."""
+    """Next-token logits at ``predict_BN`` for all exit layers, from one forward; options as for
+    :func:`trace_exits`. All of them at once: for short answers or few positions."""
+    with _pass(
+        model, inputs, predict_BN=predict_BN, answer_BN=answer_BN, sample_ids=sample_ids, **how
+    ) as done:
+        streams, blocks = done
+        logits_KRV = torch.cat([logits_KRV for _, logits_KRV in blocks], 1)
+    valid_BA = streams.layout.predict.valid
+    logits_KBAV = logits_KRV.new_zeros(len(streams.exits), *valid_BA.shape, logits_KRV.shape[-1])
+    logits_KBAV[:, valid_BA] = logits_KRV
+    return ExitLogits(
+        logits_KBAV=logits_KBAV,
+        valid_BA=valid_BA,
+        features_BLF=torch.stack(streams.features_BF, 1),
+        spans=streams.spans,
+        backbone=streams.backbone,
+        exits=streams.exits,
+    )
+
+
+def thinned_exits(num_layers: int, every: int) -> tuple[int, ...]:
+    """Exit layers 0, m, 2m, ... and L: every m-th, as a thinned pass labels them."""
+    if every < 1:
+        raise ValueError(f"exits can be thinned to every m-th with m >= 1, found {every}")
+    return tuple(sorted({*range(0, num_layers + 1, every), num_layers}))
+
+
+@contextmanager
+def _pass(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    predict_BN: Tensor,
+    answer_BN: Tensor | None,
+    sample_ids: Sequence[str] | None,
+    visual_token_ids: Iterable[int] | None = None,
+    **how: Any,
+) -> Iterator[tuple[ExitStreams, Iterator[tuple[slice, Tensor]]]]:
+    """The one forward; the streams, and the logits block by block."""
     backbone = describe(model, visual_token_ids)
     device = inputs["input_ids"].device
     predict_BN = predict_BN.to(device)
@@ -151,19 +224,10 @@ def exit_logits(
         inputs["input_ids"], backbone.visual_token_ids, inputs.get("attention_mask"), answer_BN
     )
     _check_predicted(spans, predict_BN, sample_ids)
-    with all_exits(
-        backbone, spans, predict_BN, exits_per_chunk=exits_per_chunk, features=features
-    ) as streams:
-        output = model(**_forward_inputs(backbone, inputs, spans), use_cache=False, return_dict=True)
-    rows = predict_BN.shape[0]
-    logits_KBAV = output.logits.unflatten(0, (backbone.num_layers + 1, rows))
-    return ExitLogits(
-        logits_KBAV=logits_KBAV,
-        valid_BA=streams.layout.predict.valid,
-        features_BLF=torch.stack(streams.features_BF, 1),
-        spans=spans,
-        backbone=backbone,
-    )
+    with all_exits(backbone, spans, predict_BN, **how) as streams:
+        given = forward_inputs(backbone, inputs, spans.valid_BN)
+        logits = model(**given, use_cache=False, return_dict=True).logits
+        yield streams, streams.blocks(model, logits)
 
 
 def positions_before(answer_BN: Tensor, sample_ids: Sequence[str]) -> Tensor:
@@ -186,47 +250,40 @@ def _check_predicted(spans: Spans, predict_BN: Tensor, sample_ids: Sequence[str]
         )
 
 
-def _forward_inputs(backbone: Backbone, inputs: Mapping[str, Any], spans: Spans) -> dict[str, Any]:
-    """The inputs with positions that count real tokens only, as ``generate`` counts them."""
-    given = {name: value for name, value in inputs.items() if value is not None and name != "labels"}
-    # Multi-axis families work out their own positions from the image grid.
-    own_positions = any(hasattr(module, "get_rope_index") for module in backbone.path)
-    if "position_ids" not in given and "attention_mask" in given and not own_positions:
-        given["position_ids"] = (spans.valid_BN.long().cumsum(1) - 1).clamp(min=0)
-    return given
+def _compare(
+    logits_KRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: Tensor
+) -> dict[str, Tensor]:
+    """(K, R) measures of each exit against the full model; log-probabilities in float32, one exit at a time
+    to bound memory."""
+    full_RV = full_RV.float().log_softmax(-1)
+    full_argmax_R = _argmax(full_RV, visual_ids)
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("risk", "reverse_risk", "agreement", "loss")}
+    for logits_RV in logits_KRV:
+        exit_RV = logits_RV.float().log_softmax(-1)
+        columns["risk"].append(kl_divergence(full_RV, exit_RV))
+        columns["reverse_risk"].append(kl_divergence(exit_RV, full_RV))
+        columns["agreement"].append((_argmax(exit_RV, visual_ids) == full_argmax_R).float())
+        columns["loss"].append(-exit_RV.gather(-1, labels_R[:, None]).squeeze(-1))
+    stacked = {name: torch.stack(values) for name, values in columns.items()}
+    return {**stacked, "greedy": full_argmax_R == labels_R}
 
 
-def _packed_labels(input_ids_BN: Tensor, answer_BN: Tensor, valid_BA: Tensor) -> Tensor:
-    """(B, A) label token of each predicted position; 0 where there is none."""
-    labels_BA = torch.zeros(valid_BA.shape, dtype=torch.long, device=valid_BA.device)
-    # Both masks list the answer tokens of a row from left to right.
-    labels_BA[valid_BA] = input_ids_BN[answer_BN.to(input_ids_BN.device)]
-    return labels_BA
+def _per_row(values: Mapping[str, Tensor], valid_BA: Tensor) -> dict[str, Tensor]:
+    """(K, B) means over each row's positions; ``same_answer`` where all of them agree."""
+    rows: dict[str, Tensor] = {}
+    for name in ("risk", "reverse_risk", "agreement", "loss"):
+        padded_KBA = values[name].new_zeros(len(values[name]), *valid_BA.shape)
+        padded_KBA[:, valid_BA] = values[name]
+        rows[name] = padded_KBA.sum(-1) / valid_BA.sum(1)
+    rows["same_answer"] = (rows["agreement"] == 1).float()
+    return {name: rows[name] for name in COLUMNS}
 
 
-def _compare(found: ExitLogits, labels_BA: Tensor) -> dict[str, Tensor]:
-    """The (B, K) columns of a trace; log-probabilities in float32, one exit at a time to bound memory."""
-    valid_BA = found.valid_BA
-    count_B = valid_BA.sum(1)
-    visual_ids = torch.tensor(found.backbone.visual_token_ids, device=labels_BA.device)
-    full_BAV = found.logits_KBAV[-1].float().log_softmax(-1)
-    full_argmax_BA = _argmax(full_BAV, visual_ids)
-
-    def mean_B(values_BA: Tensor) -> Tensor:
-        return values_BA.masked_fill(~valid_BA, 0).sum(1) / count_B
-
-    columns: dict[str, list[Tensor]] = {
-        "risk": [], "reverse_risk": [], "agreement": [], "same_answer": [], "loss": []
-    }  # fmt: skip
-    for logits_BAV in found.logits_KBAV:
-        exit_BAV = logits_BAV.float().log_softmax(-1)
-        equal_BA = _argmax(exit_BAV, visual_ids) == full_argmax_BA
-        columns["risk"].append(mean_B(kl_divergence(full_BAV, exit_BAV)))
-        columns["reverse_risk"].append(mean_B(kl_divergence(exit_BAV, full_BAV)))
-        columns["agreement"].append(mean_B(equal_BA.float()))
-        columns["same_answer"].append((equal_BA | ~valid_BA).all(1).float())
-        columns["loss"].append(mean_B(-exit_BAV.gather(-1, labels_BA[..., None]).squeeze(-1)))
-    return {name: torch.stack(values, 1) for name, values in columns.items()}
+def _spread(values_BK: Tensor, exits: Sequence[int], num_columns: int) -> Tensor:
+    """(B, L+1) columns by exit layer; NaN where an exit has no label."""
+    columns = values_BK.new_full((len(values_BK), num_columns), torch.nan)
+    columns[:, list(exits)] = values_BK
+    return columns
 
 
 def kl_divergence(log_p_V: Tensor, log_q_V: Tensor) -> Tensor:
@@ -235,5 +292,5 @@ def kl_divergence(log_p_V: Tensor, log_q_V: Tensor) -> Tensor:
     return (p_V * (log_p_V - log_q_V)).masked_fill(p_V == 0, 0).sum(-1)
 
 
-def _argmax(log_p_BAV: Tensor, excluded: Tensor) -> Tensor:
-    return log_p_BAV.index_fill(-1, excluded, float("-inf")).argmax(-1)
+def _argmax(log_p_V: Tensor, excluded: Tensor) -> Tensor:
+    return log_p_V.index_fill(-1, excluded, float("-inf")).argmax(-1)

@@ -76,11 +76,26 @@ class Layout:
         )
 
 
-def mask_of_streams(mask: Tensor | None, layout: Layout, implementation: str, dtype: torch.dtype) -> Any:
-    """The attention mask of an exit stream, cut out of the mask its layer was given.
+def mask_of_streams(mask: Tensor | None, layout: Layout, implementation: str) -> Any:
+    """The attention mask of an exit stream's layer; see :func:`cut_mask`.
+
+    An empty query slot attends to itself: a row of nothing would be NaN, and NaN spreads to later layers.
+    """
+    queries, keys = layout.suffix, layout.keys
+    cut = cut_mask(mask, queries, keys, implementation)
+    if cut.dim() == 2:
+        return cut
+    own = torch.arange(keys.index.shape[1], device=cut.device) - layout.prefix.index.shape[1]
+    own = own[None, None, None, :] == torch.arange(queries.index.shape[1], device=cut.device)[:, None]
+    own = own & ~queries.valid[:, None, :, None]
+    return cut | own if cut.dtype == torch.bool else cut.masked_fill(own, 0.0)
+
+
+def cut_mask(mask: Tensor | None, queries: Slots, keys: Slots, implementation: str) -> Tensor:
+    """An attention mask of some queries and keys, cut out of the mask that a layer was given.
 
     Whatever rule the model put into the mask (windows, bidirectional images, prefix text) is kept, because
-    only rows and columns are removed from it.
+    only rows and columns are removed from it. Empty query slots see nothing.
 
     Parameters
     ----------
@@ -89,12 +104,10 @@ def mask_of_streams(mask: Tensor | None, layout: Layout, implementation: str, dt
     implementation:
         The attention implementation's name in transformers.
     """
-    queries, keys = layout.suffix, layout.keys
     if "flash" in implementation:
         return _flash_mask(mask, keys, implementation)
     if mask is None:
-        allowed = queries.index[:, None, :, None] >= keys.index[:, None, None, :]
-        mask = allowed
+        mask = queries.index[:, None, :, None] >= keys.index[:, None, None, :]
     elif mask.dim() == 4:
         rows = torch.arange(queries.index.shape[0], device=mask.device)[:, None, None]
         mask = mask.expand(len(rows), -1, -1, -1)
@@ -104,15 +117,10 @@ def mask_of_streams(mask: Tensor | None, layout: Layout, implementation: str, dt
             f"the teacher cannot read an attention mask of shape {tuple(mask.shape)} of implementation "
             f"{implementation!r}; load the backbone with attn_implementation='sdpa' or 'eager'"
         )
-    # An empty query slot attends to itself: a row of nothing would be NaN, and NaN spreads.
-    own = torch.arange(keys.index.shape[1], device=mask.device) - layout.prefix.index.shape[1]
-    own = own[None, None, None, :] == torch.arange(queries.index.shape[1], device=mask.device)[:, None]
-    padding_query = ~queries.valid[:, None, :, None]
+    hidden = ~keys.valid[:, None, None, :] | ~queries.valid[:, None, :, None]
     if mask.dtype == torch.bool:
-        return (mask & keys.valid[:, None, None, :] & ~padding_query) | (padding_query & own)
-    least = torch.finfo(mask.dtype).min
-    mask = mask.masked_fill(~keys.valid[:, None, None, :] | padding_query, least)
-    return mask.masked_fill(padding_query & own, 0.0)
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def _flash_mask(mask: Tensor | None, keys: Slots, implementation: str) -> Tensor:
@@ -137,21 +145,21 @@ def prefix_sees_beyond(mask: Any, spans: Spans) -> bool:
     return bool((allowed_BNN & spans.prefix_BN[:, :, None] & later_BN[:, None, :]).any())
 
 
-def take_suffix(name: str, value: Any, suffix: Slots, num_tokens: int) -> Any:
-    """A layer argument that runs along the sequence, at the suffix slots only; others as they are.
+def take_slots(name: str, value: Any, slots: Slots, num_tokens: int) -> Any:
+    """A layer argument that runs along the sequence, at some slots only; others as they are.
 
     Known forms: (B or 1, N, ...), and (3, B or 1, N) or (3, B or 1, N, d) of multi-axis rotary positions;
     tuples of such (cos and sin).
     """
     if isinstance(value, tuple):
-        return tuple(take_suffix(name, item, suffix, num_tokens) for item in value)
+        return tuple(take_slots(name, item, slots, num_tokens) for item in value)
     if not isinstance(value, Tensor) or value.dim() < 2:
         return value
-    rows = suffix.index.shape[0]
+    rows = slots.index.shape[0]
     if value.shape[1] == num_tokens and value.shape[0] in (1, rows):
-        return suffix.take(value)
+        return slots.take(value)
     if name.startswith("position") and value.dim() >= 3 and value.shape[2] == num_tokens:
-        return torch.stack([suffix.take(axis) for axis in value.unbind(0)])
+        return torch.stack([slots.take(axis) for axis in value.unbind(0)])
     return value
 
 

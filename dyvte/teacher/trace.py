@@ -6,11 +6,13 @@ Shape letters: B samples, L decoder layers, F gate features.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dyvte.errors import DataError
 
 COLUMNS = ("risk", "reverse_risk", "agreement", "same_answer", "loss")
 
@@ -40,6 +42,11 @@ class Trace:
         B ids.
     num_visual:
         (B,) int64 visual tokens per sample; 0 where there is no image.
+    exits:
+        The exit layers that are labelled, ascending; L, the full model, is always one. The columns of the
+        others are NaN, and nobody may leave there: objectives give such an exit no probability, gates there
+        are closed (:func:`dyvte.gates.closed_offsets`), and whatever judges decisions refuses gates that could
+        fire at an exit without a label (:meth:`check_labelled`). All of 0..L unless the pass was thinned.
     """
 
     risk: Tensor
@@ -50,6 +57,11 @@ class Trace:
     features: Tensor
     sample_ids: tuple[str, ...]
     num_visual: Tensor
+    exits: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        exits = tuple(self.exits) or tuple(range(self.num_layers + 1))
+        object.__setattr__(self, "exits", exits)
 
     def __len__(self) -> int:
         return self.risk.shape[0]
@@ -59,24 +71,41 @@ class Trace:
         """L, the number of decoder layers."""
         return self.risk.shape[1] - 1
 
+    @property
+    def labelled(self) -> Tensor:
+        """(L+1,) bool, on the trace's device: which columns hold labels."""
+        mask = torch.zeros(self.num_layers + 1, dtype=torch.bool)
+        mask[list(self.exits)] = True
+        return mask.to(self.risk.device)
+
+    def check_labelled(self, layers: Iterable[int], what: str) -> None:
+        """Raise DataError unless all ``layers`` are labelled; ``what`` wants to leave there."""
+        if unknown := sorted(set(layers) - set(self.exits)):
+            raise DataError(
+                f"{what} can leave after layers {unknown[:8]}, which these traces do not label (they label "
+                f"{len(self.exits)} of {self.num_layers + 1} exits): trace without thinning, or train the "
+                "gates on traces thinned in the same way"
+            )
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name != "sample_ids"
+            if field.name not in ("sample_ids", "exits")
         }
 
     def rows(self, index: Sequence[int] | Tensor) -> Trace:
         """The samples at ``index``, in that order."""
         index = torch.as_tensor(index, dtype=torch.long)
         picked = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors().items()}
-        return Trace(sample_ids=tuple(self.sample_ids[i] for i in index.tolist()), **picked)
+        ids = tuple(self.sample_ids[i] for i in index.tolist())
+        return Trace(sample_ids=ids, exits=self.exits, **picked)
 
     def to(self, device: torch.device | str) -> Trace:
         """The same trace with its tensors on ``device``."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return Trace(sample_ids=self.sample_ids, **moved)
+        return Trace(sample_ids=self.sample_ids, exits=self.exits, **moved)
 
     @staticmethod
     def cat(traces: Sequence[Trace]) -> Trace:
@@ -85,4 +114,7 @@ class Trace:
             raise ValueError("there is no trace to put together")
         names = traces[0].tensors()
         joined = {name: torch.cat([getattr(trace, name) for trace in traces]) for name in names}
-        return Trace(sample_ids=tuple(one for trace in traces for one in trace.sample_ids), **joined)
+        ids = tuple(one for trace in traces for one in trace.sample_ids)
+        if any(trace.exits != traces[0].exits for trace in traces):
+            raise ValueError("traces that label other exits cannot be put together")
+        return Trace(sample_ids=ids, exits=traces[0].exits, **joined)
