@@ -71,10 +71,13 @@ def greedy_answers(
     is_eos_BA = torch.isin(answer_BA, torch.tensor(eos_ids, device=answer_BA.device, dtype=answer_BA.dtype))
     # An answer lasts up to and including its first EOS; the pad token may be the EOS token itself.
     mask_BA = (is_eos_BA.cumsum(1) - is_eos_BA.long()) == 0
-    return _append(inputs, answer_BA, mask_BA)
+    return append_answers(inputs, answer_BA, mask_BA)
 
 
-def _append(inputs: Mapping[str, Any], answer_BA: Tensor, mask_BA: Tensor) -> tuple[dict[str, Any], Tensor]:
+def append_answers(
+    inputs: Mapping[str, Any], answer_BA: Tensor, mask_BA: Tensor
+) -> tuple[dict[str, Any], Tensor]:
+    """Left-padded prompts grown by answer tokens, padded on the right; and the (B, N) mask of the latter."""
     prompt_BP = inputs["input_ids"]
     grown = dict(inputs)
     for name, value in inputs.items():
