@@ -24,7 +24,7 @@ from .windows import Window
 
 
 class LastRow:
-    """Around one call of a decoder layer; afterwards `scores` are to be had.
+    """Around one call of a decoder layer; afterwards `scores_RT` holds the answer.
 
     Parameters
     ----------
@@ -46,11 +46,15 @@ class LastRow:
         if not isinstance(self.attention, nn.Module) or not hasattr(self.attention, "config"):
             raise _refusal(layer, "it has no attention module `self_attn` with a config")
         self.layer, self.stream, self.window = layer, stream, window
-        self._given: dict[str, Any] = {}
-        self._seen: Capture | None = None
+        self._handles: list[Any] = []
+        self._scores_RT: Tensor | None = None
 
     def __enter__(self) -> LastRow:
-        self._handle = self.attention.register_forward_pre_hook(self._note, with_kwargs=True)
+        # Inside the layer's own call its weights are at hand, also where they are gathered or offloaded.
+        self._handles = [
+            self.attention.register_forward_pre_hook(self._note, with_kwargs=True),
+            self.attention.register_forward_hook(self._answer, with_kwargs=True),
+        ]
         return self
 
     def __exit__(
@@ -60,53 +64,55 @@ class LastRow:
 
     def close(self) -> None:
         """Look no further."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def scores_RT(self) -> Tensor:
+        """(R, T) float32 attention weights of each row's last real token, mean over heads."""
+        if self._scores_RT is None:
+            raise _refusal(self.layer, "the layer never called its attention")
+        return self._scores_RT
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = list(inspect.signature(module.forward).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._seen = _Tee(kwargs.get("past_key_values"))
-        self._given = kwargs
-        return (), {**kwargs, "past_key_values": self._seen}
+        return (), {**kwargs, "past_key_values": _Tee(kwargs.get("past_key_values"))}
 
     @torch.no_grad()
-    def scores(self) -> Tensor:
-        """(R, T) float32 attention weights of each row's last real token, mean over heads.
-
-        Raises
-        ------
-        UnsupportedBackboneError
-            If the attention keeps its keys or its weights to itself.
-        """
-        if self._seen is None or self._seen.keys is None:
+    def _answer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen: _Tee = kwargs["past_key_values"]
+        if seen.keys is None:
             raise _refusal(self.layer, "its attention does not hand its keys to the cache")
-        hidden_RTD = self._given["hidden_states"]
-        device, (rows, tokens) = hidden_RTD.device, hidden_RTD.shape[:2]
-        real_RT = self.stream.real_RT
-        last_R1 = tokens - 1 - real_RT.flip(1).to(torch.uint8).argmax(1, keepdim=True)
-        pick = Picker(rows, tokens, torch.arange(rows), last_R1, device)
-        given = {name: pick(value, remember=False) for name, value in self._given.items()}
-        given["hidden_states"] = pick(hidden_RTD, remember=False)
-        given["attention_mask"] = self._mask(last_R1, hidden_RTD)
-        given["past_key_values"] = _Held(self._seen.keys, self._seen.values)
-        # Only the eager function returns weights; the module reads its choice from its config.
-        shared = self.attention.config
-        own = copy.copy(shared)
-        own._attn_implementation_internal = "eager"
-        self.attention.config = own
-        try:
-            output = self.attention(**given)
-        finally:
-            self.attention.config = shared
-        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        hidden_RTD = kwargs["hidden_states"]
+        rows, tokens = hidden_RTD.shape[:2]
+        last_R1 = tokens - 1 - self.stream.real_RT.flip(1).to(torch.uint8).argmax(1, keepdim=True)
+        pick = Picker(rows, tokens, torch.arange(rows), last_R1, hidden_RTD.device)
+        given = {name: pick(value, remember=False) for name, value in kwargs.items()}
+        given["attention_mask"] = self._mask(kwargs.get("attention_mask"), last_R1, hidden_RTD)
+        given["past_key_values"] = _Held(seen.keys, seen.values)
+        weights = self._weights(module, given)
         if not isinstance(weights, Tensor) or weights.shape[-1] < tokens:
             raise _refusal(self.layer, "its attention does not return its weights")
-        # Some functions put a sink before or behind the keys; the keys come first in all that do.
-        return weights[..., 0, :tokens].float().mean(1)
+        # Some functions put a sink behind the keys.
+        self._scores_RT = weights[..., 0, :tokens].float().mean(1)
 
-    def _mask(self, last_R1: Tensor, hidden_RTD: Tensor) -> Tensor | None:
+    @staticmethod
+    def _weights(module: nn.Module, given: dict[str, Any]) -> Any:
+        # Only the eager function returns weights; the module reads its choice from its config.
+        shared = module.config
+        own = copy.copy(shared)
+        own._attn_implementation_internal = "eager"
+        module.config = own
+        try:
+            output = module.forward(**given)
+        finally:
+            module.config = shared
+        return output[1] if isinstance(output, tuple) and len(output) > 1 else None
+
+    def _mask(self, given: Any, last_R1: Tensor, hidden_RTD: Tensor) -> Tensor | None:
         """(R or 1, 1, 1, T) additive."""
-        given, lowest = self._given.get("attention_mask"), torch.finfo(hidden_RTD.dtype).min
+        lowest = torch.finfo(hidden_RTD.dtype).min
         if isinstance(given, Tensor) and given.dim() == 4:
             given = given.expand(len(last_R1), -1, -1, -1)
             index = last_R1.to(given.device)[:, None, None].expand(-1, given.shape[1], -1, given.shape[3])

@@ -212,7 +212,7 @@ class Prefill:
                     # No row carries visual tokens any more.
                     continue
                 if scores_BN is None:
-                    scores_BN = rows.stream.spread(rows.scores(), -torch.inf)
+                    scores_BN = rows.stream.spread(rows.scores_RT, -torch.inf)
             kept_BN = one.keep(k, carried_BN, scores_BN)
             # The row's next token is read from its last one, whatever it is.
             kept_BN[torch.arange(self.layout.batch), self.layout.last_B] = True

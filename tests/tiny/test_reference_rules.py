@@ -1,4 +1,4 @@
-"""The published rules of DyVTE and VTW, written out by hand on the model's own layers, against `VisualExit`.
+"""The published rules of DyVTE, VTW and FastV, written out by hand on the model's own layers, against `VisualExit`.
 
 Batch 1, no cache, rows removed for good from the tensors. Shapes: N tokens, D hidden size, L layers.
 """
@@ -8,6 +8,7 @@ import torch
 
 import dyvte
 from dyvte.gates import GateStack
+from dyvte.reductions import FastV
 
 from .batches import QUESTIONS, VISUAL_ID, batch
 from .models import tiny_llava
@@ -135,3 +136,41 @@ def test_vtw_rule_answers_alike(llava, k):
         assert run.exit_layers.tolist() == [k]
         expected = continued(model, k, ids_N, pixels, tokens[0, :-1])
         torch.testing.assert_close(got[0], expected, rtol=0, atol=1e-4)
+
+
+def fastv_forward(model, k, ratio, ids_N, pixels, num_prompt):
+    """After layer K the visual rows that the last prompt row attends to least leave; position ids stay."""
+    hidden, positions_N = embedded(model, ids_N, pixels), torch.arange(len(ids_N))
+    for i in range(LAYERS):
+        if i == k - 1:
+            seen = {}
+            attention = model.get_decoder().layers[i].self_attn
+            with_weights = attention.register_forward_hook(lambda *call: seen.update(weights=call[-1][1]))  # noqa: B023
+            run_layer(model, i, hidden, positions_N)
+            with_weights.remove()
+            score_N = seen["weights"][0].mean(0)[num_prompt - 1]
+            visual = (ids_N == VISUAL_ID).nonzero().flatten()
+            kept = visual[score_N[visual].topk(int(len(visual) * (1 - ratio))).indices]
+            stays_N = ids_N != VISUAL_ID
+            stays_N[kept] = True
+        hidden = run_layer(model, i, hidden, positions_N)
+        if i == k - 1:
+            hidden, positions_N = hidden[:, stays_N], positions_N[stays_N]
+    return last_logits(model, hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("k", "ratio"), [(1, 0.5), (2, 0.5), (3, 0.75)])
+def test_fastv_rule_answers_alike(k, ratio, attention):
+    eager, processor = tiny_llava(layers=LAYERS, attn_implementation="eager")
+    model, _ = tiny_llava(layers=LAYERS, attn_implementation=attention)
+    for prompt in PROMPTS:
+        inputs = batch(processor, [prompt])
+        ids_N, pixels = inputs["input_ids"][0], inputs["pixel_values"]
+        with dyvte.VisualExit(reductions=[FastV(k, ratio)])(model):
+            got, tokens, _ = greedy_cached(model, inputs, [VISUAL_ID], 3)
+        for step in range(4):
+            ids_so_far = torch.cat([ids_N, tokens[0, :step]])
+            expected = fastv_forward(eager, k, ratio, ids_so_far, pixels, len(ids_N))
+            torch.testing.assert_close(got[0, step], expected, rtol=0, atol=1e-4)
