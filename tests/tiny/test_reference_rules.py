@@ -1,4 +1,4 @@
-"""The published rules of DyVTE, VTW and FastV, written out by hand on the model's own layers, against `VisualExit`.
+"""The published rules of DyVTE, VTW and FastV, by hand on the model's own layers, against `VisualExit`.
 
 Batch 1, no cache, rows removed for good from the tensors. Shapes: N tokens, D hidden size, L layers.
 """
