@@ -14,7 +14,7 @@ from dyvte.backbones import describe_config, resolve_adapter
 from dyvte.evaluation.cost import DecoderShape, decoder_shape
 from dyvte.gates import GateStack
 from dyvte.training.config import TrainConfig
-from dyvte.training.loop import Plan
+from dyvte.training.engine import Plan
 from dyvte.training.tracing import select_samples
 from dyvte.training.train import make_gates
 from dyvte.training.zero import engine_config, stage_of

@@ -32,8 +32,9 @@ from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
 from dyvte.teacher import Trace, TraceStore
 from dyvte.training.config import TrainConfig
+from dyvte.training.engine import Plan
 from dyvte.training.figures import budget_rows, budget_table
-from dyvte.training.loop import GateTraining, Plan
+from dyvte.training.loop import GateTraining
 from dyvte.training.processes import Processes, processes
 from dyvte.training.resuming import check_same_run
 from dyvte.training.schedule import held_out
