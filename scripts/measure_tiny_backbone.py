@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dyvte.backbones import load_backbone
-from dyvte.data.llava import load_llava
+from dyvte.data import open_conversations, select
 from dyvte.data.scenes.questions import HARD_TYPES, PICTURE_TYPES, SIMPLE_TYPES, TYPES
 from dyvte.evaluation.rivals import oracle_exits, within_wording_share
 from dyvte.evaluation.scenes import load_scenes
@@ -112,7 +112,7 @@ def main() -> int:
     args = parse_arguments()
     model, processor = load_backbone(str(args.model), dtype=torch.float32)
     teacher = Teacher(model, processor, TeacherConfig(label_source="data"))
-    samples = load_llava(args.data, args.data.parent / "images").samples
+    samples = select(open_conversations(args.data)).samples
     records = json.loads(args.data.read_text(encoding="utf-8"))
     type_of = {r["id"]: r["type"] for r in records}
     types = [type_of[s.id] for s in samples]

@@ -5,11 +5,13 @@ from .describe import Backbone, BackboneShape, describe, describe_config, unwrap
 from .encode import encode
 from .fingerprint import fingerprint, weights_digest
 from .load import load_backbone
+from .padding import ImagePadding, image_padding, set_image_padding
 from .prompts import PromptTemplate, RenderedPrompt, get_template
 
 __all__ = [
     "Backbone",
     "BackboneShape",
+    "ImagePadding",
     "PromptTemplate",
     "RenderedPrompt",
     "describe",
@@ -17,8 +19,10 @@ __all__ = [
     "encode",
     "fingerprint",
     "get_template",
+    "image_padding",
     "load_backbone",
     "resolve_adapter",
+    "set_image_padding",
     "unwrap",
     "weights_digest",
 ]

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UnsupportedBackboneError
 from .adapter import load_adapter, resolve_adapter
+from .padding import ImagePadding, set_image_padding
 from .quantize import quantized_arguments
 
 
@@ -22,6 +23,7 @@ def load_backbone(
     trust_remote_code: bool = False,
     adapter: str | os.PathLike[str] | None = None,
     quantization: str = "none",
+    image_padding: ImagePadding = "auto",
 ) -> tuple[Any, Any]:
     """A frozen model in eval mode, and its processor.
 
@@ -41,9 +43,13 @@ def load_backbone(
         adapter is not merged, its weights stay in float32.
     quantization
         "none", "int8" or "nf4": linear layers in 8 or 4 bits, all else in ``dtype`` (bitsandbytes, a GPU).
+    image_padding
+        What the processor does to images that are not square; see `set_image_padding`.
 
     Raises
     ------
+    ConfigError
+        If the processor cannot pad images to a square but was asked to.
     UnsupportedBackboneError
         If nothing loadable is there, flash-attn, PEFT, torchvision or bitsandbytes is needed but missing, the
         adapter does not fit, or exits cannot work on the model.
@@ -83,6 +89,7 @@ def load_backbone(
     describe(model)
     if getattr(processor, "tokenizer", None) is None:
         raise UnsupportedBackboneError(f"{path} has no processor with a tokenizer: save it beside the model")
+    set_image_padding(processor, image_padding, model.config.model_type)
     if adapter is not None:
         model = load_adapter(model, adapter)
     model.requires_grad_(False).eval()

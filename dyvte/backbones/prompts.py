@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import ConfigError, DataError
+
+# Earlier exchanges of a conversation: (question, answer) each.
+History = Sequence[tuple[str, str]]
 
 # LLaVA conversation "vicuna_v1" (llava/conversation.py): the text LLaVA-1.5 was trained with.
 V1_SYSTEM = (
@@ -36,27 +40,56 @@ class PromptTemplate(Protocol):
     version: str
 
     def render(
-        self, question: str, answer: str | None = None, has_image: bool | int = True
+        self,
+        question: str,
+        answer: str | None = None,
+        has_image: bool | int = True,
+        history: History = (),
     ) -> RenderedPrompt:
-        """`has_image` may also be the number of images. With an answer, the EOS text follows it."""
+        """A prompt.
+
+        Parameters
+        ----------
+        question, answer
+            The exchange that is asked. With an answer, the EOS text follows it.
+        has_image
+            May also be the number of images; they come before the conversation's first question.
+        history
+            The exchanges before it; their answers are part of the prompt.
+
+        Raises
+        ------
+        DataError
+            If the text holds the image placeholder or the EOS text, or an answer is empty.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class V1Template:
-    """``SYSTEM USER: <image>\\nQUESTION ASSISTANT: ANSWER</s>``, system prompt included."""
+    """``SYSTEM USER: <image>\\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>``, system prompt included.
+
+    Texts are taken as they are, white space included, as the original does.
+    """
 
     image_token: str
     eos: str
     version: str = "v1"
 
     def render(
-        self, question: str, answer: str | None = None, has_image: bool | int = True
+        self,
+        question: str,
+        answer: str | None = None,
+        has_image: bool | int = True,
+        history: History = (),
     ) -> RenderedPrompt:
         """See `PromptTemplate.render`."""
-        _check_text(question, answer, self.image_token)
-        images = f"{self.image_token}\n" * int(has_image)
-        prompt = f"{V1_SYSTEM} USER: {images}{question} ASSISTANT:"
+        _check_text(question, answer, history, (self.image_token, self.eos))
+        prompt, images = f"{V1_SYSTEM} ", f"{self.image_token}\n" * int(has_image)
+        for earlier_question, earlier_answer in history:
+            prompt += f"USER: {images}{earlier_question} ASSISTANT: {earlier_answer}{self.eos}"
+            images = ""
+        prompt += f"USER: {images}{question} ASSISTANT:"
         if answer is None:
             return RenderedPrompt(prompt)
         return RenderedPrompt(f"{prompt} {answer}{self.eos}", len(prompt) + 1)
@@ -64,7 +97,10 @@ class V1Template:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The processor's chat template; the answer ends with EOS even where the template forgets it."""
+    """The processor's chat template; the answer ends with EOS even where the template forgets it.
+
+    Texts lose their outer white space, as many templates take it away themselves.
+    """
 
     processor: Any
     image_token: str
@@ -72,21 +108,32 @@ class ChatTemplate:
     version: str = "chat"
 
     def render(
-        self, question: str, answer: str | None = None, has_image: bool | int = True
+        self,
+        question: str,
+        answer: str | None = None,
+        has_image: bool | int = True,
+        history: History = (),
     ) -> RenderedPrompt:
         """See `PromptTemplate.render`."""
-        _check_text(question, answer, self.image_token)
-        content = [{"type": "image"}] * int(has_image) + [{"type": "text", "text": question}]
-        user = {"role": "user", "content": content}
-        prompt = self._apply([user], add_generation_prompt=True)
-        if question not in prompt:
-            raise ConfigError(
-                "the chat template dropped or changed the question: use template 'v1' for this backbone"
-            )
+        _check_text(question, answer, history, (self.image_token, self.eos))
+        spoken = [text.strip() for exchange in history for text in exchange] + [question.strip()]
+        messages = [
+            {"role": "assistant" if i % 2 else "user", "content": [{"type": "text", "text": text}]}
+            for i, text in enumerate(spoken)
+        ]
+        messages[0]["content"] = [{"type": "image"}] * int(has_image) + messages[0]["content"]
+        prompt = self._apply(messages, add_generation_prompt=True)
+        for text in reversed(spoken):
+            if text not in prompt:
+                what = "question" if text == spoken[-1] else "history"
+                raise ConfigError(
+                    f"the chat template dropped or changed the {what}: use template 'v1' for this backbone"
+                )
         if answer is None:
             return RenderedPrompt(prompt)
+        answer = answer.strip()
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        whole = self._apply([user, reply], add_generation_prompt=False)
+        whole = self._apply([*messages, reply], add_generation_prompt=False)
         tail = whole[len(prompt) :] if whole.startswith(prompt) else f" {answer}"
         at = tail.find(answer)
         if at < 0:
@@ -138,11 +185,12 @@ def get_template(version: str, processor: Any) -> PromptTemplate:
     return chat
 
 
-def _check_text(question: str, answer: str | None, image_token: str) -> None:
-    for name, text in (("question", question), ("answer", answer or "")):
-        if image_token in text:
-            raise DataError(
-                f"the {name} contains the image placeholder {image_token!r}: strip it, the template adds it"
-            )
-    if answer is not None and not answer.strip():
+def _check_text(question: str, answer: str | None, history: History, special: tuple[str, str]) -> None:
+    texts = [("question", question), ("answer", answer or "")]
+    texts += [("history", text) for exchange in history for text in exchange]
+    for name, text in texts:
+        for token, what in zip(special, ("image placeholder", "end-of-sequence text"), strict=True):
+            if token in text:
+                raise DataError(f"the {name} contains the {what} {token!r}: strip it, the template adds it")
+    if (answer is not None and not answer.strip()) or any(not text.strip() for _, text in history):
         raise DataError("the answer is empty: a sample without an answer token cannot be used")

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte calibrate``."""
     parser.add_argument("--gates", required=True, help="gates checkpoint; its gate_config.json is rewritten")
     parser.add_argument(
-        "--trace", required=True, help="traces of the calibration data; made first if --data_path is given"
+        "--trace",
+        required=True,
+        help="traces of the calibration data; made first if --data_path or --dataset is given",
     )
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--budget", type=float, help="share of the full model's visual compute")
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from dyvte.teacher import TraceStore
 
     gates = GateStack.from_pretrained(args.gates).eval()
-    if getattr(args, "data.path") is not None:
+    if getattr(args, "data.path") is not None or getattr(args, "data.hub_id") is not None:
         from dyvte.training.tracing import trace_data
 
         model = gates.config.backbone.get("id")

@@ -1,1 +1,21 @@
-"""Data: LLaVA instruction files, and the synthetic scenes of the embedded default."""
+"""Data: LLaVA conversations from files, datasets and the hub; the synthetic scenes."""
+
+from dyvte.data.images import load_image
+from dyvte.data.llava import Conversations
+from dyvte.data.samples import Defect, EmbeddedImage, Sample, check_defects
+from dyvte.data.selection import Selection, select, selection_sha256
+from dyvte.data.sources import open_conversations, open_hub_conversations
+
+__all__ = [
+    "Conversations",
+    "Defect",
+    "EmbeddedImage",
+    "Sample",
+    "Selection",
+    "check_defects",
+    "load_image",
+    "open_conversations",
+    "open_hub_conversations",
+    "select",
+    "selection_sha256",
+]

@@ -1,350 +1,233 @@
-"""LLaVA instruction data: a conversation file and an image folder become samples.
+"""LLaVA conversations: one record becomes the samples of its exchanges.
 
-The format is that of ``llava_v1_5_mix665k.json``: a JSON list of ``{"id", "image", "conversations": [{"from":
-"human", "value": "<image>\\nQ"}, {"from": "gpt", "value": "A"}, ...]}``; text-only conversations carry no
-``image``. A sample is the FIRST exchange of a conversation, whose prompt depends on nothing else; whether
-conversations with further exchanges are used at all is the caller's choice (``single_turn``).
+The format is that of ``llava_v1_5_mix665k.json``: ``{"id", "image", "conversations": [{"from": "human",
+"value": "<image>\\nQ"}, {"from": "gpt", "value": "A"}, ...]}``; text-only conversations carry no ``image``.
 
-What is wrong with a conversation is never repaired or passed over in silence: every defect names file, sample
-and field, and more than ``max_bad_samples`` of them end the run. An image path that leaves the image folder
-always does.
+Text is what the original trains on (``preprocess_multimodal`` in llava/train/train.py): a turn that holds
+``<image>``, wherever it stands, loses it and its outer white space, and the template puts it in front; all
+other turns are taken as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import random
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dyvte.data.images import image_path
+from dyvte.data.samples import Defect, EmbeddedImage, LeavesFolder, Sample, Turns, Unusable
 from dyvte.errors import DataError
 
 IMAGE_PLACEHOLDER = "<image>"
-_SHOWN_DEFECTS = 5
+RepeatedIds = Literal["number", "refuse"]
+
+
+@dataclass
+class Tally:
+    """What reading found, counted along the way; ``sha256`` is complete once the source is read through."""
+
+    conversations: int = 0
+    repeated_ids: int = 0
+    moved_placeholders: int = 0
+    several_images: int = 0
+    defects: list[Defect] = field(default_factory=list)
+    sha256: Any = field(default_factory=hashlib.sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One question about one image, with the answer the data gives.
+class Conversations:
+    """A source of records that can be read any number of times; nothing is kept in memory.
 
-    ``image_id`` (the path as the file gives it) tells which samples share an image and are therefore
-    dependent; ``num_turns`` counts the exchanges of the conversation it is the first of. ``image`` is None
-    for text only.
-    """
-
-    id: str
-    image: Path | None
-    question: str
-    answer: str
-    image_id: str
-    num_turns: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Defect:
-    """What is wrong with one sample, and where."""
-
-    file: str
-    sample_id: str
-    field: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: sample {self.sample_id!r}: {self.field}: {self.problem}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlavaData:
-    """A conversation file as read: usable samples in file order, defects, and the file's sha256."""
-
-    path: Path
-    sha256: str
-    samples: tuple[Sample, ...]
-    defects: tuple[Defect, ...]
-    num_conversations: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The samples chosen for a run; ``sha256`` covers their ids, images, questions and answers, in order.
-
-    ``counts`` maps each step of the selection to the number of samples left or dropped, for the log and for
-    the training record.
-    """
-
-    samples: tuple[Sample, ...]
-    counts: dict[str, int]
-    sha256: str
-    defects: tuple[Defect, ...] = field(default=())
-
-
-def load_llava(path: str | Path, image_folder: str | Path, *, max_bad_samples: int = 0) -> LlavaData:
-    """Read a LLaVA conversation file.
-
-    Parameters
+    Attributes
     ----------
-    path:
-        The JSON file.
-    image_folder:
-        What the ``image`` entries are relative to. Images are not opened here, and their existence is checked
-        by :func:`select`, for the chosen samples only.
-    max_bad_samples:
-        How many conversations may be unusable before the file is refused.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or no JSON list of conversations, an image path leaves ``image_folder``, or
-        more than ``max_bad_samples`` conversations are unusable (the first five are named).
+    name
+        For messages and records: the file, or the dataset and split.
+    records
+        Reads the records once. It is given a hash object and feeds it the bytes of the file, where there is
+        one (``hashed``).
+    image_folder
+        What image paths are relative to.
     """
-    path, image_folder = Path(path), Path(image_folder)
-    entries, digest = _read_json_list(path)
-    samples: list[Sample] = []
-    defects: list[Defect] = []
-    seen: Counter[str] = Counter()
-    for index, entry in enumerate(entries):
-        sample_id = _unique_id(entry, index, seen)
-        try:
-            samples.append(_parse(entry, sample_id, image_folder, str(path)))
-        except _Unusable as problem:
-            defects.append(problem.defect)
-    check_defects(defects, max_bad_samples)
-    return LlavaData(
-        path=path,
-        sha256=digest,
-        samples=tuple(samples),
-        defects=tuple(defects),
-        num_conversations=len(entries),
-    )
+
+    name: str
+    records: Callable[[Any], Iterator[Any]]
+    image_folder: Path
+    hashed: bool = True
+
+    def samples(
+        self, turns: Turns = "first", tally: Tally | None = None, *, repeated_ids: RepeatedIds = "number"
+    ) -> Iterator[Sample]:
+        """Samples in order; defects go to the tally.
+
+        Sample ids are unique: ids that repeat (they do in mix665k) get ``#2``, ``#3``, ..., exchanges after
+        the first ``:turn2``, ..., and a record without id is called by its place. "single" yields the first
+        exchange like "first" does: the choice by ``num_turns`` is the selection's.
+
+        Raises
+        ------
+        DataError
+            If the source cannot be read, or an image path leaves the image folder.
+        """
+        tally = Tally() if tally is None else tally
+        names = _Names()
+        for place, entry in enumerate(self.records(tally.sha256)):
+            tally.conversations += 1
+            given = entry.get("id") if isinstance(entry, dict) else None
+            has_id = isinstance(given, (str, int)) and not isinstance(given, bool) and str(given) != ""
+            wanted = str(given) if has_id else f"entry {place}"
+            sample_id = names.take(wanted)
+            try:
+                if sample_id != wanted:
+                    tally.repeated_ids += 1
+                    if repeated_ids == "refuse":
+                        raise Unusable("id", f"{wanted!r} was there before")
+                conversation = _parse(entry, tally)
+                made = _exchanges(conversation, turns)
+                image, image_id = self._image(conversation.image)
+            except LeavesFolder as problem:
+                raise DataError(str(problem.defect(self.name, sample_id))) from problem
+            except Unusable as problem:
+                tally.defects.append(problem.defect(self.name, sample_id))
+                continue
+            for turn, (question, answer, history) in enumerate(made):
+                yield Sample(
+                    id=sample_id if turn == 0 else names.take(f"{sample_id}:turn{turn + 1}"),
+                    image=image,
+                    question=question,
+                    answer=answer,
+                    image_id=image_id,
+                    num_turns=(len(conversation.values) + 1) // 2,
+                    history=history,
+                )
+
+    def _image(self, given: str | EmbeddedImage | None) -> tuple[Path | EmbeddedImage | None, str]:
+        if given is None:
+            return None, ""
+        if isinstance(given, EmbeddedImage):
+            return given, f"sha256:{hashlib.sha256(given.data).hexdigest()}"
+        return image_path(self.image_folder, given), os.path.normpath(given)
 
 
-def select(
-    data: LlavaData,
-    *,
-    single_turn: bool = True,
-    image_only: bool = True,
-    fraction: float = 1.0,
-    limit: int | None = None,
-    seed: int = 0,
-    max_bad_samples: int = 0,
-) -> Selection:
-    """Choose samples: filters first, then a seeded random ``fraction`` of what is left, then at most
-    ``limit``.
+@dataclass(frozen=True)
+class _Conversation:
+    """A record of sound structure: texts by turn, human first."""
 
-    ``single_turn`` drops conversations of more than one exchange (else their first exchange is used);
-    ``image_only`` drops text-only samples. The reference's "1 % single-turn image-only" is ``fraction=0.01``
-    with both filters on; which 1 % and which seed its authors took is not published. File order is kept, and
-    ``limit`` also draws at random (with the same seed), so that a file ordered by image gives a varied
-    sample.
-
-    Chosen samples whose image file does not exist are dropped, counted and named among ``defects``.
-
-    Raises
-    ------
-    DataError
-        If nothing is left, or more than ``max_bad_samples`` samples are unusable, those of the file included.
-    ValueError
-        If ``fraction`` is not in (0, 1] or ``limit`` is not positive.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie in (0, 1], found {fraction}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, found {limit}")
-    counts = {"conversations": data.num_conversations, "unusable": len(data.defects)}
-    kept = list(data.samples)
-    counts["text_only"] = sum(sample.image is None for sample in kept)
-    if image_only:
-        kept = [sample for sample in kept if sample.image is not None]
-    counts["multi_turn"] = sum(sample.num_turns > 1 for sample in kept)
-    if single_turn:
-        kept = [sample for sample in kept if sample.num_turns == 1]
-    counts["eligible"] = len(kept)
-    size = max(1, round(fraction * len(kept))) if kept else 0
-    size = min(size, limit) if limit is not None else size
-    kept = _draw(kept, size, seed)
-
-    present, missing = [], []
-    for sample in kept:
-        if sample.image is None or sample.image.is_file():
-            present.append(sample)
-        else:
-            problem = f"there is no file {sample.image}"
-            missing.append(Defect(file=str(data.path), sample_id=sample.id, field="image", problem=problem))
-    check_defects([*data.defects, *missing], max_bad_samples)
-    counts["missing_images"] = len(missing)
-    counts["chosen"] = len(present)
-    if not present:
-        raise DataError(
-            f"{data.path}: no sample is left after selection ({_spell(counts)}); single_turn={single_turn}, "
-            f"image_only={image_only}, fraction={fraction}"
-        )
-    return Selection(
-        samples=tuple(present),
-        counts=counts,
-        sha256=selection_sha256(present),
-        defects=(*data.defects, *missing),
-    )
+    image: str | EmbeddedImage | None
+    values: list[str]
 
 
-def selection_sha256(samples: Iterable[Sample]) -> str:
-    """Digest of the samples' ids, image paths, questions and answers, in order."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(json.dumps([sample.id, sample.image_id, sample.question, sample.answer]).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+class _Names:
+    """Gives every name out once."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, int] = {}
+
+    def take(self, wanted: str) -> str:
+        name, number = wanted, self._times.get(wanted, 0)
+        while name in self._times:
+            number += 1
+            name = f"{wanted}#{number}"
+        self._times[wanted] = max(number, 1)
+        self._times.setdefault(name, 1)
+        return name
 
 
-def check_defects(defects: Sequence[Defect], max_bad_samples: int) -> None:
-    """Raise a DataError naming the first defects if there are more than ``max_bad_samples``."""
-    if len(defects) <= max_bad_samples:
-        return
-    shown = "\n  ".join(str(defect) for defect in defects[:_SHOWN_DEFECTS])
-    more = f"\n  ... and {len(defects) - _SHOWN_DEFECTS} more" if len(defects) > _SHOWN_DEFECTS else ""
-    raise DataError(
-        f"{len(defects)} unusable samples, {max_bad_samples} allowed (max_bad_samples):\n  {shown}{more}\n"
-        "Correct the data, or allow that many: they are then left out and counted."
-    )
-
-
-class _Unusable(Exception):
-    def __init__(self, file: str, sample_id: str, field_name: str, problem: str) -> None:
-        super().__init__(problem)
-        self.defect = Defect(file=file, sample_id=sample_id, field=field_name, problem=problem)
-
-
-def _read_json_list(path: Path) -> tuple[list[Any], str]:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such data file") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    try:
-        entries = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); expected a LLaVA conversation list") from error
-    if not isinstance(entries, list):
-        raise DataError(
-            f"{path}: expected a JSON list of LLaVA conversations, found {type(entries).__name__}"
-        )
-    if not entries:
-        raise DataError(f"{path}: the list of conversations is empty")
-    return entries, hashlib.sha256(raw).hexdigest()
-
-
-def _unique_id(entry: Any, index: int, seen: Counter[str]) -> str:
-    """The entry's id; ids that repeat (they do in mix665k) get '#2', '#3', ... and missing ones their
-    index."""
-    given = entry.get("id") if isinstance(entry, dict) else None
-    base = str(given) if isinstance(given, (str, int)) and str(given) else f"entry {index}"
-    seen[base] += 1
-    return base if seen[base] == 1 else f"{base}#{seen[base]}"
-
-
-def _parse(entry: Any, sample_id: str, image_folder: Path, file: str) -> Sample:
+def _parse(entry: Any, tally: Tally) -> _Conversation:
     if not isinstance(entry, dict):
-        raise _Unusable(file, sample_id, "entry", f"expected a JSON object, found {type(entry).__name__}")
-    image_name = _image_name(entry, sample_id, file)
+        raise Unusable("entry", f"expected a JSON object, found {type(entry).__name__}")
+    image = _image_entry(entry, tally)
     turns = entry.get("conversations")
+    if (
+        isinstance(turns, dict)
+        and isinstance(turns.get("from"), list)
+        and isinstance(turns.get("value"), list)
+    ):
+        # a list of objects as some versions of datasets store it: an object of lists
+        turns = [
+            {"from": who, "value": text} for who, text in zip(turns["from"], turns["value"], strict=False)
+        ]
     if not isinstance(turns, list) or not turns:
-        raise _Unusable(file, sample_id, "conversations", "expected a non-empty list of turns")
+        raise Unusable("conversations", "expected a non-empty list of turns")
     for position, turn in enumerate(turns):
-        where = f"conversations[{position}]"
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            raise _Unusable(file, sample_id, where, 'expected {"from": ..., "value": text}')
-        # Text-only conversations of mix665k may start with gpt; nobody asks them for a prompt.
-        expected = "human" if position % 2 == 0 else "gpt"
-        if image_name is not None and turn["from"] != expected:
-            problem = f"expected {expected!r}, found {turn['from']!r}"
-            if position == 0:
-                problem = f"the conversation starts with {turn['from']!r}, expected 'human'"
-            raise _Unusable(file, sample_id, f"{where}.from", problem)
+        _check_turn(turn, position, has_image=image is not None)
     values = [turn["value"] for turn in turns]
-    if image_name is None:
-        return _text_only(values, sample_id, file)
-    if len(turns) < 2:
-        raise _Unusable(file, sample_id, "conversations", "the question has no answer turn")
-    _check_placeholders(values, sample_id, file)
-    question, answer = values[0].replace(IMAGE_PLACEHOLDER, "").strip(), values[1].strip()
-    if not question:
-        raise _Unusable(file, sample_id, "conversations[0].value", "the question is empty")
-    if not answer:
-        raise _Unusable(file, sample_id, "conversations[1].value", "the answer is empty")
-    image = _inside(image_folder, image_name, sample_id, file)
-    return Sample(
-        id=sample_id,
-        image=image,
-        question=question,
-        answer=answer,
-        image_id=os.path.normpath(image_name),
-        num_turns=(len(turns) + 1) // 2,
-    )
+    if image is None:
+        if any(IMAGE_PLACEHOLDER in value for value in values):
+            raise Unusable("image", f"the text holds {IMAGE_PLACEHOLDER} but no image is given")
+        return _Conversation(None, values)
+    _check_placeholders(values, tally)
+    first = values[0].strip()
+    tally.moved_placeholders += not (first.startswith(IMAGE_PLACEHOLDER) or first.endswith(IMAGE_PLACEHOLDER))
+    return _Conversation(image, [values[0].replace(IMAGE_PLACEHOLDER, "").strip(), *values[1:]])
 
 
-def _image_name(entry: dict[str, Any], sample_id: str, file: str) -> str | None:
+def _check_turn(turn: Any, position: int, *, has_image: bool) -> None:
+    where = f"conversations[{position}]"
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        raise Unusable(where, 'expected {"from": ..., "value": text}')
+    if not isinstance(turn["value"], str):
+        raise Unusable(f"{where}.value", f"expected text, found {type(turn['value']).__name__}")
+    # Text-only conversations of mix665k may start with gpt; nobody asks them for a prompt.
+    expected = "human" if position % 2 == 0 else "gpt"
+    if has_image and turn["from"] != expected:
+        problem = f"expected {expected!r}, found {turn['from']!r}"
+        if position == 0:
+            problem = f"the conversation starts with {turn['from']!r}, expected 'human'"
+        raise Unusable(f"{where}.from", problem)
+
+
+def _check_placeholders(values: list[str], tally: Tally) -> None:
+    total = sum(value.count(IMAGE_PLACEHOLDER) for value in values)
+    if total > 1:
+        tally.several_images += 1
+        raise Unusable("conversations", f"{total} {IMAGE_PLACEHOLDER}, one image per sample is supported")
+    if IMAGE_PLACEHOLDER not in values[0]:
+        where = next((i for i, value in enumerate(values) if IMAGE_PLACEHOLDER in value), None)
+        found = "holds none" if where is None else f"stands in conversations[{where}]"
+        problem = f"an image is given, but the first question holds no {IMAGE_PLACEHOLDER}"
+        raise Unusable("conversations[0].value", problem if where is None else f"{problem}: it {found}")
+
+
+def _image_entry(entry: dict[str, Any], tally: Tally) -> str | EmbeddedImage | None:
+    """The image: a path, a list of one, or the ``{"bytes", "path"}`` that datasets keep."""
     image = entry.get("image")
     if isinstance(image, list):
         if len(image) > 1:
-            raise _Unusable(file, sample_id, "image", f"{len(image)} images, one per sample is supported")
+            tally.several_images += 1
+            raise Unusable("image", f"{len(image)} images, one per sample is supported")
         image = image[0] if image else None
+    if isinstance(image, dict):
+        data, path = image.get("bytes"), image.get("path")
+        image = path if data is None else EmbeddedImage(data, str(path or "embedded image"))
+    if isinstance(image, bytes):
+        image = EmbeddedImage(image)
     if image is None or image == "":
         return None
-    if not isinstance(image, str):
-        raise _Unusable(file, sample_id, "image", f"expected a path, found {type(image).__name__}")
+    if not isinstance(image, (str, EmbeddedImage)):
+        raise Unusable("image", f"expected a path or image bytes, found {type(image).__name__}")
     return image
 
 
-def _text_only(values: list[str], sample_id: str, file: str) -> Sample:
-    if any(IMAGE_PLACEHOLDER in value for value in values):
-        raise _Unusable(file, sample_id, "image", f"the text holds {IMAGE_PLACEHOLDER} but no image is given")
-    answer = values[1].strip() if len(values) > 1 else ""
-    turns = (len(values) + 1) // 2
-    return Sample(
-        id=sample_id, image=None, question=values[0].strip(), answer=answer, image_id="", num_turns=turns
-    )
-
-
-def _check_placeholders(values: list[str], sample_id: str, file: str) -> None:
-    total = sum(value.count(IMAGE_PLACEHOLDER) for value in values)
-    if total > 1:
-        raise _Unusable(
-            file, sample_id, "conversations", f"{total} {IMAGE_PLACEHOLDER}, one image is supported"
-        )
-    if IMAGE_PLACEHOLDER not in values[0]:
-        raise _Unusable(
-            file,
-            sample_id,
-            "conversations[0].value",
-            f"an image is given but the question holds no {IMAGE_PLACEHOLDER}",
-        )
-
-
-def _inside(image_folder: Path, image_name: str, sample_id: str, file: str) -> Path:
-    """The image's path; a name that would leave the folder is refused whatever the limit on bad samples.
-
-    The check is lexical on purpose: symbolic links inside the folder are the user's own.
-    """
-    relative = os.path.normpath(image_name)
-    if os.path.isabs(relative) or relative == os.pardir or relative.startswith(os.pardir + os.sep):
-        raise DataError(
-            f"{file}: sample {sample_id!r}: image: {image_name!r} leaves the image folder {image_folder}; "
-            "give paths relative to that folder"
-        )
-    return image_folder / relative
-
-
-def _draw(samples: list[Sample], size: int, seed: int) -> list[Sample]:
-    if size >= len(samples):
-        return samples
-    chosen = random.Random(seed).sample(range(len(samples)), size)
-    return [samples[index] for index in sorted(chosen)]
-
-
-def _spell(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
+def _exchanges(
+    conversation: _Conversation, turns: Turns
+) -> list[tuple[str, str, tuple[tuple[str, str], ...]]]:
+    """(question, answer, earlier exchanges) of the exchanges that are used; only those are checked."""
+    values = conversation.values
+    if conversation.image is None:
+        # no visual tokens, so no sample of a gate: counted and dropped by the selection, whatever it holds
+        return [(values[0], values[1] if len(values) > 1 else "", ())]
+    made, history = [], []
+    for at in range(0, len(values) if turns == "all" else 1, 2):
+        if at + 1 == len(values):
+            raise Unusable(
+                f"conversations[{at}]", "the question has no answer turn (a truncated conversation)"
+            )
+        for where, name in ((at, "question"), (at + 1, "answer")):
+            if not values[where].strip():
+                raise Unusable(f"conversations[{where}].value", f"the {name} is empty")
+        made.append((values[at], values[at + 1], tuple(history)))
+        history.append((values[at], values[at + 1]))
+    return made

@@ -10,14 +10,13 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyvte.backbones import PromptTemplate, encode
-from dyvte.errors import DataError
+from dyvte.data import load_image
 from dyvte.evaluation.base import Question
 from dyvte.evaluation.records import Answer
 from dyvte.policies import Policy
@@ -58,25 +57,6 @@ def plan_batches(asker: Asker, prompts: Sequence[str], batch_size: int) -> list[
     ids = asker.processor.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     order = sorted(range(len(prompts)), key=lambda i: (-len(ids[i]), i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def load_image(path: Path) -> Any:
-    """An RGB PIL image.
-
-    Raises
-    ------
-    DataError
-        Missing or unreadable.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"missing image {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read image {path}: {error}") from error
 
 
 def encode_questions(

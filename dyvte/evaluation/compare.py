@@ -21,10 +21,16 @@ from dyvte.errors import ConfigError
 from dyvte.evaluation.asking import Asker, encoded_batches, load_image, plan_batches
 from dyvte.evaluation.base import get_benchmark
 from dyvte.evaluation.compare_table import Row, comparison_markdown, table_rows
-from dyvte.evaluation.contenders import VtwChoice, best_router, load_gates, training_settings
-from dyvte.evaluation.question_features import TextStates
+from dyvte.evaluation.contenders import (
+    VtwChoice,
+    best_router,
+    load_gates,
+    train_router_candidates,
+    training_settings,
+)
+from dyvte.evaluation.question_features import router_features
 from dyvte.evaluation.records import write_atomically
-from dyvte.evaluation.rivals import BagOfWords
+from dyvte.evaluation.rivals import router_steps
 from dyvte.evaluation.run_compare import (
     BenchmarkRuns,
     accuracy_curves,
@@ -142,29 +148,19 @@ def make_pairs(
 
     The router's kind, objective and learning rate are chosen on calibration data, for every seed anew.
     """
+    from tqdm import tqdm
+
     names = _seed_names(config.gates)
-    features = {"bag of words": BagOfWords.fit(train.questions), "text states": TextStates.of(asker)}
-    cached = {kind: _remember(featurise) for kind, featurise in features.items()}
+    features = router_features(asker, train.questions)
+    stacks = [load_gates(folder, name, calibration) for folder, name in zip(config.gates, names, strict=True)]
+    tuned = [training_settings(one.gates, len(train.questions), lam=config.lam) for one in stacks]
+    steps = len(features) * sum(router_steps(len(train.questions), settings) for settings in tuned)
     pairs = []
-    for folder, name in zip(config.gates, names, strict=True):
-        gates = load_gates(folder, name, calibration)
-        settings = training_settings(gates.gates, len(train.questions), lam=config.lam)
-        router = best_router(cached, train, calibration, settings, gates.budget)
-        pairs.append(Pair(gates, router))
+    with tqdm(total=steps, desc="question-only routers", unit="step", mininterval=0.5) as progress:
+        for gates, settings in zip(stacks, tuned, strict=True):
+            candidates = train_router_candidates(features, train, calibration, settings, progress.update)
+            pairs.append(Pair(gates, best_router(candidates, gates.budget)))
     return pairs
-
-
-def _remember(featurise: Any) -> Any:
-    """Keep features of question lists already seen: each seed asks for the same ones."""
-    known: dict[tuple[str, ...], Any] = {}
-
-    def remembered(questions: Sequence[str]) -> Any:
-        key = tuple(questions)
-        if key not in known:
-            known[key] = featurise(key)
-        return known[key]
-
-    return remembered
 
 
 def _seed_names(folders: Sequence[str]) -> list[str]:

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from dyvte.calibration import threshold_for_compute, visual_compute
 from dyvte.errors import CalibrationError, ConfigError
-from dyvte.evaluation.curves import OperatingPoints
+from dyvte.evaluation.curves import OperatingPoints, mixture_at
 from dyvte.evaluation.rivals import (
     NEVER,
     QuestionRouter,
     RouterSettings,
     router_points,
     router_threshold,
-    train_router,
+    train_routers,
 )
 from dyvte.evaluation.scenes import TracedScenes, gate_logits
 from dyvte.gates import GateStack, exit_layers, load_checkpoint
@@ -79,8 +79,15 @@ class RouterContender:
     featurise: Featurise
     router: QuestionRouter
     curve_thresholds: tuple[float, ...]
-    calibration_risk: float
+    calibration_curve: tuple[np.ndarray, np.ndarray]
+    """Visual compute and risk on the calibration scenes at those thresholds."""
     settings: RouterSettings
+
+    def calibration_risk(self, budget: float) -> float:
+        """Risk on the calibration scenes at a visual compute, by mixing neighbouring thresholds."""
+        compute_S, risk_S = self.calibration_curve
+        at = mixture_at(compute_S, budget)
+        return float(risk_S[at.lower] + at.weight * (risk_S[at.upper] - risk_S[at.lower]))
 
     def points(self, questions: Sequence[str], num_visual_B: Tensor) -> OperatingPoints:
         """The threshold curve on other questions."""
@@ -177,44 +184,46 @@ def _find(record: Mapping[str, Any], key: str) -> Any:
     return None
 
 
-def best_router(
+def train_router_candidates(
     features: Mapping[str, Featurise],
     train: TracedScenes,
     calibration: TracedScenes,
     settings: RouterSettings,
-    budget: float,
-) -> RouterContender:
-    """Train a router on each kind of features, objective (one price, or the gates' range of prices) and
-    learning rate; keep the least risk at ``budget`` on calibration scenes."""
-    contenders = [
-        _train_one(
-            kind,
-            featurise,
-            train,
-            calibration,
-            dataclasses.replace(settings, learning_rate=rate, span=span),
-            budget,
-        )
-        for kind, featurise in features.items()
+    advance: Callable[[int], object] | None = None,
+) -> list[RouterContender]:
+    """Routers on each kind of features, with each objective (one price, or the gates' range of prices) and
+    learning rate; ``advance`` as in `train_routers`."""
+    tried = [
+        dataclasses.replace(settings, learning_rate=rate, span=span)
         for span in sorted({1.0, settings.span})
         for rate in ROUTER_LEARNING_RATES
     ]
-    return min(contenders, key=lambda contender: contender.calibration_risk)
+    found = []
+    for kind, featurise in features.items():
+        routers = train_routers(featurise(train.questions), train.trace, tried, advance)
+        features_BF = featurise(calibration.questions)
+        for router, chosen in zip(routers, tried, strict=True):
+            found.append(_contender(kind, featurise, router, features_BF, calibration, chosen))
+    return found
 
 
-def _train_one(
+def best_router(candidates: Sequence[RouterContender], budget: float) -> RouterContender:
+    """The candidate with the least risk at ``budget`` on the calibration scenes."""
+    return min(candidates, key=lambda contender: contender.calibration_risk(budget))
+
+
+def _contender(
     kind: str,
     featurise: Featurise,
-    train: TracedScenes,
+    router: QuestionRouter,
+    features_BF: Tensor,
     calibration: TracedScenes,
     settings: RouterSettings,
-    budget: float,
 ) -> RouterContender:
-    router = train_router(featurise(train.questions), train.trace, settings)
-    readiness_BL = router.readiness(featurise(calibration.questions))
+    readiness_BL = router.readiness(features_BF)
     num_visual_B = calibration.trace.num_visual
-    grid = budget_grid(train.num_layers)
+    grid = budget_grid(calibration.num_layers)
     thresholds = tuple(sorted({router_threshold(readiness_BL, num_visual_B, b) for b in grid} | {NEVER}))
     points = router_points(kind, readiness_BL, num_visual_B, thresholds)
-    risk_B = points.mixed_values(calibration.trace.risk, points.at_compute(budget))
-    return RouterContender(kind, featurise, router, thresholds, float(risk_B.mean()), settings)
+    curve = (points.compute_S, points.means_S(calibration.trace.risk))
+    return RouterContender(kind, featurise, router, thresholds, curve, settings)

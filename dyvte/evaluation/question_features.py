@@ -13,9 +13,32 @@ from torch import Tensor
 
 from dyvte.backbones import describe, encode
 from dyvte.evaluation.asking import Asker
+from dyvte.evaluation.contenders import Featurise
+from dyvte.evaluation.rivals import BagOfWords
 from dyvte.gates import prompt_features
 
 _BATCH_SIZE = 128
+
+
+def router_features(asker: Asker, questions: Sequence[str]) -> dict[str, Featurise]:
+    """The two kinds of input a router is tried with, by name; ``questions`` are those it learns from.
+
+    Features of a list of questions are kept: every seed asks for the same ones.
+    """
+    kinds = {"bag of words": BagOfWords.fit(questions), "text states": TextStates.of(asker)}
+    return {kind: _remembering(featurise) for kind, featurise in kinds.items()}
+
+
+def _remembering(featurise: Featurise) -> Featurise:
+    known: dict[tuple[str, ...], Tensor] = {}
+
+    def remembered(questions: Sequence[str]) -> Tensor:
+        key = tuple(questions)
+        if key not in known:
+            known[key] = featurise(key)
+        return known[key]
+
+    return remembered
 
 
 def state_layers(num_layers: int, count: int = 4) -> tuple[int, ...]:

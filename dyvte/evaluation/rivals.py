@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,41 +169,95 @@ class QuestionRouter(nn.Module):
 
 def train_router(features_BF: Tensor, trace: Trace, settings: RouterSettings) -> QuestionRouter:
     """Minimise the gates' objective, sum_k P_k (risk_k + lam k / L), P given by the question alone."""
+    return train_routers(features_BF, trace, [settings])[0]
+
+
+def train_routers(
+    features_BF: Tensor,
+    trace: Trace,
+    settings_C: Sequence[RouterSettings],
+    advance: Callable[[int], object] | None = None,
+) -> list[QuestionRouter]:
+    """:func:`train_router` for several settings at once, each on its own: what is one pass over the data for
+    one of them is one for all.
+
+    They must agree in seed, epochs, batch size and size; price, span, learning rate and weight decay are
+    free. ``advance`` is called with the number of steps done, for a progress bar.
+
+    Raises
+    ------
+    DataError
+        If there is not one traced sample for each question, or the settings do not go together.
+    """
     if len(features_BF) != len(trace):
         raise DataError(f"{len(features_BF)} questions but {len(trace)} traced samples")
-    num_layers, num_features = trace.num_layers, features_BF.shape[1]
-    hidden_size = max(32, math.ceil(settings.min_parameters / (num_features + num_layers + 1)))
-    scale_F = features_BF.std(0, correction=0)
+    if len({(s.seed, s.epochs, s.batch_size, s.min_parameters) for s in settings_C}) != 1:
+        raise DataError("routers trained together need the same seed, epochs, batch size and size")
+    first, num_layers, num_features = settings_C[0], trace.num_layers, features_BF.shape[1]
+    hidden_size = max(32, math.ceil(first.min_parameters / (num_features + num_layers + 1)))
+    mean_F, scale_F = features_BF.mean(0), features_BF.std(0, correction=0)
     scale_F = torch.where(scale_F > 1e-6, scale_F, torch.ones_like(scale_F))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        layerwise = settings.span > 1
-        router = QuestionRouter(features_BF.mean(0), scale_F, num_layers, hidden_size, layerwise=layerwise)
-        _fit(router, features_BF, trace, settings)
-    return router.eval().requires_grad_(False)
+        routers = []
+        for settings in settings_C:
+            torch.manual_seed(first.seed)
+            layerwise = settings.span > 1
+            routers.append(QuestionRouter(mean_F, scale_F, num_layers, hidden_size, layerwise=layerwise))
+        _fit((features_BF - mean_F) / scale_F, trace, routers, settings_C, advance)
+    return [router.eval().requires_grad_(False) for router in routers]
 
 
-def _fit(router: QuestionRouter, features_BF: Tensor, trace: Trace, settings: RouterSettings) -> None:
-    num_layers = trace.num_layers
-    cost_BL = trace.risk[:, 1:].float() + settings.lam * torch.arange(1, num_layers + 1) / num_layers
-    # features of the whole trace are not needed here, and picking rows of them would be most of the work
+def router_steps(num_samples: int, settings: RouterSettings) -> int:
+    """Optimiser steps of a training."""
+    return settings.epochs * math.ceil(num_samples / settings.batch_size)
+
+
+def _fit(
+    normed_BF: Tensor,
+    trace: Trace,
+    routers: Sequence[QuestionRouter],
+    settings_C: Sequence[RouterSettings],
+    advance: Callable[[int], object] | None,
+) -> None:
+    num_layers, first = trace.num_layers, settings_C[0]
+    share_L = torch.arange(1, num_layers + 1) / num_layers
+    # Features of the whole trace are not needed here, and picking rows of them would be most of the work.
     risk_only = dataclasses.replace(trace, features=trace.features[:, :, :0])
     optimizer = torch.optim.AdamW(
-        router.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        [
+            {"params": list(router.parameters()), "lr": s.learning_rate, "weight_decay": s.weight_decay}
+            for router, s in zip(routers, settings_C, strict=True)
+        ]
     )
-    steps = settings.epochs * math.ceil(len(features_BF) / settings.batch_size)
+    steps = router_steps(len(normed_BF), first)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    for _ in range(settings.epochs):
-        for rows in torch.randperm(len(features_BF)).split(settings.batch_size):
-            logits_BL = router(features_BF[rows])
-            if router.layerwise:
-                loss = expected_risk(logits_BL, risk_only.rows(rows), lam=settings.lam, span=settings.span)
-            else:
-                loss = (logits_BL.softmax(-1) * cost_BL[rows]).sum(1).mean()
+    for _ in range(first.epochs):
+        for rows in torch.randperm(len(normed_BF)).split(first.batch_size):
+            batch = risk_only.rows(rows)
+            loss = torch.zeros(())
+            for logits_BL, s in zip(_logits_together(routers, normed_BF[rows]), settings_C, strict=True):
+                if s.span > 1:
+                    loss = loss + expected_risk(logits_BL, batch, lam=s.lam, span=s.span)
+                else:
+                    cost_BL = batch.risk[:, 1:].float() + s.lam * share_L
+                    loss = loss + (logits_BL.softmax(-1) * cost_BL).sum(1).mean()
+            # A router's parameters appear in its own term only: the sum trains each as if alone.
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+            if advance is not None:
+                advance(1)
+
+
+def _logits_together(routers: Sequence[QuestionRouter], normed_BF: Tensor) -> list[Tensor]:
+    """Each router's (B, L) logits; their first layers are one matrix product."""
+    inner = [router.layers[0] for router in routers]
+    hidden = nn.functional.linear(
+        normed_BF, torch.cat([layer.weight for layer in inner]), torch.cat([layer.bias for layer in inner])
+    )
+    parts = nn.functional.gelu(hidden).chunk(len(routers), dim=1)
+    return [router.layers[2](part) + router.offsets_L for router, part in zip(routers, parts, strict=True)]
 
 
 def router_exits(readiness_BL: Tensor, threshold: float) -> Tensor:

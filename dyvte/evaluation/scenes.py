@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dyvte.data.llava import load_llava
+from dyvte.data import open_conversations
 from dyvte.errors import DataError
 from dyvte.evaluation.base import name_some
 from dyvte.gates import DEFAULT_FEATURES, GateStack, select_features
@@ -46,7 +46,8 @@ def load_scenes(traces: Path, data: Path, image_folder: Path) -> TracedScenes:
     """
     store = TraceStore.open(traces)
     trace, image_ids = store.trace(), store.image_ids()
-    question_of = {sample.id: sample.question for sample in load_llava(data, image_folder).samples}
+    conversations = open_conversations(data, image_folder)
+    question_of = {s.id: s.question for turns in ("all", "first") for s in conversations.samples(turns)}
     missing = [sample_id for sample_id in trace.sample_ids if sample_id not in question_of]
     if missing:
         raise DataError(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dyvte.data.llava import Defect, Sample, Selection, check_defects
+from dyvte.data import Defect, Sample, Selection, check_defects
 from dyvte.teacher.store import Shard, TraceStore
 from dyvte.teacher.teacher import Teacher
 from dyvte.teacher.trace import Trace
@@ -62,9 +62,7 @@ def _trace_shard(
     teacher: Teacher, samples: Sequence[Sample], file: str, progress: Progress | None
 ) -> tuple[Shard, list[Defect]]:
     """All batches of a shard, neighbours in length together; samples come back in the given order."""
-    order = sorted(
-        range(len(samples)), key=lambda i: (len(samples[i].question) + len(samples[i].answer), samples[i].id)
-    )
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].num_characters, samples[i].id))
     size = teacher.config.batch_size
     parts: list[Shard] = []
     defects: list[Defect] = []

@@ -14,8 +14,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dyvte.backbones import PromptTemplate, describe, encode, fingerprint, get_template, weights_digest
-from dyvte.data.llava import Defect, Sample, Selection, check_defects
+from dyvte.backbones import (
+    PromptTemplate,
+    RenderedPrompt,
+    describe,
+    encode,
+    fingerprint,
+    get_template,
+    image_padding,
+    weights_digest,
+)
+from dyvte.data import Defect, Sample, Selection, check_defects, load_image
+from dyvte.errors import DataError
 from dyvte.gates import DEFAULT_FEATURES, check_features
 from dyvte.teacher.exits import trace_checked
 from dyvte.teacher.labels import greedy_answers
@@ -83,7 +93,7 @@ class Teacher:
             "backbone_weights": str(weights_digest(self.model)),
             "data": selection_sha256,
             "prompt": f"{self.template.version} {_digest(probe)}",
-            "images": _digest(image_settings),
+            "images": f"{image_padding(self.processor)} {_digest(image_settings)}",
             "features": "+".join(self.config.features),
             "labels": f"greedy {self.config.max_new_tokens}" if labels == "greedy" else labels,
             "max_length": str(self.config.max_length),
@@ -219,32 +229,30 @@ class Teacher:
     def _open_images(
         self, samples: Sequence[Sample], file: str
     ) -> tuple[list[Sample], list[Any], list[Defect]]:
-        from PIL import Image
-
         usable, images, defects = [], [], []
         for sample in samples:
-            if sample.image is None:
-                defects.append(
-                    Defect(file=file, sample_id=sample.id, field="image", problem="the sample has no image")
-                )
-                continue
+            where = "conversations"
             try:
-                with Image.open(sample.image) as image:
-                    images.append(image.convert("RGB"))
+                self._render(sample, with_answer=True)  # its text may hold what no prompt can
+                where = "image"
+                if sample.image is None:
+                    raise DataError("the sample has no image")
+                images.append(load_image(sample.image))
                 usable.append(sample)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                problem = f"{sample.image} cannot be read as an image ({error})"
-                defects.append(Defect(file=file, sample_id=sample.id, field="image", problem=problem))
+            except DataError as error:
+                defects.append(Defect(file=file, sample_id=sample.id, field=where, problem=str(error)))
         return usable, images, defects
+
+    def _render(self, sample: Sample, *, with_answer: bool) -> RenderedPrompt:
+        return self.template.render(
+            sample.question, sample.answer if with_answer else None, history=sample.history
+        )
 
     def _encode(
         self, samples: Sequence[Sample], images: Sequence[Any], *, with_answer: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs and answer mask on the model's device, padded on the left as generation needs it."""
-        rendered = [
-            self.template.render(sample.question, sample.answer if with_answer else None)
-            for sample in samples
-        ]
+        rendered = [self._render(sample, with_answer=with_answer) for sample in samples]
         inputs, answer_BN = encode(
             self.processor, rendered, [[image] for image in images], padding_side="left"
         )

@@ -24,20 +24,37 @@ class ModelConfig:
     """"sdpa", "eager" or "flash_attention_2"."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
+    image_padding: Literal["auto", "square", "none"] = "auto"
+    """Pad images to a square as LLaVA-1.5 does; "auto": where the backbone is a LLaVA-1.5."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Load the weights in 8 or 4 bits (bitsandbytes, on a GPU); gates learn what that model says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """LLaVA instruction data and what is taken of it."""
+    """LLaVA instruction data, from a file or from the hub, and what is taken of it."""
 
-    path: Path
-    """The conversation file."""
+    path: Path | None = None
+    """A .json, .jsonl or .parquet file of conversations, or a dataset folder."""
+    hub_id: str | None = None
+    """A hub dataset instead."""
+    subset: str | None = None
+    """hub_id: the dataset's configuration, where it has several."""
+    split: str = "train"
+    """hub_id, or a dataset folder: which split."""
+    revision: str | None = None
+    """hub_id: commit, tag or branch."""
+    streaming: bool = False
+    """hub_id: read over the network and keep the chosen samples only; else download and cache all of it."""
     image_folder: Path | None = None
-    """What its image entries are relative to; null: "images" beside the file."""
-    single_turn: bool = True
-    """Only conversations of one exchange; else the first exchange of any."""
+    """What image paths are relative to; null: "images" beside the file."""
+    follow_links: bool = False
+    """Let symbolic links in the image folder lead out of it (folders of images that you linked together)."""
+    turns: Literal["single", "first", "all"] = "single"
+    """Conversations of one exchange only; the first exchange of any; or every exchange as a sample of its
+    own, with the earlier ones in its prompt."""
+    repeated_ids: Literal["number", "refuse"] = "number"
+    """Number ids that repeat (they do in LLaVA-665k), or count their samples as unusable."""
     fraction: float = 1.0
     """Random share of the eligible samples; the papers use 0.01 of LLaVA-665k."""
     limit: int | None = None
@@ -50,6 +67,8 @@ class DataConfig:
     """Share of the images held out from training, for the figures in the log and the summary."""
 
     def __post_init__(self) -> None:
+        if (self.path is None) == (self.hub_id is None):
+            raise ValueError("give either path (a local file or folder) or hub_id (a hub dataset)")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], found {self.fraction}")
         if not 0 <= self.validation_fraction < 1:
@@ -60,7 +79,14 @@ class DataConfig:
     @property
     def images(self) -> Path:
         """The image folder in force."""
-        return self.image_folder if self.image_folder is not None else self.path.parent / "images"
+        if self.image_folder is not None:
+            return self.image_folder
+        return Path("images") if self.path is None else self.path.parent / "images"
+
+    @property
+    def name(self) -> str:
+        """For messages: the file or the dataset."""
+        return str(self.path if self.path is not None else self.hub_id)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dyvte.backbones import describe, load_backbone
-from dyvte.data.llava import Defect, Sample, Selection
+from dyvte.data import Defect, Sample, Selection
 from dyvte.errors import ConfigError, DataError
 from dyvte.teacher import Teacher
 from dyvte.teacher.store import Manifest, Shard
@@ -82,6 +82,7 @@ def open_backbone(cfg: ModelConfig, device: torch.device | None) -> tuple[Any, A
         trust_remote_code=cfg.trust_remote_code,
         adapter=cfg.adapter,
         quantization=cfg.quantization,
+        image_padding=cfg.image_padding,
     )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from dyvte.backbones import describe_config, fingerprint, weights_digest
+from dyvte.backbones import describe_config, fingerprint, image_padding, weights_digest
 from dyvte.calibration import LayerSearch, search_exit_layer
-from dyvte.data.llava import Selection, load_llava, select
+from dyvte.data import Selection, open_conversations, open_hub_conversations, select
 from dyvte.teacher import Teacher, TraceStore, write_traces
 from dyvte.training.config import TrainConfig
 from dyvte.training.processes import Processes, processes
@@ -24,15 +24,28 @@ from dyvte.training.zero import shards_backbone
 
 def select_samples(cfg: TrainConfig) -> Selection:
     """The samples of the run, by its data settings."""
-    data = load_llava(cfg.data.path, cfg.data.images, max_bad_samples=cfg.data.max_bad_samples)
+    data = cfg.data
+    if data.hub_id is None:
+        conversations = open_conversations(data.path, data.images, split=data.split)
+    else:
+        conversations = open_hub_conversations(
+            data.hub_id,
+            data.images,
+            subset=data.subset,
+            split=data.split,
+            revision=data.revision,
+            streaming=data.streaming,
+        )
     return select(
-        data,
-        single_turn=cfg.data.single_turn,
+        conversations,
+        turns=data.turns,
         image_only=True,  # a text-only prompt has no visual tokens to let go
-        fraction=cfg.data.fraction,
-        limit=cfg.data.limit,
-        seed=cfg.data.seed,
-        max_bad_samples=cfg.data.max_bad_samples,
+        fraction=data.fraction,
+        limit=data.limit,
+        seed=data.seed,
+        max_bad_samples=data.max_bad_samples,
+        repeated_ids=data.repeated_ids,
+        follow_links=data.follow_links,
     )
 
 
@@ -55,7 +68,7 @@ def search_k(cfg: TrainConfig, **search: Any) -> LayerSearch:
     samples = select_samples(cfg).samples
     size = cfg.teacher.batch_size
     batches = (
-        teacher.inputs(samples[start : start + size], file=str(cfg.data.path))
+        teacher.inputs(samples[start : start + size], file=cfg.data.name)
         for start in range(0, len(samples), size)
     )
     return search_exit_layer(model, batches, exits_per_chunk=cfg.teacher.exits_per_chunk, **search)
@@ -77,6 +90,7 @@ def _traced(
             "model_type": describe_config(model.config).model_type,
             "fingerprint": fingerprint(model),
             "weights": weights_digest(model),
+            "image_padding": image_padding(processor),
         }
         if cfg.model.adapter is not None:
             backbone["adapter"] = cfg.model.adapter
@@ -103,7 +117,7 @@ def write_store(
             folder,
             teacher,
             selection,
-            file=str(cfg.data.path),
+            file=cfg.data.name,
             rank=who.rank,
             world_size=who.world_size,
             max_bad_samples=cfg.data.max_bad_samples,

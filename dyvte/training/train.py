@@ -26,7 +26,7 @@ import torch
 
 from dyvte import __version__
 from dyvte.config import dump_config, to_dict
-from dyvte.data.llava import Selection
+from dyvte.data import Selection
 from dyvte.errors import GateMismatchError, TrainingError
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
@@ -257,7 +257,7 @@ def _record(cfg: TrainConfig, plan: Plan, selection: Selection, store: TraceStor
         "num_samples": plan.num_samples,
         "seed": cfg.seed,
         "init_from": str(cfg.gates.init_from) if cfg.gates.init_from else None,
-        "data": {"file": cfg.data.path.name, "sha256": selection.sha256, **selection.counts},
+        "data": selection.record(),
         "trace": store.manifest.fingerprint,
         "trace_notes": store.notes(),
     }

@@ -76,7 +76,7 @@ def planted(tmp_path_factory):
     # planted scenes have no backbone: both kinds of routers read words
     words = SimpleNamespace(of=lambda asker: BagOfWords.fit([*QUESTIONS, "jump 1 2 3 4 5 times"]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dyvte.evaluation.compare.TextStates", words)
+        patch.setattr("dyvte.evaluation.question_features.TextStates", words)
         return {kind: _planted_result(tmp_path_factory.mktemp("planted"), kind) for kind in (True, False)}
 
 

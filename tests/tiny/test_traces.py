@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dyvte.backbones import encode, get_template
-from dyvte.data.llava import Sample, Selection, selection_sha256
+from dyvte.data import Sample, Selection, selection_sha256
 from dyvte.errors import CheckpointError, DataError
 from dyvte.gates import GateConfig, GateStack
 from dyvte.runtime import VisualExit

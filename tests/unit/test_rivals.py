@@ -21,11 +21,14 @@ from dyvte.evaluation.rivals import (
     oracle_points,
     router_exits,
     router_points,
+    router_steps,
     router_threshold,
     train_router,
+    train_routers,
     within_wording_share,
 )
 from dyvte.gates import exit_layers
+from dyvte.objectives import expected_risk
 from dyvte.teacher.trace import Trace
 
 LAYERS = 6
@@ -198,6 +201,47 @@ def test_router_size_and_determinism():
     assert torch.equal(torch.get_rng_state(), state)
     assert sum(p.numel() for p in one.parameters()) >= 5000
     assert torch.equal(one(features), two(features))
+
+
+def test_routers_trained_together_are_those_trained_alone():
+    rng = torch.Generator().manual_seed(12)
+    features, risk = torch.randn(96, 7, generator=rng), torch.rand(96, LAYERS + 1, generator=rng)
+    tried = [
+        RouterSettings(lam=0.1, span=span, epochs=3, batch_size=32, learning_rate=rate, seed=5)
+        for span in (1.0, 50.0)
+        for rate in (1e-3, 1e-2)
+    ]
+    steps = []
+    together = train_routers(features, _trace(risk), tried, steps.append)
+    for settings, router in zip(tried, together, strict=True):
+        alone = _plain_training(features, _trace(risk), settings)
+        torch.testing.assert_close(router(features), alone(features), rtol=1e-3, atol=1e-4)
+    assert sum(steps) == router_steps(96, tried[0]) == 9
+    assert not torch.allclose(together[0](features), together[1](features), atol=1e-2)
+    with pytest.raises(DataError, match="same seed"):
+        train_routers(features, _trace(risk), [tried[0], RouterSettings(lam=0.1, seed=6)])
+
+
+def _plain_training(features, trace, settings):
+    """One router by itself, by its own forward."""
+    torch.manual_seed(settings.seed)
+    scale = features.std(0, correction=0)
+    router = QuestionRouter(features.mean(0), scale, LAYERS, 32, layerwise=settings.span > 1)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    batches = [rows for _ in range(settings.epochs) for rows in torch.randperm(96).split(32)]
+    for step, rows in enumerate(batches):
+        logits, part = router(features[rows]), trace.rows(rows)
+        if settings.span > 1:
+            loss = expected_risk(logits, part, lam=settings.lam, span=settings.span)
+        else:
+            price = settings.lam * torch.arange(1, LAYERS + 1) / LAYERS
+            loss = (logits.softmax(-1) * (part.risk[:, 1:] + price)).sum(1).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 + np.cos(np.pi * step / len(batches))) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return router
 
 
 def test_mixtures_meet_any_compute_between():
