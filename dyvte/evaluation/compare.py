@@ -16,9 +16,9 @@ import dyvte
 from dyvte.backbones import encode
 from dyvte.calibration import search_exit_layer
 from dyvte.config import dump_config
-from dyvte.data.llava import load_llava, select
+from dyvte.data import load_image, open_conversations, select
 from dyvte.errors import ConfigError
-from dyvte.evaluation.asking import Asker, encoded_batches, load_image, plan_batches
+from dyvte.evaluation.asking import Asker, encoded_batches, plan_batches
 from dyvte.evaluation.base import get_benchmark
 from dyvte.evaluation.compare_table import Row, comparison_markdown, table_rows
 from dyvte.evaluation.contenders import (
@@ -182,7 +182,7 @@ def choose_vtw(
     on the calibration scenes as the gates do.
     """
     selection = select(
-        load_llava(config.data_calibration, config.image_folder),
+        open_conversations(config.data_calibration, config.image_folder),
         limit=config.search_samples,
         seed=config.seed,
     )

@@ -161,7 +161,7 @@ def _image_seed(split: str, n: int) -> int:
 def world(tmp_path_factory):
     """A tiny backbone on disk, traced splits, benchmarks, gates of two seeds."""
     from dyvte.backbones import load_backbone
-    from dyvte.data.llava import load_llava, select
+    from dyvte.data import open_conversations, select
     from dyvte.teacher import Teacher, TeacherConfig, write_traces
 
     root = tmp_path_factory.mktemp("world")
@@ -171,7 +171,7 @@ def world(tmp_path_factory):
     teacher = Teacher(*load_backbone(root / "model"), TeacherConfig(template="chat", max_new_tokens=4))
     for split, count in (("train", 36), ("calibration", 30), ("test", 24)):
         _write_split(root, split, count)
-        selection = select(load_llava(root / f"{split}.json", root / "images"))
+        selection = select(open_conversations(root / f"{split}.json"))
         write_traces(root / f"trace-{split}", teacher, selection)
     for seed in (0, 1):
         config = GateConfig(
