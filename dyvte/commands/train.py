@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -34,23 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, print where the gates are and how they fare."""
     import logging
+    import warnings
 
     cfg = config_of(args, _trackers(args.report_to))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # One for every collective of ZeRO-3; DeepSpeed's to mend.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*is deprecated", FutureWarning)
+    first, world_size = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
     if args.dry_run:
         from dyvte.training.dryrun import describe_dry_run, dry_run
 
-        print(describe_dry_run(dry_run(cfg)))
+        if first:
+            print(describe_dry_run(dry_run(cfg, world_size)))
         return 0
-    import os
-
     from dyvte.training.train import train
 
     result = train(cfg)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first:
         _print_result(result)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size > 1:
         # With ZeRO-3, DeepSpeed's threads may abort the interpreter on its way out, after all work is done.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -68,6 +72,8 @@ def _print_result(result: TrainResult) -> None:
         print(f"dropped: {text}", file=sys.stderr)
     print(f"\non {summary['num_judged']} {summary['judged_on']}, beside fixed K at the same compute:")
     print(result.table())
+    exits = ", ".join(f"{k} ({share:.0%})" for k, share in enumerate(summary["exit_rate"]) if share)
+    print(f"at threshold 0.5 they leave after layer {exits}")
     print(f"\ngates: {result.gates}\nnext: dyvte calibrate --gates {result.gates} --budget 0.5 ...")
 
 

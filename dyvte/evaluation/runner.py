@@ -9,12 +9,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import dyvte
-from dyvte.backbones import describe, fingerprint, get_template, load_backbone, weights_digest
+from dyvte.backbones import (
+    check_image_padding,
+    describe,
+    fingerprint,
+    get_template,
+    image_padding,
+    load_backbone,
+    weights_digest,
+)
 from dyvte.calibration.decisions import visual_compute
 from dyvte.config import dump_config
 from dyvte.errors import ConfigError, DataError
@@ -41,11 +49,13 @@ class EvalConfig:
     output: Path
     """Each policy gets a folder below."""
     policies: tuple[str, ...] = ("never",)
-    """In the forms of `dyvte.policies.USAGE`."""
+    """never | fixed:K | gates:FOLDER | gates:FOLDER@threshold | random:LOW-HIGH"""
     question_suffix: str | None = None
     """Appended to every question; None: the benchmark's short-answer request, as LLaVA does."""
     template: str = "auto"
     """Prompt template: v1, chat or auto."""
+    image_padding: Literal["auto", "square", "none"] = "auto"
+    """Pad images to a square as LLaVA-1.5 does; auto: where the backbone is a LLaVA-1.5."""
     dialect: str = "original"
     """Whose rule reads the answers: original, lmms or vlmevalkit."""
     batch_size: int = 16
@@ -97,6 +107,7 @@ def load_asker(config: EvalConfig) -> Asker:
         device=device,
         trust_remote_code=config.trust_remote_code,
         adapter=config.adapter,
+        image_padding=config.image_padding,
     )
     return Asker(model, processor, get_template(config.template, processor), config.max_new_tokens)
 
@@ -133,6 +144,9 @@ def run_policies(
     shape = describe(asker.model)
     for named in policies:
         named.policy.check(shape.num_layers, shape.hidden_size)
+        gates = getattr(named.policy, "gates", None)
+        trained = None if gates is None else gates.config.backbone.get("image_padding")
+        check_image_padding(trained, image_padding(asker.processor), f"policy {named.name}")
     identity = _identity(asker, benchmark, questions, prompts, config)
     ids = [[questions[i].id for i in rows] for rows in plan]
     logs = [
@@ -272,6 +286,7 @@ def _identity(
         "backbone_fingerprint": fingerprint(asker.model),
         "backbone_weights": weights_digest(asker.model),
         "template": asker.template.version,
+        "image_padding": image_padding(asker.processor),
         "batch_size": config.batch_size,
         "max_new_tokens": config.max_new_tokens,
         "dtype": str(asker.model.dtype),

@@ -25,15 +25,19 @@ def validation_figures(logits_BL: Tensor, trace: Trace, threshold: float) -> dic
     """Decisions at one threshold; ``exit_rate`` has L+1 entries, the share of samples leaving at each
     layer."""
     exits_B = exit_layers(logits_BL, threshold)
-    rate = torch.bincount(exits_B, minlength=trace.num_layers + 1).double() / len(exits_B)
     return {
         "validation/risk": float(at_exit(trace.risk, exits_B).mean()),
         "validation/agreement": float(at_exit(trace.agreement, exits_B).mean()),
         "validation/same_answer": float(at_exit(trace.same_answer, exits_B).mean()),
         "validation/visual_compute": visual_compute(exits_B, trace.num_visual, trace.num_layers),
         "validation/mean_exit_layer": float(exits_B.double().mean()),
-        "validation/exit_rate": rate.tolist(),
+        "validation/exit_rate": exit_rate(exits_B, trace.num_layers),
     }
+
+
+def exit_rate(exits_B: Tensor, num_layers: int) -> list[float]:
+    """Share of samples leaving at each exit layer 0..L."""
+    return (torch.bincount(exits_B, minlength=num_layers + 1).double() / len(exits_B)).tolist()
 
 
 def budget_rows(

@@ -1,4 +1,8 @@
-"""Where a run's figures go: a JSONL file always, wandb and TensorBoard on request."""
+"""Where a run's figures go: a JSONL file always, wandb and TensorBoard on request.
+
+Figures are numbers, or lists of numbers over exit layers. A run that goes on from an earlier step takes up
+each tracker there: what a killed run had written beyond that step does not count.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,16 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-LOG_FILE = "train_log.jsonl"
+import yaml
+
+from dyvte.training.pictures import exit_histogram
+
+LOG_FILE, PICTURE_FILE = "train_log.jsonl", "exit_histogram.png"
+EXIT_RATE = "validation/exit_rate"
 log = logging.getLogger(__name__)
 
 
@@ -53,14 +62,20 @@ class JsonlTracker:
 
 
 class WandbTracker:
-    """wandb, offline unless WANDB_MODE is set; a resumed run keeps its id."""
+    """wandb, offline unless WANDB_MODE is set; a resumed run keeps its id.
+
+    A resumed offline run adds a second folder; `wandb sync` joins them under the id, and of steps that both
+    hold, which are equal, keeps the first.
+    """
 
     def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
         import wandb
 
         id_file = folder / "wandb_run_id"
         if not id_file.is_file():
-            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+            temporary = id_file.with_suffix(".tmp")
+            temporary.write_text(secrets.token_hex(4), encoding="utf-8")
+            os.replace(temporary, id_file)
         self._run = wandb.init(
             project=project,
             name=name,
@@ -71,46 +86,104 @@ class WandbTracker:
             config=dict(config),
             settings=wandb.Settings(silent=True),
         )
-        self._histogram = wandb.Histogram
+        self._wandb, self._last = wandb, _LastExits()
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Log scalars as they are; a list over layers becomes one series per entry and a histogram."""
-        flat: dict[str, Any] = {}
+        """Log numbers as they are; a list becomes one series per entry, and a histogram."""
+        self._last.take(step, figures)
+        flat: dict[str, Any] = dict(_flat(figures))
         for name, value in figures.items():
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                flat |= {f"{name}/{index:02d}": item for index, item in enumerate(value)}
+            if _is_list(value):
                 edges = [index - 0.5 for index in range(len(value) + 1)]
-                flat[name] = self._histogram(np_histogram=(list(value), edges))
-            else:
-                flat[name] = value
+                flat[name] = self._wandb.Histogram(np_histogram=(list(value), edges))
         self._run.log(flat, step=step)
 
     def close(self) -> None:
-        """Finish the run."""
+        """Add the picture of the last exits and finish the run."""
+        picture = self._last.picture()
+        if picture is not None:
+            self._run.log({f"{EXIT_RATE}_picture": self._wandb.Image(picture)}, step=self._last.step)
         self._run.finish()
 
 
 class TensorboardTracker:
-    """TensorBoard event files."""
+    """TensorBoard event files: scalars, the configuration as text, the last exits as a picture."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # Readers drop events from this step on that an earlier writer left.
+        purge = resume_step + 1 if resume_step else None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        if purge is None:
+            self._writer.add_text("config", f"```\n{yaml.safe_dump(dict(config), sort_keys=False)}```", 0)
+        self._last = _LastExits()
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Scalars, lists entry by entry."""
-        for name, value in figures.items():
-            values = value if isinstance(value, Sequence) and not isinstance(value, str) else None
-            if values is None:
-                self._writer.add_scalar(name, value, step)
-            else:
-                for index, item in enumerate(values):
-                    self._writer.add_scalar(f"{name}/{index:02d}", item, step)
+        """Numbers as they are, lists entry by entry."""
+        self._last.take(step, figures)
+        for name, value in _flat(figures):
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Add the picture, flush and close."""
+        picture = self._last.picture()
+        if picture is not None:
+            self._writer.add_image(EXIT_RATE, picture, self._last.step, dataformats="HWC")
         self._writer.close()
+
+
+class PictureTracker:
+    """``exit_histogram.png`` in the output folder: where held-out samples leave, at the end of the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._last = folder / PICTURE_FILE, _LastExits()
+
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Remember the exits."""
+        self._last.take(step, figures)
+
+    def close(self) -> None:
+        """Draw them."""
+        picture = self._last.picture()
+        if picture is not None:
+            from PIL import Image
+
+            Image.fromarray(picture).save(self._path)
+
+
+class _LastExits:
+    """The newest exit rates among the figures."""
+
+    def __init__(self) -> None:
+        self.step, self._rate = 0, None
+
+    def take(self, step: int, figures: Mapping[str, Any]) -> None:
+        if EXIT_RATE in figures:
+            self.step, self._rate = step, figures[EXIT_RATE]
+
+    def picture(self) -> Any:
+        """Pixels; None where there is nothing to draw or to draw with."""
+        if self._rate is None:
+            return None
+        try:
+            return exit_histogram(self._rate, f"held-out samples, step {self.step}")
+        except ImportError as error:
+            log.warning("no picture of the exits: matplotlib is not installed (%s)", error)
+            return None
+
+
+def _flat(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers by name; entry k of a list is ``name/k``, in two digits."""
+    for name, value in figures.items():
+        if _is_list(value):
+            yield from ((f"{name}/{index:02d}", item) for index, item in enumerate(value))
+        else:
+            yield name, value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def open_trackers(
@@ -123,13 +196,13 @@ def open_trackers(
     resume_step: int,
 ) -> list[Tracker]:
     """The run's trackers; one that is not installed is left out with a warning, training does not need it."""
-    trackers: list[Tracker] = [JsonlTracker(folder / LOG_FILE, resume_step)]
+    trackers: list[Tracker] = [JsonlTracker(folder / LOG_FILE, resume_step), PictureTracker(folder)]
     for name in report_to:
         try:
             if name == "wandb":
                 trackers.append(WandbTracker(folder, project, run_name, config))
             elif name == "tensorboard":
-                trackers.append(TensorboardTracker(folder))
+                trackers.append(TensorboardTracker(folder, config, resume_step))
         except ImportError as error:
             log.warning("report_to %s: not installed (%s); figures go to %s only", name, error, LOG_FILE)
     return trackers

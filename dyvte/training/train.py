@@ -6,6 +6,7 @@ Output folder::
     trace/              what the teacher said (reused by every later start)
     checkpoints/        of the running training
     train_log.jsonl     figures by step
+    exit_histogram.png  where held-out samples leave
     gates/              gate_config.json + gates.safetensors: the result
     summary.json        the final figures; written last
 """
@@ -28,12 +29,12 @@ from dyvte import __version__
 from dyvte.config import dump_config, to_dict
 from dyvte.data import Selection
 from dyvte.errors import GateMismatchError, TrainingError
-from dyvte.gates import GateConfig, GateStack, uniform_offsets
+from dyvte.gates import GateConfig, GateStack, exit_layers, uniform_offsets
 from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
 from dyvte.teacher import Trace, TraceStore
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Plan
-from dyvte.training.figures import budget_rows, budget_table
+from dyvte.training.figures import budget_rows, budget_table, exit_rate
 from dyvte.training.loop import GateTraining
 from dyvte.training.processes import Processes, processes
 from dyvte.training.resuming import check_same_run
@@ -42,6 +43,7 @@ from dyvte.training.tracing import progress_bar, run_traces, select_samples
 from dyvte.training.trackers import open_trackers
 
 log = logging.getLogger(__name__)
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 
 
@@ -71,7 +73,7 @@ def train(cfg: TrainConfig) -> TrainResult:
         try:
             return _train(cfg, who)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            if error.errno not in _UNWRITABLE:
                 raise
             raise TrainingError(
                 f"{cfg.output_dir} cannot be written any more ({error}). What was finished is kept: make "
@@ -230,6 +232,7 @@ def _finish(
         "judged_on": "held-out samples" if training.validation is not None else "training samples",
         "num_judged": len(judged),
         "budgets": budget_rows(train_logits, training.train, logits, judged),
+        "exit_rate": exit_rate(exit_layers(logits, 0.5), judged.num_layers),
         "parameters": sum(parameter.numel() for parameter in gates.parameters()),
         "dropped": list(store.dropped()),
         **times,

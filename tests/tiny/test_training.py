@@ -4,8 +4,6 @@ failure."""
 from __future__ import annotations
 
 import errno
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from dyvte.training.figures import budget_rows, fixed_at, validation_figures
 from dyvte.training.loop import GateTraining
 from dyvte.training.processes import Processes, processes
 from dyvte.training.schedule import SampleOrder, drawn_layer, lr_factor
-from dyvte.training.trackers import open_trackers
 
 LAYERS, HIDDEN = 4, 6
 
@@ -262,16 +259,3 @@ def test_validation_figures_at_a_threshold() -> None:
     assert figures["validation/mean_exit_layer"] == LAYERS
     assert figures["validation/same_answer"] == 1.0
     assert figures["validation/exit_rate"] == [0.0] * LAYERS + [1.0]
-
-
-# --- trackers ---
-
-
-def test_trackers_that_are_not_installed_are_left_out(tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    trackers = open_trackers(["wandb"], tmp_path, project="p", run_name="r", config={}, resume_step=0)
-    trackers[0].write(1, {"loss": 1.0})
-    trackers[0].close()
-    assert len(trackers) == 1
-    assert "wandb" in caplog.text
-    assert json.loads((tmp_path / "train_log.jsonl").read_text()) == {"step": 1, "loss": 1.0}
