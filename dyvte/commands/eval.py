@@ -20,6 +20,8 @@ _PATHS = {"data", "output"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte eval``; those left out keep the configuration's value."""
+    from dyvte.policies import USAGE
+
     parser.add_argument("--config", type=Path, help="YAML with any of the settings below")
     parser.add_argument("--model", help="backbone: folder or hub id")
     parser.add_argument("--adapter", help="PEFT adapter to put on it: folder or hub id")
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="policies",
         metavar="POLICY",
-        help="never | fixed:K | gates:FOLDER[@threshold] | random:LOW-HIGH; may be given several times",
+        help=f"{USAGE}; may be given several times",
     )
     parser.add_argument("--question-suffix", help="text appended to every question")
     parser.add_argument("--template", help="prompt template: v1, chat or auto")

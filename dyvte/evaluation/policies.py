@@ -23,7 +23,7 @@ class NamedPolicy:
 
 
 def parse_policies(texts: Sequence[str], seed: int = 0) -> list[NamedPolicy]:
-    """Policies from ``never``, ``fixed:K``, ``gates:FOLDER[@threshold]``, ``random:LOW-HIGH[:SEED]``.
+    """Policies from their command line forms, see `dyvte.policies.USAGE`.
 
     Raises
     ------
@@ -51,7 +51,10 @@ def parse_named(text: str, seed: int = 0) -> NamedPolicy:
     if kind == "random" and argument.count(":") == 0:
         text = f"{text}:{seed}"
     policy = parse_policy(text)
-    return NamedPolicy(re.sub(r"[^\w.-]+", "-", text), policy, {"policy": text})
+    name = re.sub(r"[^\w.-]+", "-", text)
+    if isinstance(policy, OraclePolicy):
+        return given_exits(name, policy.exit_layers)
+    return NamedPolicy(name, policy, {"policy": text})
 
 
 def given_exits(name: str, exit_layers: Mapping[str, int]) -> NamedPolicy:
@@ -79,31 +82,12 @@ def learned(name: str, policy: LearnedPolicy) -> NamedPolicy:
 
 
 def _gates(argument: str) -> NamedPolicy:
-    path, at, threshold = argument.rpartition("@")
-    if not at:
-        path = argument
-    policy = parse_policy(f"gates:{path}")
+    policy = parse_policy(f"gates:{argument}")
+    path, at, threshold = argument.rpartition("@") if "@" in argument else (argument, "", "")
     name = "gates-" + re.sub(r"[^\w.-]+", "-", "-".join(Path(path).absolute().parts[-2:]))
     if isinstance(policy, FixedPolicy):
-        if at:
-            raise ConfigError(
-                f"{path} describes a fixed exit: a threshold (@{threshold}) means nothing there"
-            )
         return NamedPolicy(name, policy, {"policy": f"fixed:{policy.exit_layer}"})
-    if at:
-        policy.threshold = _threshold(threshold)
-        name = f"{name}-{threshold}"
-    return learned(name, policy)
-
-
-def _threshold(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"threshold {text!r} after '@': expected a probability in 0..1")
-    return value
+    return learned(f"{name}-{threshold}" if at else name, policy)
 
 
 def _sha256(content: bytes) -> str:

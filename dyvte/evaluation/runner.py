@@ -49,7 +49,7 @@ class EvalConfig:
     output: Path
     """Each policy gets a folder below."""
     policies: tuple[str, ...] = ("never",)
-    """never | fixed:K | gates:FOLDER | gates:FOLDER@threshold | random:LOW-HIGH"""
+    """In the forms of `dyvte.policies.USAGE`."""
     question_suffix: str | None = None
     """Appended to every question; None: the benchmark's short-answer request, as LLaVA does."""
     template: str = "auto"

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ..errors import ConfigError
-from .base import Plan, Policy, Rows
-from .fixed import FixedPolicy
-from .learned import LearnedPolicy
-from .never import NeverPolicy
-from .oracle import OraclePolicy
-from .random import RandomPolicy
+from .base import Plan as Plan
+from .base import Policy as Policy
+from .base import Rows as Rows
 
-# Each entry: a maker that takes the text after the colon. The oracle has none: its layers come from a trace.
-REGISTRY: dict[str, Callable[[str], Policy]] = {
-    "never": NeverPolicy.parse,
-    "fixed": FixedPolicy.parse,
-    "gates": LearnedPolicy.parse,
-    "random": RandomPolicy.parse,
-}
+# One line registers and exports a policy.
+from .fixed import FixedPolicy as FixedPolicy
+from .learned import LearnedPolicy as LearnedPolicy
+from .never import NeverPolicy as NeverPolicy
+from .oracle import OraclePolicy as OraclePolicy
+from .random import RandomPolicy as RandomPolicy
 
-__all__ = [
-    "REGISTRY",
-    "FixedPolicy",
-    "LearnedPolicy",
-    "NeverPolicy",
-    "OraclePolicy",
-    "Plan",
-    "Policy",
-    "RandomPolicy",
-    "Rows",
-    "parse_policy",
-]
+REGISTRY: dict[str, type[Policy]] = {policy.name: policy for policy in Policy.__subclasses__()}
+USAGE = " | ".join(policy.usage for policy in REGISTRY.values())
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy from its command line form: ``never``, ``fixed:16``, ``gates:FOLDER``, ``random:8-24``.
+    """A policy from its command line form, such as ``fixed:16``; see `USAGE` for all of them.
 
     Raises
     ------
@@ -44,7 +28,5 @@ def parse_policy(text: str) -> Policy:
     """
     name, _, argument = text.partition(":")
     if name not in REGISTRY:
-        raise ConfigError(
-            f"policy {text!r}: expected one of never, fixed:K, gates:FOLDER, random:LOW-HIGH[:SEED]"
-        )
-    return REGISTRY[name](argument)
+        raise ConfigError(f"policy {text!r}: expected one of {USAGE}")
+    return REGISTRY[name].parse(argument)

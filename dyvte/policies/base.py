@@ -73,9 +73,23 @@ class Plan:
 
 
 class Policy:
-    """Base of all policies; a subclass gives `name` and `start`."""
+    """Base of all policies; a subclass gives `name`, `usage`, `parse` and `start`.
+
+    Attributes
+    ----------
+    name
+        What it is called on the command line, before the colon.
+    usage
+        Its whole command line form, for help and errors.
+    """
 
     name = ""
+    usage = ""
+
+    @classmethod
+    def parse(cls, argument: str) -> Policy:
+        """Make the policy from the text after the colon; ConfigError where it is malformed."""
+        raise NotImplementedError
 
     def check(self, num_layers: int, hidden_size: int) -> None:
         """Raise where this policy cannot serve a backbone of this shape."""

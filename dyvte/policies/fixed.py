@@ -13,6 +13,7 @@ class FixedPolicy(Policy):
     """Every row leaves after layer `exit_layer` (0..L); None means L."""
 
     name = "fixed"
+    usage = "fixed:K"
 
     def __init__(self, exit_layer: int | None) -> None:
         self.exit_layer = exit_layer
@@ -21,7 +22,7 @@ class FixedPolicy(Policy):
     def parse(cls, argument: str) -> FixedPolicy:
         """Make the policy from the text after its name."""
         if not argument.isdecimal():
-            raise ConfigError(f"policy fixed:{argument}: expected fixed:K with a number of layers K")
+            raise ConfigError(f"policy fixed:{argument}: expected {cls.usage} with a number of layers K")
         return cls(int(argument))
 
     def check(self, num_layers: int, hidden_size: int) -> None:

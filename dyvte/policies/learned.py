@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import GateMismatchError
-from ..gates import ExitRule, GateStack, load_checkpoint
+from ..errors import ConfigError, GateMismatchError
+from ..gates import ExitRule, GateStack, check_rule, load_checkpoint
 from .base import Plan, Policy, Rows
 from .fixed import FixedPolicy
 
@@ -52,6 +52,7 @@ class LearnedPolicy(Policy):
     """A row leaves at the first layer whose gate fires; see `dyvte.gates.ExitRule`."""
 
     name = "gates"
+    usage = "gates:FOLDER[@THRESHOLD]"
 
     def __init__(
         self, gates: GateStack, threshold: float = 0.5, min_layer: int = 1, fallback: int | None = None
@@ -61,10 +62,18 @@ class LearnedPolicy(Policy):
     @classmethod
     def parse(cls, argument: str) -> Policy:
         """Make the policy from the text after its name."""
-        config, gates = load_checkpoint(argument)
-        if gates is None or config.mode == "fixed":
-            return FixedPolicy(config.fallback)
-        return cls(gates, config.threshold, config.min_layer, config.fallback)
+        folder, at, threshold = argument.rpartition("@") if "@" in argument else (argument, "", "")
+        config, gates = load_checkpoint(folder)
+        if gates is not None and config.mode != "fixed":
+            try:
+                used = float(threshold) if at else config.threshold
+            except ValueError:
+                raise ConfigError(f"threshold {threshold!r}: expected a probability in 0..1") from None
+            check_rule(config.num_layers, used, config.min_layer, config.fallback)
+            return cls(gates, used, config.min_layer, config.fallback)
+        if at:
+            raise ConfigError(f"{folder} describes a fixed exit: @{threshold} means nothing there")
+        return FixedPolicy(config.fallback)
 
     def check(self, num_layers: int, hidden_size: int) -> None:
         """Raise where a layer number or shape does not fit the backbone."""
@@ -79,13 +88,11 @@ class LearnedPolicy(Policy):
 
     def to(self, device: torch.device) -> None:
         """Bring the gates to the backbone's device."""
-        # An offloaded backbone has no device to follow.
-        if device.type != "meta" and self.gates.device != device:
+        if device.type != "meta" and self.gates.device != device:  # an offloaded backbone has no device
             self.gates.to(device)
 
     def start(self, rows: Rows) -> Plan:
         """The plan for one prefill."""
-        rule = ExitRule(
-            len(rows.num_visual_B), rows.num_layers, self.threshold, self.min_layer, self.fallback
-        )
+        count = len(rows.num_visual_B)
+        rule = ExitRule(count, rows.num_layers, self.threshold, self.min_layer, self.fallback)
         return GatePlan(self.gates, rule, rows)

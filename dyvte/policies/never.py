@@ -12,6 +12,7 @@ class NeverPolicy(Policy):
     """Every row has exit layer L."""
 
     name = "never"
+    usage = "never"
 
     @classmethod
     def parse(cls, argument: str) -> NeverPolicy:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -20,9 +22,21 @@ class OraclePolicy(Policy):
     """
 
     name = "oracle"
+    usage = "oracle:FILE.json"
 
     def __init__(self, exit_layers: Mapping[str, int] | Sequence[int] | torch.Tensor) -> None:
         self.exit_layers = exit_layers
+
+    @classmethod
+    def parse(cls, argument: str) -> OraclePolicy:
+        """Make the policy from a JSON file ``{sample id: exit layer}``."""
+        try:
+            given = json.loads(Path(argument).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"policy oracle:{argument}: cannot read {cls.usage}: {error}") from error
+        if not isinstance(given, dict) or any(type(k) is not int for k in given.values()):
+            raise ConfigError(f"policy oracle:{argument}: expected an object {{sample id: exit layer}}")
+        return cls(given)
 
     def check(self, num_layers: int, hidden_size: int) -> None:
         """Raise where a layer number does not fit the backbone."""

@@ -16,6 +16,7 @@ class RandomPolicy(Policy):
     """Uniform in low..high, both included; a function of (seed, sample id), so batches do not matter."""
 
     name = "random"
+    usage = "random:LOW-HIGH[:SEED]"
 
     def __init__(self, low: int, high: int, seed: int = 0) -> None:
         if low > high:
@@ -27,7 +28,7 @@ class RandomPolicy(Policy):
         """Make the policy from the text after its name."""
         match = re.fullmatch(r"(\d+)-(\d+)(?::(\d+))?", argument)
         if match is None:
-            raise ConfigError(f"policy random:{argument}: expected random:LOW-HIGH or random:LOW-HIGH:SEED")
+            raise ConfigError(f"policy random:{argument}: expected {cls.usage}")
         return cls(int(match[1]), int(match[2]), int(match[3] or 0))
 
     def check(self, num_layers: int, hidden_size: int) -> None:

@@ -84,7 +84,7 @@ def test_score_of_mme_submission_equals_evals(world, tmp_path, capsys):
         (["--data", "/nowhere"], "is not GQA data: the folder does not exist"),
         (["--model", "/nowhere/model"], "no model folder at /nowhere/model"),
         (["--policy", "fixed:9"], "the backbone has 4 decoder layers"),
-        (["--policy", "sometimes"], "policy 'sometimes': expected one of never"),
+        (["--policy", "sometimes"], "policy 'sometimes': expected one of fixed:K"),
         (["--policy", "gates:/nowhere"], "no gates checkpoint folder at /nowhere"),
         (["--dialect", "own"], "unknown scoring dialect 'own'"),
         (["--set", "bach_size=3"], "did you mean 'batch_size'"),

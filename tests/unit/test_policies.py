@@ -1,6 +1,8 @@
 """Policies by their plans, without any model."""
 
 import collections
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.gates import GateConfig, GateStack, save_config
 from dyvte.policies import (
+    REGISTRY,
     FixedPolicy,
     LearnedPolicy,
     NeverPolicy,
@@ -98,11 +101,37 @@ def test_parse(tmp_path):
     assert (learned.threshold, learned.min_layer, learned.fallback) == (0.7, 2, 1)
     save_config(GateConfig(num_layers=3, hidden_size=4, fallback=2), tmp_path / "f")
     assert parse_policy(f"gates:{tmp_path / 'f'}").exit_layer == 2
+    assert parse_policy(f"gates:{tmp_path / 'g'}@0.25").threshold == 0.25
+    for text, message in (("g@1.5", "probability"), ("g@x", "probability"), ("f@0.5", "fixed exit")):
+        with pytest.raises(ConfigError, match=message):
+            parse_policy(f"gates:{tmp_path / text}")
+    (tmp_path / "o.json").write_text('{"a": 3, "b": 0}')
+    assert parse_policy(f"oracle:{tmp_path / 'o.json'}").exit_layers == {"a": 3, "b": 0}
+    for content in ("[1]", '{"a": "1"}', '{"a": true}', "{"):
+        (tmp_path / "o.json").write_text(content)
+        with pytest.raises(ConfigError, match="oracle:"):
+            parse_policy(f"oracle:{tmp_path / 'o.json'}")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "vtw", "fixed", "fixed:x", "fixed:-1", "random:5", "random:9-3", "never:3"]
+    "text",
+    ["", "vtw", "fixed", "fixed:x", "fixed:-1", "random:5", "random:9-3", "never:3", "oracle:none.json"],
 )
 def test_malformed_policies_are_refused(text):
     with pytest.raises(ConfigError):
         parse_policy(text)
+
+
+def test_a_policy_is_one_short_file_one_line_and_one_row_in_the_readme():
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## Exit policies")[1].split("\n\n")[1]
+    rows = [line.split("|")[2].strip().strip("`").partition(":")[0] for line in table.splitlines()[2:]]
+    assert sorted(rows) == sorted(REGISTRY)
+    files = [Path(inspect.getsourcefile(policy)) for policy in REGISTRY.values()]
+    assert len(set(files)) == len(REGISTRY)
+    assert all(len(file.read_text().splitlines()) <= 100 for file in files)
+    lines = (root / "dyvte/policies/__init__.py").read_text().splitlines()
+    for policy in REGISTRY.values():
+        assert sum(policy.__name__ in line for line in lines) == 1
+        assert policy.usage.partition(":")[0] == policy.name
