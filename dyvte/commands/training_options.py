@@ -37,7 +37,7 @@ MODEL_AND_DATA: dict[str, tuple[str, bool, str]] = {
 }
 TRAINING: dict[str, tuple[str, bool, str]] = {
     "--gates": ("gates.init_from", True, "gates to start from (see dyvte init)"),
-    "--gate_architecture": ("gates.architecture", True, "compact or reference, for new gates"),
+    "--gate_architecture": ("gates.architecture", True, "compact, shared or reference, for new gates"),
     "--objective": ("objective.name", True, "expected_risk, safe_label or reference_label"),
     "--lam": ("objective.lam", False, "expected_risk: price of visual compute, in nats"),
     "--span": ("objective.span", False, "expected_risk: range of prices that the thresholds learn for"),

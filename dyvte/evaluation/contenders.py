@@ -53,7 +53,7 @@ class GateContender:
     @property
     def num_parameters(self) -> int:
         """Of all gates that decide."""
-        return sum(p.numel() for gate in self.gates.gates[:-1] for p in gate.parameters())
+        return self.gates.num_deciding_parameters
 
     def exits(self, logits_BL: Tensor, threshold: float | None = None) -> Tensor:
         """(B,) exit layers that the rule draws from logits."""
@@ -170,7 +170,7 @@ def training_settings(
         epochs=epochs,
         batch_size=batch_size,
         seed=int(_find(record, "seed") or 0),
-        min_parameters=sum(p.numel() for gate in gates.gates[:-1] for p in gate.parameters()),
+        min_parameters=gates.num_deciding_parameters,
     )
 
 

@@ -12,8 +12,8 @@ from .features import DEFAULT_FEATURES, check_features
 from .rule import check_rule
 
 CONFIG_FILE = "gate_config.json"
-ARCHITECTURES = ("reference", "compact")
-DEFAULT_WIDTH = {"reference": 2048, "compact": 16}
+ARCHITECTURES = ("reference", "compact", "shared")
+DEFAULT_WIDTH = {"reference": 2048, "compact": 16, "shared": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,11 @@ class GateConfig:
         L and D of the backbone.
     architecture
         "reference": Linear(F, h), erf GELU, Linear(h, 2), no biases (DyVTE, Eq. 1). "compact": each
-        feature part RMS-normalised, Linear(F, h), GELU, Linear(h, 1), with biases.
+        feature part RMS-normalised, Linear(F, h), GELU, Linear(h, 1), with biases. "shared": like compact, but
+        one Linear(F, h) serves all layers; each layer scales and shifts its h outputs before GELU and has a
+        Linear(h, 1) of its own.
     gate_hidden_size
-        h; 0 means the architecture's own (2048 and 16).
+        h; 0 means the architecture's own (2048, 16 and 64).
     features
         What the gates read, in this order; see `dyvte.gates.prompt_features`.
     offsets

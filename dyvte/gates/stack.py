@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,27 +40,59 @@ class _CompactGate(nn.Module):
         self.w2 = nn.Linear(width, 1)
 
     def forward(self, features_BF: Tensor) -> Tensor:
-        parts = features_BF.float().unflatten(-1, (self.num_parts, -1))
-        normed_BF = F.rms_norm(parts, parts.shape[-1:], eps=1e-6).flatten(-2)
+        normed_BF = _normed(features_BF, self.num_parts)
         return self.w2(F.gelu(self.w1(normed_BF.to(self.w1.weight.dtype)))).float().squeeze(-1)
+
+
+class _Trunk(nn.Module):
+    """What the gates of a shared stack have in common."""
+
+    def __init__(self, feature_size: int, width: int, num_parts: int) -> None:
+        super().__init__()
+        self.num_parts = num_parts
+        self.w1 = nn.Linear(feature_size, width)
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        return self.w1(_normed(features_BF, self.num_parts).to(self.w1.weight.dtype))
+
+
+class _SharedGate(nn.Module):
+    """A layer's own part: scale and shift of the trunk's units, and the output weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(width))
+        self.shift = nn.Parameter(torch.zeros(width))
+        self.w2 = nn.Linear(width, 1)
+
+    def forward(self, inner_Bh: Tensor) -> Tensor:
+        return self.w2(F.gelu(inner_Bh * (1 + self.gain) + self.shift)).float().squeeze(-1)
+
+
+def _normed(features_BF: Tensor, num_parts: int) -> Tensor:
+    """Each part of the features divided by its root mean square, float32."""
+    parts = features_BF.float().unflatten(-1, (num_parts, -1))
+    return F.rms_norm(parts, parts.shape[-1:], eps=1e-6).flatten(-2)
 
 
 class GateStack(nn.Module):
     """One gate per decoder layer. Gates are separate modules, so a gate that is not used gets no gradient.
 
-    Gate L exists only so that reference checkpoints fit; it never decides anything.
+    Gate L exists only so that reference checkpoints fit; it never decides anything. ``trunk`` is what all
+    gates share, None where they share nothing.
     """
 
     def __init__(self, config: GateConfig) -> None:
         super().__init__()
         self.config = config
-        size, width = config.feature_size, config.gate_hidden_size
-        self.gates = nn.ModuleList(
-            _ReferenceGate(size, width)
-            if config.architecture == "reference"
-            else _CompactGate(size, width, len(config.features))
-            for _ in range(config.num_layers)
-        )
+        size, width, num_parts = config.feature_size, config.gate_hidden_size, len(config.features)
+        makers: dict[str, Callable[[], nn.Module]] = {
+            "reference": lambda: _ReferenceGate(size, width),
+            "compact": lambda: _CompactGate(size, width, num_parts),
+            "shared": lambda: _SharedGate(width),
+        }
+        self.trunk = _Trunk(size, width, num_parts) if config.architecture == "shared" else None
+        self.gates = nn.ModuleList(makers[config.architecture]() for _ in range(config.num_layers))
 
     @staticmethod
     def init(config: GateConfig, seed: int = 0) -> GateStack:
@@ -81,11 +113,18 @@ class GateStack(nn.Module):
         """Where the gates' weights lie."""
         return next(self.parameters()).device
 
+    @property
+    def num_deciding_parameters(self) -> int:
+        """Parameters that take part in decisions: all but gate L's."""
+        unused = sum(parameter.numel() for parameter in self.gates[-1].parameters())
+        return sum(parameter.numel() for parameter in self.parameters()) - unused
+
     def gate(self, k: int, features_BF: Tensor) -> Tensor:
         """(B,) float32: exit minus stay logit of gate k (1-based), offset included."""
         if not 1 <= k <= self.config.num_layers:
             raise ConfigError(f"gate {k}: expected a layer in 1..{self.config.num_layers}")
-        return self.gates[k - 1](features_BF) + self.config.offsets[k - 1]
+        read = features_BF if self.trunk is None else self.trunk(features_BF)
+        return self.gates[k - 1](read) + self.config.offsets[k - 1]
 
     def forward(self, features_BLF: Tensor) -> Tensor:
         """(B, L) float32 logits of all gates; column k-1 belongs to gate k."""
@@ -94,7 +133,9 @@ class GateStack(nn.Module):
                 f"features have shape {tuple(features_BLF.shape)}, expected (B, L, F) with "
                 f"L = {self.config.num_layers} and F = {self.config.feature_size}"
             )
-        return torch.stack([self.gate(k, features_BLF[:, k - 1]) for k in range(1, len(self.gates) + 1)], 1)
+        read = features_BLF if self.trunk is None else self.trunk(features_BLF)
+        logits = [gate(read[:, i]) + self.config.offsets[i] for i, gate in enumerate(self.gates)]
+        return torch.stack(logits, 1)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `gate_config.json` and `gates.safetensors`; each file appears whole or not at all."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dyvte.teacher.teacher import TeacherConfig
+from dyvte.training.lora_config import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class GatesConfig:
 
     init_from: Path | None = None
     """A folder made by ``dyvte init`` or an earlier training; null: new gates."""
-    architecture: Literal["compact", "reference"] = "compact"
+    architecture: Literal["compact", "shared", "reference"] = "compact"
     """Architecture of new gates."""
     hidden_size: int = 0
     """Width of new gates; 0: the architecture's own."""
@@ -191,6 +192,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     output_dir: Path
     """Everything the run writes."""
     trace_dir: Path | None = None

@@ -214,6 +214,37 @@ def test_seven_b_compact_gates_cost_at_most_five_million_parameters():
     assert sum(p.numel() for p in gates.parameters()) <= 5_400_000
 
 
+def test_shared_gates_equal_their_formula():
+    config = GateConfig(
+        num_layers=3, hidden_size=8, architecture="shared", gate_hidden_size=5, offsets=(1, -1, 0)
+    )
+    gates = GateStack.init(config, seed=3)
+    assert torch.equal(gates.gates[0].gain, torch.zeros(5))  # at first every layer reads the trunk as it is
+    for number, p in enumerate(gates.parameters()):
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(number))
+    x = torch.randn(4, 3, 16)
+    logits = gates(x)
+    for k in range(3):
+        parts = x[:, k].view(4, 2, 8)
+        normed = (parts / (parts.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(1)
+        own = gates.gates[k]
+        inner = (normed @ gates.trunk.w1.weight.T + gates.trunk.w1.bias) * (1 + own.gain) + own.shift
+        expected = torch.nn.functional.gelu(inner) @ own.w2.weight[0] + own.w2.bias + config.offsets[k]
+        torch.testing.assert_close(logits[:, k], expected)
+        torch.testing.assert_close(gates.gate(k + 1, x[:, k]), logits[:, k])
+
+
+def test_seven_b_shared_gates_cost_a_thousandth_of_the_references():
+    with torch.device("meta"):
+        shared = GateStack(GateConfig(num_layers=32, hidden_size=4096, architecture="shared"))
+        reference = GateStack(GateConfig(num_layers=32, hidden_size=4096, architecture="reference"))
+    count = sum(p.numel() for p in shared.parameters())
+    assert count == 8192 * 64 + 64 + 32 * (3 * 64 + 1)
+    assert count - shared.num_deciding_parameters == 3 * 64 + 1
+    assert sum(p.numel() for p in reference.parameters()) == 32 * (8192 * 2048 + 2 * 2048)
+    assert count < 0.001 * sum(p.numel() for p in reference.parameters())
+
+
 def test_init_is_seeded_xavier():
     config = GateConfig(num_layers=2, hidden_size=64, architecture="reference", gate_hidden_size=32)
     a, b, c = GateStack.init(config, 0), GateStack.init(config, 0), GateStack.init(config, 1)
@@ -230,12 +261,20 @@ def test_a_gate_that_is_not_used_gets_no_gradient():
     gates.gate(2, torch.randn(2, 8)).sum().backward()
     assert gates.gates[0].w1.weight.grad is None
     assert gates.gates[1].w1.weight.grad is not None
+    shared = GateStack.init(GateConfig(num_layers=3, hidden_size=4, architecture="shared"))
+    shared.gate(2, torch.randn(2, 8)).sum().backward()
+    assert shared.gates[0].w2.weight.grad is None
+    assert shared.gates[1].w2.weight.grad is not None
+    assert shared.trunk.w1.weight.grad.any()
 
 
-def test_checkpoint_round_trip(tmp_path):
+@pytest.mark.parametrize("architecture", ["compact", "shared", "reference"])
+def test_checkpoint_round_trip(tmp_path, architecture):
     config = GateConfig(
         num_layers=3,
         hidden_size=4,
+        architecture=architecture,
+        gate_hidden_size=6,
         offsets=uniform_offsets(3),
         threshold=0.25,
         min_layer=2,
