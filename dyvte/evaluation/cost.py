@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dyvte.backbones.sizes import DecoderShape, decoder_shape
+from dyvte.backbones.sizes import DecoderShape
 from dyvte.errors import ConfigError
 
 

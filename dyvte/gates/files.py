@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import write_atomically
 from .config import CONFIG_FILE, GateConfig
 
 WEIGHTS_FILE = "gates.safetensors"
@@ -48,13 +48,13 @@ def write_checkpoint(
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write_atomically(Path(folder) / WEIGHTS_FILE, save(plain, metadata={"format": "pt"}))
+    _write(Path(folder) / WEIGHTS_FILE, save(plain, metadata={"format": "pt"}))
     save_config(config, folder)
 
 
 def save_config(config: GateConfig, folder: str | os.PathLike[str]) -> None:
     """Write `gate_config.json` alone: after calibration, or for a fixed exit without gates."""
-    _write_atomically(Path(folder) / CONFIG_FILE, config.to_json().encode())
+    _write(Path(folder) / CONFIG_FILE, config.to_json())
 
 
 def _local_folder(folder: str | os.PathLike[str]) -> Path:
@@ -73,19 +73,8 @@ def _local_folder(folder: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        write_atomically(path, content)
     except OSError as error:
-        raise CheckpointError(f"cannot write to {path.parent}: {error}") from error
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        raise CheckpointError(f"cannot write to {path}: {error}") from error

@@ -1,7 +1,7 @@
 """One teacher pass over a batch: a whole :class:`~dyvte.teacher.trace.Trace` from one forward.
 
-Shape letters: B rows, N tokens, A predicted positions of a row, R of all rows, V vocabulary, K exits (0..L, or
-those of a thinned pass), F features.
+Shape letters: B rows, N tokens, A predicted positions of a row, R of all rows, V vocabulary, K exits (0..L,
+or those of a thinned pass), F features.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dyvte.backbones import Backbone, describe
 from dyvte.errors import DataError
 from dyvte.gates import DEFAULT_FEATURES
 from dyvte.spans import Spans, find_spans
-from dyvte.teacher.layout import Slots
 from dyvte.teacher.plain import forward_inputs
 from dyvte.teacher.streams import ExitStreams, all_exits
 from dyvte.teacher.trace import COLUMNS, Trace
@@ -124,8 +123,8 @@ def trace_checked(
     On greedy labels False means that generation and this pass disagree by rounding (a near tie, low
     precision).
 
-    ``reference_BAV`` (see :func:`dyvte.teacher.plain.predicted_logits`) stands in for the full model, in the trace and in that
-    answer: exits of a model with an adapter are compared with the model without it.
+    ``reference_BAV`` (see :func:`dyvte.teacher.plain.predicted_logits`) stands in for the full model, in the
+    trace and in that answer: exits of a model with an adapter are compared with the model without it.
     """
     answer_BN = torch.as_tensor(answer_mask, dtype=torch.bool)
     ids = tuple(sample_ids) if sample_ids is not None else tuple(map(str, range(len(answer_BN))))
@@ -250,9 +249,7 @@ def _check_predicted(spans: Spans, predict_BN: Tensor, sample_ids: Sequence[str]
         )
 
 
-def _compare(
-    logits_KRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: Tensor
-) -> dict[str, Tensor]:
+def _compare(logits_KRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: Tensor) -> dict[str, Tensor]:
     """(K, R) measures of each exit against the full model; log-probabilities in float32, one exit at a time
     to bound memory."""
     full_RV = full_RV.float().log_softmax(-1)

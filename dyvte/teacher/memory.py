@@ -44,21 +44,23 @@ class PassSizes:
 
     def call(self, rows: int, queries: int, keys: int) -> int:
         """Bytes that come and go inside one layer call on ``rows`` rows of ``queries`` tokens."""
-        e = self.element_size
-        # Norms work in float32; residual and normed states stay next to the attention or the MLP.
-        around = self.hidden * (3 * e + 2 * _FP32)
-        attention = (4 * self.query_width + 2 * self.key_width) * e
-        mlp = 4 * self.ffn * e
-        scores = self.heads * keys * (2 * e + _FP32) if self.eager else keys * e
-        seen = 2 * (2 * self.key_width + self.query_width) * e * keys
-        return rows * (queries * (around + max(attention + scores, mlp)) + seen)
+        e, beside = self.element_size, 2 * self.hidden * self.element_size  # residual and normed states
+        norm = self.hidden * (self.element_size + 2 * _FP32)
+        # Queries, keys and values, and the products of the rotary embedding before they are summed.
+        projected = (2 * self.query_width + 5 * self.key_width) * e
+        repeated = 2 * self.query_width * e if self.query_width != self.key_width else 0
+        seen = keys * (4 * self.key_width * e + repeated)
+        scores = keys * (self.heads * (2 * e + _FP32) if self.eager else e)
+        attention = queries * (beside + projected + scores) + seen
+        mlp = queries * (beside + 3 * self.ffn * e)
+        return rows * max(attention, mlp, queries * norm)
 
     def kept(self) -> int:
         """Bytes held through all layers, however the exits are cut up."""
         e, rows = self.element_size, self.rows
         streams = (self.exits - 1) * rows * self.suffix * self.hidden * e
         features = self.num_layers * rows * self.features * _FP32
-        full = rows * self.tokens * (3 * self.hidden + 2 * self.key_width) * e
+        full = rows * self.tokens * (2 * self.hidden + 2 * self.key_width) * e
         masks = rows * (self.tokens**2 + self.suffix * (self.prefix + self.suffix)) * (e if self.eager else 1)
         return streams + features + full + masks
 
@@ -100,8 +102,8 @@ def plan_pass(
 ) -> PassPlan:
     """Cut a pass so that its estimated peak stays within ``budget`` bytes.
 
-    Without a budget no layer call has more tokens than the full model's own, and no block of logits takes more
-    than such a call. With one, calls grow as far as it allows: larger calls are faster on a GPU.
+    Without a budget no layer call has more tokens than the full model's own, and no block of logits takes
+    more than such a call. With one, calls grow as far as it allows: larger calls are faster on a GPU.
 
     Raises
     ------

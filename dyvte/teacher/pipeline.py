@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dyvte.data import Defect, Sample, Selection, check_defects
 from dyvte.teacher.store import Shard, TraceStore
 from dyvte.teacher.teacher import Teacher
-from dyvte.teacher.trace import Trace
 
 Progress = Callable[[int], None]
 
@@ -73,17 +71,13 @@ def _trace_shard(
         defects += bad
         if progress:
             progress(len(batch))
-    trace = Trace.cat([part.trace for part in parts])
-    images = [image for part in parts for image in part.image_ids]
+    whole = Shard.cat(parts)
     place = {sample.id: position for position, sample in enumerate(samples)}
-    back = sorted(range(len(trace)), key=lambda row: place[trace.sample_ids[row]])
-    notes: Counter[str] = Counter()
-    for part in parts:
-        notes.update(part.notes)
+    back = sorted(range(len(whole.trace)), key=lambda row: place[whole.trace.sample_ids[row]])
     shard = Shard(
-        trace=trace.rows(back),
-        image_ids=tuple(images[row] for row in back),
+        trace=whole.trace.rows(back),
+        image_ids=tuple(whole.image_ids[row] for row in back),
         dropped=tuple(map(str, defects)),
-        notes=dict(notes),
+        notes=whole.notes,
     )
     return shard, defects

@@ -8,8 +8,7 @@ work, ranks never meet, nothing is doubled.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,11 +17,13 @@ import torch
 from torch import Tensor
 
 from dyvte.errors import CheckpointError
+from dyvte.files import write_atomically
 from dyvte.gates import DEFAULT_FEATURES, select_features
 from dyvte.teacher.trace import Trace
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+ALL_EXITS = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,12 @@ class Manifest:
         return tuple(self.fingerprint.get("features", "+".join(DEFAULT_FEATURES)).split("+"))
 
     @property
+    def exits(self) -> tuple[int, ...]:
+        """Exit layers that the traces label."""
+        text = self.fingerprint.get("exits", ALL_EXITS)
+        return tuple(range(self.num_layers + 1)) if text == ALL_EXITS else tuple(map(int, text.split(",")))
+
+    @property
     def num_shards(self) -> int:
         """Number of shard files."""
         return -(-self.num_samples // self.shard_size)
@@ -65,6 +72,19 @@ class Shard:
     image_ids: tuple[str, ...]
     dropped: tuple[str, ...] = ()
     notes: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def cat(shards: Sequence[Shard]) -> Shard:
+        """Several as one, in order; notes are added up."""
+        notes: Counter[str] = Counter()
+        for shard in shards:
+            notes.update(shard.notes)
+        return Shard(
+            trace=Trace.cat([shard.trace for shard in shards]),
+            image_ids=tuple(one for shard in shards for one in shard.image_ids),
+            dropped=tuple(one for shard in shards for one in shard.dropped),
+            notes=dict(notes),
+        )
 
 
 class TraceStore:
@@ -91,7 +111,7 @@ class TraceStore:
             store.check(manifest.fingerprint)
             return cls(folder, store.manifest)
         text = json.dumps(asdict(manifest), indent=2) + "\n"
-        _write_atomically(path, text.encode())
+        _write(path, text)
         return cls(folder, manifest)
 
     @classmethod
@@ -115,7 +135,9 @@ class TraceStore:
 
     def check(self, fingerprint: Mapping[str, str]) -> None:
         """Raise CheckpointError naming every field in which the store differs from ``fingerprint``."""
-        mine = self.manifest.fingerprint
+        # Stores from before exits could be thinned label all of them and do not say so.
+        mine = {"exits": ALL_EXITS, **self.manifest.fingerprint}
+        fingerprint = {"exits": ALL_EXITS, **fingerprint}
         differing = [name for name in {**mine, **fingerprint} if mine.get(name) != fingerprint.get(name)]
         if differing:
             listed = "; ".join(
@@ -148,7 +170,7 @@ class TraceStore:
         # One key only: safetensors writes several in no fixed order, and equal shards should be equal bytes.
         metadata = {"dyvte": json.dumps(record)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.trace.tensors().items()}
-        _write_atomically(self._path(index), save(tensors, metadata=metadata))
+        _write(self._path(index), save(tensors, metadata=metadata))
 
     def read(self, index: int) -> Shard:
         """One shard, its tensors memory-mapped."""
@@ -215,7 +237,7 @@ class TraceStore:
                 record = json.loads(file.metadata()["dyvte"])
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Shard(
-                trace=Trace(sample_ids=tuple(record["sample_ids"]), **tensors),
+                trace=Trace(sample_ids=tuple(record["sample_ids"]), exits=self.manifest.exits, **tensors),
                 image_ids=tuple(record["image_ids"]),
                 dropped=tuple(record["dropped"]),
                 notes=record["notes"],
@@ -224,7 +246,12 @@ class TraceStore:
             raise CheckpointError(f"{path}: not a readable trace shard ({error})") from error
 
 
-def empty_trace(num_layers: int, feature_size: int, dtype: torch.dtype) -> Trace:
+def exits_text(exits: Sequence[int], num_layers: int) -> str:
+    """Labelled exits as a fingerprint holds them."""
+    return ALL_EXITS if len(exits) == num_layers + 1 else ",".join(map(str, exits))
+
+
+def empty_trace(num_layers: int, feature_size: int, dtype: torch.dtype, exits: tuple[int, ...] = ()) -> Trace:
     """A trace of no samples, for a shard all of whose samples were dropped."""
     column = torch.zeros(0, num_layers + 1)
     return Trace(
@@ -236,24 +263,12 @@ def empty_trace(num_layers: int, feature_size: int, dtype: torch.dtype) -> Trace
         features=torch.zeros(0, num_layers, feature_size, dtype=dtype),
         sample_ids=(),
         num_visual=torch.zeros(0, dtype=torch.long),
+        exits=exits,
     )
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        write_atomically(path, content)
     except OSError as error:
-        raise CheckpointError(f"{path.parent}: cannot be written ({error})") from error
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

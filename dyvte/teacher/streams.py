@@ -154,12 +154,10 @@ class ExitStreams:
             self._sizes(hidden_BND),
             budget=self._budget,
             exits_per_call=self._chunk,
-            may_cut_head=not _is_sharded(self.backbone.model),
+            may_cut_head=not is_sharded(self.backbone.model),
         )
 
-    def _run_whole(
-        self, original: Callable[..., Any], hidden_BND: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _run_whole(self, original: Callable[..., Any], hidden_BND: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """A layer on all tokens of all streams; (B, N, D) of the full stream."""
         layout, rows, num_tokens = self.layout, *hidden_BND.shape[:2]
         recorder = Recorder()
@@ -351,7 +349,7 @@ def _at(slots: Slots, kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]
     }
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Are the weights gathered by all processes together (ZeRO-3)? Then all must run the same calls."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,11 +26,14 @@ from dyvte.backbones import (
     weights_digest,
 )
 from dyvte.data import Defect, Sample, Selection, check_defects, load_image
-from dyvte.errors import DataError
+from dyvte.errors import ConfigError, DataError, MemoryBudgetError
 from dyvte.gates import DEFAULT_FEATURES, check_features
-from dyvte.teacher.exits import trace_checked
+from dyvte.teacher.exits import positions_before, thinned_exits, trace_checked
 from dyvte.teacher.labels import greedy_answers
-from dyvte.teacher.store import Manifest, Shard, empty_trace
+from dyvte.teacher.memory import GIB
+from dyvte.teacher.plain import predicted_logits
+from dyvte.teacher.store import Manifest, Shard, empty_trace, exits_text
+from dyvte.teacher.streams import is_sharded
 from dyvte.teacher.trace import Trace
 
 LabelSource = Literal["greedy", "data"]
@@ -41,10 +45,15 @@ class TeacherConfig:
 
     ``label_source``: "greedy" traces the full model's own greedy answer (``same_answer`` is then exact,
     ``loss`` is the cross-entropy of that answer); "data" traces the answer the data gives, as the papers do.
+
+    ``reference``: what exits are compared with. "self": the full model; "base", for a model with a PEFT
+    adapter: the full model with the adapter switched off, whose greedy answers are then the labels too.
     """
 
     label_source: LabelSource = "greedy"
     """Whose answer is traced."""
+    reference: Literal["self", "base"] = "self"
+    """What exits are compared with: the full model, or (a model with an adapter) that without its adapter."""
     template: str = "auto"
     """Prompt template: "v1", "chat" or "auto"."""
     try_answers: bool = False
@@ -52,8 +61,14 @@ class TeacherConfig:
     else. The same labels; faster where the model is mostly right."""
     batch_size: int = 32
     """Samples per forward."""
+    exit_every: int = 1
+    """Label the exits 0, m, 2m, ... and L only; gates at the others stay closed. 1: every exit."""
+    memory_budget: float | None = None
+    """GiB that a pass may hold beside the weights (an estimate): exits and answer positions are taken as many
+    at a time as fit, and a batch that does not fit is cut in halves; null: no call larger than the full
+    model's own."""
     exits_per_chunk: int | None = None
-    """Exit streams per layer call; null: no call larger than the full pass itself."""
+    """Exit streams per layer call; null: as many as memory_budget allows."""
     max_new_tokens: int = 32
     """Longest greedy answer, in tokens."""
     max_length: int = 2048
@@ -64,10 +79,23 @@ class TeacherConfig:
     """Kept for the gates: mean_prompt, last_prompt, mean_visual, last_visual; gates may read fewer."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "max_length", "shard_batches"):
+        for name in ("batch_size", "max_new_tokens", "max_length", "shard_batches", "exit_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise ValueError(f"memory_budget must be positive (GiB) or null, found {self.memory_budget}")
         check_features(self.features)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch as the model takes it: with the data's answers, or (greedy labels) prompts only."""
+
+    samples: list[Sample]
+    images: list[Any]
+    inputs: dict[str, Tensor]
+    answer_BN: Tensor
+    defects: list[Defect]
 
 
 class Teacher:
@@ -77,8 +105,14 @@ class Teacher:
         self.model, self.processor, self.config = model, processor, config
         self.template: PromptTemplate = get_template(config.template, processor)
         self.backbone = describe(model)
+        self.exits = thinned_exits(self.backbone.num_layers, config.exit_every)
         self.dtype = next(model.parameters()).dtype
         self.device = next(model.parameters()).device
+        if config.reference == "base" and not hasattr(model, "disable_adapter"):
+            raise ConfigError(
+                "reference: base compares with the model without its adapter, but it has none: give one as "
+                "model.adapter"
+            )
 
     def fingerprint(self, selection_sha256: str) -> dict[str, str]:
         """One entry per thing that the traces depend on."""
@@ -88,13 +122,19 @@ class Teacher:
             images.to_dict() if images is not None else {}, sort_keys=True, default=str
         )
         labels = self.config.label_source
+        compared = {}
+        if self.config.reference == "base":
+            with self.as_reference():
+                compared["reference"] = f"base {weights_digest(self.model)}"
         return {
+            **compared,
             "backbone": fingerprint(self.model),
             "backbone_weights": str(weights_digest(self.model)),
             "data": selection_sha256,
             "prompt": f"{self.template.version} {_digest(probe)}",
             "images": f"{image_padding(self.processor)} {_digest(image_settings)}",
             "features": "+".join(self.config.features),
+            "exits": exits_text(self.exits, self.backbone.num_layers),
             "labels": f"greedy {self.config.max_new_tokens}" if labels == "greedy" else labels,
             "max_length": str(self.config.max_length),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -110,28 +150,56 @@ class Teacher:
             feature_size=len(self.config.features) * self.backbone.hidden_size,
         )
 
+    def as_reference(self) -> AbstractContextManager[Any]:
+        """Inside, the model is the one that exits are compared with."""
+        return self.model.disable_adapter() if self.config.reference == "base" else nullcontext()
+
     def trace(self, samples: Sequence[Sample], file: str = "") -> tuple[Shard, list[Defect]]:
-        """Trace one batch; samples with an unreadable image or too many tokens come back as defects."""
+        """Trace one batch; samples with an unreadable image or too many tokens come back as defects.
+
+        A batch that does not fit the memory budget is traced in halves.
+
+        Raises
+        ------
+        MemoryBudgetError
+            If a single sample does not fit, or a sharded backbone's batch: there all processes must run the
+            same passes.
+        """
+        try:
+            return self._trace_whole(samples, file)
+        except MemoryBudgetError:
+            if len(samples) < 2 or is_sharded(self.model):
+                raise
+        middle = len(samples) // 2
+        halves = [self.trace(part, file) for part in (samples[:middle], samples[middle:])]
+        return Shard.cat([shard for shard, _ in halves]), [*halves[0][1], *halves[1][1]]
+
+    def _trace_whole(self, samples: Sequence[Sample], file: str) -> tuple[Shard, list[Defect]]:
+        ready = self.prepare(samples, file)
+        notes: dict[str, int] = {}
+        if not ready.samples:
+            features = len(self.config.features) * self.backbone.hidden_size
+            trace = empty_trace(self.backbone.num_layers, features, self.dtype, self.exits)
+        elif self.config.label_source == "greedy":
+            trace = self._trace_greedy(ready.samples, ready.images, ready.inputs, notes)
+        else:
+            trace, _ = self._run(ready.samples, ready.inputs, ready.answer_BN)
+        image_ids = tuple(sample.image_id for sample in ready.samples)
+        return Shard(trace=trace, image_ids=image_ids, notes=notes), ready.defects
+
+    def prepare(self, samples: Sequence[Sample], file: str = "") -> Prepared:
+        """Inputs of those samples whose image can be read and that are not too long; the rest by name."""
         usable, images, defects = self._open_images(samples, file)
-        greedy = self.config.label_source == "greedy"
         inputs, answer_BN = {}, torch.empty(0)
         while usable:
-            inputs, answer_BN = self._encode(usable, images, with_answer=not greedy)
+            inputs, answer_BN = self._encode(usable, images, with_answer=self.config.label_source != "greedy")
             too_long = self._too_long(usable, inputs, file)
             if not too_long:
                 break
             defects += too_long.values()
             images = [image for row, image in enumerate(images) if row not in too_long]
             usable = [sample for row, sample in enumerate(usable) if row not in too_long]
-        notes: dict[str, int] = {}
-        if not usable:
-            features = len(self.config.features) * self.backbone.hidden_size
-            trace = empty_trace(self.backbone.num_layers, features, self.dtype)
-        elif greedy:
-            trace = self._trace_greedy(usable, images, inputs, notes)
-        else:
-            trace, _ = self._run(usable, inputs, answer_BN)
-        return Shard(trace=trace, image_ids=tuple(sample.image_id for sample in usable), notes=notes), defects
+        return Prepared(usable, images, inputs, answer_BN, defects)
 
     def inputs(self, samples: Sequence[Sample], file: str = "") -> tuple[dict[str, Tensor], Tensor]:
         """Model inputs and answer mask of a batch: with the data's answers, or (greedy labels) prompts only.
@@ -164,9 +232,10 @@ class Teacher:
             chosen = [samples[row] for row in rest]
             if len(rest) < len(samples):
                 prompts, _ = self._encode(chosen, [images[row] for row in rest], with_answer=False)
-            inputs, answer_BN = greedy_answers(self.model, prompts, self.config.max_new_tokens)
+            with self.as_reference():
+                inputs, answer_BN = greedy_answers(self.model, prompts, self.config.max_new_tokens)
             trace, is_greedy_B = self._run(chosen, inputs, answer_BN)
-            cut = int((~self._eos(inputs, answer_BN).any(1)).sum())
+            cut = int((~self.ends_answer(inputs, answer_BN).any(1)).sum())
             lost = int((~is_greedy_B).sum())
             parts.append(trace)
         notes.update(answers_generated=len(rest), answers_cut=cut, answers_not_reproduced=lost)
@@ -186,7 +255,7 @@ class Teacher:
         inputs, answer_BN = self._encode(samples, images, with_answer=True)
         trace, own_B = self._run(samples, inputs, answer_BN)
         prompt_BN = inputs["attention_mask"].bool() & ~answer_BN
-        is_eos_BN = self._eos(inputs, answer_BN)
+        is_eos_BN = self.ends_answer(inputs, answer_BN)
         for row in range(len(samples)):
             asked = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
             closed = is_eos_BN[row][answer_BN[row]].tolist()
@@ -201,16 +270,24 @@ class Teacher:
         self, samples: Sequence[Sample], inputs: dict[str, Tensor], answer_BN: Tensor
     ) -> tuple[Trace, Tensor]:
         """One pass: the trace on the CPU, features in the model's dtype; is each answer the argmax?"""
+        ids = [sample.id for sample in samples]
+        reference_BAV = None
+        if self.config.reference == "base":
+            with torch.no_grad(), self.as_reference():
+                reference_BAV, _ = predicted_logits(self.model, inputs, positions_before(answer_BN, ids))
+        budget = self.config.memory_budget
         trace, is_greedy_B = trace_checked(
             self.model,
             inputs,
             answer_BN,
-            sample_ids=[sample.id for sample in samples],
+            sample_ids=ids,
+            exits=self.exits,
             exits_per_chunk=self.config.exits_per_chunk,
+            memory_budget=None if budget is None else int(budget * GIB),
             features=self.config.features,
+            reference_BAV=reference_BAV,
         )
-        tensors = {**trace.to("cpu").tensors(), "features": trace.features.to("cpu", self.dtype)}
-        return Trace(**tensors, sample_ids=trace.sample_ids), is_greedy_B
+        return replace(trace.to("cpu"), features=trace.features.to("cpu", self.dtype)), is_greedy_B
 
     def _too_long(self, samples: Sequence[Sample], inputs: dict[str, Tensor], file: str) -> dict[int, Defect]:
         """Rows whose prompt and answer exceed the length limit."""
@@ -262,7 +339,7 @@ class Teacher:
         }
         return placed, answer_BN.to(self.device)
 
-    def _eos(self, inputs: dict[str, Tensor], answer_BN: Tensor) -> Tensor:
+    def ends_answer(self, inputs: dict[str, Tensor], answer_BN: Tensor) -> Tensor:
         """(B, N) bool: answer tokens that end a generation."""
         eos = self.backbone.model.generation_config.eos_token_id
         eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos], device=answer_BN.device)

@@ -43,10 +43,10 @@ class Trace:
     num_visual:
         (B,) int64 visual tokens per sample; 0 where there is no image.
     exits:
-        The exit layers that are labelled, ascending; L, the full model, is always one. The columns of the
-        others are NaN, and nobody may leave there: objectives give such an exit no probability, gates there
-        are closed (:func:`dyvte.gates.closed_offsets`), and whatever judges decisions refuses gates that could
-        fire at an exit without a label (:meth:`check_labelled`). All of 0..L unless the pass was thinned.
+        The exit layers that are labelled, ascending; L, the full model, is always one. All of 0..L unless
+        the pass was thinned. The columns of the others are NaN, and nobody may leave there: gates there are
+        closed (:data:`dyvte.gates.CLOSED`), objectives pass over them, and whatever judges decisions refuses
+        gates that could fire at an exit without a label (:meth:`check_labelled`).
     """
 
     risk: Tensor

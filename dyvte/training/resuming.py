@@ -30,6 +30,7 @@ FREE = (
     "model.trust_remote_code",
     "teacher.batch_size",
     "teacher.exits_per_chunk",
+    "teacher.memory_budget",
     "teacher.try_answers",
     "teacher.shard_batches",
 )

@@ -1,5 +1,5 @@
-"""The one-pass teacher on other families: M-RoPE, deepstack, sliding windows, bidirectional images,
-prefix-LM.
+"""The one-pass teacher on every family that the runtime serves: M-RoPE, deepstack, sliding windows,
+bidirectional images, prefix-LM; rows with one, no and two images, padded on either side.
 
 The reference takes each layer's own mask and hides the visual keys past the exit in it; one pass per exit.
 """
@@ -8,110 +8,45 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from dyvte.backbones import describe
-from dyvte.teacher.exits import exit_logits
+from dyvte.teacher import streams
+from dyvte.teacher.exits import exit_logits, thinned_exits
+from dyvte.teacher.memory import PassPlan
 from tests.tiny.families import FAMILIES
 
-IMAGE = 90
-TEXT = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 512,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2
-}  # fmt: skip
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
-
-
-def rows(visual: int, around: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Two left-padded rows of other lengths: prefix text, image, text."""
-    made = [
-        [*range(3, 3 + before), *around[:1], *[IMAGE] * visual, *around[1:], *range(20, 20 + after)]
-        for before, after in ((3, 7), (5, 9))
-    ]
-    width = max(map(len, made))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in made])
-    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-def qwen3_vl():
-    """Deepstack: vision features are also added between the first layers."""
-    inputs = rows(4, (92, 93))
-    inputs |= {
-        "pixel_values": noise(32, 3 * 2 * 16), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
-        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
-    }  # fmt: skip
-    config = transformers.Qwen3VLConfig(
-        text_config={**TEXT, "head_dim": 8, "rope_parameters": MROPE},
-        vision_config={
-            "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
-            "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32,
-            "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
-        },
-        image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
-    )  # fmt: skip
-    return transformers.Qwen3VLForConditionalGeneration, config, inputs
-
-
-def gemma3():
-    """Sliding windows shorter than the prompt, images that see themselves in both directions."""
-    config = transformers.Gemma3Config(
-        text_config={
-            **TEXT, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-        vision_config={**VISION, "image_size": 16, "patch_size": 4},
-        image_token_id=IMAGE, mm_tokens_per_image=4, boi_token_index=91, eoi_token_index=92,
-    )  # fmt: skip
-    inputs = {**rows(4), "pixel_values": noise(2, 3, 16, 16)}
-    inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
-    return transformers.Gemma3ForConditionalGeneration, config, inputs
-
-
-def paligemma():
-    """Prefix-LM: text before the image sees it, so it cannot be borrowed; the answer is the suffix."""
-    config = transformers.PaliGemmaConfig(
-        text_config={**TEXT, "model_type": "gemma", "head_dim": 8},
-        vision_config={**VISION, "image_size": 8, "patch_size": 4, "model_type": "siglip_vision_model"},
-        image_token_id=IMAGE, projection_dim=32,
-    )  # fmt: skip
-    inputs = {**rows(4), "pixel_values": noise(2, 3, 8, 8)}
-    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    inputs["token_type_ids"][:, -3:] = 1
-    return transformers.PaliGemmaForConditionalGeneration, config, inputs
-
-
-def build(name: str, attention: str):
-    """(model, inputs): a family of the runtime's tests (rows with one, no and two images), or one of
-    these."""
-    if name in FAMILIES:
-        model, inputs, _ = FAMILIES[name](attention)
-        return model, inputs
-    kind, config, inputs = HERE[name]()
-    config._attn_implementation = attention
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = kind(config).eval().requires_grad_(False)
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                torch.nn.init.normal_(parameter, std=0.1)
-    return model, inputs
-
-
-HERE = {"qwen3_vl": qwen3_vl, "gemma3": gemma3, "paligemma": paligemma}
-FAST = {("qwen2_vl", "eager"), ("gemma3", "sdpa"), ("paligemma", "eager"), ("llava_onevision", "sdpa")}
+FAST = {
+    ("qwen2_vl", "eager", "left"),
+    ("qwen3_vl", "sdpa", "right"),
+    ("gemma3", "sdpa", "left"),
+    ("paligemma", "eager", "right"),
+    ("llava_onevision", "sdpa", "right"),
+}
 CASES = [
-    pytest.param(name, attention, marks=() if (name, attention) in FAST else pytest.mark.full)
-    for name in [*FAMILIES, *HERE]
-    for attention in ("sdpa", "eager")
+    pytest.param(*case, id=" ".join(case), marks=() if case in FAST else pytest.mark.full)
+    for case in (
+        (name, attention, side)
+        for name in FAMILIES
+        for attention in ("sdpa", "eager")
+        for side in ("left", "right")
+    )
 ]
+
+
+def padded(inputs: dict[str, torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+    """The same rows, padded on ``side``; they come padded on the left."""
+    if side == "left":
+        return inputs
+    mask = inputs["attention_mask"]
+    shift = (mask == 0).sum(1).tolist()
+
+    def moved(value):
+        return torch.stack([row.roll(-by) for row, by in zip(value, shift, strict=True)])
+
+    return {
+        name: moved(value) if value.dim() == 2 and value.shape == mask.shape else value
+        for name, value in inputs.items()
+    }
 
 
 def masked_logits(model, layers, inputs, k: int, visual: torch.Tensor) -> torch.Tensor:
@@ -134,24 +69,53 @@ def masked_logits(model, layers, inputs, k: int, visual: torch.Tensor) -> torch.
             handle.remove()
 
 
-@pytest.mark.parametrize(("name", "attention"), CASES)
-def test_one_pass_equals_masked_passes(name: str, attention: str) -> None:
-    model, inputs = build(name, attention)
+def reference(model, inputs, predict: torch.Tensor, exits) -> dict[int, list[torch.Tensor]]:
+    """For each exit, the logits of every row at its predicted positions."""
     backbone = describe(model)
-    answer = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    answer[:, -3:] = True
-    predict = answer.roll(-1, dims=1)
-    predict[:, -1] = False
-    found = exit_logits(model, inputs, predict_BN=predict, answer_BN=answer)
-
     valid = inputs["attention_mask"].bool()
     visual = torch.isin(inputs["input_ids"], torch.tensor(backbone.visual_token_ids))
     placed = dict(inputs)
-    if not name.startswith("qwen"):  # those work their positions out themselves
+    if not any(hasattr(module, "get_rope_index") for module in backbone.path):
         placed["position_ids"] = (valid.long().cumsum(1) - 1).clamp(min=0)
-    for k in range(backbone.num_layers + 1):
+    found = {}
+    for k in exits:
         logits = masked_logits(model, backbone.layers, placed, k, visual)
-        for row in range(len(predict)):
-            mine = found.logits_KBAV[k, row][found.valid_BA[row]]
-            torch.testing.assert_close(mine, logits[row][predict[row]], atol=1e-4, rtol=0)
+        found[k] = [logits[row][predict[row]] for row in range(len(predict))]
+    return found
+
+
+def answers_of(inputs: dict[str, torch.Tensor], count: int = 3) -> torch.Tensor:
+    """The last tokens of every row."""
+    mask = inputs["attention_mask"]
+    left = mask.sum(1, keepdim=True) - mask.cumsum(1)
+    return mask.bool() & (left < count)
+
+
+@pytest.mark.parametrize(("name", "attention", "side"), CASES)
+def test_one_pass_equals_masked_passes(name: str, attention: str, side: str, monkeypatch) -> None:
+    model, inputs, _ = FAMILIES[name](attention)
+    inputs = padded(inputs, side)
+    answer = answers_of(inputs)
+    predict = answer.roll(-1, dims=1)
+    predict[:, -1] = False
+    num_layers = describe(model).num_layers
+    expected = reference(model, inputs, predict, range(num_layers + 1))
+
+    def check(found) -> None:
+        for place, k in enumerate(found.exits):
+            for row in range(len(predict)):
+                mine = found.logits_KBAV[place, row][found.valid_BA[row]]
+                torch.testing.assert_close(mine, expected[k][row], atol=1e-4, rtol=0)
+
+    found = exit_logits(model, inputs, predict_BN=predict, answer_BN=answer)
+    assert found.exits == tuple(range(num_layers + 1))
     assert (found.logits_KBAV[1] - found.logits_KBAV[-1]).abs().max() > 0.1
+    check(found)
+    # Thinned, one exit per call, and the output head run over a few positions at a time.
+    monkeypatch.setattr(streams, "plan_pass", lambda *_, **__: PassPlan(1, 2, 0))
+    thinned = exit_logits(
+        model, inputs, predict_BN=predict, answer_BN=answer, exits=thinned_exits(num_layers, 3)
+    )
+    assert thinned.exits == (0, 3, 4)
+    check(thinned)
+    torch.testing.assert_close(thinned.features_BLF, found.features_BLF, atol=1e-5, rtol=1e-5)
