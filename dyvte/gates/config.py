@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from .features import DEFAULT_FEATURES, check_features
-from .rule import check_rule
+from .rule import check_rule, is_open
 
 CONFIG_FILE = "gate_config.json"
 ARCHITECTURES = ("reference", "compact", "shared")
@@ -26,7 +26,7 @@ class GateConfig:
         L and D of the backbone.
     architecture
         "reference": Linear(F, h), erf GELU, Linear(h, 2), no biases (DyVTE, Eq. 1). "compact": each
-        feature part RMS-normalised, Linear(F, h), GELU, Linear(h, 1), with biases. "shared": like compact, but
+        feature part RMS-normalised, Linear(F, h), GELU, Linear(h, 1), with biases. "shared": as compact, but
         one Linear(F, h) serves all layers; each layer scales and shifts its h outputs before GELU and has a
         Linear(h, 1) of its own.
     gate_hidden_size
@@ -34,7 +34,8 @@ class GateConfig:
     features
         What the gates read, in this order; see `dyvte.gates.prompt_features`.
     offsets
-        L constants added to the logits; see `uniform_offsets`. Empty means zeros.
+        L constants added to the logits; see `uniform_offsets`. Empty means zeros; `CLOSED` means that this
+        gate never fires (an exit that the training's traces do not label).
     threshold, min_layer, fallback, mode
         The decision rule, see `exit_layers`. ``mode="fixed"``: every row leaves at ``fallback``.
     backbone
@@ -82,6 +83,11 @@ class GateConfig:
     def feature_size(self) -> int:
         """F."""
         return len(self.features) * self.hidden_size
+
+    @property
+    def open_gates(self) -> tuple[int, ...]:
+        """Layers of the gates that can fire."""
+        return tuple(k for k in range(1, self.num_layers) if is_open(self.offsets[k - 1]))
 
     def to_json(self) -> str:
         """Pretty JSON text with every field."""
