@@ -89,7 +89,8 @@ def calibrate_risk(
         "kind": "risk",
         "loss": loss,
         "guarantee": "mean loss <= alpha with probability >= 1 - delta over the draw of the images",
-        "assumes": "images are independent draws of the kind met later; other data than training",
+        "assumes": "images are independent draws of the kind met later; gates, settings, grid and alpha were "
+        "chosen without them",
         **{name: value for name, value in asdict(found).items() if name != "threshold"},
         **_seen(gates, found.threshold, logits_BL, trace, store),
     }

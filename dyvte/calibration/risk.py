@@ -19,8 +19,8 @@ from dyvte.calibration.pvalues import P_VALUES, smallest_alpha
 from dyvte.gates import exit_layers
 
 # Fixed before any data is seen, from "hardly ever" to "at once". A fixed sequence pays nothing for its
-# length.
-DEFAULT_LEVELS = tuple(round(12.0 - 0.1 * step, 1) for step in range(241))
+# length, and gates trained for a range of prices spread their decisions over as many logits.
+DEFAULT_LEVELS = tuple(round(20.0 - 0.1 * step, 1) for step in range(401))
 NEVER = 1.0
 
 
@@ -39,6 +39,8 @@ class RiskThreshold:
     alpha: float
     delta: float
     method: str
+    grid: tuple[float, float, int]
+    """First and last logit of the grid, and how many."""
     num_images: int
     num_samples: int
     mean_loss: float
@@ -49,7 +51,7 @@ class RiskThreshold:
         """One sentence for people."""
         if self.certified:
             return (
-                f"threshold {self.threshold:.6g}: mean loss at most {self.alpha:g} with probability "
+                f"threshold {self.threshold:.10g}: mean loss at most {self.alpha:g} with probability "
                 f"{1 - self.delta:g} ({self.num_images} images, seen {self.mean_loss:.4f})"
             )
         return (
@@ -115,6 +117,7 @@ def threshold_for_risk(
         alpha=alpha,
         delta=delta,
         method=method,
+        grid=(levels[0], levels[-1], len(levels)),
         num_images=len(losses_IG),
         num_samples=len(losses_BG),
         mean_loss=float(losses_IG[:, passed].mean()) if certified else float(loss_BL1[:, -1].mean()),
