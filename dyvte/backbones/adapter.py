@@ -15,6 +15,8 @@ from ..errors import UnsupportedBackboneError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LORA_RECORD = "dyvte_lora.json"
+"""How ``dyvte train --lora`` made the adapter beside it."""
 
 
 def resolve_adapter(

@@ -43,6 +43,16 @@ def drawn_layer(seed: int, micro_step: int, num_layers: int) -> int:
     return 1 + int(torch.randint(num_layers - 1, (), generator=_generator(seed, 2, micro_step)))
 
 
+def drawn_exits(
+    seed: int, step: int, count: int, *, first: int, last: int, full: int, full_share: float
+) -> torch.Tensor:
+    """(count,) exit layers of a step's rows: ``full`` for about ``full_share`` of them, else one of
+    ``first`` .. ``last``, all alike."""
+    generator = _generator(seed, 4, step)
+    exits = torch.randint(first, last + 1, (count,), generator=generator)
+    return exits.masked_fill(torch.rand(count, generator=generator) < full_share, full)
+
+
 def total_steps(num_samples: int, epochs: float, global_batch: int) -> int:
     """Optimiser steps until every sample was seen ``epochs`` times (the last step may go beyond)."""
     return max(1, math.ceil(num_samples * epochs / global_batch))
@@ -74,7 +84,11 @@ def held_out(image_ids: tuple[str, ...], fraction: float, seed: int) -> torch.Te
     return torch.tensor([image in chosen for image in image_ids], dtype=torch.bool)
 
 
-def _generator(seed: int, purpose: int, index: int) -> torch.Generator:
+def seed_of(seed: int, purpose: int, index: int) -> int:
+    """A seed for one purpose at one place of a run."""
     # Mixed with odd constants, so that neighbouring seeds, purposes and indices share no stream.
-    mixed = (seed * 0x9E3779B97F4A7C15 + purpose * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) % 2**63
-    return torch.Generator().manual_seed(mixed)
+    return (seed * 0x9E3779B97F4A7C15 + purpose * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) % 2**63
+
+
+def _generator(seed: int, purpose: int, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(seed, purpose, index))

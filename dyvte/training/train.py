@@ -13,7 +13,6 @@ Output folder::
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -26,9 +25,9 @@ from typing import Any
 import torch
 
 from dyvte import __version__
-from dyvte.config import dump_config, to_dict
+from dyvte.config import to_dict
 from dyvte.data import Selection
-from dyvte.errors import GateMismatchError, TrainingError
+from dyvte.errors import GateMismatchError
 from dyvte.gates import GateConfig, GateStack, exit_layers, uniform_offsets
 from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
 from dyvte.teacher import Trace, TraceStore
@@ -37,14 +36,11 @@ from dyvte.training.engine import Plan
 from dyvte.training.figures import budget_rows, budget_table, exit_rate
 from dyvte.training.loop import GateTraining
 from dyvte.training.processes import Processes, processes
-from dyvte.training.resuming import check_same_run
+from dyvte.training.running import SUMMARY_FILE, disk_errors_named, prepare_output, run_tracked
 from dyvte.training.schedule import held_out
-from dyvte.training.tracing import progress_bar, run_traces, select_samples
-from dyvte.training.trackers import open_trackers
+from dyvte.training.tracing import run_traces, select_samples
 
 log = logging.getLogger(__name__)
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -69,20 +65,12 @@ def train(cfg: TrainConfig) -> TrainResult:
     ConfigError, DataError, CheckpointError, GateMismatchError, UnsupportedBackboneError, TrainingError
         Each naming what is wrong and what to do.
     """
-    with processes() as who:
-        try:
-            return _train(cfg, who)
-        except OSError as error:
-            if error.errno not in _UNWRITABLE:
-                raise
-            raise TrainingError(
-                f"{cfg.output_dir} cannot be written any more ({error}). What was finished is kept: make "
-                "room and start the same command again"
-            ) from error
+    with processes() as who, disk_errors_named(cfg.output_dir):
+        return _train(cfg, who)
 
 
 def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
-    _prepare_output(cfg, who)
+    prepare_output(cfg, who)
     finished = _finished(cfg)
     if finished is not None:
         return finished
@@ -101,7 +89,7 @@ def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
         validation = trace.rows(out_B.nonzero().flatten())
     training = GateTraining(cfg, gates, train_part, validation, who)
     try:
-        _run(cfg, training, who)
+        run_tracked(cfg, training, who)
         weights = training.gathered()
     finally:
         training.close()
@@ -157,56 +145,11 @@ def make_gates(
     return gates
 
 
-def _prepare_output(cfg: TrainConfig, who: Processes) -> None:
-    """Refuse a folder of another run; write the resolved configuration."""
-    path = cfg.output_dir / CONFIG_FILE
-    if path.is_file():
-        check_same_run(cfg, path)
-    who.barrier()
-    if who.first:
-        try:
-            cfg.output_dir.mkdir(parents=True, exist_ok=True)
-            dump_config(cfg, path)
-        except OSError as error:
-            raise TrainingError(
-                f"{cfg.output_dir}: the output folder cannot be written ({error}); choose another output_dir"
-            ) from error
-    who.barrier()
-
-
 def _finished(cfg: TrainConfig) -> TrainResult | None:
     path = cfg.output_dir / SUMMARY_FILE
     if not path.is_file() or not (cfg.output_dir / "gates" / GATES_CONFIG).is_file():
         return None
     return TrainResult(cfg.output_dir / "gates", json.loads(path.read_text(encoding="utf-8")))
-
-
-def _run(cfg: TrainConfig, training: GateTraining, who: Processes) -> None:
-    start = training.resume()
-    if start and who.first:
-        log.info("going on from step %d of %d", start, training.plan.steps)
-    trackers = []
-    if who.first:
-        trackers = open_trackers(
-            cfg.tracking.report_to,
-            cfg.output_dir,
-            project=cfg.tracking.project,
-            run_name=cfg.tracking.run_name or cfg.output_dir.name,
-            config=to_dict(cfg),
-            resume_step=start,
-        )
-
-    def report(step: int, figures: Mapping[str, Any]) -> None:
-        for tracker in trackers:
-            tracker.write(step, figures)
-
-    try:
-        steps = training.plan.steps
-        with progress_bar(steps, "gates", "step", shown=who.first, done=start) as advance:
-            training.run(start, report, advance)
-    finally:
-        for tracker in trackers:
-            tracker.close()
 
 
 def _finish(
