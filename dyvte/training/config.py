@@ -8,7 +8,6 @@ from typing import Literal
 
 from dyvte.teacher.teacher import TeacherConfig
 from dyvte.training.lora_config import LoraConfig
-from dyvte.training.lora_config import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
