@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyvte.backbones import check_image_padding
 from dyvte.calibration.compute import threshold_for_compute
 from dyvte.calibration.decisions import at_exit, visual_compute
 from dyvte.calibration.risk import threshold_for_risk
@@ -151,6 +152,11 @@ def check_store(config: GateConfig, store: TraceStore) -> None:
             f"{store.folder}: traces of {shape[0]} layers of size {shape[1]}, the gates have "
             f"{config.num_layers} of {config.hidden_size}; trace the data with the gates' backbone"
         )
+    if unknown := sorted(set(config.open_gates) - set(store.manifest.exits)):
+        raise GateMismatchError(
+            f"{store.folder}: the gates can fire after layers {unknown[:8]}, which these traces do not label "
+            "(they are thinned); trace the data without thinning, or as thinly as the gates' training data"
+        )
     for what, theirs, ours in (
         ("architecture", stored.get("backbone"), mine.get("fingerprint")),
         ("weights", stored.get("backbone_weights"), mine.get("weights")),
@@ -160,6 +166,7 @@ def check_store(config: GateConfig, store: TraceStore) -> None:
                 f"{store.folder}: traces of another backbone than the gates' ({what} {theirs}, the gates' "
                 f"backbone has {ours}); trace the data with the gates' backbone, {mine.get('id')}"
             )
+    check_image_padding(mine.get("image_padding"), stored.get("images", "").split(" ")[0], str(store.folder))
 
 
 def trained_on(config: GateConfig, store: TraceStore) -> bool:

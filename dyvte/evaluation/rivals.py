@@ -29,10 +29,13 @@ NEVER = 1.0
 def lower_hull(values_L1: Sequence[float] | np.ndarray) -> list[int]:
     """Corners K of the lower convex hull of the points (K, values[K]), K = 0..L, both ends included.
 
-    A mixture of two neighbouring corners is the least mean value that fixed layers reach at their mean K.
+    A mixture of two neighbouring corners is the least mean value that fixed layers reach at their mean K. K
+    without a value (nan: an exit that thinned traces do not label) are passed over.
     """
     corners: list[int] = []
     for k in range(len(values_L1)):
+        if math.isnan(values_L1[k]):
+            continue
         while len(corners) >= 2 and _above_chord(values_L1, corners[-2], corners[-1], k):
             corners.pop()
         corners.append(k)
@@ -59,7 +62,8 @@ def oracle_exits(risk_BL1: Tensor, lam: float) -> Tensor:
     """(B,) argmin over k in 1..L of risk_k + lam * k / L, ties to the smaller k."""
     num_layers = risk_BL1.shape[1] - 1
     price_L = lam * torch.arange(1, num_layers + 1, dtype=torch.float64) / num_layers
-    return (risk_BL1[:, 1:].double() + price_L).argmin(1) + 1
+    cost_BL = risk_BL1[:, 1:].double() + price_L
+    return cost_BL.nan_to_num(nan=math.inf).argmin(1) + 1  # nan: no label there, so no choice either
 
 
 def oracle_points(risk_BL1: Tensor, num_visual_B: Tensor, lams: Sequence[float]) -> OperatingPoints:

@@ -11,8 +11,10 @@ from .features import (
 )
 from .files import save_config
 from .rule import (
+    CLOSED,
     ExitRule,
     check_rule,
+    close_gates,
     exit_layers,
     exit_probabilities,
     logit_threshold,
@@ -21,6 +23,7 @@ from .rule import (
 from .stack import GateStack, load_checkpoint
 
 __all__ = [
+    "CLOSED",
     "DEFAULT_FEATURES",
     "FEATURES",
     "ExitRule",
@@ -28,6 +31,7 @@ __all__ = [
     "GateStack",
     "check_features",
     "check_rule",
+    "close_gates",
     "exit_layers",
     "exit_probabilities",
     "load_checkpoint",

@@ -6,6 +6,7 @@ Shapes: B rows, L decoder layers. Layer numbers k are 1-based: gate k reads the 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +14,28 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 
+CLOSED = -1e30
+"""Offset of a gate that never fires, at any threshold; finite, so that it is no broken gate either."""
 
-def uniform_offsets(num_layers: int) -> tuple[float, ...]:
-    """Offsets that make all L exits equally likely at logit 0: -log(L-k) for k < L, and 0 for gate L."""
-    return (*(-math.log(num_layers - k) for k in range(1, num_layers)), 0.0)
+
+def uniform_offsets(num_layers: int, exits: Collection[int] | None = None) -> tuple[float, ...]:
+    """Offsets that make all exits equally likely at logit 0: minus the log of how many come after, 0 for L.
+
+    ``exits`` are the exit layers that may be taken (None: all); gates at the others are closed.
+    """
+    allowed = set(range(1, num_layers + 1)) if exits is None else {*exits, num_layers}
+    later = [sum(j > k for j in allowed) for k in range(1, num_layers)]
+    return (*(-math.log(n) if k in allowed else CLOSED for k, n in enumerate(later, start=1)), 0.0)
+
+
+def close_gates(offsets: Sequence[float], exits: Collection[int]) -> tuple[float, ...]:
+    """The offsets, with the gates closed whose layer is not among ``exits``."""
+    return tuple(x if k in exits or k == len(offsets) else CLOSED for k, x in enumerate(offsets, start=1))
+
+
+def is_open(offset: float) -> bool:
+    """Can a gate with this offset fire?"""
+    return offset > CLOSED / 2
 
 
 def logit_threshold(threshold: float) -> float:
@@ -60,7 +79,7 @@ class ExitRule:
         fallback: int | None = None,
     ) -> None:
         check_rule(num_layers, threshold, min_layer, fallback)
-        self.cut = logit_threshold(threshold)
+        self.cut = max(logit_threshold(threshold), CLOSED / 2)  # at threshold 0 a closed gate stays closed
         self.num_layers = num_layers
         self.min_layer = min_layer
         self.fallback = num_layers if fallback is None else fallback

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from dyvte.gates import exit_probabilities
+from dyvte.gates import CLOSED, exit_probabilities
 from dyvte.teacher.trace import Trace
 
 
@@ -56,11 +56,14 @@ def expected_risk(
     log_x_S = log_x_S.to(logits_BL.device)
     price_S = lam * log_x_S.exp()
     shifted_SBL = logits_BL + (shift * log_x_S).to(logits_BL)[:, None, None]
+    risk_BL, num_layers = trace.risk[:, 1:], trace.num_layers
+    if not trace.complete:  # nobody leaves where no risk is known
+        unknown_L = ~trace.labelled[1:].to(logits_BL.device)
+        shifted_SBL = shifted_SBL.masked_fill(unknown_L, CLOSED)
+        risk_BL = risk_BL.nan_to_num(nan=0.0)
     log_probability_SBL = exit_probabilities(shifted_SBL.flatten(0, 1)).unflatten(0, shifted_SBL.shape[:2])
 
-    num_layers = trace.num_layers
     share_L = torch.arange(1, num_layers + 1).to(log_x_S) / num_layers
-    risk_BL = trace.risk[:, 1:].to(log_probability_SBL)
-    cost_SBL = risk_BL + (price_S[:, None] * share_L).to(log_probability_SBL)[:, None]
+    cost_SBL = risk_BL.to(log_probability_SBL) + (price_S[:, None] * share_L).to(log_probability_SBL)[:, None]
     objective_S = (log_probability_SBL.exp() * cost_SBL).sum(2).mean(1)
     return (objective_S * (-log_x_S / 2).exp().to(objective_S)).mean()

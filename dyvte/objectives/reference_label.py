@@ -39,12 +39,15 @@ def reference_label(logits_BL: Tensor, trace: Trace, *, layer: int | None = None
     logits_BL:
         (B, L), or with ``layer`` (B,) or (B, 1): that gate alone, so that no other gate gets a gradient.
     layer:
-        1..L-1: only the gate after this layer (the reference's one random layer per step). None: all L-1
-        gates.
+        1..L-1: only the gate after this layer (the reference's one random layer per step). None: all gates
+        at labelled exits, L left out.
     """
     labels_BL = reference_labels(trace).to(logits_BL.device)
     if layer is None:
-        return binary_cross_entropy_with_logits(logits_BL[:, :-1].float(), labels_BL[:, :-1].float())
+        gates = trace.labelled_gates
+        return binary_cross_entropy_with_logits(logits_BL[:, gates].float(), labels_BL[:, gates].float())
+    if layer < trace.num_layers and layer not in trace.exits:
+        raise ValueError(f"layer {layer} has no label: these traces are thinned to {trace.exits}")
     if not 1 <= layer < trace.num_layers:
         raise ValueError(f"layer must lie in 1..{trace.num_layers - 1}, found {layer}")
     logits_B = logits_BL.reshape(len(trace), -1)

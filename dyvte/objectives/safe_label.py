@@ -13,26 +13,27 @@ from dyvte.teacher.trace import Trace
 
 
 def safe_labels(trace: Trace, epsilon: float) -> Tensor:
-    """(B, L) bool, column k-1: risk_j < epsilon for every j >= k."""
-    harmless_BL = trace.risk[:, 1:] < epsilon
+    """(B, L) bool, column k-1: risk_j < epsilon for every labelled exit j >= k."""
+    harmless_BL = (trace.risk[:, 1:] < epsilon) | ~trace.labelled[1:]
     return harmless_BL.flip(1).cumprod(1).flip(1).bool()
 
 
 def safe_label(
     logits_BL: Tensor, trace: Trace, *, epsilon: float = 0.01, balance_2L: Tensor | None = None
 ) -> Tensor:
-    """Mean binary cross-entropy of gates 1..L-1 against :func:`safe_labels`.
+    """Mean binary cross-entropy of the gates (at labelled exits, L left out) against :func:`safe_labels`.
 
     ``balance_2L`` (see :func:`class_balance`) weighs stay and exit labels of each layer; without it the
     classes count as they come, which leaves the first gates with almost no exit to learn from.
     """
-    labels_BL = safe_labels(trace, epsilon)[:, :-1]
+    gates = trace.labelled_gates
+    labels_BL = safe_labels(trace, epsilon)[:, gates]
     weight_BL = None
     if balance_2L is not None:
-        stay_L, exit_L = balance_2L[:, :-1].to(logits_BL)
+        stay_L, exit_L = balance_2L[:, gates].to(logits_BL)
         weight_BL = torch.where(labels_BL, exit_L, stay_L)
     return binary_cross_entropy_with_logits(
-        logits_BL[:, :-1].float(), labels_BL.to(torch.float32), weight=weight_BL
+        logits_BL[:, gates].float(), labels_BL.to(torch.float32), weight=weight_BL
     )
 
 

@@ -72,6 +72,18 @@ class Trace:
         return self.risk.shape[1] - 1
 
     @property
+    def complete(self) -> bool:
+        """Is every exit layer labelled?"""
+        return len(self.exits) == self.num_layers + 1
+
+    @property
+    def labelled_gates(self) -> slice | list[int]:
+        """Columns (k-1) of the gates 1..L-1 whose exits are labelled."""
+        if self.complete:
+            return slice(0, self.num_layers - 1)
+        return [k - 1 for k in self.exits if 1 <= k < self.num_layers]
+
+    @property
     def labelled(self) -> Tensor:
         """(L+1,) bool, on the trace's device: which columns hold labels."""
         mask = torch.zeros(self.num_layers + 1, dtype=torch.bool)

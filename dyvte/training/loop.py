@@ -90,7 +90,8 @@ class GateTraining(Training):
         return {"validation/objective": float(objective), **figures}
 
     def _layer(self, step: int, micro: int) -> int:
-        return drawn_layer(self.cfg.seed, step * self.cfg.accumulation + micro, self.num_layers)
+        layers = [k for k in self.train.exits if 1 <= k < self.num_layers]
+        return layers[drawn_layer(self.cfg.seed, step * self.cfg.accumulation + micro, len(layers) + 1) - 1]
 
     def _forget_gradients_except(self, layers: set[int]) -> None:
         # DeepSpeed fills missing gradients with zeros, and a zero gradient still moves Adam.
