@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from dyvte import __version__
 from dyvte.config import to_dict
 from dyvte.data import Selection
 from dyvte.errors import GateMismatchError
-from dyvte.gates import GateConfig, GateStack, exit_layers, uniform_offsets
+from dyvte.gates import GateConfig, GateStack, close_gates, exit_layers, uniform_offsets
 from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
 from dyvte.teacher import Trace, TraceStore
 from dyvte.training.config import TrainConfig
@@ -79,9 +79,9 @@ def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
     store, backbone = run_traces(cfg, selection, who)
     traced = time.perf_counter()
 
-    gates = make_gates(
-        cfg, store.manifest.num_layers, store.manifest.feature_size // len(store.manifest.features), backbone
-    )
+    made = store.manifest
+    hidden_size = made.feature_size // len(made.features)
+    gates = make_gates(cfg, made.num_layers, hidden_size, backbone, made.exits)
     trace = store.trace(gates.config.features)
     out_B = held_out(store.image_ids(), cfg.data.validation_fraction, cfg.seed)
     train_part, validation = trace.rows((~out_B).nonzero().flatten()), None
@@ -104,12 +104,16 @@ def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
 
 
 def make_gates(
-    cfg: TrainConfig, num_layers: int, hidden_size: int, backbone: Mapping[str, str | None]
+    cfg: TrainConfig,
+    num_layers: int,
+    hidden_size: int,
+    backbone: Mapping[str, str | None],
+    exits: Sequence[int] | None = None,
 ) -> GateStack:
     """New gates for the run, or those it starts from.
 
     New gates for ``expected_risk`` get offsets that make all exits equally likely at the start; label
-    objectives need none.
+    objectives need none. Gates at layers that are not among ``exits`` (None: all are) are closed.
 
     Raises
     ------
@@ -118,13 +122,14 @@ def make_gates(
     """
     if cfg.gates.init_from is None:
         spread = cfg.objective.name == "expected_risk"
+        closed = close_gates((0.0,) * num_layers, exits) if exits is not None else ()
         config = GateConfig(
             num_layers=num_layers,
             hidden_size=hidden_size,
             architecture=cfg.gates.architecture,
             gate_hidden_size=cfg.gates.hidden_size,
             features=cfg.gates.features or cfg.teacher.features,
-            offsets=uniform_offsets(num_layers) if spread else (),
+            offsets=uniform_offsets(num_layers, exits) if spread else closed,
             backbone=dict(backbone),
         )
         return GateStack.init(config, seed=cfg.seed)
@@ -141,7 +146,8 @@ def make_gates(
             f"{cfg.gates.init_from}: gates of another backbone ({gates.config.backbone.get('id')}, "
             f"fingerprint {theirs}); this one is {backbone.get('id')}, {backbone.get('fingerprint')}"
         )
-    gates.config = replace(gates.config, backbone=dict(backbone), calibration={})
+    offsets = gates.config.offsets if exits is None else close_gates(gates.config.offsets, exits)
+    gates.config = replace(gates.config, backbone=dict(backbone), calibration={}, offsets=offsets)
     return gates
 
 
