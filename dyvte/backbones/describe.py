@@ -166,7 +166,19 @@ def _read_config(path: str | os.PathLike[str]) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UnsupportedBackboneError(f"cannot read a model config at {path}: {error}") from error
+        raise UnsupportedBackboneError(
+            f"cannot read a model config at {path}: {error}{hub_advice(path)}"
+        ) from error
+
+
+def hub_advice(path: str | os.PathLike[str]) -> str:
+    """What to do where a hub id is not at hand; empty for a folder."""
+    if Path(path).exists():
+        return ""
+    return (
+        f". {path} is no folder, so it was taken for a hub id, which is not cached here: where the hub is "
+        f"reached, `hf download {path} --local-dir FOLDER`, then give FOLDER as the model"
+    )
 
 
 def _checked_text_config(config: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UnsupportedBackboneError
 from .adapter import load_adapter, resolve_adapter
+from .describe import hub_advice
 from .padding import ImagePadding, set_image_padding
 from .quantize import quantized_arguments
 
@@ -54,8 +55,7 @@ def load_backbone(
         If nothing loadable is there, flash-attn, PEFT, torchvision or bitsandbytes is needed but missing, the
         adapter does not fit, or exits cannot work on the model.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import is_torchvision_available
+    from transformers import AutoModelForImageTextToText
 
     from .describe import describe
 
@@ -63,10 +63,8 @@ def load_backbone(
     _check_path(path)
     _check_attention(attn_implementation)
     packed = quantized_arguments(quantization, dtype, device)
-    # Without torchvision transformers falls back to PIL image processing by itself, but warns each time.
-    backend = {} if is_torchvision_available() else {"backend": "pil"}
+    processor = load_processor(path, trust_remote_code=trust_remote_code)
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **backend)
         model = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=dtype,
@@ -74,6 +72,33 @@ def load_backbone(
             trust_remote_code=trust_remote_code,
             **packed,
         )
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedBackboneError(
+            f"cannot load an image-text-to-text model from {path}: {error}{hub_advice(path)}"
+        ) from error
+    describe(model)
+    set_image_padding(processor, image_padding, model.config.model_type)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    model.requires_grad_(False).eval()
+    return (model if device is None or packed else model.to(device)), processor
+
+
+def load_processor(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The processor beside a model, its image processing by PIL where torchvision is not installed.
+
+    Raises
+    ------
+    UnsupportedBackboneError
+        If there is none with a tokenizer, or it needs torchvision.
+    """
+    from transformers import AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    # Without torchvision transformers falls back to PIL image processing by itself, but warns each time.
+    backend = {} if is_torchvision_available() else {"backend": "pil"}
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **backend)
     except (ImportError, AttributeError) as error:
         if is_torchvision_available():
             raise
@@ -84,16 +109,11 @@ def load_backbone(
         ) from error
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedBackboneError(
-            f"cannot load an image-text-to-text model and its processor from {path}: {error}"
+            f"cannot load a processor from {path}: {error}{hub_advice(path)}"
         ) from error
-    describe(model)
     if getattr(processor, "tokenizer", None) is None:
         raise UnsupportedBackboneError(f"{path} has no processor with a tokenizer: save it beside the model")
-    set_image_padding(processor, image_padding, model.config.model_type)
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-    model.requires_grad_(False).eval()
-    return (model if device is None or packed else model.to(device)), processor
+    return processor
 
 
 def _check_path(path: str | os.PathLike[str]) -> None:

@@ -1,52 +1,80 @@
-"""What a training run would do: shapes, counts, memory and time, from the config and the data file alone.
+"""What a training run would do: shapes, counts, memory and time, from configs, processor and data alone.
 
-No weight is read. Memory and time are estimates from formulas; the arithmetic speed is measured on the spot.
+No weight is read and nothing is written: the model is built without storage to count its parameters, and a
+few samples go through the processor to count tokens. Memory and time are estimates from formulas; the
+arithmetic speed is measured on the spot.
+
+Shape letters: B rows, N tokens, L decoder layers.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dyvte.backbones import describe_config, resolve_adapter
-from dyvte.evaluation.cost import DecoderShape, decoder_shape
+from dyvte.backbones import describe_config, resolve_adapter, set_image_padding
+from dyvte.backbones.load import load_processor
+from dyvte.backbones.sizes import DecoderShape, decoder_shape
+from dyvte.data import Selection
+from dyvte.errors import DataError, UnsupportedBackboneError
 from dyvte.gates import GateStack
+from dyvte.spans import find_spans
+from dyvte.teacher import Teacher
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Plan
 from dyvte.training.tracing import select_samples
 from dyvte.training.train import make_gates
-from dyvte.training.zero import engine_config, stage_of
+from dyvte.training.zero import engine_config, shards_backbone, stage_of
 
+log = logging.getLogger(__name__)
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_PACKED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: one fp32 scale for 64 weights
 # Share of the speed of one large matrix product that whole layers were seen to reach.
 _EFFICIENCY = 0.5
-_TEXT_TOKENS = 40
+_PROBED_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Mean length of a sample, in tokens; ``source`` says where the numbers come from."""
+
+    visual: float
+    suffix: float
+    """Text after the image, answer included."""
+    total: float
+    answer: float
+    source: str
 
 
 def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
-    """Numbers of the run; raises what the run itself would raise about its data and settings."""
-    from transformers import AutoConfig
+    """Numbers of the run; raises what the run itself would raise about its model, data and settings.
 
+    Raises
+    ------
+    UnsupportedBackboneError
+        If there is no model config: for a hub id that is not cached, with what to do.
+    """
     base, _ = resolve_adapter(cfg.model.path, cfg.model.adapter)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=cfg.model.trust_remote_code)
-    shape = describe_config(config)
-    sizes = decoder_shape(config)
+    shape = describe_config(base)
+    model = _without_weights(cfg, base)
+    sizes = decoder_shape(model.config)
     selection = select_samples(cfg)
     identity = {"id": cfg.model.path, "fingerprint": shape.fingerprint}
     with torch.device("meta" if cfg.gates.init_from is None else "cpu"):
         gates = make_gates(cfg, shape.num_layers, shape.hidden_size, identity)
-    stage = stage_of(engine_config(cfg, world_size))
+    tokens = _tokens(cfg, base, model, selection)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = _dtype(cfg, config, device)
+    dtype = _dtype(cfg, model.config, device)
     samples = len(selection.samples)
-    visual = _visual_tokens(config)
-    flops = samples * teacher_flops(sizes, visual, _TEXT_TOKENS)
+    flops = samples * teacher_flops(sizes, tokens, generated=cfg.teacher.label_source == "greedy")
     speed = _matmul_speed(device, getattr(torch, dtype))
-    num_features = len(cfg.teacher.features)
-    feature_bytes = samples * shape.num_layers * num_features * shape.hidden_size * _BYTES[dtype]
+    backbone = sum(parameter.numel() for parameter in model.parameters())
+    feature_size = len(cfg.teacher.features) * shape.hidden_size
     parameters = _parameters(gates)
     held_out = round(samples * cfg.data.validation_fraction)
     plan = Plan.of(cfg, max(1, samples - held_out), world_size)
@@ -54,18 +82,28 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
         "model_type": shape.model_type,
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
-        "visual_tokens_per_image": visual,
-        "dtype": dtype,
+        "backbone_parameters": backbone,
+        "tokens": tokens,
+        "dtype": dtype if cfg.model.quantization == "none" else cfg.model.quantization,
         "gate_architecture": gates.config.architecture,
         "gate_parameters": parameters,
-        "features_per_sample": (shape.num_layers, num_features * shape.hidden_size),
+        "features_per_sample": (shape.num_layers, feature_size),
         "samples": selection.counts,
         "data_sha256": selection.sha256,
         "steps": plan.steps,
         "samples_per_step": plan.global_batch,
-        "zero_stage": stage,
-        "backbone_bytes": _decoder_parameters(sizes) * _BYTES[dtype],
-        "trace_bytes": feature_bytes + samples * 5 * (shape.num_layers + 1) * 4,
+        "processes": world_size,
+        "zero_stage": stage_of(engine_config(cfg, world_size)),
+        "backbone_bytes": backbone
+        * _PACKED_BYTES.get(cfg.model.quantization, _BYTES[dtype])
+        / (world_size if shards_backbone(cfg) else 1),
+        "logits_bytes": cfg.teacher.batch_size
+        * tokens.answer
+        * (shape.num_layers + 1)
+        * sizes.vocab_size
+        * 4,
+        "trace_bytes": samples
+        * (shape.num_layers * feature_size * _BYTES[dtype] + 5 * (shape.num_layers + 1) * 4),
         "gate_training_bytes": parameters * 16,  # weight, gradient, two moments, fp32
         "teacher_flops": flops,
         "teacher_seconds": flops / (speed * _EFFICIENCY * world_size),
@@ -76,57 +114,103 @@ def describe_dry_run(numbers: dict[str, Any]) -> str:
     """The numbers as text."""
     counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in numbers["samples"].items())
     layers, features = numbers["features_per_sample"]
-    visual = numbers["visual_tokens_per_image"]
+    tokens: Tokens = numbers["tokens"]
+    sharded = " a process, of ZeRO-3" if numbers["zero_stage"] == 3 else ""
     lines = [
-        ("backbone", f"{numbers['model_type']}, {numbers['num_layers']} layers of {numbers['hidden_size']}"),
-        ("visual tokens", f"{visual if visual is not None else 'depends on the image'} an image"),
+        ("backbone", f"{numbers['model_type']}, {numbers['num_layers']} layers of {numbers['hidden_size']}, "
+                     f"{numbers['backbone_parameters']:,} parameters"),
+        ("tokens", f"a sample {tokens.visual:.0f} visual, {tokens.total - tokens.visual:.0f} text "
+                   f"({tokens.suffix:.0f} after the image), by {tokens.source}"),
         ("gates", f"{numbers['gate_architecture']}, {numbers['gate_parameters']:,} parameters"),
         ("features", f"{layers} x {features} a sample"),
         ("data", f"{counts}; sha256 {numbers['data_sha256'][:16]}"),
-        (
-            "steps",
-            f"{numbers['steps']} of {numbers['samples_per_step']} samples, ZeRO {numbers['zero_stage']}",
-        ),
-        ("decoder weights", f"about {_size(numbers['backbone_bytes'])} ({numbers['dtype']})"),
+        ("steps", f"{numbers['steps']} of {numbers['samples_per_step']} samples, {numbers['processes']} "
+                  f"processes, ZeRO {numbers['zero_stage']}"),
+        ("backbone weights", f"about {_size(numbers['backbone_bytes'])}{sharded} ({numbers['dtype']})"),
+        ("teacher's logits", f"about {_size(numbers['logits_bytes'])} a batch, all exits"),
         ("traces on disk", f"about {_size(numbers['trace_bytes'])}"),
         ("gate training", f"about {_size(numbers['gate_training_bytes'])}"),
-        (
-            "teacher pass",
-            f"about {numbers['teacher_flops'] / 1e12:,.1f} TFLOP, {_duration(numbers['teacher_seconds'])} "
-            "at the speed measured here (labels' generation not included)",
-        ),
-    ]
+        ("teacher pass", f"about {numbers['teacher_flops'] / 1e12:,.1f} TFLOP in the decoder, "
+                         f"{_duration(numbers['teacher_seconds'])} at the speed measured here"),
+    ]  # fmt: skip
     return "\n".join(f"{name:>16}: {text}" for name, text in lines)
 
 
-def teacher_flops(shape: DecoderShape, num_visual: int | None, num_text: int) -> float:
-    """FLOPs of one sample's teacher pass: the full stream once, and stream k's text in layers k+1..L."""
-    num_visual = 576 if num_visual is None else num_visual
-    per_token = _decoder_parameters(shape, embeddings=False) / shape.num_layers
+def teacher_flops(shape: DecoderShape, tokens: Tokens, *, generated: bool) -> float:
+    """FLOPs of one sample in the decoder's layers.
+
+    The full stream once, and stream k's text after the image in layers k+1..L; a generated answer takes one
+    more full pass over its prompt. Attention's own products are left out: small at these lengths.
+    """
+    per_token = 2.0 * _decoder_parameters(shape) / shape.num_layers
     layers = shape.num_layers
-    tokens = (num_visual + num_text) * layers + num_text * layers * (layers + 1) / 2
-    return 2.0 * per_token * tokens
+    full = tokens.total * layers
+    exits = tokens.suffix * layers * (layers + 1) / 2
+    return per_token * (full + exits + (full if generated else 0))
 
 
-def _decoder_parameters(shape: DecoderShape, embeddings: bool = True) -> float:
+def _decoder_parameters(shape: DecoderShape) -> float:
     width = shape.num_heads * shape.head_dim
     attention = 2 * shape.hidden_size * (width + shape.num_kv_heads * shape.head_dim)
-    layers = sum(attention + 3 * shape.hidden_size * ffn for ffn in shape.ffn_sizes_L)
-    return layers + (2 * shape.vocab_size * shape.hidden_size if embeddings else 0)
+    return sum(attention + 3 * shape.hidden_size * ffn for ffn in shape.ffn_sizes_L)
 
 
 def _parameters(gates: GateStack) -> int:
     return sum(parameter.numel() for parameter in gates.parameters())
 
 
-def _visual_tokens(config: Any) -> int | None:
-    """Visual tokens of one image where the config fixes them."""
-    given = getattr(config, "image_seq_length", None)
+def _without_weights(cfg: TrainConfig, base: str) -> Any:
+    """The model's modules on the meta device: shapes, no storage."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    trust = cfg.model.trust_remote_code
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust).eval()
+
+
+def _tokens(cfg: TrainConfig, base: str, model: Any, selection: Selection) -> Tokens:
+    """Lengths of a few samples as the processor makes them; guessed from the config where there is none."""
+    try:
+        processor = load_processor(base, trust_remote_code=cfg.model.trust_remote_code)
+    except UnsupportedBackboneError as error:
+        log.warning("tokens are guessed: %s", error)
+        return _guess(model.config)
+    set_image_padding(processor, cfg.model.image_padding, model.config.model_type)
+    teacher = Teacher(model, processor, replace(cfg.teacher, label_source="data"))
+    teacher.device, teacher.dtype = torch.device("cpu"), torch.float32
+    every = max(1, len(selection.samples) // _PROBED_SAMPLES)
+    lengths = []
+    for sample in selection.samples[::every][:_PROBED_SAMPLES]:
+        try:
+            inputs, answer_BN = teacher.inputs([sample], cfg.data.name)
+        except DataError as error:
+            log.warning("%s", error)
+            continue
+        spans = find_spans(
+            inputs["input_ids"], teacher.backbone.visual_token_ids, inputs["attention_mask"], answer_BN
+        )
+        visual = int(spans.visual_BN.sum())
+        total = int(inputs["attention_mask"].sum())
+        last = int(spans.visual_BN[0].nonzero().max()) if visual else -1
+        lengths.append(
+            (visual, int(inputs["attention_mask"][0, last + 1 :].sum()), total, int(answer_BN.sum()))
+        )
+    if not lengths:
+        return _guess(model.config)
+    means = [sum(column) / len(lengths) for column in zip(*lengths, strict=True)]
+    return Tokens(*means, source=f"{len(lengths)} samples of the data")
+
+
+def _guess(config: Any) -> Tokens:
+    """Lengths from the config alone: right for one square image of a family with a fixed number."""
+    visual = getattr(config, "image_seq_length", None)
     vision = getattr(config, "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if given is None and isinstance(size, int) and isinstance(patch, int):
-        return (size // patch) ** 2
-    return given
+    if visual is None:
+        fixed = isinstance(size, int) and isinstance(patch, int)
+        visual = (size // patch) ** 2 if fixed else 576
+    return Tokens(visual, 40, visual + 60, 10, source="a guess from the config")
 
 
 def _dtype(cfg: TrainConfig, config: Any, device: torch.device) -> str:
