@@ -15,6 +15,14 @@ from ..errors import DataError
 from .prompts import RenderedPrompt
 
 
+def takes_videos(processor: Any) -> bool:
+    """Whether a processor has its own way to show a video: a video processor and a video placeholder."""
+    return (
+        getattr(processor, "video_processor", None) is not None
+        and getattr(processor, "video_token", None) is not None
+    )
+
+
 def encode(
     processor: Any,
     rendered: Sequence[RenderedPrompt],
@@ -22,6 +30,7 @@ def encode(
     *,
     padding_side: str,
     max_length: int | None = None,
+    as_videos: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Tokenise a batch; each image placeholder becomes its run of visual tokens.
 
@@ -35,6 +44,8 @@ def encode(
         "left" (generation) or "right".
     max_length
         Longest row allowed, in tokens; longer ones are an error, never cut.
+    as_videos
+        Each row's images are the frames of one video, whose place is the row's single image placeholder.
 
     Returns
     -------
@@ -51,20 +62,24 @@ def encode(
             f"{len(rendered)} prompts but {len(images)} lists of images: expected one list for each"
         )
     for row, (prompt, row_images) in enumerate(zip(rendered, images, strict=True)):
-        if (found := prompt.text.count(processor.image_token)) != len(row_images):
-            raise DataError(
-                f"row {row}: {found} image placeholders in the prompt, {len(row_images)} images given"
-            )
+        expected = 1 if as_videos else len(row_images)
+        if (found := prompt.text.count(processor.image_token)) != expected:
+            raise DataError(f"row {row}: {found} image placeholders in the prompt, {expected} images given")
     tokenizer = processor.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer gives no character offsets: a fast (tokenizers) version is needed")
-    flat = [image for row in images for image in row]
+    texts = [prompt.text for prompt in rendered]
+    if as_videos:
+        texts = [text.replace(processor.image_token, processor.video_token) for text in texts]
+        shown = {"videos": [list(row) for row in images]}
+    else:
+        shown = {"images": [image for row in images for image in row] or None}
     bos = tokenizer.bos_token
     # A chat template may write the BOS itself; a second one would change every state.
     writes_bos = bool(bos) and all(prompt.text.startswith(bos) for prompt in rendered)
     batch = processor(
-        text=[prompt.text for prompt in rendered],
-        images=flat or None,
+        text=texts,
+        **shown,
         return_tensors="pt",
         padding=True,
         padding_side=padding_side,

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from dyvte.errors import ConfigError, DataError, ScoreError
+from dyvte.evaluation.tables import PackedImage
+from dyvte.evaluation.videos import Video
 
 DIALECTS = ("original", "lmms", "vlmevalkit")
 """Whose rule reads an answer: the benchmark's own tool, lmms-eval, or VLMEvalKit."""
 
 SHORT_ANSWER_SUFFIX = "\nAnswer the question using a single word or phrase."
-"""What LLaVA's evaluation appends to the questions of GQA and MME."""
+"""What LLaVA's evaluation appends to questions with a short answer."""
+
+LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+"""What LLaVA's evaluation appends to multiple-choice questions."""
+
+ImageSource: TypeAlias = Path | PackedImage
+"""An image file, or an image inside a table (parquet, TSV)."""
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _NAMED_AT_MOST = 5
@@ -23,32 +32,43 @@ _NAMED_AT_MOST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question about one image.
+    """One question about one image, several images or a video.
 
     Attributes
     ----------
     id : str
         Unique within the benchmark; kept as text (GQA ids have leading zeros).
-    image : Path
+    image : Path or PackedImage, or None
+        The first image; None for a question about a video.
     text : str
-        The question as the benchmark states it.
-    answer : str
-        Gold answer as stored.
+        The question as the benchmark states it, options included, without what evaluations append.
+    answer : str or None
+        Gold answer as stored; None on a split whose answers are not public.
     image_id : str
         The unit of dependence: questions with the same ``image_id`` are resampled together.
     kind : str
         Question type or subtask, for breakdowns.
     details : Mapping
         What only this benchmark's scorer needs.
+    more_images : tuple
+        Further images, in the order of the question's placeholders.
+    video : Video or None
     """
 
     id: str
-    image: Path
+    image: ImageSource | None
     text: str
-    answer: str
+    answer: str | None
     image_id: str
     kind: str
     details: Mapping[str, Any] = field(default_factory=dict)
+    more_images: tuple[ImageSource, ...] = ()
+    video: Video | None = None
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """All images, in order; empty for a question about a video."""
+        return () if self.image is None else (self.image, *self.more_images)
 
 
 @dataclass(frozen=True)
@@ -64,23 +84,25 @@ class Predictions:
 
 
 class Benchmark(Protocol):
-    """Interface of a benchmark; see :mod:`dyvte.evaluation.benchmarks.gqa` for the smallest one."""
+    """Interface of a benchmark; :mod:`dyvte.evaluation.benchmarks.common` does most of it."""
 
     name: str
     expected_tree: str
+    dialects: tuple[str, ...]
 
     def load(self, root: Path, limit: int | None = None) -> list[Question]:
         """Read the questions below ``root``; ``limit`` keeps about that many, whole images where paired."""
         ...
 
-    def prompt(self, question: Question, suffix: str = SHORT_ANSWER_SUFFIX) -> str:
-        """Text asked of the model, without the image placeholder."""
+    def prompt(self, question: Question, suffix: str | None = None) -> str:
+        """Text asked of the model, without image placeholder; ``suffix`` None is what LLaVA appends."""
         ...
 
     def correct(
         self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"
-    ) -> list[bool]:
-        """Whether each question, in order, is answered rightly under ``dialect``."""
+    ) -> list[bool] | list[float]:
+        """Whether each question, in order, is answered rightly under ``dialect``; a share where answers can
+        be partly right."""
         ...
 
     def score(
@@ -102,12 +124,36 @@ class Benchmark(Protocol):
         ...
 
 
-_BENCHMARKS = {"gqa": "dyvte.evaluation.benchmarks.gqa:GQA", "mme": "dyvte.evaluation.benchmarks.mme:MME"}
+_BENCHMARKS = {
+    "gqa": "GQA",
+    "mme": "MME",
+    "pope": "POPE",
+    "scienceqa": "ScienceQA",
+    "ai2d": "AI2D",
+    "mmbench": "MMBench",
+    "mmmu": "MMMU",
+    "seed": "SEED",
+    "textvqa": "TextVQA",
+    "vqav2": "VQAv2",
+    "mmvet": "MMVet",
+    "videomme": "VideoMME",
+    "tgifqa": "TGIFQA",
+}
+"""Name, which is also the module in :mod:`dyvte.evaluation.benchmarks`, and class."""
 
 
 def benchmark_names() -> tuple[str, ...]:
     """Names that :func:`get_benchmark` takes."""
     return tuple(_BENCHMARKS)
+
+
+def check_benchmark(name: str) -> None:
+    """Raise ConfigError, naming the nearest name, unless ``name`` is a benchmark."""
+    if name in _BENCHMARKS:
+        return
+    near = difflib.get_close_matches(str(name).lower().replace("-", "").replace("_", ""), _BENCHMARKS, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ConfigError(f"unknown benchmark {name!r}{hint}; known: {', '.join(_BENCHMARKS)}")
 
 
 def get_benchmark(name: str) -> Benchmark:
@@ -116,18 +162,21 @@ def get_benchmark(name: str) -> Benchmark:
     Raises
     ------
     ConfigError
-        Unknown name.
+        Unknown name; the nearest one is named.
     """
-    if name not in _BENCHMARKS:
-        raise ConfigError(f"unknown benchmark {name!r}; known: {', '.join(_BENCHMARKS)}")
-    module_name, class_name = _BENCHMARKS[name].split(":")
-    return getattr(importlib.import_module(module_name), class_name)()
+    check_benchmark(name)
+    module = importlib.import_module(f"dyvte.evaluation.benchmarks.{name}")
+    return getattr(module, _BENCHMARKS[name])()
 
 
-def check_dialect(dialect: str) -> None:
-    """Raise ConfigError unless ``dialect`` is one of :data:`DIALECTS`."""
+def check_dialect(dialect: str, known: Sequence[str] = DIALECTS, benchmark: str = "") -> None:
+    """Raise ConfigError unless ``dialect`` is one of ``known``."""
     if dialect not in DIALECTS:
         raise ConfigError(f"unknown scoring dialect {dialect!r}; known: {', '.join(DIALECTS)}")
+    if dialect not in known:
+        raise ConfigError(
+            f"{benchmark} has no {dialect!r} dialect: that tool does not score it. Use {' or '.join(known)}"
+        )
 
 
 def name_some(items: Iterable[str]) -> str:

@@ -17,46 +17,68 @@ from typing import Any
 from dyvte.errors import DataError, ScoreError
 from dyvte.evaluation.base import (
     IMAGE_EXTENSIONS,
-    SHORT_ANSWER_SUFFIX,
     Predictions,
     Question,
-    check_dialect,
     count_unknown,
     layout_error,
     name_some,
     percent,
     predictions_from_rows,
     read_json,
+    read_jsonl,
     read_raw_predictions,
-    require_all,
 )
+from dyvte.evaluation.benchmarks.common import StandardBenchmark
+from dyvte.evaluation.benchmarks.files import find_file, need, table_rows
 
 QUESTIONS_FILE = "testdev_balanced_questions.json"
+LLAVA_FILE = "llava_gqa_testdev_balanced.jsonl"
 _QUESTION_FOLDERS = (".", "questions", "questions1.2", "questions1.3", "data", "data/questions1.2")
 _IMAGE_FOLDERS = ("images", "data/images", "allImages/images")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class GQA:
-    """The benchmark in GQA's own layout."""
+class GQA(StandardBenchmark):
+    """Test-dev balanced, in GQA's own layout or as a table."""
 
     name = "gqa"
+    title = "GQA"
     expected_tree = (
-        "  <root>/\n"
-        f"    {QUESTIONS_FILE}   (or in questions/ or questions1.2/)\n"
+        "  <root>/                              release, and LLaVA's playground/data/eval/gqa\n"
+        f"    {QUESTIONS_FILE}   (or in questions/, questions1.2/ or data/)\n"
+        f"    {LLAVA_FILE}  (optional: which questions, in which order)\n"
         "    images/\n"
-        "      <imageId>.jpg ...                  (or .png)"
+        "      <imageId>.jpg ...                  (or .png; also in data/)\n"
+        "  or <root>/testdev_balanced_instructions/*.parquet and testdev_balanced_images/*.parquet\n"
+        "  or <root>/GQA_TestDev_Balanced.tsv     (no question types in it)"
     )
 
-    def load(self, root: Path, limit: int | None = None) -> list[Question]:
-        """Read the questions file and find every image.
+    def sources(self):
+        """Tables; then the release, whose reader says what is missing from it."""
+        return self._parquet, self._table, self._release
 
-        Raises
-        ------
-        DataError
-            Another layout (the expected tree is shown), duplicate ids, no gold answer, missing images.
-        """
-        root = Path(root)
+    def _parquet(self, root: Path) -> list[Question] | None:
+        rows = table_rows(root, (), ("testdev_balanced_instructions/*.parquet",))
+        pictures = table_rows(root, (), ("testdev_balanced_images/*.parquet",))
+        if rows is None or pictures is None:
+            return None
+        images = {str(row["id"]): row["image"] for row in pictures}
+        entries = [(str(row["id"]), row) for row in rows]
+        _refuse_bad_entries(entries, root / "testdev_balanced_instructions", images, "the image table")
+        return [_question(identity, entry, images[str(entry["imageId"])]) for identity, entry in entries]
+
+    def _table(self, root: Path) -> list[Question] | None:
+        rows = table_rows(root, ("GQA_TestDev_Balanced.tsv", "GQA*.tsv"), ())
+        if rows is None:
+            return None
+        questions = []
+        for number, row in enumerate(rows, start=1):
+            need(row, ("index", "image", "question", "answer"), root, number)
+            entry = {**row, "imageId": row["image"].name, "types": {}}
+            questions.append(_question(str(row["index"]), entry, row["image"]))
+        return questions
+
+    def _release(self, root: Path) -> list[Question]:
         path = self._find(root, _QUESTION_FOLDERS, QUESTIONS_FILE, f"no {QUESTIONS_FILE}")
         folder = self._find(root, _IMAGE_FOLDERS, "", "no images/ folder")
         entries = read_json(path, unique_keys=True)
@@ -64,10 +86,13 @@ class GQA:
             raise layout_error(
                 "GQA", root, f"{path.name} is not a dictionary of questions", self.expected_tree
             )
-        chosen = list(entries.items())[:limit]
+        chosen = _chosen_by_llava(find_file(root, LLAVA_FILE), entries, path)
         files = _image_files(folder)
         _refuse_bad_entries(chosen, path, files, folder)
-        return [_question(question_id, entry, folder, files) for question_id, entry in chosen]
+        return [
+            _question(question_id, entry, folder / files[str(entry["imageId"])])
+            for question_id, entry in chosen
+        ]
 
     def _find(self, root: Path, folders: Sequence[str], name: str, problem: str) -> Path:
         for candidate in (root / folder / name for folder in folders):
@@ -76,16 +101,8 @@ class GQA:
         problem = problem if root.exists() else "the folder does not exist"
         raise layout_error("GQA", root, problem, self.expected_tree)
 
-    def prompt(self, question: Question, suffix: str = SHORT_ANSWER_SUFFIX) -> str:
-        """The question, then the suffix."""
-        return question.text + suffix
-
-    def correct(
-        self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"
-    ) -> list[bool]:
-        """Per question, in order: answered rightly under ``dialect``."""
-        check_dialect(dialect)
-        require_all(questions, predictions)
+    def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
+        """Read answer equals gold."""
         return [
             _read(predictions.texts[q.id], dialect, predictions.converted) == _read_gold(q.answer, dialect)
             for q in questions
@@ -110,17 +127,16 @@ class GQA:
             "num_not_balanced": len(questions) - len(balanced),
             "num_unknown_predictions": count_unknown(questions, predictions),
             "accuracy": percent(hits),
-            "binary": percent([hit for q, hit in zip(balanced, hits) if q.details["structural"] != "query"]),
-            "open": percent([hit for q, hit in zip(balanced, hits) if q.details["structural"] == "query"]),
-            "distribution": _distribution(balanced, predictions, dialect),
         }
+        if all(q.details["structural"] is None for q in balanced):
+            return scores  # a table without question types
+        is_open = [q.details["structural"] == "query" for q in balanced]
+        scores["binary"] = percent([hit for hit, is_query in zip(hits, is_open) if not is_query])
+        scores["open"] = percent([hit for hit, is_query in zip(hits, is_open) if is_query])
+        scores["distribution"] = _distribution(balanced, predictions, dialect)
         for part in ("structural", "semantic", "detailed", "steps", "words"):
             scores[f"per_{part}"] = _breakdown(balanced, hits, part)
         return scores
-
-    def headline(self, scores: Mapping[str, Any]) -> str:
-        """Accuracy with one decimal."""
-        return f"{scores['accuracy']:.1f}"
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Read a submission (``[{"questionId", "prediction"}]``) or raw answers (jsonl)."""
@@ -162,8 +178,24 @@ def _image_files(folder: Path) -> dict[str, str]:
     return files
 
 
+def _chosen_by_llava(path: Path | None, entries: Mapping[str, Any], where: Path) -> list[tuple[str, Any]]:
+    """GQA's entries of the questions in LLaVA's file, in its order; all where there is no such file."""
+    if path is None:
+        return list(entries.items())
+    ids = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        need(row, ("question_id",), path, number)
+        ids.append(str(row["question_id"]))
+    without = [question_id for question_id in ids if question_id not in entries]
+    if without:
+        raise DataError(
+            f"{path}: {len(without)} questions have no gold answer in {where}: {name_some(without)}"
+        )
+    return [(question_id, entries[question_id]) for question_id in ids]
+
+
 def _refuse_bad_entries(
-    entries: Sequence[tuple[str, Any]], path: Path, files: Mapping[str, str], folder: Path
+    entries: Sequence[tuple[str, Any]], path: Path, files: Mapping[str, Any], folder: Path | str
 ) -> None:
     needed = ("question", "imageId", "answer", "types")
     for key in needed:
@@ -176,12 +208,12 @@ def _refuse_bad_entries(
         raise DataError(f"{folder} lacks {len(missing)} images: {name_some(missing)}")
 
 
-def _question(question_id: str, entry: Mapping[str, Any], folder: Path, files: Mapping[str, str]) -> Question:
+def _question(question_id: str, entry: Mapping[str, Any], image: Any) -> Question:
     image_id = str(entry["imageId"])
-    types = entry["types"]
+    types = entry["types"] or {}
     return Question(
         id=str(question_id),
-        image=folder / files[image_id],
+        image=image,
         text=entry["question"],
         answer=entry["answer"],
         image_id=image_id,

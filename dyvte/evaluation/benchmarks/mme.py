@@ -17,19 +17,20 @@ from typing import Any
 from dyvte.errors import DataError, ScoreError
 from dyvte.evaluation.base import (
     IMAGE_EXTENSIONS,
-    SHORT_ANSWER_SUFFIX,
     Predictions,
     Question,
-    check_dialect,
     count_unknown,
     layout_error,
     name_some,
     percent,
+    read_jsonl,
     read_raw_predictions,
-    require_all,
-    unique_ids,
 )
+from dyvte.evaluation.benchmarks.common import StandardBenchmark, joined_by_prompt, strip_suffix
+from dyvte.evaluation.benchmarks.files import find_file, need, table_rows
+from dyvte.evaluation.benchmarks.yes_no import yes_no_words
 
+LLAVA_FILE = "llava_mme.jsonl"
 PERCEPTION = (
     "existence",
     "count",
@@ -55,10 +56,11 @@ _YES_NO_REQUEST = re.compile(r"\s*Please answer yes or no\.\s*$")
 _LINE_BREAKS = re.compile(r"[\t\r\n]+")
 
 
-class MME:
-    """The benchmark in its release layout: flat subtasks, split subtasks, or both."""
+class MME(StandardBenchmark):
+    """The release layout (flat subtasks, split subtasks, or both) or a table."""
 
     name = "mme"
+    title = "MME"
     expected_tree = (
         "  <root>/                      (an extra MME_Benchmark/ level is fine)\n"
         "    existence/                 (flat subtask)\n"
@@ -67,8 +69,15 @@ class MME:
         "    artwork/                   (split subtask)\n"
         "      images/0001.jpg\n"
         "      questions_answers_YN/0001.txt\n"
+        "    llava_mme.jsonl            (optional, beside that level: which questions, in which order)\n"
+        "  or <root>/data/test-*.parquet\n"
+        "  or <root>/MME.tsv\n"
         f"  subtasks: {', '.join(SUBTASKS)}"
     )
+
+    def sources(self):
+        """Tables; then the release, whose reader says what is missing from it."""
+        return self._table, self._release
 
     def load(self, root: Path, limit: int | None = None) -> list[Question]:
         """Read every subtask present; ``limit`` keeps the first ``limit // 2`` images, spread over subtasks.
@@ -79,33 +88,56 @@ class MME:
             Another layout (the expected tree is shown), a subtask nobody knows, an image without exactly two
             questions, a gold answer that is not Yes or No, missing images.
         """
-        root = Path(root)
-        folder = self._data_folder(root)
-        images = [list(_subtask_images(folder / name)) for name in _subtask_names(folder)]
-        if limit is not None:
-            images = _spread(images, limit // 2)
-        questions = [q for subtask in images for text_file, image in subtask for q in _pair(text_file, image)]
-        unique_ids(questions, folder)
+        return super().load(root, limit)
+
+    def limited(self, questions: list[Question], limit: int | None) -> list[Question]:
+        """Whole images, spread over the subtasks."""
+        if limit is None:
+            return questions
+        by_subtask: dict[str, dict[str, list[Question]]] = defaultdict(lambda: defaultdict(list))
+        for question in questions:
+            by_subtask[question.kind][question.image_id].append(question)
+        kept = _spread([list(images.values()) for images in by_subtask.values()], limit // 2)
+        return [question for subtask in kept for pair in subtask for question in pair]
+
+    def _release(self, root: Path) -> list[Question]:
+        folder = self._data_folder(root if root.is_dir() else root.parent)
+        questions = [
+            question
+            for name in _subtask_names(folder)
+            for text_file, image in _subtask_images(folder / name)
+            for question in _pair(text_file, image)
+        ]
+        return _chosen_by_llava(find_file(root, LLAVA_FILE, f"../{LLAVA_FILE}"), questions)
+
+    def _table(self, root: Path) -> list[Question] | None:
+        rows = table_rows(root, ("MME.tsv", "MME*.tsv"), ("data/test-*.parquet", "test-*.parquet"))
+        if rows is None:
+            return None
+        questions = [_table_question(row, number, root) for number, row in enumerate(rows, start=1)]
+        problem = _odd_pairs(questions)
+        if problem:
+            raise DataError(f"{root}: {problem}")
         return questions
 
     def _data_folder(self, root: Path) -> Path:
         for candidate in (root / level for level in _ROOT_LEVELS):
             if candidate.is_dir() and any(_subtask_names(candidate)):
                 return candidate
-        problem = "no subtask folder with question files" if root.is_dir() else "the folder does not exist"
-        raise layout_error("MME", root, problem, self.expected_tree)
+        raise layout_error("MME", root, "no subtask folder with question files", self.expected_tree)
 
-    def prompt(self, question: Question, suffix: str = SHORT_ANSWER_SUFFIX) -> str:
+    def prompt(self, question: Question, suffix: str | None = None) -> str:
         """The question without " Please answer yes or no.", then the suffix (LLaVA's way)."""
-        return _YES_NO_REQUEST.sub("", question.text) + suffix
+        return _plain(question.text) + (self.suffix if suffix is None else suffix)
 
-    def correct(
-        self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"
-    ) -> list[bool]:
-        """Per question, in order: answered rightly under ``dialect``."""
+    def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
+        """Read answer equals gold; images must have both of their questions."""
+        problem = _odd_pairs(questions)
+        if problem:
+            raise ScoreError(problem)
         return [
             read_answer(predictions.texts[q.id], dialect, predictions.converted) == q.answer.lower()
-            for q in _checked(questions, predictions, dialect)
+            for q in questions
         ]
 
     def score(
@@ -147,9 +179,13 @@ class MME:
         return f"{scores['perception']:.1f} / {scores['cognition']:.1f}"
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read raw answers (jsonl) or a folder of official ``<subtask>.txt`` results."""
+        """Read raw answers (jsonl; LLaVA's are joined by image and question) or a folder of official
+        ``<subtask>.txt`` results."""
         path = Path(path)
-        return _read_results(path, questions) if path.is_dir() else read_raw_predictions(path)
+        if path.is_dir():
+            return _read_results(path, questions)
+        joined = joined_by_prompt(path, questions, lambda q: (q.image_id, _plain(q.text)))
+        return joined if joined is not None else read_raw_predictions(path)
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
         """Write ``mme_results/<subtask>.txt`` (file, question, gold, answer) for ``calculation.py``.
@@ -162,7 +198,7 @@ class MME:
         for q in questions:
             answer = predictions.texts[q.id]
             answer = answer if predictions.converted else _one_line(answer)
-            lines[q.kind].append(f"{q.image.name}\t{q.text}\t{q.answer}\t{answer}\n")
+            lines[q.kind].append(f"{_file_name(q)}\t{q.text}\t{q.answer}\t{answer}\n")
         for name, rows in lines.items():
             (results / f"{name}.txt").write_text("".join(rows), encoding="utf-8", newline="\n")
         return results
@@ -175,7 +211,7 @@ def read_answer(text: str, dialect: str, converted: bool = False) -> str:
     "Norway" are no, and "The answer is yes" is other. ``vlmevalkit`` looks for the words.
     """
     if dialect == "vlmevalkit":
-        return _read_words(text)
+        return yes_no_words(text)
     if dialect == "lmms":
         answer = text.lower().strip().replace(".", "")
         if len(answer) == 1:
@@ -190,34 +226,59 @@ def _one_line(text: str) -> str:
     return _LINE_BREAKS.sub(" ", text.strip())
 
 
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+def _plain(text: str) -> str:
+    return _YES_NO_REQUEST.sub("", text)
 
 
-def _read_words(text: str) -> str:
-    """VLMEvalKit's reading: punctuation out, then exactly one of the words "yes" and "no"."""
-    lowered = text.lower()
-    digits_comma = re.search(r"\d,\d", lowered) is not None
-    cleaned = lowered
-    for mark in _PUNCTUATION:
-        beside_space = f"{mark} " in lowered or f" {mark}" in lowered
-        cleaned = cleaned.replace(mark, "" if beside_space or digits_comma else " ")
-    # its full-stop rule removes at most 32 of them (a flag is passed where a count belongs)
-    words = re.sub(r"\.(?!\d)", "", cleaned, count=32).split()
-    if ("yes" in words) == ("no" in words):
-        return "other"
-    return "yes" if "yes" in words else "no"
+def _file_name(question: Question) -> str:
+    return question.image_id.rsplit("/", 1)[-1]
 
 
-def _checked(questions: Sequence[Question], predictions: Predictions, dialect: str) -> Sequence[Question]:
-    check_dialect(dialect)
-    require_all(questions, predictions)
+def _odd_pairs(questions: Sequence[Question]) -> str:
+    """What is wrong with the pairs, "" for nothing."""
     per_image: dict[str, int] = defaultdict(int)
     for question in questions:
         per_image[question.image_id] += 1
     odd = [image for image, count in per_image.items() if count != 2]
-    if odd:
-        raise ScoreError(f"{len(odd)} images have not exactly two questions: {name_some(odd)}")
-    return questions
+    return f"{len(odd)} images have not exactly two questions: {name_some(odd)}" if odd else ""
+
+
+def _chosen_by_llava(path: Path | None, questions: list[Question]) -> list[Question]:
+    """The questions of LLaVA's file, in its order; all where there is no such file."""
+    if path is None:
+        return questions
+    known = {(q.image_id, _plain(q.text).lower()): q for q in questions}
+    chosen, without = [], []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        need(row, ("question_id", "text"), path, number)
+        question = known.get((str(row["question_id"]), strip_suffix(row["text"]).lower()))
+        chosen.append(question)
+        if question is None:
+            without.append(str(row["question_id"]))
+    if without:
+        raise DataError(f"{path}: {len(without)} questions have no gold answer: {name_some(without)}")
+    return chosen
+
+
+def _table_question(row: Mapping[str, Any], number: int, where: Path) -> Question:
+    """Parquet names the image in ``question_id``, the TSV in ``image_path``."""
+    need(row, ("image", "question", "answer", "category"), where, number)
+    subtask, answer = str(row["category"]), str(row["answer"]).strip().capitalize()
+    if subtask not in SUBTASKS or answer not in ("Yes", "No"):
+        raise DataError(
+            f"{where}, question {number}: expected a subtask of MME and Yes or No, "
+            f"found {subtask!r} and {row['answer']!r}"
+        )
+    file_name = str(row.get("question_id") or row.get("image_path") or row["image"].name).rsplit("/", 1)[-1]
+    image_id = f"{subtask}/{file_name}"
+    return Question(
+        id=str(row["index"]) if row.get("index") is not None else f"{image_id}#{number}",
+        image=row["image"],
+        text=row["question"],
+        answer=answer,
+        image_id=image_id,
+        kind=subtask,
+    )
 
 
 def _subtask_score(images: Sequence[Sequence[bool]], unread: int) -> dict[str, Any]:
@@ -325,7 +386,7 @@ def _parse_line(line: str, number: int, text_file: Path, image: Path, subtask: s
 
 def _read_results(folder: Path, questions: Sequence[Question]) -> Predictions:
     """Join official result lines by (subtask, file name, question)."""
-    ids = {(q.kind, q.image.name, q.text): q.id for q in questions}
+    ids = {(q.kind, _file_name(q), q.text): q.id for q in questions}
     texts: dict[str, str] = {}
     for name in sorted({q.kind for q in questions}):
         path = folder / f"{name}.txt"

@@ -1,0 +1,170 @@
+"""Multiple choice: how options are shown, and how each tool finds the chosen letter in an answer."""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dyvte.errors import DataError
+
+LETTERS = string.ascii_uppercase
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """``question``, then one line ``A. option`` each, as LLaVA asks."""
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, options))])
+
+
+def lettered(options: Sequence[str]) -> dict[str, str]:
+    """Options by letter."""
+    return dict(zip(LETTERS, options))
+
+
+def options_of(row: Mapping[str, Any]) -> list[str]:
+    """The options of a TSV row: columns A, B, ... up to the first empty one."""
+    options: list[str] = []
+    for letter in LETTERS:
+        if row.get(letter) is None:
+            break
+        options.append(str(row[letter]))
+    return options
+
+
+def parse_list(value: Any, where: str) -> list[str]:
+    """A list, or the Python text of one (MMMU and VLMEvalKit store lists as text)."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise DataError(f"{where}: expected a list, found {value!r}") from error
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{where}: expected a list, found {value!r}")
+    return [str(item) for item in value]
+
+
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_API_FAILURE = "Failed to obtain answer via API"
+_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+
+
+def vlmevalkit_letter(text: str, options: Mapping[str, str]) -> str | None:
+    """What VLMEvalKit's ``exact_matching`` takes an answer for; None where its language model would be asked.
+
+    ``can_infer`` of ``vlmeval/utils/matching_util.py``: the only option letter that stands as a word, if at
+    most four words follow it ("Z", none of them, for a refusal); else the only option whose text occurs in an
+    answer of at most twice the length of all options. Its check for "A" as an article runs only in verbose
+    mode and is left out.
+    """
+    return _vlmevalkit_word(text, options) or _only_option_in(text, options, limited=True)
+
+
+def _vlmevalkit_word(text: str, options: Mapping[str, str]) -> str | None:
+    if _API_FAILURE in text:
+        return None
+    if any(refusal in text for refusal in _REFUSALS):
+        return "Z"
+    words = text.translate(_MARKS).split()
+    found = [letter for letter in options if letter in words]
+    if len(found) == 1 and words.index(found[0]) > len(words) - 5:
+        return found[0]
+    return "Z" if not found and "Z" in words else None
+
+
+def _only_option_in(text: str, options: Mapping[str, str], limited: bool) -> str | None:
+    lowered = text.lower()
+    if limited and len(lowered) > 2 * sum(len(option) for option in options.values()):
+        return None
+    found = [letter for letter, option in options.items() if option.lower() in lowered]
+    return found[0] if len(found) == 1 else None
+
+
+_AFFIXES = (
+    *(("", after) for after in (".", ",", ":", ")", ").")),
+    *(("(", after) for after in (")", ").")),
+    *((":", after) for after in ("", ",", ".", ")", ").")),
+)
+
+
+def mmbench_letter(text: str, options: Mapping[str, str]) -> str | None:
+    """The first step of MMBench's own evaluation; None where it would ask a language model.
+
+    As in ``mmbench_evals.py`` of lmms-eval, which carries the evaluation of the MMBench paper: the only one
+    of the words A to E (not where "A" may be an article: more than three words), then with each kind of
+    punctuation around it, else the only option whose text occurs in the answer.
+    """
+    if _API_FAILURE in text:
+        return _only_option_in(text, options, limited=False)
+    words = text.split()
+    found = [letter for letter in "ABCDE" if letter in words]
+    if len(found) == 1 and not ("A" in words and len(words) > 3):
+        return found[0]
+    for before, after in _AFFIXES:
+        found = [letter for letter in "ABCDE" if before + letter + after in words]
+        if len(found) == 1:
+            return found[0]
+    return _only_option_in(text, options, limited=False)
+
+
+_PHRASES = (
+    *("the answer is", "answer is", "the correct answer is", "correct answer is", "the best answer is"),
+    *("best answer is", "the correct option is", "correct option is", "the best option is"),
+    *("best option is", "the choice is", "choice is", "the correct choice is", "correct choice is"),
+    *("i choose", "i select", "i pick", "my answer is", "my choice is"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+
+
+def lmms_letter(text: str, letters: Sequence[str]) -> str:
+    """The letter that lmms-eval's ``extract_mcq_answer`` finds; "" for none.
+
+    ``lmms_eval/tasks/_task_utils/mcq_extract.py``: of all places where a letter stands, the best kind of
+    place wins (start of the answer, its end, after a phrase such as "the answer is", in brackets, before a
+    full stop, a colon, a bracket, a space; any place at all only if there is no other), then the last place.
+    """
+    body = text.strip()
+    for mark in ",.!?;:'\"":
+        body = body.strip(mark)
+    padded = f" {body} "
+    if not text.strip():
+        return ""
+    found: list[tuple[int, int, str]] = []  # (rank of the kind, position, letter)
+    for rank, shape in ((6, "({})"), (5, "{}."), (4, "{}:"), (3, "{})"), (2, "{} ")):
+        for letter in letters:
+            at = padded.rfind(shape.format(letter))
+            if at >= 0:
+                found.append((rank, at, letter))
+    lowered = padded.lower()
+    for phrase in _PHRASES:
+        at = lowered.find(phrase)
+        for letter in letters if at >= 0 else ():
+            place = padded.find(letter, at + len(phrase))
+            if place >= 0:
+                found.append((7, place, letter))
+    inner = padded.strip()
+    for letter in letters:
+        if inner.startswith(letter) and not inner[1:2].isalpha():
+            found.append((10, 0, letter))
+        if inner.endswith(letter) and not inner[-2:-1].isalpha():
+            found.append((9, len(padded) - 1, letter))
+    if not found:
+        found = [(0, padded.rfind(letter), letter) for letter in letters if letter in padded]
+    # the first of equals wins, as in a stable sort
+    return max(found, key=lambda item: item[:2])[2] if found else ""
+
+
+_LETTER_FULL_STOP = re.compile(r"\s*([A-Z])\.")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def lmms_exact(text: str) -> str:
+    """lmms-eval on AI2D: a leading "A." is its letter, else the whole answer; lower case, no punctuation."""
+    match = _LETTER_FULL_STOP.match(text)
+    return (match.group(1) if match else text).strip().lower().translate(_NO_PUNCTUATION)

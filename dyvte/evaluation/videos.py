@@ -1,0 +1,130 @@
+"""Videos as frames: uniformly sampled from a video file, a GIF, or a folder of pre-extracted frames."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dyvte.data import load_image
+from dyvte.errors import ConfigError, DataError
+
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file, or a folder of frames in the order of the numbers in their names."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """File or folder name."""
+        return self.path.name
+
+
+def find_video(folders: Sequence[Path], name: str) -> Video | None:
+    """The first there is of ``<folder>/<name>/`` (frames) and ``<folder>/<name>.<extension>``."""
+    if not name or "/" in name or "\\" in name or name in (".", ".."):
+        raise DataError(f"{name!r} is no video name: expected a name without folders")
+    for folder in folders:
+        if (folder / name).is_dir():
+            return Video(folder / name)
+        for extension in VIDEO_EXTENSIONS:
+            for candidate in (folder / f"{name}{extension}", folder / f"{name}{extension.upper()}"):
+                if candidate.is_file():
+                    return Video(candidate)
+    return None
+
+
+def uniform_indices(num_there: int, num_wanted: int) -> list[int]:
+    """Indices of ``num_wanted`` frames from the first to the last at equal steps, rounded down, as
+    Video-LLaVA and lmms-eval sample (``linspace(0, n - 1, wanted)``); all frames where there are fewer.
+    """
+    if num_there <= num_wanted:
+        return list(range(num_there))
+    if num_wanted == 1:
+        return [0]
+    return [i * (num_there - 1) // (num_wanted - 1) for i in range(num_wanted)]
+
+
+def read_frames(video: Video, num_frames: int) -> list[Any]:
+    """RGB PIL images, at most ``num_frames`` of them.
+
+    Raises
+    ------
+    DataError
+        No frame, or unreadable.
+    ConfigError
+        A video file, and no decoder is installed.
+    """
+    if video.path.is_dir():
+        frames = _from_folder(video.path, num_frames)
+    elif video.path.suffix.lower() == ".gif":
+        frames = _from_gif(video.path, num_frames)
+    else:
+        frames = _from_file(video.path, num_frames)
+    if not frames:
+        raise DataError(f"{video.path} holds no frame")
+    return frames
+
+
+def _from_folder(folder: Path, num_frames: int) -> list[Any]:
+    files = [path for path in folder.iterdir() if path.suffix.lower() in FRAME_EXTENSIONS]
+    files.sort(key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.name)])
+    return [load_image(files[i]) for i in uniform_indices(len(files), num_frames)]
+
+
+def _from_gif(path: Path, num_frames: int) -> list[Any]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as gif:
+            frames = []
+            for index in uniform_indices(getattr(gif, "n_frames", 1), num_frames):
+                gif.seek(index)
+                frames.append(gif.convert("RGB"))
+            return frames
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _from_file(path: Path, num_frames: int) -> list[Any]:
+    for decode in (_with_av, _with_decord):
+        try:
+            return decode(path, num_frames)
+        except ImportError:
+            continue
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"cannot read video {path}: {error}") from error
+    raise ConfigError(
+        f"reading {path} needs a video decoder: pip install av (or decord). Or extract frames beforehand "
+        f"into a folder of images named {path.stem}/, in the same place"
+    )
+
+
+def _with_av(path: Path, num_frames: int) -> list[Any]:
+    import av
+
+    with av.open(str(path)) as container:
+        count = sum(1 for _ in container.decode(video=0))
+    wanted = set(uniform_indices(count, num_frames))
+    with av.open(str(path)) as container:
+        return _chosen((frame.to_image() for frame in container.decode(video=0)), wanted)
+
+
+def _chosen(frames: Iterable[Any], wanted: set[int]) -> list[Any]:
+    return [frame for index, frame in enumerate(frames) if index in wanted]
+
+
+def _with_decord(path: Path, num_frames: int) -> list[Any]:
+    import decord
+    from PIL import Image
+
+    reader = decord.VideoReader(str(path))
+    indices = uniform_indices(len(reader), num_frames)
+    return [Image.fromarray(frame) for frame in reader.get_batch(indices).asnumpy()]
