@@ -20,13 +20,14 @@ _PATHS = {"data", "output"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte eval``; those left out keep the configuration's value."""
+    from dyvte.evaluation.base import benchmark_names
     from dyvte.policies import USAGE
 
     parser.add_argument("--config", type=Path, help="YAML with any of the settings below")
     parser.add_argument("--model", help="backbone: folder or hub id")
     parser.add_argument("--adapter", help="PEFT adapter to put on it: folder or hub id")
-    parser.add_argument("--benchmark", help="gqa or mme")
-    parser.add_argument("--data", help="root of the benchmark's own layout")
+    parser.add_argument("--benchmark", help=", ".join(benchmark_names()))
+    parser.add_argument("--data", help="root of the benchmark, in any known format (docs/benchmarks.md)")
     parser.add_argument("--output", help="each policy gets a folder below")
     parser.add_argument(
         "--policy",

@@ -8,6 +8,10 @@ export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 evaluate() {
     local benchmark="$1" gates="$ROOT/runs/embedded/gates"
     shift
+    if [ "$#" -eq 0 ] && [ "$benchmark" != gqa ] && [ "$benchmark" != mme ]; then
+        sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "$0" >&2
+        return 2
+    fi
     if [ "$#" -eq 0 ]; then
         if [ ! -d "$ROOT/data/scenes/mini_$benchmark" ]; then
             echo "[data] writing the synthetic scenes into data/scenes"
