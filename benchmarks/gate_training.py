@@ -26,6 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenes", type=Path, default=Path("data/scenes/instruct"), help="instruction data")
     parser.add_argument("--work", type=Path, default=Path("runs/gate_benchmarks"), help="traces and gates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting"
+    )
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap draws")
 
 
@@ -37,12 +40,13 @@ class Bench:
     scenes: Path
     work: Path
     seeds: tuple[int, ...]
+    overrides: tuple[str, ...] = ()
 
     @staticmethod
     def of(args: argparse.Namespace) -> Bench:
         """From the options."""
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        return Bench(args.config, args.scenes, args.work, tuple(args.seeds))
+        return Bench(args.config, args.scenes, args.work, tuple(args.seeds), tuple(args.set))
 
     def settings(self, *overrides: str) -> TrainConfig:
         """The training configuration on these scenes."""
@@ -52,7 +56,7 @@ class Bench:
             "tracking.report_to=[]",
             f"output_dir={self.work}",
         ]
-        return load_config(TrainConfig, self.config, [*common, *overrides])
+        return load_config(TrainConfig, self.config, [*common, *self.overrides, *overrides])
 
     def traces(self, split: str, *overrides: str, name: str = "") -> Path:
         """The trace store of a split, made where it is not complete."""
