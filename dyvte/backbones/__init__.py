@@ -5,7 +5,7 @@ from .describe import Backbone, BackboneShape, describe, describe_config, unwrap
 from .encode import encode
 from .fingerprint import fingerprint, weights_digest
 from .load import load_backbone
-from .padding import ImagePadding, image_padding, set_image_padding
+from .padding import ImagePadding, check_image_padding, image_padding, set_image_padding
 from .prompts import PromptTemplate, RenderedPrompt, get_template
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ImagePadding",
     "PromptTemplate",
     "RenderedPrompt",
+    "check_image_padding",
     "describe",
     "describe_config",
     "encode",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from ..errors import ConfigError
+from ..errors import ConfigError, GateMismatchError
 
 ImagePadding = Literal["auto", "square", "none"]
 
@@ -61,6 +61,15 @@ def image_padding(processor: Any) -> str:
     """ "square" if the processor pads images to a square as LLaVA-1.5 does, else "none"."""
     images = getattr(processor, "image_processor", None)
     return "square" if _kind(images) == "LlavaImageProcessor" and images.do_pad else "none"
+
+
+def check_image_padding(trained: str | None, found: str, where: str) -> None:
+    """Raise GateMismatchError if gates were trained with other padding than ``found``; None: not recorded."""
+    if trained not in (None, found):
+        raise GateMismatchError(
+            f"{where}: image padding is {found!r}, but the gates were trained with {trained!r}: set "
+            f"image_padding to {trained!r}, or the model sees other pictures than the gates learned from"
+        )
 
 
 def _kind(images: Any) -> str:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dyvte
 from dyvte.backbones import encode
@@ -70,6 +70,8 @@ class CompareConfig:
     question_suffix: str | None = None
     """Appended to benchmark questions; None: LLaVA's short-answer request."""
     template: str = "auto"
+    image_padding: Literal["auto", "square", "none"] = "auto"
+    """As for ``dyvte eval``."""
     dialect: str = "original"
     batch_size: int = 64
     max_new_tokens: int = 16
@@ -280,6 +282,7 @@ def _eval_config(config: CompareConfig) -> EvalConfig:
         output=config.output / "runs",
         question_suffix=config.question_suffix,
         template=config.template,
+        image_padding=config.image_padding,
         dialect=config.dialect,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
