@@ -1,38 +1,37 @@
 """Time of a decode step behind an exit over the stock model's, and how often the host waits.
 
-Caches are filled once; each round runs a few steps on every cache, in a shuffled order, and takes the new
-tokens off again. LLaVA proportions, random weights.
+Caches are filled once; each round runs a few steps on every cache, in a new order, and takes the new tokens
+off again. With few rows reading the weights dominates a step, with many the K/V cache does.
 
-    python benchmarks/decode.py --hidden 512 --layers 8 --batch 4 --rounds 40
+    python benchmarks/decode.py --hidden 1024 --layers 8 --batch 1
+    python benchmarks/decode.py --hidden 1024 --layers 8 --batch 16
 """
 
 from __future__ import annotations
 
-import random
-import statistics
-import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from prefill import (
-    PREFIX,
-    PROMPT,
-    VISUAL,
+from common import (
+    Decoding,
     arguments,
     build_model,
+    inside,
+    interleaved,
+    kv_bytes,
     make_inputs,
+    oracle,
     ratio,
     report,
     setting_of,
     silent_gates,
+    spread_exits,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyvte
-from dyvte.policies import OraclePolicy
 
-STEPS = 8
+NOT_GROUPED = "at most 1.03"
 
 
 class Waits(TorchDispatchMode):
@@ -50,80 +49,54 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def inside(model: torch.nn.Module, exits: dyvte.VisualExit | None) -> Any:
-    return nullcontext() if exits is None else exits(model)
-
-
-def step(model: torch.nn.Module, token: torch.Tensor, cache: Any) -> None:
-    model(input_ids=token, past_key_values=cache, use_cache=True)
+def waits_of(decoding: Decoding) -> int:
+    """In one decode step."""
+    with inside(decoding.model, decoding.exits):
+        decoding.step()
+        with Waits() as counter:
+            decoding.step()
+    decoding.cache.crop(-2)
+    return counter.count
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--batch", type=int, default=4)
-    args = parser.parse_args()
+    args = arguments(__doc__, batch=4).parse_args()
     torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    model = build_model(args.hidden, args.layers, dtype, args.attention).to(device)
-    inputs = {name: value.to(device) for name, value in make_inputs(args.batch, dtype).items()}
-    token = torch.full((args.batch, 1), 9, device=device)
-    half = args.layers // 2
-    spread = [max(1, args.layers * (row + 1) // args.batch) for row in range(args.batch)]
+    model = build_model(args)
+    inputs = make_inputs(model, args.batch)
+    half, spread = args.layers // 2, spread_exits(args.batch, args.layers)
     variants = {
         "stock": None,
         "exit that never fires": dyvte.VisualExit.fixed(args.layers),
-        "silent gates": silent_gates(model, args.layers, args.hidden),
+        "silent gates": silent_gates(model),
         f"all leave after {half}": dyvte.VisualExit.fixed(half),
         "all leave before the first layer": dyvte.VisualExit.fixed(0),
-        "rows leave one by one": dyvte.VisualExit.from_policy(OraclePolicy(spread)),
     }
-    caches, waits = {}, {}
-    for name, exits in variants.items():
-        with inside(model, exits):
-            caches[name] = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-            step(model, token, caches[name])
-            with Waits() as counter:
-                step(model, token, caches[name])
-            waits[name] = counter.count
-
-    def run(name: str) -> float:
-        with inside(model, variants[name]):
-            step(model, token, caches[name])
-            _wait(device)
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                step(model, token, caches[name])
-            _wait(device)
-            seconds = time.perf_counter() - start
-        caches[name].crop(-STEPS - 1)
-        return seconds / STEPS
-
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    order = random.Random(0)
-    for round_index in range(args.rounds + 1):
-        names = list(variants)
-        order.shuffle(names)
-        for name in names:
-            seconds = run(name)
-            if round_index:
-                times[name].append(seconds)
-    figures = {f"{name} / stock": ratio(times, [name], ["stock"]) for name in variants if name != "stock"}
-    setting = {
-        **setting_of(args, device),
-        "tokens": f"{PREFIX} + {VISUAL} visual + {PROMPT} per row, {args.batch} rows, {STEPS} steps a round",
-        "exit layers": f"one by one: {spread}",
+    if args.batch > 1:
+        variants["rows leave one by one"] = oracle(spread)
+    decodings = {name: Decoding(model, inputs, exits) for name, exits in variants.items()}
+    waits = {name: waits_of(one) for name, one in decodings.items()}
+    times = interleaved({name: one.seconds for name, one in decodings.items()}, args.rounds)
+    figures = {
+        f"{name} / stock": ratio(
+            times, [name], ["stock"], "" if name == "rows leave one by one" else NOT_GROUPED
+        )
+        for name in variants
+        if name != "stock"
     }
+    weights = sum(p.numel() * p.element_size() for p in model.get_decoder().parameters())
+    cache = kv_bytes(decodings["stock"].cache)
+    setting = setting_of(
+        args,
+        rounds=f"{args.rounds} of {Decoding.STEPS} steps",
+        exit_layers=f"one by one: {spread}",
+        reads=f"{cache / (cache + weights):.0%} of what a stock step reads is K/V, the rest weights",
+    )
     report(setting, times, figures, args.json)
     print()
     for name, count in waits.items():
         print(f"waits of the host in one step, {name:34} {count}")
-    print(f"\none stock step takes {1e3 * statistics.median(times['stock']):.2f} ms")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -13,46 +13,61 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from decode import inside, step
-from prefill import PREFIX, PROMPT, VISUAL, arguments, build_model, make_inputs, setting_of
+from common import (
+    Decoding,
+    arguments,
+    build_model,
+    gates_that_fire_at,
+    inside,
+    kv_bytes,
+    make_inputs,
+    print_setting,
+    setting_of,
+    write_json,
+)
 
 import dyvte
-from dyvte.gates import GateConfig, GateStack
 
-VARIANTS = ("full", "VTW", "gates")
+VARIANTS = ("full", "VTW", "DyVTE")
 NEW_TOKENS = 4
 
 
-def gates_that_fire_at(k: int, layers: int, hidden: int) -> dyvte.VisualExit:
-    """Gates 1..k are asked, and gate k sends every row away."""
-    offsets = tuple(-1e4 if layer < k else 1e4 for layer in range(1, layers + 1))
-    config = GateConfig(num_layers=layers, hidden_size=hidden, offsets=offsets)
-    return dyvte.VisualExit(GateStack.init(config))
+def exits_of(name: str, model: torch.nn.Module, k: int) -> dyvte.VisualExit | None:
+    """The exits of a variant: none, a fixed layer, or gates that all fire there."""
+    if name == "full":
+        return None
+    return dyvte.VisualExit.fixed(k) if name == "VTW" else gates_that_fire_at(k, model)
 
 
 @torch.inference_mode()
-def measure_one(args: argparse.Namespace) -> dict[str, int]:
+def measure_here(args: argparse.Namespace, name: str) -> dict[str, int]:
     """Cache and peak bytes of one variant, above what the model itself takes."""
     torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    model = build_model(args.hidden, args.layers, dtype, args.attention).to(device)
-    inputs = {name: value.to(device) for name, value in make_inputs(args.batch, dtype).items()}
-    k = args.layers // 2
-    exits = {
-        "full": None,
-        "VTW": dyvte.VisualExit.fixed(k),
-        "gates": gates_that_fire_at(k, args.layers, args.hidden),
-    }[args.only]
-    before = start_counting(device)
+    model = build_model(args)
+    inputs = make_inputs(model, args.batch)
+    exits = exits_of(name, model, args.layers // 2)
+    before = start_counting(model.device)
+    decoding = Decoding(model, inputs, exits)
+    kv = kv_bytes(decoding.cache)
     with inside(model, exits):
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-        kv = sum(s.untyped_storage().nbytes() for layer in cache.layers for s in (layer.keys, layer.values))
         for _ in range(NEW_TOKENS):
-            step(model, torch.full((args.batch, 1), 9, device=device), cache)
-    return {"kv": kv, "peak": peak(device) - before}
+            decoding.step()
+    return {"kv": kv, "peak": peak(model.device) - before}
+
+
+def measure_apart(args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """All variants, each in its own process."""
+    options = ("hidden", "layers", "batch", "vocabulary", "threads", "dtype", "attention", "device")
+    command = [sys.executable, __file__]
+    for option in options:
+        command += [f"--{option}", str(getattr(args, option))]
+    found = {}
+    for name in VARIANTS:
+        output = subprocess.run([*command, "--only", name], check=True, stdout=subprocess.PIPE, text=True)
+        found[name] = json.loads(output.stdout.splitlines()[-1])
+    return found
 
 
 def start_counting(device: torch.device) -> int:
@@ -75,34 +90,23 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--batch", type=int, default=4)
+    parser = arguments(__doc__, batch=4)
     parser.add_argument("--only", choices=VARIANTS, help="measure this one in this process, print JSON")
     args = parser.parse_args()
     if args.only:
-        print(json.dumps(measure_one(args)))
+        print(json.dumps(measure_here(args, args.only)))
         return
-    found: dict[str, dict[str, Any]] = {}
-    for name in VARIANTS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[name] = json.loads(output.splitlines()[-1])
-    setting = setting_of(args, torch.device(args.device))
-    del setting["rounds"]
-    setting["tokens"] = f"{PREFIX} + {VISUAL} visual + {PROMPT} per row, {args.batch} rows"
-    setting["exit layer"] = f"{args.layers // 2} of {args.layers}"
-    for name, value in setting.items():
-        print(f"{name:16} {value}")
-    print(f"\n{'':10} {'KV cache':>12} {'/ full':>7} {'peak above the model':>22} {'/ full':>7}")
+    found = measure_apart(args)
+    setting = setting_of(args, exit_layer=f"{args.layers // 2} of {args.layers}")
+    print_setting(setting)
+    print(f"{'':10} {'KV cache':>12} {'/ full':>7} {'peak above the model':>22} {'/ full':>7}")
     for name, one in found.items():
         shares = [one[what] / found["full"][what] for what in ("kv", "peak")]
         print(
             f"{name:10} {one['kv'] / 2**20:8.1f} MiB {shares[0]:7.3f} {one['peak'] / 2**20:18.1f} MiB "
             f"{shares[1]:7.3f}"
         )
-    if args.json:
-        content = json.dumps({"setting": setting, "bytes": found}, indent=2)
-        Path(args.json).write_text(content, encoding="utf-8")
+    write_json(args.json, {"setting": setting, "bytes": found})
 
 
 if __name__ == "__main__":

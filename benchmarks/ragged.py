@@ -1,80 +1,76 @@
 """A batch whose rows leave at different layers: FLOPs and KV bytes against the sum of its rows, and time.
 
-Rows leave evenly spread over the layers, the last one never; all rows are equally long (LLaVA proportions).
+Rows leave evenly spread over the layers, the last one never; all rows are equally long, then each 20 text
+tokens longer than the one before.
 
-    python benchmarks/ragged.py --hidden 512 --layers 8 --batch 4 --rounds 20
+    python benchmarks/ragged.py --hidden 1024 --layers 8 --batch 4
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from prefill import (
-    PREFIX,
-    PROMPT,
-    VISUAL,
+from common import (
+    TEXT,
+    TOKENS,
+    Inputs,
     arguments,
     build_model,
+    in_order,
+    interleaved,
+    kv_bytes,
     layer_pass,
     make_inputs,
-    measure,
+    oracle,
+    prefill,
     prefill_pass,
     ratio,
     report,
     rest_pass,
     setting_of,
+    spread_exits,
+    timed,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-import dyvte
-from dyvte.policies import OraclePolicy
-
-Inputs = dict[str, torch.Tensor]
-
-
-def oracle(exits: list[int]) -> dyvte.VisualExit:
-    return dyvte.VisualExit.from_policy(OraclePolicy(exits))
+MORE_TEXT = 20
 
 
 def one_row(inputs: Inputs, row: int) -> Inputs:
     return {name: value[row : row + 1] for name, value in inputs.items()}
 
 
-def flops(model: torch.nn.Module, inputs: Inputs, exits: list[int]) -> int:
-    """Of a prefill; with eager attention, whose products the counter knows."""
+@contextmanager
+def eager_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Plain products, which the FLOP counter knows."""
     config = model.get_decoder().config
     attention, config._attn_implementation = config._attn_implementation, "eager"
     try:
-        with torch.inference_mode(), oracle(exits)(model), FlopCounterMode(display=False) as counter:
-            model(**inputs, logits_to_keep=1)
+        yield
     finally:
         config._attn_implementation = attention
+
+
+def flops_of(run: Callable[[], None]) -> int:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        run()
     return counter.get_total_flops()
 
 
-def kv_bytes(model: torch.nn.Module, inputs: Inputs, exits: list[int]) -> int:
-    """Real size of all K/V tensors after a prefill."""
+def prefill_flops(model: torch.nn.Module, inputs: Inputs, exits: Sequence[int]) -> int:
+    with eager_attention(model):
+        return flops_of(prefill_pass(model, inputs, oracle(exits)))
+
+
+def prefill_bytes(model: torch.nn.Module, inputs: Inputs, exits: Sequence[int]) -> int:
+    """Of the K/V cache after a prefill."""
     with torch.inference_mode(), oracle(exits)(model):
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-    return sum(
-        states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values)
-    )
+        return kv_bytes(prefill(model, inputs))
 
 
-def unequal_rows(batch: int, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
-    """One prompt after the other, each 20 text tokens longer than the one before."""
-    rows = []
-    for row in range(batch):
-        inputs = make_inputs(1, dtype)
-        more = torch.randint(10, 1000, (1, 20 * row))
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        rows.append({name: value.to(device) for name, value in inputs.items()})
-    return rows
-
-
-def padded(rows: list[Inputs]) -> Inputs:
+def padded(rows: Sequence[Inputs]) -> Inputs:
     """The rows as one left-padded batch."""
     width = max(row["input_ids"].shape[1] for row in rows)
     pad = torch.nn.functional.pad
@@ -85,73 +81,77 @@ def padded(rows: list[Inputs]) -> Inputs:
     return {**lines, "pixel_values": torch.cat([row["pixel_values"] for row in rows])}
 
 
-def ideal_pass(model: torch.nn.Module, exits: list[int]) -> Callable[[], None]:
+def ideal_layers(
+    model: torch.nn.Module, exits: Sequence[int], tokens: int = TOKENS, text: int = TEXT
+) -> Callable[[], None]:
     """Each layer called directly: once on the rows that still see the image, once on the others' text."""
-    parts = []
+    passes = []
     for index in range(len(model.get_decoder().layers)):
-        full = sum(k > index for k in exits)
-        for rows, tokens in ((full, PREFIX + VISUAL + PROMPT), (len(exits) - full, PREFIX + PROMPT)):
+        seeing = sum(k > index for k in exits)
+        for rows, length in ((seeing, tokens), (len(exits) - seeing, text)):
             if rows:
-                parts.append(layer_pass(model, rows, tokens, index, index + 1))
+                passes.append(layer_pass(model, rows, length, index, index + 1))
+    return in_order(passes)
 
-    def run() -> None:
-        for part in parts:
-            part()
 
-    return run
+def over_padded_stock(model: torch.nn.Module, batch: Inputs, exits: Sequence[int]) -> float:
+    """Decoder FLOPs over what the stock layers cost on the rows present in each, padded to the longest."""
+    more = batch["input_ids"].shape[1] - TOKENS
+    with eager_attention(model):
+        got = flops_of(prefill_pass(model, batch, oracle(exits))) - flops_of(rest_pass(model, batch))
+        return got / flops_of(ideal_layers(model, exits, TOKENS + more, TEXT + more))
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--batch", type=int, default=4)
-    args = parser.parse_args()
+    args = arguments(__doc__, batch=4).parse_args()
     torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    model = build_model(args.hidden, args.layers, dtype, args.attention).to(device)
-    inputs = {name: value.to(device) for name, value in make_inputs(args.batch, dtype).items()}
-    exits = [max(1, args.layers * (row + 1) // args.batch) for row in range(args.batch)]
-
-    def alone() -> None:
-        for row, k in enumerate(exits):
-            prefill_pass(model, one_row(inputs, row), oracle([k]))()
-
+    model = build_model(args)
+    inputs = make_inputs(model, args.batch)
+    exits = spread_exits(args.batch, args.layers)
+    rows = [one_row(inputs, row) for row in range(args.batch)]
     variants = {
         "stock": prefill_pass(model, inputs),
         "ragged batch": prefill_pass(model, inputs, oracle(exits)),
-        "rows one after the other": alone,
+        "rows one after the other": in_order(
+            [prefill_pass(model, row, oracle([k])) for row, k in zip(rows, exits, strict=True)]
+        ),
         "rest": rest_pass(model, inputs),
-        "layers": ideal_pass(model, exits),
+        "layers": ideal_layers(model, exits),
     }
-    times = measure(variants, args.rounds, device)
+    times = interleaved({name: timed(run, model.device) for name, run in variants.items()}, args.rounds)
     figures = {
-        "ragged / ideal time": ratio(times, ["ragged batch"], ["rest", "layers"]),
+        "ragged / ideal time": ratio(times, ["ragged batch"], ["rest", "layers"], "at most 1.15"),
         "ragged / rows one after the other": ratio(times, ["ragged batch"], ["rows one after the other"]),
         "ragged / stock time": ratio(times, ["ragged batch"], ["stock"]),
     }
-    setting = {
-        **setting_of(args, device),
-        "tokens": f"{PREFIX} + {VISUAL} visual + {PROMPT} per row, {args.batch} rows",
-        "exit layers": str(exits),
+    report(setting_of(args, rounds=args.rounds, exit_layers=exits), times, figures, args.json)
+
+    unequal = [make_inputs(model, 1, MORE_TEXT * row) for row in range(args.batch)]
+    batch = padded(unequal)
+    stock = prefill_bytes(model, batch, [args.layers] * args.batch)
+    counted = {
+        "FLOPs / sum of its rows": (over_rows(prefill_flops, model, inputs, rows, exits), "at most 1.02"),
+        "KV bytes / sum of its rows": (over_rows(prefill_bytes, model, inputs, rows, exits), "at most 1.05"),
+        "unequal rows: KV bytes / sum of its rows": (
+            over_rows(prefill_bytes, model, batch, unequal, exits),
+            "",
+        ),
+        "unequal rows: KV bytes / stock": (prefill_bytes(model, batch, exits) / stock, ""),
+        "unequal rows: FLOPs / padded stock": (over_padded_stock(model, batch, exits), "at most 1.00"),
     }
-    report(setting, times, figures, args.json)
-
-    rows = [one_row(inputs, row) for row in range(args.batch)]
-    print(
-        f"\nFLOPs of the batch / sum of its rows      {_over_rows(flops, model, inputs, rows, exits):6.3f}\n"
-        f"KV bytes of the batch / sum of its rows   {_over_rows(kv_bytes, model, inputs, rows, exits):6.3f}"
-    )
-    rows = unequal_rows(args.batch, device, dtype)
-    batch = padded(rows)
-    stock = kv_bytes(model, batch, [args.layers] * args.batch)
-    print(
-        f"the same, rows of different length        {_over_rows(kv_bytes, model, batch, rows, exits):6.3f}\n"
-        f"KV bytes of that batch / stock            {kv_bytes(model, batch, exits) / stock:6.3f}"
-    )
+    print()
+    for name, (value, target) in counted.items():
+        print(f"{name:40} {value:6.3f} {'':23} {target}".rstrip())
 
 
-def _over_rows(
-    cost: Callable[..., int], model: torch.nn.Module, inputs: Inputs, rows: list[Inputs], exits: list[int]
+def over_rows(
+    cost: Callable[[torch.nn.Module, Inputs, Sequence[int]], int],
+    model: torch.nn.Module,
+    inputs: Inputs,
+    rows: Sequence[Inputs],
+    exits: Sequence[int],
 ) -> float:
+    """A batch's cost over that of its rows alone."""
     return cost(model, inputs, exits) / sum(cost(model, row, [k]) for row, k in zip(rows, exits, strict=True))
 
 

@@ -1,0 +1,339 @@
+"""What all benchmarks share: a random LLaVA in the published proportions, variants, interleaved timing.
+
+Proportions: 35 tokens before the image, 576 visual tokens, 40 after. Weights and inputs are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+
+import dyvte
+from dyvte.gates import GateConfig, GateStack
+from dyvte.policies import OraclePolicy
+
+PREFIX, VISUAL, PROMPT = 35, 576, 40
+TOKENS, TEXT = PREFIX + VISUAL + PROMPT, PREFIX + PROMPT
+IMAGE_ID, FILLER_ID = 5, 9
+
+Inputs = dict[str, torch.Tensor]
+Times = dict[str, list[float]]
+
+
+# -- model, inputs, exits ----------------------------------------------------------------------------------
+def build_model(args: argparse.Namespace) -> torch.nn.Module:
+    """A LLaVA of the asked decoder size behind a vision tower too small to matter."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=336,
+        patch_size=14,
+    )
+    heads = max(1, args.hidden // (128 if args.hidden >= 4096 else 64))
+    text = transformers.LlamaConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=int(args.hidden * 11008 / 4096) // 64 * 64,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_ID,
+        vision_feature_layer=-1,
+        image_seq_length=VISUAL,
+    )
+    config._attn_implementation = args.attention
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).to(getattr(torch, args.dtype))
+    return model.eval().requires_grad_(False).to(args.device)
+
+
+def make_inputs(model: torch.nn.Module, rows: int, more_text: int = 0) -> Inputs:
+    """Equal rows of random text and pixels; `more_text` tokens are added behind."""
+    ids = torch.randint(10, model.config.text_config.vocab_size, (rows, TOKENS + more_text))
+    ids[:, PREFIX : PREFIX + VISUAL] = IMAGE_ID
+    pixels = torch.randn(rows, 3, 336, 336, dtype=model.dtype)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def oracle(exits: Sequence[int]) -> dyvte.VisualExit:
+    """Each row leaves where it is told."""
+    return dyvte.VisualExit.from_policy(OraclePolicy(list(exits)))
+
+
+def spread_exits(rows: int, layers: int) -> list[int]:
+    """Exits spread evenly over the layers; the last row never leaves."""
+    return [max(1, layers * (row + 1) // rows) for row in range(rows)]
+
+
+def silent_gates(model: torch.nn.Module) -> dyvte.VisualExit:
+    """All gates run and none fires."""
+    return _gates(model, threshold=1.0)
+
+
+def gates_that_fire_at(k: int, model: torch.nn.Module) -> dyvte.VisualExit:
+    """Gates 1..k are asked, and gate k sends every row away."""
+    layers = model.get_decoder().config.num_hidden_layers
+    return _gates(model, offsets=tuple(-1e4 if layer < k else 1e4 for layer in range(1, layers + 1)))
+
+
+def _gates(model: torch.nn.Module, **fields: Any) -> dyvte.VisualExit:
+    text = model.get_decoder().config
+    config = GateConfig(num_layers=text.num_hidden_layers, hidden_size=text.hidden_size, **fields)
+    return dyvte.VisualExit(GateStack.init(config).to(model.device))
+
+
+def inside(model: torch.nn.Module, exits: dyvte.VisualExit | None) -> Any:
+    """The exits' block, or none."""
+    return nullcontext() if exits is None else exits(model)
+
+
+# -- what is timed -----------------------------------------------------------------------------------------
+def prefill(model: torch.nn.Module, inputs: Inputs) -> Any:
+    """One prefill up to the first token's logits; its cache."""
+    return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def prefill_pass(
+    model: torch.nn.Module, inputs: Inputs, exits: dyvte.VisualExit | None = None
+) -> Callable[[], None]:
+    """A prefill with a K/V cache, stock or inside an exit block."""
+
+    def run() -> None:
+        with inside(model, exits):
+            prefill(model, inputs)
+
+    return run
+
+
+def layer_pass(model: torch.nn.Module, rows: int, tokens: int, first: int, last: int) -> Callable[[], None]:
+    """Layers first..last-1 called directly on `tokens` tokens, with a K/V cache."""
+    decoder = model.get_decoder()
+    states = torch.randn(rows, tokens, decoder.config.hidden_size, dtype=model.dtype, device=model.device)
+    positions = torch.arange(tokens, device=model.device)[None]
+    rotary = decoder.rotary_emb(states, positions)
+    mask = transformers.masking_utils.create_causal_mask(decoder.config, states, None, None)
+
+    def run() -> None:
+        cache = transformers.DynamicCache(config=decoder.config)
+        hidden = states
+        for layer in decoder.layers[first:last]:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=rotary,
+            )
+
+    return run
+
+
+def rest_pass(model: torch.nn.Module, inputs: Inputs) -> Callable[[], None]:
+    """The model without its decoder layers."""
+    config = model.get_decoder().config
+
+    def run() -> None:
+        layers, config.num_hidden_layers = config.num_hidden_layers, 0
+        try:
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            config.num_hidden_layers = layers
+
+    return run
+
+
+def in_order(passes: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """One pass after the other."""
+
+    def run() -> None:
+        for one in passes:
+            one()
+
+    return run
+
+
+def kv_bytes(cache: Any) -> int:
+    """Real size of all K/V tensors."""
+    return sum(s.untyped_storage().nbytes() for layer in cache.layers for s in (layer.keys, layer.values))
+
+
+class Decoding:
+    """Decode steps on one filled cache, which is cut back after each measurement."""
+
+    STEPS = 8
+
+    def __init__(self, model: torch.nn.Module, inputs: Inputs, exits: dyvte.VisualExit | None) -> None:
+        self.model, self.exits = model, exits
+        self.token = torch.full((len(inputs["input_ids"]), 1), FILLER_ID, device=model.device)
+        with inside(model, exits):
+            self.cache = prefill(model, inputs)
+
+    def step(self) -> None:
+        """One token for each row; call inside the block."""
+        self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+
+    def seconds(self) -> float:
+        """Of one step: the mean of several after one that is not counted."""
+        with inside(self.model, self.exits):
+            self.step()
+            start = now(self.model.device)
+            for _ in range(self.STEPS):
+                self.step()
+            seconds = now(self.model.device) - start
+        self.cache.crop(-self.STEPS - 1)
+        return seconds / self.STEPS
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(run: Callable[[], None], device: torch.device) -> Callable[[], float]:
+    """The seconds that `run` takes."""
+
+    def seconds() -> float:
+        start = now(device)
+        run()
+        return now(device) - start
+
+    return seconds
+
+
+def interleaved(variants: dict[str, Callable[[], float]], rounds: int, seed: int = 0) -> Times:
+    """Seconds of each variant in each round, in a new order every round; the first round is not counted."""
+    times: Times = {name: [] for name in variants}
+    order = random.Random(seed)
+    for round_index in range(rounds + 1):
+        for name in order.sample(list(variants), len(variants)):
+            with torch.inference_mode():
+                seconds = variants[name]()
+            if round_index:
+                times[name].append(seconds)
+    return times
+
+
+# -- figures -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Figure:
+    """A median of ratios with its 95 % bounds (NaN where there are too few), and what is aimed at."""
+
+    median: float
+    low: float
+    high: float
+    target: str = ""
+
+
+def ratio(times: Times, over: Sequence[str], under: Sequence[str], target: str = "") -> Figure:
+    """The per-round ratio of two sums of variants."""
+    top = [sum(values) for values in zip(*(times[n] for n in over), strict=True)]
+    bottom = [sum(values) for values in zip(*(times[n] for n in under), strict=True)]
+    ratios = sorted(a / b for a, b in zip(top, bottom, strict=True))
+    rank = median_rank(len(ratios))
+    low, high = (ratios[rank - 1], ratios[-rank]) if rank else (math.nan, math.nan)
+    return Figure(statistics.median(ratios), low, high, target)
+
+
+def median_rank(count: int) -> int:
+    """r such that the r-th smallest and r-th largest of `count` values bound the median at 95 %; 0: none.
+
+    Order statistics: the number of values below the median is binomial(count, 1/2). 20 values give r = 6.
+    """
+    below, rank = 0.0, 0
+    while True:
+        below += math.comb(count, rank) / 2**count
+        if 2 * below > 0.05:
+            return rank
+        rank += 1
+
+
+def arguments(description: str | None, *, batch: int = 1) -> argparse.ArgumentParser:
+    """Options that every benchmark takes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--vocabulary", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="also write the figures to this file")
+    return parser
+
+
+def setting_of(args: argparse.Namespace, **more: object) -> dict[str, str]:
+    """Machine, versions and sizes."""
+    device = torch.device(args.device)
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} logical cores, {args.threads} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"dyvte {dyvte.__version__}",
+        "model": f"{args.layers} layers, hidden {args.hidden}, {args.dtype}, {args.attention}",
+        "tokens": f"{PREFIX} + {VISUAL} visual + {PROMPT} per row, batch {args.batch}",
+        **{name: str(value) for name, value in more.items()},
+    }
+
+
+def report(setting: dict[str, str], times: Times, figures: dict[str, Figure], path: str | None) -> None:
+    """Print, and write as JSON where asked."""
+    print_setting(setting)
+    for name, values in times.items():
+        print(f"{name:34} {1e3 * statistics.median(values):9.2f} ms")
+    print(f"\n{'median of ratios':40} {'':6}   95 % bounds        target")
+    for name, one in figures.items():
+        print(f"{name:40} {one.median:6.3f}   {one.low:.3f} .. {one.high:.3f}     {one.target}".rstrip())
+    plain = {name: vars(one) for name, one in figures.items()}
+    write_json(path, {"setting": setting, "figures": plain, "seconds": times})
+
+
+def print_setting(setting: dict[str, str]) -> None:
+    """One line each."""
+    for name, value in setting.items():
+        print(f"{name:16} {value}")
+    print()
+
+
+def write_json(path: str | None, content: dict[str, Any]) -> None:
+    """Where asked."""
+    if path:
+        with open(path, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
