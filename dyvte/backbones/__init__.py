@@ -2,8 +2,9 @@
 
 from .adapter import resolve_adapter
 from .describe import Backbone, BackboneShape, describe, describe_config, unwrap
-from .encode import encode
+from .encode import encode, takes_videos
 from .fingerprint import fingerprint, weights_digest
+from .grids import visual_places
 from .load import load_backbone
 from .padding import ImagePadding, check_image_padding, image_padding, set_image_padding
 from .prompts import PromptTemplate, RenderedPrompt, get_template
@@ -24,6 +25,8 @@ __all__ = [
     "load_backbone",
     "resolve_adapter",
     "set_image_padding",
+    "takes_videos",
     "unwrap",
+    "visual_places",
     "weights_digest",
 ]

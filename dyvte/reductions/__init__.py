@@ -9,30 +9,48 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..errors import ConfigError
-from .base import Reduction, ReductionPlan, TokenRows
+from .base import Neighbourhood, Reduction, ReductionPlan, TokenRows, VisualWork, merged
 from .fastv import FastV
+from .ffn import SparseFFN
+from .heads import InactiveHeads
+from .neighbours import Neighbours
+from .profile import VisualProfile
 from .random_tokens import RandomTokens
 
 # Each entry: a maker that takes the text after the first colon.
 REGISTRY: dict[str, Callable[[str], Reduction]] = {
     "fastv": FastV.parse,
+    "ffn": SparseFFN.parse,
+    "heads": InactiveHeads.parse,
+    "neighbours": Neighbours.parse,
     "random_tokens": RandomTokens.parse,
 }
 
 __all__ = [
     "REGISTRY",
     "FastV",
+    "InactiveHeads",
+    "Neighbourhood",
+    "Neighbours",
     "RandomTokens",
     "Reduction",
     "ReductionPlan",
+    "SparseFFN",
     "TokenRows",
+    "VisualProfile",
+    "VisualWork",
+    "check_reductions",
+    "merged",
     "parse_reduction",
     "parse_reductions",
 ]
 
 
 def parse_reduction(text: str) -> Reduction:
-    """A reduction from its command line form: ``fastv:K:R``, ``random_tokens:K[:SEED]``.
+    """A reduction from its command line form.
+
+    ``fastv:K:R``, ``neighbours:RADIUS[:causal]``, ``heads:FOLDER:N``, ``ffn:SHARE[:FOLDER]``,
+    ``random_tokens:K[:SEED]``.
 
     Raises
     ------
@@ -41,7 +59,10 @@ def parse_reduction(text: str) -> Reduction:
     """
     name, _, argument = text.partition(":")
     if name not in REGISTRY:
-        raise ConfigError(f"reduction {text!r}: expected one of fastv:K:R, random_tokens:K[:SEED]")
+        raise ConfigError(
+            f"reduction {text!r}: expected one of fastv:K:R, neighbours:RADIUS[:causal], heads:FOLDER:N, "
+            "ffn:SHARE[:FOLDER], random_tokens:K[:SEED]"
+        )
     return REGISTRY[name](argument)
 
 

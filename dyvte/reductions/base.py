@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backbones import Backbone
 from ..errors import ConfigError
 from ..spans import Spans
 
@@ -34,8 +35,67 @@ class TokenRows:
     sample_ids: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Neighbourhood:
+    """Which visual tokens a visual token attends to: those within `radius` rows and columns on its own image.
+
+    `causal` leaves out those that come later. It attends to the text before it as ever.
+    """
+
+    radius: int
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class VisualWork:
+    """What one layer does for visual tokens; None: all that the stock layer does. Text is never affected.
+
+    Attributes
+    ----------
+    window
+        The visual tokens that they attend to.
+    heads
+        (H,) bool on the CPU: query heads that are computed for them; the others contribute nothing.
+    neurons
+        Neurons of the FFN that are computed for them: the first so many, or (m,) int64 indices.
+    """
+
+    window: Neighbourhood | None = None
+    heads: Tensor | None = None
+    neurons: int | Tensor | None = None
+
+    @property
+    def is_stock(self) -> bool:
+        """Nothing is left out."""
+        return self.window is None and self.heads is None and self.neurons is None
+
+
+def merged(works: Sequence[VisualWork]) -> VisualWork:
+    """What is left when several reductions leave out work of one layer.
+
+    Raises
+    ------
+    ConfigError
+        If two of them say different things of the same part.
+    """
+    given: dict[str, Neighbourhood | Tensor | int] = {}
+    for work in works:
+        for name in ("window", "heads", "neurons"):
+            value = getattr(work, name)
+            if value is None:
+                continue
+            if name in given:
+                raise ConfigError(f"two reductions set the {name} of visual tokens: leave one away")
+            given[name] = value
+    return VisualWork(**given)
+
+
 class ReductionPlan:
     """What a reduction does to one prefill. This one does nothing."""
+
+    def visual_work(self, k: int) -> VisualWork:
+        """What the k-th layer (1..L) does for visual tokens."""
+        return VisualWork()
 
     def drops(self, k: int) -> bool:
         """Do tokens leave after layer k?"""
@@ -64,8 +124,14 @@ class Reduction:
 
     name = ""
 
+    needs_grid = False
+    """Must the places of visual tokens on their images be known?"""
+
     def check(self, num_layers: int) -> None:
         """Raise where this reduction cannot serve a backbone of L layers."""
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Raise where this reduction cannot serve this very backbone."""
 
     def start(self, rows: TokenRows) -> ReductionPlan:
         """The plan for one prefill."""

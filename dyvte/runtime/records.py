@@ -28,6 +28,11 @@ class PrefillRecord:
         Rows whose gate output was not finite.
     visual_tokens_BL
         (B, L) int64: visual tokens that each layer processed; what exits and reductions left.
+    text_tokens_BL
+        (B, L) int64: all other tokens that each layer processed; some reductions drop text as well.
+    score_layers
+        Layers k (1..L) in which the attention of each row's last prompt token was computed apart, for a
+        reduction that ranks by it; rows that carried visual tokens there paid for it.
     """
 
     exit_layers_B: Tensor
@@ -36,6 +41,8 @@ class PrefillRecord:
     kv_bytes: tuple[int, ...]
     gate_fallbacks: int
     visual_tokens_BL: Tensor
+    text_tokens_BL: Tensor
+    score_layers: tuple[int, ...]
 
 
 class Run:

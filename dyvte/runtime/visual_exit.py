@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones import Backbone, describe, fingerprint, weights_digest
+from ..backbones import Backbone, describe, fingerprint, visual_places, weights_digest
 from ..errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualTokensError
 from ..gates import GateConfig, GateStack, check_rule, load_checkpoint
 from ..policies import FixedPolicy, LearnedPolicy, Policy
@@ -23,6 +23,7 @@ from .engine import Engine
 from .positions import check_choice
 from .records import Run
 from .streams import Layout
+from .vision_calls import VisionCalls
 
 _IMAGE_ARGUMENTS = (
     "pixel_values",
@@ -150,6 +151,7 @@ class ExitSession:
         self.exits.policy.check(backbone.num_layers, backbone.hidden_size)
         for reduction in self.exits.reductions:
             reduction.check(backbone.num_layers)
+            reduction.check_backbone(backbone)
         transferred = _check_backbone(self.exits.config, backbone, self.exits.allow_transfer)
         for layer in backbone.layers:
             if hasattr(layer.__dict__.get("forward"), "_dyvte_engine"):
@@ -185,6 +187,9 @@ class ExitSession:
             self._undo.append(handle.remove)
             handle = module.register_forward_hook(self._forget, always_call=True)
             self._undo.append(handle.remove)
+        if any(reduction.needs_grid for reduction in self.exits.reductions):
+            self._vision = VisionCalls(self.backbone.path)
+            self._undo += self._vision.undo
         decoder = self.backbone.decoder
         for handle in (
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -296,7 +301,10 @@ class ExitSession:
         _warn_short_prompts(layout)
         decoder_mask = self._seen.get(len(self.backbone.path) - 1, {}).get("attention_mask")
         plain = decoder_mask is None or (isinstance(decoder_mask, Tensor) and decoder_mask.dim() == 2)
-        if not self.engine.start_prefill(layout, self._sample_ids(layout.batch), plain):
+        places_BN3 = None
+        if any(reduction.needs_grid for reduction in self.exits.reductions):
+            places_BN3 = visual_places(self.backbone, visual_BN, self._vision)
+        if not self.engine.start_prefill(layout, self._sample_ids(layout.batch), plain, places_BN3):
             return False
         if self._argument("output_attentions"):
             raise ExitRuntimeError("output_attentions has no meaning once tokens have left: switch it off")

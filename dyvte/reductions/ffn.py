@@ -1,0 +1,95 @@
+"""YOPO's sparse FFN (arXiv 2410.06169): visual tokens go through a share of each layer's neurons.
+
+Shapes: L decoder layers, M neurons.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..errors import ConfigError, UnsupportedBackboneError
+from .base import Reduction, ReductionPlan, TokenRows, VisualWork
+from .profile import VisualProfile
+
+# A gated FFN that holds nothing else: its parts can be computed neuron by neuron.
+GATED_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class SparseFFNPlan(ReductionPlan):
+    """Each layer its own neurons."""
+
+    def __init__(self, neurons: list[int | Tensor | None]) -> None:
+        self._neurons = neurons
+
+    def visual_work(self, k: int) -> VisualWork:
+        """What the k-th layer does for visual tokens."""
+        return VisualWork(neurons=self._neurons[k - 1])
+
+
+class SparseFFN(Reduction):
+    """Visual tokens go through floor(share * M) of a layer's M neurons.
+
+    Parameters
+    ----------
+    share
+        0..1; 1 is the stock FFN, 0 leaves visual tokens to attention alone.
+    profile
+        Measured importance: the most important neurons are taken. None: the first ones, as the published code
+        does (its ratio 2 is share 0.5).
+    """
+
+    name = "ffn"
+
+    def __init__(self, share: float, profile: VisualProfile | None = None) -> None:
+        if not 0 <= share <= 1:
+            raise ConfigError(f"ffn computes a share of the neurons: expected 0..1, got {share}")
+        self.share, self.profile = share, profile
+        self._sizes: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"ffn:{self.share:g}" + ("" if self.profile is None else ":ranked")
+
+    @classmethod
+    def parse(cls, argument: str) -> SparseFFN:
+        """``SHARE`` takes the first neurons, ``SHARE:FOLDER`` the most important ones."""
+        text, _, folder = argument.partition(":")
+        try:
+            share = float(text)
+        except ValueError as error:
+            raise ConfigError(f"reduction ffn:{argument}: expected ffn:SHARE or ffn:SHARE:FOLDER") from error
+        return cls(share, VisualProfile.from_pretrained(Path(folder)) if folder else None)
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Raise where the FFN is not a plain gated one, or the profile another backbone's."""
+        if self.profile is not None:
+            self.profile.check(backbone)
+        sizes = []
+        for index, layer in enumerate(backbone.layers[: backbone.num_layers]):
+            ffn = getattr(layer, "mlp", None)
+            parts = set(getattr(ffn, "_modules", {}))
+            if parts | {"act_fn"} != GATED_PARTS or not isinstance(ffn.down_proj, nn.Linear):
+                raise UnsupportedBackboneError(
+                    f"reduction ffn cannot serve {backbone.model.config.model_type}: layer {index + 1} has "
+                    "no plain gated FFN `mlp` of gate_proj, up_proj and down_proj "
+                    f"(found {sorted(parts) or 'none'}; experts cannot be cut this way)"
+                )
+            sizes.append(ffn.down_proj.in_features)
+        self._sizes = sizes
+
+    def start(self, rows: TokenRows) -> SparseFFNPlan:
+        """The plan for one prefill."""
+        neurons: list[int | Tensor | None] = []
+        for index, size in enumerate(self._sizes):
+            count = int(size * self.share + 1e-9)
+            if count == size:
+                neurons.append(None)
+            elif self.profile is None:
+                neurons.append(count)
+            else:
+                # In order, so that slices of weights are read in order.
+                order = self.profile.importance_LM[index].argsort(descending=True, stable=True)
+                neurons.append(order[:count].sort().values)
+        return SparseFFNPlan(neurons)
