@@ -309,6 +309,11 @@ class ExitSession:
         if self._argument("output_attentions"):
             raise ExitRuntimeError("output_attentions has no meaning once tokens have left: switch it off")
         check_cache(self._argument("past_key_values"))
+        if mask_BN is None and self._seen.get(0, {}).get("attention_mask") is not None:
+            raise ExitRuntimeError(
+                "attention_mask must be two-dimensional, (rows, tokens), where visual tokens leave: "
+                "which tokens are padding cannot be told from another"
+            )
         return True
 
     def _two_dimensional_mask(self) -> Tensor | None:

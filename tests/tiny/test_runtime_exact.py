@@ -39,6 +39,20 @@ def test_prefill_and_decode_equal_brute_force(attention, side, exits):
     assert torch.equal(tokens, expected_tokens)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_a_deep_model_leave_after_5_and_9_and_never(side):
+    model, processor = llava(layers=12)
+    questions = [QUESTIONS[0], QUESTIONS[3], QUESTIONS[1], QUESTIONS[4], QUESTIONS[5]]
+    exits = [5, 9, 12, -1, 7]  # two images in the last
+    inputs = batch(processor, questions, padding_side=side)
+    expected_logits, expected_tokens = greedy_reference(model, inputs, exits, [VISUAL_ID], STEPS)
+    with oracle(exits)(model) as run:
+        logits, tokens, _ = greedy_cached(model, inputs, [VISUAL_ID], STEPS)
+    assert run.exit_layers.tolist() == exits
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4)
+    assert torch.equal(tokens, expected_tokens)
+
+
 def test_exits_do_change_the_logits():
     # or the tests above would prove nothing
     model, processor = llava()

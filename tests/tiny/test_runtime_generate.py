@@ -183,3 +183,17 @@ def test_many_decode_steps_outgrow_the_first_block_of_columns():
     n = inputs["input_ids"].shape[1]
     logits[:, :, [VISUAL_ID, processor.tokenizer.eos_token_id]] = -torch.inf
     assert torch.equal(logits[:, n - 1 : -1].argmax(-1), got[:, n:])
+
+
+@pytest.mark.filterwarnings("ignore:.*no text after the image")
+def test_a_prefill_in_chunks_serves_a_fixed_exit_where_one_chunk_holds_the_image():
+    model, processor = llava()
+    inputs = batch(processor, QUESTIONS[3:4])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert (inputs["input_ids"][0] == VISUAL_ID).nonzero().max() == 17
+    with VisualExit.fixed(2)(model) as run:
+        whole = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=20), whole)
+        assert run.exit_layers.tolist() == [2]
+        with pytest.raises(ExitRuntimeError, match="new image in a later turn"):
+            model.generate(**inputs, **options, prefill_chunk_size=12)

@@ -94,6 +94,76 @@ def test_nothing_is_left_after_an_exception_and_the_next_block_works(where):
     assert len(run.records) == 1
 
 
+def changed(before, after):
+    """(module, attribute) of everything a block changed."""
+    return {
+        key
+        for key in before.keys() | after.keys()
+        if not same(*({key: s[key]} if key in s else {} for s in (before, after)))
+    }
+
+
+@pytest.mark.parametrize("order", ["inner first", "outer first"])
+@pytest.mark.parametrize("fails", ["inner model", "outer model", "user code"])
+def test_nothing_is_left_on_nested_models_after_an_exception(fails, order):
+    a, processor = llava()
+    b, _ = tiny_llava(layers=3, seed=5)
+    inputs = batch(processor, QUESTIONS[:2])
+    models = {"outer model": a, "inner model": b}
+    for model in models.values():
+        model.generate(**inputs, max_new_tokens=2)
+    before = [snapshot(model) for model in models.values()]
+    blocks = [dyvte.VisualExit.fixed(1)(a), dyvte.VisualExit.fixed(2)(b)]
+    for block in blocks:
+        block.__enter__()
+    touched = [changed(old, snapshot(model)) for old, model in zip(before, models.values(), strict=True)]
+    # the very objects: each layer's forward, and the hooks of every module on the way to the decoder
+    for names, model in zip(touched, models.values(), strict=True):
+        layers = [n for n, m in model.named_modules() if m in set(model.get_decoder().layers)]
+        assert {(name, "forward") for name in layers} <= names
+        assert any(attribute == "_forward_pre_hooks" for _, attribute in names)
+
+    def explode(*_):
+        raise ZeroDivisionError
+
+    error = None
+    try:
+        if fails == "user code":
+            raise ZeroDivisionError
+        handle = models[fails].get_decoder().layers[2].mlp.register_forward_hook(explode)
+        try:
+            models[fails](**inputs)
+        finally:
+            handle.remove()
+    except ZeroDivisionError as caught:
+        error = caught
+    for block in blocks[::-1] if order == "inner first" else blocks:
+        block.__exit__(type(error), error, error.__traceback__)
+    for old, model, names in zip(before, models.values(), touched, strict=True):
+        now = snapshot(model)
+        assert same(old, now)
+        assert all((key in now) == (key in old) and now.get(key) == old.get(key) for key in names)
+
+
+def test_a_block_that_fails_while_it_enters_leaves_nothing(monkeypatch):
+    model, processor = llava()
+    inputs = batch(processor, QUESTIONS[:1])
+    stock = model(**inputs).logits
+    before = snapshot(model)
+    decoder = model.get_decoder()
+
+    def refuse(*_, **__):
+        raise ZeroDivisionError
+
+    # the decoder's hooks are the last thing that is installed
+    monkeypatch.setattr(type(decoder), "register_forward_hook", refuse)
+    with pytest.raises(ZeroDivisionError), dyvte.VisualExit.fixed(1)(model):
+        pass
+    monkeypatch.undo()
+    assert same(before, snapshot(model))
+    assert torch.equal(model(**inputs).logits, stock)
+
+
 def test_blocks_on_two_models_interleave_and_one_model_nests_not():
     a, processor = llava()
     b, _ = tiny_llava(layers=3, seed=5)
@@ -194,6 +264,51 @@ def test_a_batch_costs_what_its_rows_cost_alone(exits):
     # each layer saved saves its share of the work on visual tokens
     saved = per_layer * sum(4 - k for k in exits) / 4
     assert flops(questions, exits) <= stock - 0.97 * saved
+
+
+def tokens_per_layer(model, inputs, exits):
+    """Padded tokens that each layer's MLP really runs on."""
+    seen = [0] * 4
+
+    def counting(index):
+        def hook(module, args):
+            seen[index] += args[0].shape[0] * args[0].shape[1]
+
+        return hook
+
+    layers = model.get_decoder().layers
+    handles = [layer.mlp.register_forward_pre_hook(counting(i)) for i, layer in enumerate(layers)]
+    try:
+        with oracle(exits)(model):
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("exits", [[0, 1, 2, 4, -1, 3], [1, 1, 1, 4, -1, 1], [4, 3, 3, 2, -1, 1]])
+def test_unequal_rows_never_cost_more_than_the_rows_present_padded(exits, side):
+    model, processor = llava()
+    inputs = batch(processor, padding_side=side)
+    valid = inputs["attention_mask"].bool()
+    text_B = (valid & (inputs["input_ids"] != VISUAL_ID)).sum(1)
+    for index, seen in enumerate(tokens_per_layer(model, inputs, exits)):
+        # a row without an image goes with the text from the first layer on
+        in_text = torch.tensor(exits) <= index
+        longest = int(text_B[in_text].max()) if in_text.any() else 0
+        padded_stock = int((~in_text).sum()) * valid.shape[1] + int(in_text.sum()) * longest
+        assert seen <= padded_stock
+        assert in_text[4]
+
+
+def test_a_row_without_an_image_costs_its_text_only():
+    model, processor = llava()
+    inputs = batch(processor, (QUESTIONS[3], QUESTIONS[4]))
+    width, text = inputs["input_ids"].shape[1], int(inputs["attention_mask"][1].sum())
+    assert text < width
+    assert tokens_per_layer(model, inputs, [3, -1])[:3] == [width + text] * 3
 
 
 def test_beams_share_what_they_have_in_common():
@@ -306,6 +421,22 @@ def test_masks_and_inputs_that_cannot_be_read_are_named():
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         with pytest.raises(ExitRuntimeError, match="pass input_ids"):
             model(inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("policy", ["exits", "never"])
+def test_a_mask_of_four_dimensions_is_refused_where_tokens_leave(policy):
+    # which tokens are padding could not be told from it once some have left
+    model, processor = llava()
+    inputs = batch(processor, QUESTIONS[:1])
+    n = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)[None, None]
+    if policy == "never":
+        stock = model(**inputs).logits
+        with dyvte.VisualExit()(model):
+            assert torch.equal(model(**inputs).logits, stock)
+        return
+    with dyvte.VisualExit.fixed(2)(model), pytest.raises(ExitRuntimeError, match="two-dimensional"):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("change", [-1, 1])
