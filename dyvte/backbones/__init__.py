@@ -1,6 +1,7 @@
 """Backbones: load them, know their decoder stack, their visual tokens and their prompt."""
 
 from .adapter import resolve_adapter
+from .attention import watched_attention
 from .describe import Backbone, BackboneShape, describe, describe_config, unwrap
 from .encode import encode, takes_videos
 from .fingerprint import fingerprint, weights_digest
@@ -28,5 +29,6 @@ __all__ = [
     "takes_videos",
     "unwrap",
     "visual_places",
+    "watched_attention",
     "weights_digest",
 ]

@@ -12,6 +12,7 @@ from dyvte.calibration.apply import (
 from dyvte.calibration.compute import threshold_for_compute
 from dyvte.calibration.decisions import at_exit, visual_compute
 from dyvte.calibration.plot import check_plot, plot_search
+from dyvte.calibration.profile import measure_profile
 from dyvte.calibration.risk import RiskThreshold, threshold_for_risk
 from dyvte.calibration.vtw import LayerSearch, search_exit_layer
 
@@ -23,6 +24,7 @@ __all__ = [
     "calibrate_compute",
     "calibrate_risk",
     "check_plot",
+    "measure_profile",
     "plot_search",
     "search_exit_layer",
     "threshold_for_compute",

@@ -8,6 +8,12 @@ calibration images; if none is certified, visual tokens never leave, and that is
   dyvte calibrate --gates runs/embedded/gates --config configs/embedded.yaml \\
       --data_path data/scenes/instruct/calibration.json --trace runs/trace_calibration --alpha 0.02 --delta
       0.1
+
+--reduction yopo measures instead what the backbone's heads and neurons do with visual tokens, on
+--num-samples samples; `--reduction heads:FOLDER:16` and `ffn:0.5:FOLDER` of other commands read it.
+
+  dyvte calibrate --reduction yopo --config configs/embedded.yaml \\
+      --data_path data/scenes/instruct/calibration.json --output runs/profile
 """
 
 from __future__ import annotations
@@ -19,13 +25,17 @@ from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte calibrate``."""
-    parser.add_argument("--gates", required=True, help="gates checkpoint; its gate_config.json is rewritten")
+    parser.add_argument("--gates", help="gates checkpoint; its gate_config.json is rewritten")
     parser.add_argument(
         "--trace",
-        required=True,
         help="traces of the calibration data; made first if --data_path or --dataset is given",
     )
     goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--reduction", choices=("yopo",), help="measure heads and neurons instead")
+    parser.add_argument("--output", help="with --reduction: folder for the visual profile")
+    parser.add_argument(
+        "--num-samples", type=int, default=100, help="with --reduction: samples, drawn at random"
+    )
     goal.add_argument("--budget", type=float, help="share of the full model's visual compute")
     goal.add_argument("--alpha", type=float, help="bound on the mean loss")
     parser.add_argument("--delta", type=float, default=0.1, help="with --alpha: chance that the bound fails")
@@ -39,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate; print what the threshold does."""
+    if args.reduction is not None:
+        return _measure(args)
     import json
 
     from dyvte.calibration import calibrate_compute, calibrate_risk, write_calibration
@@ -46,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from dyvte.gates import GateStack
     from dyvte.teacher import TraceStore
 
+    _need(args, "gates", "trace")
     gates = GateStack.from_pretrained(args.gates).eval()
     if getattr(args, "data.path") is not None or getattr(args, "data.hub_id") is not None:
         from dyvte.training.tracing import trace_data
@@ -75,3 +88,28 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"written: {args.gates}/gate_config.json")
     return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    """``--reduction yopo``: write a visual profile; print what it says."""
+    from dyvte.training.tracing import visual_profile
+
+    _need(args, "output")
+    profile = visual_profile(config_of(args, ["output_dir=.", f"data.limit={args.num_samples}"]))
+    profile.save_pretrained(args.output)
+    print(f"{len(profile.rho_SLH)} samples; attention to the image over attention to text, by layer:")
+    for index, rho_SH in enumerate(profile.rho_SLH.unbind(1)):
+        mean_H = rho_SH.mean(0)
+        print(
+            f"  layer {index + 1:3d}  mean {mean_H.mean():.3f}  least head {mean_H.min():.3f}  "
+            f"most {mean_H.max():.3f}"
+        )
+    print(f"written: {args.output}")
+    return 0
+
+
+def _need(args: argparse.Namespace, *names: str) -> None:
+    from dyvte.errors import ConfigError
+
+    if missing := [f"--{name}" for name in names if getattr(args, name) is None]:
+        raise ConfigError(f"{' and '.join(missing)} must be given, see dyvte calibrate --help")

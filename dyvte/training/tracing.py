@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from dyvte.backbones import describe_config, fingerprint, image_padding, weights_digest
-from dyvte.calibration import LayerSearch, search_exit_layer
+from dyvte.calibration import LayerSearch, measure_profile, search_exit_layer
 from dyvte.data import Selection, open_conversations, open_hub_conversations, select
+from dyvte.reductions import VisualProfile
 from dyvte.teacher import Teacher, TraceStore, write_traces
 from dyvte.training.config import TrainConfig
 from dyvte.training.processes import Processes, processes
@@ -72,6 +73,25 @@ def search_k(cfg: TrainConfig, **search: Any) -> LayerSearch:
         for start in range(0, len(samples), size)
     )
     return search_exit_layer(model, batches, exits_per_chunk=cfg.teacher.exits_per_chunk, **search)
+
+
+def visual_profile(cfg: TrainConfig) -> VisualProfile:
+    """What heads and neurons do with the visual tokens of the configured data."""
+    model, processor = open_backbone(cfg.model, _device(0))
+    teacher = Teacher(model, processor, replace(cfg.teacher, label_source="greedy"))
+    selection = select_samples(cfg)
+    samples, size = selection.samples, cfg.teacher.batch_size
+
+    def batches() -> Iterator[Any]:
+        with progress_bar(len(samples), "profile", "sample", shown=True) as advance:
+            for start in range(0, len(samples), size):
+                yield teacher.inputs(samples[start : start + size], file=cfg.data.name)[0]
+                advance(len(samples[start : start + size]))
+
+    found = measure_profile(model, batches())
+    data = {"data": cfg.data.name, "data_sha256": selection.sha256, "dropped": len(selection.defects)}
+    backbone = {**found.about["backbone"], "id": cfg.model.path}
+    return replace(found, about={**found.about, "backbone": backbone, **data})
 
 
 def run_traces(

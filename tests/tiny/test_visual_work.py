@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dyvte
+from dyvte.calibration import measure_profile
 from dyvte.errors import CheckpointError, ConfigError, GateMismatchError, UnsupportedBackboneError
 from dyvte.policies import OraclePolicy
 from dyvte.reductions import (
@@ -256,6 +257,51 @@ def test_heads_are_chosen_by_the_published_rule():
         assert critical[some[2:]].min() >= critical[inactive].max()
     with pytest.raises(ConfigError, match=r"at least 3\.2"):
         active_heads_for_mean(rho_SLH, 3.0)
+
+
+@torch.no_grad()
+def test_the_profile_is_what_the_eager_model_shows():
+    for family in ("llava", "qwen2_5_vl"):
+        model, inputs, visual_ids = build(family, "sdpa")
+        eager = build(family, "eager")[0]
+        profile = measure_profile(model, [inputs])
+        assert model.get_decoder().config._attn_implementation == "sdpa"
+        seen = {}
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(
+                lambda module, args, index=index: seen.update({index: args[0]})
+            )
+            for index, layer in enumerate(eager.get_decoder().layers)
+        ]
+        attentions = eager(**inputs, output_attentions=True).attentions
+        for handle in handles:
+            handle.remove()
+        visual_BN = torch.isin(inputs["input_ids"], torch.tensor(list(visual_ids)))
+        valid_BN = inputs["attention_mask"].bool()
+        assert len(profile.rho_SLH) == 2
+        for index in range(LAYERS):
+            for sample, row in enumerate((0, 2)):
+                for head in range(HEADS):
+                    weights = attentions[index][row, head][valid_BN[row]]
+                    to_visual = weights[:, visual_BN[row]].sum()
+                    rho = to_visual / weights[:, valid_BN[row] & ~visual_BN[row]].sum()
+                    torch.testing.assert_close(profile.rho_SLH[sample, index, head], rho, rtol=1e-4, atol=0)
+            down = eager.get_decoder().layers[index].mlp.down_proj.weight
+            for neuron in (0, 17, 63):
+                added = seen[index][visual_BN][:, neuron, None] * down[:, neuron]
+                expected = added.norm(dim=1).mean()
+                found = profile.importance_LM[index, neuron]
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_profile_survives_the_disk(tmp_path):
+    PROFILE.save_pretrained(tmp_path)
+    again = VisualProfile.from_pretrained(tmp_path)
+    assert torch.equal(again.importance_LM, PROFILE.importance_LM)
+    assert torch.equal(again.rho_SLH, PROFILE.rho_SLH)
+    (tmp_path / "visual_profile.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="no visual profile"):
+        VisualProfile.from_pretrained(tmp_path)
 
 
 # -- bad input ----------------------------------------------------------------------------------------------
