@@ -11,6 +11,7 @@ other turns are taken as they are.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,13 +28,17 @@ RepeatedIds = Literal["number", "refuse"]
 
 @dataclass
 class Tally:
-    """What reading found, counted along the way; ``sha256`` is complete once the source is read through."""
+    """What reading found, counted along the way; ``sha256`` is complete once the source is read through.
+
+    Reading stops after ``patience`` defects: the source is hopeless.
+    """
 
     conversations: int = 0
     repeated_ids: int = 0
     moved_placeholders: int = 0
     several_images: int = 0
     defects: list[Defect] = field(default_factory=list)
+    patience: float = math.inf
     sha256: Any = field(default_factory=hashlib.sha256)
 
 
@@ -91,6 +96,8 @@ class Conversations:
                 raise DataError(str(problem.defect(self.name, sample_id))) from problem
             except Unusable as problem:
                 tally.defects.append(problem.defect(self.name, sample_id))
+                if len(tally.defects) > tally.patience:
+                    return
                 continue
             for turn, (question, answer, history) in enumerate(made):
                 yield Sample(

@@ -106,13 +106,12 @@ def select(
         raise ValueError(f"limit must be at least 1, found {limit}")
     if turns not in get_args(Turns):
         raise ValueError(f"turns must be one of {', '.join(get_args(Turns))}, found {turns!r}")
-    tally, dropped = Tally(), {"text_only": 0, "multi_turn": 0}
+    tally = Tally(patience=max_bad_samples + _MORE_DEFECTS)
+    dropped = {"text_only": 0, "multi_turn": 0}
     read = conversations.samples("all" if turns == "all" else "first", tally, repeated_ids=repeated_ids)
     draw = Draw(fraction, limit, seed)
     for sample in _filtered(read, dropped, turns=turns, image_only=image_only):
         draw.offer(sample)
-        if len(tally.defects) > max_bad_samples + _MORE_DEFECTS:
-            break
     check_defects(tally.defects, max_bad_samples)
     present, missing = _with_image_file(draw.taken(), conversations, follow_links=follow_links)
     defects = (*tally.defects, *missing)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from dyvte.data.llava import Conversations
 from dyvte.errors import ConfigError, DataError
 
 _CHUNK = 1 << 20
+_DELIMITER = re.compile(r"[ \t\r\n]*[,\]]")
 
 
 def open_conversations(
@@ -116,11 +118,11 @@ def _json_list(path: Path, digest: Any) -> Iterator[Any]:
             text.next_character()
             yield text.value()
             closing = text.next_character()
+            if closing not in (",", "]"):
+                raise text.invalid("expected ',' or ']' after a list element")
             text.position += 1
             if closing == "]":
                 break
-            if closing != ",":
-                raise text.invalid("expected ',' or ']' after a list element")
         if text.next_character():
             raise text.invalid("text after the list")
 
@@ -153,8 +155,8 @@ class _Text:
                 if not self._grow():
                     raise self.invalid(str(error)) from error
                 continue
-            # A number that ends with the window may go on after it.
-            if end < len(self._window) or not self._grow():
+            # What ends with the window may go on after it: a number does not show its end.
+            if _DELIMITER.match(self._window, end) or not self._grow():
                 self.position = end
                 return value
 
