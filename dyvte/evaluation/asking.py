@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from dyvte.backbones import PromptTemplate, encode
+from dyvte.backbones.encode import takes_videos
+from dyvte.backbones.sizes import decoder_shape
 from dyvte.data import load_image
 from dyvte.evaluation.base import Question
-from dyvte.evaluation.records import Answer
-from dyvte.policies import Policy
+from dyvte.evaluation.records import Answer, pack_layers
+from dyvte.evaluation.tables import PackedImage
+from dyvte.evaluation.videos import read_frames
 from dyvte.runtime import VisualExit
+from dyvte.runtime.records import PrefillRecord
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Asker:
     processor: Any
     template: PromptTemplate
     max_new_tokens: int = 16
+    num_frames: int = 8
+    """Frames sampled from a video."""
 
     @property
     def device(self) -> torch.device:
@@ -59,15 +65,25 @@ def plan_batches(asker: Asker, prompts: Sequence[str], batch_size: int) -> list[
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def pictures(question: Question, num_frames: int) -> list[Any]:
+    """RGB PIL images of a question: its images in order, or its video's sampled frames."""
+    if question.video is not None:
+        return read_frames(question.video, num_frames)
+    return [load_image(s.read() if isinstance(s, PackedImage) else s) for s in question.images]
+
+
 def encode_questions(
     asker: Asker, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
 ) -> Batch:
     """One batch of questions, ready to be asked."""
-    paths = {q.image: None for q in questions}
-    images = {path: load_image(path) for path in paths}
-    rendered = [asker.template.render(prompt) for prompt in prompts]
-    rows = [[images[q.image]] for q in questions]
-    inputs, _ = encode(asker.processor, rendered, rows, padding_side="left")
+    shown = {(q.images, q.video): pictures(q, asker.num_frames) for q in questions}
+    rows = [shown[q.images, q.video] for q in questions]
+    as_videos = all(q.video is not None for q in questions) and takes_videos(asker.processor)
+    rendered = [
+        asker.template.render(prompt, has_image=1 if as_videos else len(row))
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    inputs, _ = encode(asker.processor, rendered, rows, padding_side="left", as_videos=as_videos)
     num_tokens_B = inputs["attention_mask"].sum(1)
     return Batch(index, tuple(q.id for q in questions), _place(inputs, asker), num_tokens_B)
 
@@ -103,25 +119,17 @@ def encoded_batches(
 
 
 @torch.inference_mode()
-def answer(asker: Asker, batch: Batch, policy: Policy) -> list[Answer]:
-    """Greedy answers of one batch under one policy."""
-    exits = VisualExit.from_policy(policy)
+def answer(asker: Asker, batch: Batch, exits: VisualExit) -> list[Answer]:
+    """Greedy answers of one batch under one policy and its reductions."""
     with exits(asker.model) as run:
         run.sample_ids = batch.question_ids
-        tokens_BN = asker.model.generate(
-            **batch.inputs,
-            max_new_tokens=asker.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )
+        tokens_BN = asker.model.generate(**batch.inputs, **greedy(asker.max_new_tokens))
     new_BN = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
     texts = asker.processor.tokenizer.batch_decode(new_BN, skip_special_tokens=True)
-    record = run.records[0]
+    record = run.records[0] if run.records else _record_of_text(asker, batch)
     asked_gates = bool(record.gate_logits_BL.isfinite().any())
     kv_bytes = sum(record.kv_bytes) / len(texts)
+    visual_BL, text_BL = record.visual_tokens_BL.tolist(), record.text_tokens_BL.tolist()
     return [
         Answer(
             question_id=question_id,
@@ -129,12 +137,45 @@ def answer(asker: Asker, batch: Batch, policy: Policy) -> list[Answer]:
             exit_layer=int(record.exit_layers_B[row]),
             num_visual=int(record.num_visual_B[row]),
             num_text=int(batch.num_tokens_B[row] - record.num_visual_B[row]),
+            visual_tokens=pack_layers(visual_BL[row]),
+            text_tokens=pack_layers(text_BL[row]),
+            score_layers=tuple(k for k in record.score_layers if visual_BL[row][k - 1]),
             num_new_tokens=_num_new(new_BN[row], asker),
             kv_bytes=kv_bytes,
             gate_logits=_logits(record.gate_logits_BL[row]) if asked_gates else (),
         )
         for row, (question_id, text) in enumerate(zip(batch.question_ids, texts, strict=True))
     ]
+
+
+def greedy(new_tokens: int) -> dict[str, Any]:
+    """Arguments of ``generate`` for a greedy answer of at most that many tokens."""
+    return {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+
+
+def _record_of_text(asker: Asker, batch: Batch) -> PrefillRecord:
+    """What a prefill without any image is: every layer processes every token."""
+    shape = decoder_shape(asker.model.config)
+    rows, num_layers = len(batch.question_ids), shape.num_layers
+    none_BL = torch.zeros((rows, num_layers), dtype=torch.int64)
+    width = 2 * shape.num_kv_heads * shape.head_dim * asker.model.dtype.itemsize
+    return PrefillRecord(
+        exit_layers_B=torch.full((rows,), -1),
+        gate_logits_BL=torch.full((rows, num_layers), torch.nan),
+        num_visual_B=none_BL[:, 0],
+        kv_bytes=(batch.inputs["input_ids"].numel() * width,) * num_layers,
+        gate_fallbacks=0,
+        visual_tokens_BL=none_BL,
+        text_tokens_BL=batch.num_tokens_B.cpu()[:, None].expand(-1, num_layers),
+        score_layers=(),
+    )
 
 
 def _num_new(tokens_N: Tensor, asker: Asker) -> int:
@@ -154,5 +195,6 @@ def questions_digest(questions: Sequence[Question], prompts: Sequence[str]) -> s
     """sha256 over ids, prompts and image names: what a resumed run must share."""
     digest = hashlib.sha256()
     for question, prompt in zip(questions, prompts, strict=True):
-        digest.update("\0".join((question.id, prompt, question.image.name, "\n")).encode())
+        shown = question.images if question.video is None else (question.video,)
+        digest.update("\0".join((question.id, prompt, *(one.name for one in shown), "\n")).encode())
     return digest.hexdigest()

@@ -1,25 +1,48 @@
-"""Policies of an evaluation: from the command line, named for folders, identified for resuming."""
+"""Policies and reductions of an evaluation: read from the command line, named for folders, identified.
+
+A policy says when visual tokens leave, a reduction what is spent on them before.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dyvte.errors import ConfigError
 from dyvte.policies import FixedPolicy, LearnedPolicy, OraclePolicy, Policy, parse_policy
+from dyvte.reductions import Reduction, parse_reductions
+from dyvte.runtime import VisualExit
+
+NO_REDUCTION = "none"
 
 
 @dataclass(frozen=True)
 class NamedPolicy:
-    """A policy, a label that is safe as a folder name, and what identifies it across runs."""
+    """A policy, a label that is safe as a folder name, what identifies it across runs, and its reductions."""
 
     name: str
     policy: Policy
     identity: Mapping[str, Any]
+    reductions: tuple[Reduction, ...] = ()
+
+    @property
+    def reduction(self) -> str:
+        """The reductions in their command line form; ``none`` without."""
+        return "+".join(map(repr, self.reductions)) or NO_REDUCTION
+
+    def exits(self) -> VisualExit:
+        """What runs it."""
+        return VisualExit.from_policy(self.policy, reductions=self.reductions)
+
+    def check(self, num_layers: int, hidden_size: int) -> None:
+        """Raise where the policy or a reduction cannot serve a backbone of that shape."""
+        self.policy.check(num_layers, hidden_size)
+        for reduction in self.reductions:
+            reduction.check(num_layers)
 
 
 def parse_policies(texts: Sequence[str], seed: int = 0) -> list[NamedPolicy]:
@@ -41,6 +64,32 @@ def parse_policies(texts: Sequence[str], seed: int = 0) -> list[NamedPolicy]:
             name, number = f"{one.name}-{number}", number + 1
         named.append(NamedPolicy(name, one.policy, one.identity))
     return named
+
+
+def with_reductions(policies: Sequence[NamedPolicy], texts: Sequence[str]) -> list[NamedPolicy]:
+    """Every policy with every reduction (``none``, ``fastv:2:0.5``, ``fastv:2:0.5+random_tokens:4``).
+
+    Raises
+    ------
+    ConfigError
+        Unknown or malformed, or the same reduction twice.
+    """
+    parsed = [parse_reductions(text) for text in texts]
+    labels = ["+".join(map(repr, reductions)) or NO_REDUCTION for reductions in parsed]
+    twice = [label for n, label in enumerate(labels) if label in labels[:n]]
+    if twice:
+        raise ConfigError(f"reduction {twice[0]!r} is given twice")
+    return [_reduced(named, reductions) for reductions in parsed for named in policies]
+
+
+def _reduced(named: NamedPolicy, reductions: tuple[Reduction, ...]) -> NamedPolicy:
+    name = "+".join([named.name, *(_slug(repr(reduction)) for reduction in reductions)])
+    return replace(named, name=name, reductions=reductions)
+
+
+def _slug(text: str) -> str:
+    """The text as part of a folder name."""
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def parse_named(text: str, seed: int = 0) -> NamedPolicy:
@@ -84,7 +133,7 @@ def learned(name: str, policy: LearnedPolicy) -> NamedPolicy:
 def _gates(argument: str) -> NamedPolicy:
     policy = parse_policy(f"gates:{argument}")
     path, at, threshold = argument.rpartition("@") if "@" in argument else (argument, "", "")
-    name = "gates-" + re.sub(r"[^\w.-]+", "-", "-".join(Path(path).absolute().parts[-2:]))
+    name = "gates-" + _slug("-".join(Path(path).absolute().parts[-2:]))
     if isinstance(policy, FixedPolicy):
         return NamedPolicy(name, policy, {"policy": f"fixed:{policy.exit_layer}"})
     return learned(f"{name}-{threshold}" if at else name, policy)

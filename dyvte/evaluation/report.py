@@ -31,7 +31,7 @@ def results_table(results: Sequence[PolicyResult]) -> str:
     """One row per policy: score, same answer, exit layer, compute, time, memory."""
     benchmark = results[0].scores["scores"]["benchmark"]
     header = ["policy", benchmark, "same answer", "mean exit layer", "visual compute"]
-    header += ["TFLOPs", "prefill time", "KV MB per question"]
+    header += ["TFLOPs", "time to first token", "KV MB per question"]
     return markdown_table(header, [_row(result) for result in results])
 
 
@@ -45,6 +45,6 @@ def _row(result: PolicyResult) -> list[str]:
         number(scores["mean_exit_layer"]),
         percentage(scores["visual_compute"]),
         f"{scores['prefill']['vtw']['tflops']:.4g}",
-        number(timing.get("prefill_ratio")),
+        number(timing.get("first_token_ratio")),
         f"{scores['kv_bytes_per_question'] / 1e6:.3g}",
     ]

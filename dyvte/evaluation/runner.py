@@ -1,6 +1,6 @@
 """Run a benchmark: several policies on one loaded model, resumable, with scores and cost side by side.
 
-Shape letters: B questions.
+Several processes (torchrun, accelerate) share the batches; the first of them times, scores and writes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,30 @@ from dyvte.backbones import (
     load_backbone,
     weights_digest,
 )
-from dyvte.calibration.decisions import visual_compute
-from dyvte.config import dump_config
-from dyvte.errors import ConfigError, DataError
-from dyvte.evaluation import cost
+from dyvte.config import dump_config, to_dict
+from dyvte.errors import ConfigError
 from dyvte.evaluation.asking import Asker, answer, encoded_batches, plan_batches, questions_digest
-from dyvte.evaluation.base import DIALECTS, Benchmark, Predictions, Question, benchmark_names, get_benchmark
-from dyvte.evaluation.policies import NamedPolicy, parse_policies
-from dyvte.evaluation.records import Answer, AnswerLog, texts, write_atomically
-from dyvte.evaluation.timing import machine, measure_prefill, spread_batches
+from dyvte.evaluation.base import (
+    DIALECTS,
+    Benchmark,
+    Predictions,
+    Question,
+    check_benchmark,
+    check_dialect,
+    get_benchmark,
+)
+from dyvte.evaluation.policies import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
+from dyvte.evaluation.ranks import Ranks, joined_ranks
+from dyvte.evaluation.records import SCORES_FILE, Answer, AnswerLog, texts
+from dyvte.evaluation.run_figures import cost_figures, same_answer
+from dyvte.evaluation.timing import PLAIN, machine, measure_generation, spread_batches
+from dyvte.files import write_atomically
+
+FULL_MODEL = "never"
+"""Name of the run that is the full model's: never an exit, no reduction."""
+
+CONFIG_FILE = "config.yaml"
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +58,16 @@ class EvalConfig:
     adapter: str | None = field(default=None, metadata={"path": True})
     """PEFT adapter to put on the backbone: folder or hub id."""
     benchmark: str
-    """gqa or mme."""
+    """gqa, mme, ...: see ``dyvte eval --help``."""
     data: Path
     """Root of the benchmark's own layout."""
     output: Path
-    """Each policy gets a folder below."""
+    """Each policy with each reduction gets a folder below."""
     policies: tuple[str, ...] = ("never",)
-    """In the forms of `dyvte.policies.USAGE`."""
+    """When visual tokens leave, in the forms of `dyvte.policies.USAGE`."""
+    reductions: tuple[str, ...] = (NO_REDUCTION,)
+    """What is spent on them before, in the forms of `dyvte.reductions`, several joined by "+", or none; every
+    policy is run with every entry."""
     question_suffix: str | None = None
     """Appended to every question; None: the benchmark's short-answer request, as LLaVA does."""
     template: str = "auto"
@@ -70,19 +88,23 @@ class EvalConfig:
     timing_batches: int = 3
     """Batches on which the prefill is timed after the answers; 0 for none."""
     timing_repeats: int = 5
+    timing_tokens: int = 8
+    """Tokens generated when timed: the first gives the time to first token, the others that per token."""
+    num_frames: int = 8
+    """Frames sampled from a video."""
     seed: int = 0
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.benchmark not in benchmark_names():
-            raise ConfigError(f"unknown benchmark {self.benchmark!r}; known: {', '.join(benchmark_names())}")
-        if self.dialect not in DIALECTS:
-            raise ConfigError(f"unknown scoring dialect {self.dialect!r}; known: {', '.join(DIALECTS)}")
-        for name in ("batch_size", "max_new_tokens", "timing_repeats"):
+        check_benchmark(self.benchmark)
+        check_dialect(self.dialect)
+        for name in ("batch_size", "max_new_tokens", "timing_repeats", "timing_tokens", "num_frames"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.policies:
             raise ConfigError("no policy given; for the full model: never")
+        if not self.reductions:
+            raise ConfigError(f"no reduction given; without any: {NO_REDUCTION}")
 
 
 @dataclass(frozen=True)
@@ -95,9 +117,9 @@ class PolicyResult:
     scores: dict[str, Any] = field(default_factory=dict)
 
 
-def load_asker(config: EvalConfig) -> Asker:
-    """The backbone of a configuration, ready to be asked."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def load_asker(config: EvalConfig, local_rank: int = 0) -> Asker:
+    """The backbone of a configuration, ready to be asked; on the GPU of ``local_rank`` where there is one."""
+    device = config.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     # half precision is slow on a CPU, and rounds differently from one batch shape to the next
     dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     model, processor = load_backbone(
@@ -109,15 +131,19 @@ def load_asker(config: EvalConfig) -> Asker:
         adapter=config.adapter,
         image_padding=config.image_padding,
     )
-    return Asker(model, processor, get_template(config.template, processor), config.max_new_tokens)
+    template = get_template(config.template, processor)
+    return Asker(model, processor, template, config.max_new_tokens, config.num_frames)
 
 
 def evaluate(config: EvalConfig) -> list[PolicyResult]:
-    """What ``dyvte eval`` does."""
+    """What ``dyvte eval`` does; an empty list on all processes but the first."""
     benchmark = get_benchmark(config.benchmark)
-    policies = parse_policies(config.policies, config.seed)
+    check_dialect(config.dialect, getattr(benchmark, "dialects", DIALECTS), benchmark.name)
+    policies = with_reductions(parse_policies(config.policies, config.seed), config.reductions)
     questions = benchmark.load(config.data, config.limit)
-    return run_policies(load_asker(config), benchmark, questions, policies, config)
+    with joined_ranks() as ranks:
+        asker = load_asker(config, ranks.local_rank)
+        return run_policies(asker, benchmark, questions, policies, config, ranks=ranks)
 
 
 def prompts_of(benchmark: Benchmark, questions: Sequence[Question], suffix: str | None) -> list[str]:
@@ -134,39 +160,70 @@ def run_policies(
     config: EvalConfig,
     *,
     description: str | None = None,
+    ranks: Ranks | None = None,
 ) -> list[PolicyResult]:
     """Ask, time, score and write; a finished or half-finished run below ``config.output`` is taken up.
 
-    The policies take turns on each encoded batch.
+    The policies take turns on each encoded batch. Of several processes, the first returns the results and the
+    others an empty list.
     """
+    ranks = ranks or Ranks()
     prompts = prompts_of(benchmark, questions, config.question_suffix)
     plan = plan_batches(asker, prompts, config.batch_size)
+    _check_policies(asker, policies)
+    identity = _identity(asker, benchmark, questions, prompts, config)
+    ids = [[questions[i].id for i in rows] for rows in plan]
+
+    def open_logs() -> list[AnswerLog]:
+        return [
+            AnswerLog(
+                config.output / named.name,
+                _identity_of(named, identity),
+                ids,
+                overwrite=config.overwrite,
+                rank=ranks.rank,
+            )
+            for named in policies
+        ]
+
+    # The first process tidies up what a kill left; only then may the others look.
+    logs = ranks.first_alone(open_logs) or open_logs()
+    ranks.barrier()
+    _ask_missing(asker, questions, prompts, plan, policies, logs, description or benchmark.name, ranks)
+    ranks.barrier()
+
+    def conclude() -> list[PolicyResult]:
+        timing = _timing(asker, questions, prompts, plan, policies, logs, config)
+        answers = [log.finish([q.id for q in questions]) for log in logs]
+        named_answers = zip(policies, answers, strict=True)
+        reference = next((a for named, a in named_answers if named.name == FULL_MODEL), None)
+        results = []
+        for named, log, given in zip(policies, logs, answers, strict=True):
+            scores = _scores(asker, benchmark, questions, given, reference, config)
+            scores["timing"] = timing.get(named.name)
+            scores["run"] = {**_identity_of(named, identity), "name": named.name, "backbone": config.model}
+            scores["config"] = to_dict(config)
+            dump_config(config, log.folder / CONFIG_FILE)
+            results.append(_write(benchmark, questions, PolicyResult(named.name, log.folder, given, scores)))
+        return results
+
+    return ranks.first_alone(conclude) or []
+
+
+def _check_policies(asker: Asker, policies: Sequence[NamedPolicy]) -> None:
+    """Raise where one of them cannot serve the backbone, before anything is asked."""
     shape = describe(asker.model)
     for named in policies:
-        named.policy.check(shape.num_layers, shape.hidden_size)
+        named.check(shape.num_layers, shape.hidden_size)
         gates = getattr(named.policy, "gates", None)
         trained = None if gates is None else gates.config.backbone.get("image_padding")
         check_image_padding(trained, image_padding(asker.processor), f"policy {named.name}")
-    identity = _identity(asker, benchmark, questions, prompts, config)
-    ids = [[questions[i].id for i in rows] for rows in plan]
-    logs = [
-        AnswerLog(config.output / named.name, {**identity, **named.identity}, ids, overwrite=config.overwrite)
-        for named in policies
-    ]
-    _ask_missing(asker, questions, prompts, plan, policies, logs, description or benchmark.name)
-    timing = _timing(asker, questions, prompts, plan, policies, logs, config)
-    answers = [log.finish([q.id for q in questions]) for log in logs]
-    reference = next((a for named, a in zip(policies, answers, strict=True) if named.name == "never"), None)
-    results = []
-    for named, log, given in zip(policies, logs, answers, strict=True):
-        scores = _scores(asker, benchmark, questions, given, reference, config)
-        scores["timing"] = timing.get(named.name)
-        scores["run"] = {**identity, **named.identity, "name": named.name, "backbone": config.model}
-        benchmark.write_submission(log.folder, questions, Predictions(texts(given)))
-        write_atomically(log.folder / "scores.json", json.dumps(scores, indent=2) + "\n")
-        dump_config(config, log.folder / "config.yaml")
-        results.append(PolicyResult(named.name, log.folder, given, scores))
-    return results
+
+
+def _write(benchmark: Benchmark, questions: Sequence[Question], result: PolicyResult) -> PolicyResult:
+    benchmark.write_submission(result.folder, questions, Predictions(texts(result.answers)))
+    write_atomically(result.folder / SCORES_FILE, json.dumps(result.scores, indent=2) + "\n")
+    return result
 
 
 def _ask_missing(
@@ -177,17 +234,23 @@ def _ask_missing(
     policies: Sequence[NamedPolicy],
     logs: Sequence[AnswerLog],
     description: str,
+    ranks: Ranks,
 ) -> None:
+    """Ask this process's share of what is missing; the first shows how far it is with its own."""
     from tqdm import tqdm
 
     missing = [set(log.missing()) for log in logs]
-    wanted = sorted(set().union(*missing))
-    total = sum(len(plan[index]) for one in missing for index in one)
-    with tqdm(total=total, desc=description, unit="answer", disable=total == 0) as progress:
+    wanted = ranks.share(sorted(set().union(*missing)))
+    total = sum(len(plan[index]) for index in wanted for one in missing if index in one)
+    if ranks.world_size > 1:
+        description = f"{description} (1 of {ranks.world_size} processes)"
+    hidden = total == 0 or not ranks.first
+    exits = [named.exits() for named in policies]
+    with tqdm(total=total, desc=description, unit="answer", disable=hidden) as progress:
         for batch in encoded_batches(asker, questions, prompts, plan, wanted):
-            for named, log, still in zip(policies, logs, missing, strict=True):
+            for one, log, still in zip(exits, logs, missing, strict=True):
                 if batch.index in still:
-                    log.append(batch.index, answer(asker, batch, named.policy))
+                    log.append(batch.index, answer(asker, batch, one))
                     progress.update(len(batch.question_ids))
 
 
@@ -200,10 +263,10 @@ def _timing(
     logs: Sequence[AnswerLog],
     config: EvalConfig,
 ) -> dict[str, Any]:
-    """Prefill times of all policies; those of an earlier run where everything was already there."""
+    """Times of all policies; those of an earlier run where everything was already there."""
     kept = {}
     for named, log in zip(policies, logs, strict=True):
-        path = log.folder / "scores.json"
+        path = log.folder / SCORES_FILE
         if log.finished and path.is_file():
             timing = json.loads(path.read_text(encoding="utf-8")).get("timing")
             if timing is not None:
@@ -212,12 +275,12 @@ def _timing(
         return kept
     chosen = spread_batches(len(plan), config.timing_batches)
     batches = list(encoded_batches(asker, questions, prompts, plan, chosen))
-    measured = measure_prefill(asker, batches, policies, config.timing_repeats)
-    plain = measured.pop("plain")["prefill_ms_per_question"]
+    measured = measure_generation(asker, batches, policies, config.timing_repeats, config.timing_tokens)
     about = {
-        "plain_ms_per_question": plain,
+        "plain": measured.pop(PLAIN),
         "batches": len(batches),
         "batch_size": config.batch_size,
+        "new_tokens": config.timing_tokens,
         "repeats": config.timing_repeats,
         "machine": machine(),
     }
@@ -233,40 +296,17 @@ def _scores(
     config: EvalConfig,
 ) -> dict[str, Any]:
     scores = benchmark.score(questions, Predictions(texts(answers)), config.dialect)
-    return {"scores": scores, "headline": benchmark.headline(scores), **_costs(asker, answers, reference)}
-
-
-def _costs(asker: Asker, answers: Sequence[Answer], reference: Sequence[Answer] | None) -> dict[str, Any]:
-    """Exit layers, compute and memory, as means over the questions with an image."""
-    num_layers = describe(asker.model).num_layers
-    exits_B = torch.tensor([a.exit_layer for a in answers])
-    visual_B = torch.tensor([a.num_visual for a in answers])
-    text_B = torch.tensor([a.num_text for a in answers])
-    has_image_B = exits_B >= 0
-    if not bool(has_image_B.any()):
-        raise DataError("no question had visual tokens: nothing to exit from")
-    shape = cost.decoder_shape(asker.model.config)
-    vision = getattr(asker.model.config, "vision_config", None)
     return {
-        "num_layers": num_layers,
-        "mean_exit_layer": exits_B[has_image_B].double().mean().item(),
-        "exit_layer_counts": {
-            str(k): int((exits_B == k).sum()) for k in range(-1, num_layers + 1) if bool((exits_B == k).any())
-        },
-        "visual_compute": visual_compute(exits_B, visual_B, num_layers),
-        "prefill": cost.mean_prefill_tflops(shape, text_B, visual_B, exits_B),
-        "vision_tower_flops_per_image": None if vision is None else cost.vision_tower_flops(vision),
-        "output_head_flops_per_token": cost.head_flops(shape),
-        "kv_bytes_per_question": sum(a.kv_bytes for a in answers) / len(answers),
+        "scores": scores,
+        "headline": benchmark.headline(scores),
+        **cost_figures(asker.model.config, answers),
         "same_answer_as_never": None if reference is None else same_answer(answers, reference),
-        "mean_new_tokens": sum(a.num_new_tokens for a in answers) / len(answers),
     }
 
 
-def same_answer(answers: Sequence[Answer], reference: Sequence[Answer]) -> float:
-    """Share of questions whose whole answer equals the reference's."""
-    pairs = list(zip(answers, reference, strict=True))
-    return sum(a.prediction == b.prediction for a, b in pairs) / len(pairs)
+def _identity_of(named: NamedPolicy, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answers of one policy and its reductions depend on."""
+    return {**identity, **named.identity, "reduction": named.reduction}
 
 
 def _identity(
@@ -280,6 +320,7 @@ def _identity(
     import transformers
 
     return {
+        "format": _FORMAT,
         "benchmark": benchmark.name,
         "questions": len(questions),
         "questions_sha256": questions_digest(questions, prompts),
@@ -289,6 +330,8 @@ def _identity(
         "image_padding": image_padding(asker.processor),
         "batch_size": config.batch_size,
         "max_new_tokens": config.max_new_tokens,
+        "num_frames": config.num_frames,
+        "seed": config.seed,
         "dtype": str(asker.model.dtype),
         "attn_implementation": config.attn_implementation,
         "device": asker.device.type,

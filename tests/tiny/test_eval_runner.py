@@ -205,7 +205,8 @@ def test_timing_covers_every_policy(asker, data, tmp_path):
     _, results = _run(asker, config, ["never", "fixed:1"])
     for result in results.values():
         timing = result.scores["timing"]
-        assert timing["prefill_ratio"] > 0
+        assert timing["first_token_ratio"] > 0
+        assert timing["time_per_token_ms"] > 0
         assert timing["batches"] == 1
 
 

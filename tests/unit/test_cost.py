@@ -94,7 +94,9 @@ def test_rows_without_image_cost_their_text_whatever_the_exit():
 
 
 def test_mean_is_over_samples():
-    means = mean_prefill_tflops(VICUNA_7B, [60, 60], [576, 576], [16, 32])
+    text_BL = [[60] * 32] * 2
+    visual_BL = [[576] * 16 + [0] * 16, [576] * 32]
+    means = mean_prefill_tflops(VICUNA_7B, text_BL, visual_BL, [60, 60], [576, 576])
     halves = [_tflops(VICUNA_7B, 60, 576, k) for k in (16, 32)]
     assert means["vtw"]["tflops"] == pytest.approx(sum(halves) / 2)
     assert means["vtw"]["tflops_full"] == pytest.approx(halves[1])
