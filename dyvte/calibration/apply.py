@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dyvte.backbones import check_image_padding
-from dyvte.backbones import check_image_padding
 from dyvte.calibration.compute import threshold_for_compute
 from dyvte.calibration.decisions import at_exit, visual_compute
 from dyvte.calibration.risk import threshold_for_risk
@@ -167,7 +166,6 @@ def check_store(config: GateConfig, store: TraceStore) -> None:
                 f"{store.folder}: traces of another backbone than the gates' ({what} {theirs}, the gates' "
                 f"backbone has {ours}); trace the data with the gates' backbone, {mine.get('id')}"
             )
-    check_image_padding(mine.get("image_padding"), stored.get("images", "").split(" ")[0], str(store.folder))
     check_image_padding(mine.get("image_padding"), stored.get("images", "").split(" ")[0], str(store.folder))
 
 
