@@ -100,6 +100,8 @@ def select(
     ValueError
         If an argument is out of range.
     """
+    from tqdm import tqdm
+
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], found {fraction}")
     if limit is not None and limit < 1:
@@ -110,7 +112,9 @@ def select(
     dropped = {"text_only": 0, "multi_turn": 0}
     read = conversations.samples("all" if turns == "all" else "first", tally, repeated_ids=repeated_ids)
     draw = Draw(fraction, limit, seed)
-    for sample in _filtered(read, dropped, turns=turns, image_only=image_only):
+    # A hub dataset takes hours; a file, seconds: then no bar is shown.
+    shown = tqdm(read, desc="conversations", unit="sample", delay=5, disable=None)
+    for sample in _filtered(shown, dropped, turns=turns, image_only=image_only):
         draw.offer(sample)
     check_defects(tally.defects, max_bad_samples)
     present, missing = _with_image_file(draw.taken(), conversations, follow_links=follow_links)
