@@ -7,7 +7,8 @@
 # All options: dyvte train --help. From the environment:
 #   NUM_PROCESSES  processes on this machine (default: its GPUs, else 1)
 #   LAUNCHER       torchrun (default) or deepspeed, for more than one process
-#   HOSTFILE       several machines, with the deepspeed launcher
+#   HOSTFILE       several machines ("name slots=GPUs" a line), with the deepspeed launcher
+#   MASTER_PORT    port of the first machine, with a HOSTFILE (default: 29500)
 #   DRY_LAUNCH=1   print the launch command instead of running it
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -29,8 +30,20 @@ if [ -z "${NUM_PROCESSES:-}" ]; then
     [ "$NUM_PROCESSES" -ge 1 ] || NUM_PROCESSES=1
 fi
 
+case "${LAUNCHER:-torchrun}" in
+torchrun | deepspeed) ;;
+*)
+    echo "error: LAUNCHER=$LAUNCHER: expected torchrun or deepspeed" >&2
+    exit 2
+    ;;
+esac
 if [ -n "${HOSTFILE:-}" ]; then
-    launch=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --no_local_rank --module dyvte train)
+    if [ ! -f "$HOSTFILE" ]; then
+        echo "error: HOSTFILE=$HOSTFILE: there is no such file" >&2
+        exit 2
+    fi
+    launch=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}"
+        --no_local_rank --module dyvte train)
 elif [ "$NUM_PROCESSES" -gt 1 ] && [ "${LAUNCHER:-torchrun}" = deepspeed ]; then
     port="$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     launch=("$PYTHON" -m deepspeed.launcher.runner --num_accelerators "$NUM_PROCESSES" --master_port "$port"

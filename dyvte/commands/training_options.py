@@ -33,6 +33,7 @@ MODEL_AND_DATA: dict[str, tuple[str, bool, str]] = {
         True,
         "what gates read, comma-separated: mean_prompt, last_prompt, mean_visual, last_visual",
     ),
+    "--deepspeed": ("deepspeed", True, "DeepSpeed json (ZeRO stage, offload); stage 3 shards the backbone"),
     "--teacher_batch_size": ("teacher.batch_size", False, "samples per teacher forward"),
 }
 TRAINING: dict[str, tuple[str, bool, str]] = {
@@ -53,12 +54,20 @@ TRAINING: dict[str, tuple[str, bool, str]] = {
     "--save_steps": ("checkpoint.every_steps", False, "steps between checkpoints"),
     "--save_total_limit": ("checkpoint.keep", False, "checkpoints kept"),
     "--run_name": ("tracking.run_name", True, "name of the run in wandb"),
-    "--deepspeed": ("deepspeed", True, "DeepSpeed json (ZeRO stage, offload)"),
     "--output_dir": ("output_dir", True, "everything the run writes"),
     "--trace_dir": ("trace_dir", True, "traces to share between runs"),
     "--seed": ("seed", False, "gates, data order, drawn layers"),
 }
-_ALL = {**MODEL_AND_DATA, **TRAINING}
+LORA: dict[str, tuple[str, bool, str]] = {
+    "--lora_r": ("lora.rank", False, "rank of the updates"),
+    "--lora_alpha": ("lora.alpha", False, "updates are scaled by alpha / rank"),
+    "--lora_dropout": ("lora.dropout", False, "dropout on the adapters' input"),
+    "--lora_first_layer": ("lora.first_layer", False, "first adapted layer, 1..L; default: first_exit + 1"),
+    "--first_exit": ("lora.first_exit", False, "earliest exit drawn while training; default: L / 4"),
+    "--last_exit": ("lora.last_exit", False, "latest exit drawn; default: L - 1; the same K twice: fixed"),
+    "--full_share": ("lora.full_share", False, "share of rows trained without an exit"),
+}
+_ALL = {**MODEL_AND_DATA, **TRAINING, **LORA}
 
 
 def add_settings(parser: argparse.ArgumentParser, options: Iterable[str]) -> None:
@@ -66,13 +75,18 @@ def add_settings(parser: argparse.ArgumentParser, options: Iterable[str]) -> Non
     parser.add_argument(
         "--config", type=Path, help="training settings (see configs/); paths in it are relative to it"
     )
-    for option in options:
-        setting, _, text = _ALL[option]
-        parser.add_argument(option, dest=setting, metavar="VALUE", help=f"{text} [{setting}]")
+    add_options(parser, options)
     parser.add_argument(
         "--bf16", nargs="?", const="True", metavar="BOOL", help="backbone in bfloat16 [model.dtype]"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, dotted")
+
+
+def add_options(parser: argparse._ActionsContainer, options: Iterable[str]) -> None:
+    """The named options alone."""
+    for option in options:
+        setting, _, text = _ALL[option]
+        parser.add_argument(option, dest=setting, metavar="VALUE", help=f"{text} [{setting}]")
 
 
 def config_of(args: argparse.Namespace, extra: Iterable[str] = ()) -> TrainConfig:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -165,6 +167,117 @@ def test_deepspeed_launcher_with_zero(world: Path, trained: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr + done.stdout
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, atol=1e-4, rtol=1e-3)
+    for shard in (trained / "trace").iterdir():  # under ZeRO-3 no process held the whole backbone
+        assert (tmp_path / "run" / "trace" / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sharded_backbone_says_what_the_whole_one_says(world: Path, tmp_path: Path, processes: int) -> None:
+    """ZeRO-3, weights in CPU memory: uneven shares, a broken image and answers of different length."""
+    entries = json.loads((world / "train.json").read_text())[:31]
+    (world / "images" / "torn.png").write_bytes(b"\x89PNG broken")
+    entries[30]["image"] = "torn.png"  # alone in the last batch
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 0, "offload_param": {"device": "cpu"},
+    }}))  # fmt: skip
+    command = [
+        "trace", "--model_name_or_path", str(world / "backbone"), "--data_path", str(tmp_path / "data.json"),
+        "--image_folder", str(world / "images"), "--max_new_tokens", "6", "--teacher_batch_size", "3",
+        "--max_bad_samples", "1", "--set", "teacher.shard_batches=2", "--output",
+    ]  # fmt: skip
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "dyvte", *command, str(tmp_path / "sharded"),
+         "--deepspeed", str(tmp_path / "zero.json")],
+        cwd=tmp_path, env=environment(), timeout=LIMIT_SECONDS, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shards = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "sharded").iterdir()) == shards
+    assert len(shards) == 6 + 1
+    for name in shards:
+        assert (tmp_path / "sharded" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+# --- launch commands ---
+
+
+def test_several_machines_are_launched_by_deepspeed_with_the_hostfile(tmp_path: Path) -> None:
+    from deepspeed.launcher.runner import fetch_hostfile, parse_args
+
+    (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
+    done = script("--config", "a b.yaml", cwd=tmp_path, DRY_LAUNCH="1", HOSTFILE=str(tmp_path / "hosts"))
+    python, *words = shlex.split(done.stdout)
+    assert Path(python).name.startswith("python")
+    assert words[:2] == ["-m", "deepspeed.launcher.runner"]
+    # The launcher's own parser and reader understand it.
+    args = parse_args(words[2:])
+    assert fetch_hostfile(args.hostfile) == {"node1": 8, "node2": 8}
+    assert (args.module, args.no_local_rank) == (True, True)
+    assert [args.user_script, *args.user_args] == ["dyvte", "train", "--config", "a b.yaml"]
+
+
+@pytest.mark.parametrize(("launcher", "module"), [
+    ("torchrun", "torch.distributed.run"), ("deepspeed", "deepspeed.launcher.runner"),
+])  # fmt: skip
+def test_several_processes_of_one_machine(tmp_path: Path, launcher: str, module: str) -> None:
+    done = script("--seed", "3", cwd=tmp_path, DRY_LAUNCH="1", NUM_PROCESSES="2", LAUNCHER=launcher)
+    words = shlex.split(done.stdout)
+    assert module in words
+    assert words[-4:] == ["dyvte", "train", "--seed", "3"]
+    assert "2" in words
+
+
+def test_an_unknown_launcher_or_a_missing_hostfile_is_named(tmp_path: Path) -> None:
+    done = script(cwd=tmp_path, DRY_LAUNCH="1", NUM_PROCESSES="2", LAUNCHER="mpi")
+    assert done.returncode == 2
+    assert "LAUNCHER=mpi: expected torchrun or deepspeed" in done.stderr
+    done = script(cwd=tmp_path, DRY_LAUNCH="1", HOSTFILE="nowhere")
+    assert done.returncode == 2
+    assert "HOSTFILE=nowhere: there is no such file" in done.stderr
+
+
+@pytest.mark.full
+def test_a_hostfile_of_this_machine_really_trains(world: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    flags = {**reference_flags(trained), "--per_device_train_batch_size": "4"}
+    done = script(
+        *options(world, tmp_path / "run", **flags), cwd=tmp_path, HOSTFILE=str(tmp_path / "hosts"),
+        MASTER_PORT=str(free_port()),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    for name, tensor in weights(trained).items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- a full disk ---
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("limit", "message"), [(3, "cannot be written"), (40, "checkpoint of step")])
+def test_a_file_that_cannot_grow_ends_the_run_and_the_next_start_completes_it(
+    world: Path, trained: Path, tmp_path: Path, limit: int, message: str
+) -> None:
+    """A limit on file size (in KB) stands in for a full disk: trace shards, then checkpoints do not fit."""
+    words = options(world, tmp_path / "run", **reference_flags(trained))
+    command = ["bash", "-c", f'ulimit -f {limit}; exec "$0" -m dyvte "$@"', sys.executable, "train", *words]
+    failed = subprocess.run(
+        command, cwd=tmp_path, env=environment(), timeout=LIMIT_SECONDS, capture_output=True, text=True
+    )
+    assert failed.returncode == 2, failed.stderr
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert main(["train", *words]) == 0
+    assert same(weights(tmp_path / "run"), weights(trained))
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_gates(world: Path, trained: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ failure."""
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,6 +170,68 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path, w
     state = Checkpoints(tmp_path / "checkpoints", 3, who).latest()
     assert state is not None
     assert state[1].step == 5
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, who: Processes) -> None:
+    """Gradients can overflow where the loss did not: the step before a checkpoint spoils the weights."""
+    cfg = make_config(tmp_path, tracking={"log_every": 1})
+    training = GateTraining(cfg, make_gates(), make_trace(), None, who)
+
+    def spoil(_: int) -> None:
+        if training.engine.global_steps == 9:
+            training._step = lambda step: spoiled(step)
+
+    def spoiled(_: int) -> float:
+        next(training.gates.parameters()).data[0] = float("inf")
+        return 0.1
+
+    with pytest.raises(TrainingError, match=r"step 10: the gates hold weights.*step-00000005"):
+        training.run(0, lambda *_: None, spoil)
+    training.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_zero_stage_trains_the_same_gates(tmp_path: Path, who: Processes, stage: int) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    plain, _ = run(make_config(tmp_path / "plain", accumulation=2, batch_size=4), who, make_trace())
+    cfg = make_config(
+        tmp_path / "zero", accumulation=2, batch_size=4, deepspeed=str(tmp_path / "zero.json"),
+        tracking={"log_every": 1},
+    )  # fmt: skip
+    run(cfg, who, make_trace(), stop_at=12)
+    weights, figures = run(cfg, who, make_trace())
+    assert figures[0][0] == 11  # resumed
+    for name, tensor in plain.items():
+        torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_zero3_holds_the_backbone_in_shards_and_leaves_nothing_behind(tmp_path: Path, who: Processes) -> None:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from dyvte.backbones import weights_digest
+    from dyvte.training.sharded import opened_backbone
+
+    from .models import tiny_llava
+
+    model, processor = tiny_llava()
+    model.save_pretrained(tmp_path / "m")
+    processor.save_pretrained(tmp_path / "m")
+    settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0,
+                                      "offload_param": {"device": "cpu"}}}  # fmt: skip
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+    cfg = make_config(tmp_path, model={"path": str(tmp_path / "m")}, deepspeed=str(tmp_path / "zero.json"))
+    linear = torch.nn.functional.linear
+    with opened_backbone(cfg, who) as (sharded, _):
+        assert is_deepspeed_zero3_enabled()
+        assert all(parameter.numel() == 0 for parameter in sharded.parameters())
+        assert not any(parameter.requires_grad for parameter in sharded.parameters())
+        held = sum(parameter.ds_tensor.numel() for parameter in sharded.parameters())
+        assert held >= sum(parameter.numel() for parameter in model.parameters())
+        assert weights_digest(sharded) == weights_digest(model)
+        assert all(parameter.numel() == 0 for parameter in sharded.parameters())
+    assert not is_deepspeed_zero3_enabled()
+    assert torch.nn.functional.linear is linear
 
 
 def test_a_full_disk_keeps_earlier_checkpoints(tmp_path: Path, who: Processes, monkeypatch) -> None:

@@ -113,6 +113,33 @@ def test_a_file_in_the_style_of_other_trainers_is_made_safe(tmp_path: Path) -> N
     assert made["train_micro_batch_size_per_gpu"] == 4
 
 
+def test_offload_is_for_the_backbone_alone(tmp_path: Path) -> None:
+    given = {
+        "bf16": {"enabled": "auto"}, "train_batch_size": "auto",
+        "zero_optimization": {
+            "stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"},
+        },
+    }  # fmt: skip
+    cfg = config(tmp_path, given)
+    assert zero.shards_backbone(cfg)
+    assert engine_config(cfg, 2)["zero_optimization"] == {"stage": 3}
+    made = zero.backbone_config(cfg, "bfloat16", 2)
+    assert made["bf16"] == {"enabled": True}
+    assert made["train_batch_size"] == 2
+    assert made["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert "offload_optimizer" not in made["zero_optimization"]
+    assert "bf16" not in zero.backbone_config(cfg, "float32", 2)
+    assert not zero.shards_backbone(config(tmp_path, {"zero_optimization": {"stage": 2}}))
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_shipped_deepspeed_files_are_read(tmp_path: Path, name: str) -> None:
+    path = Path(__file__).resolve().parents[2] / "configs" / "deepspeed" / f"{name}.json"
+    cfg = config(tmp_path, json.loads(path.read_text()))
+    assert zero.shards_backbone(cfg) == (name != "zero2")
+    assert engine_config(cfg, 1)["zero_optimization"]["stage"] == int(name[4])
+
+
 def test_engine_refusals(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train_batch_size"):
         engine_config(config(tmp_path, {"train_batch_size": 8}), 1)
