@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+
+from dyvte.data.scenes.processor import IMAGE, word_processor
 
 # fmt: off
 WORDS = [
@@ -15,56 +15,11 @@ WORDS = [
     "and", "or", "not", "?", ".", ",", ":", "!",
 ]
 # fmt: on
-BOS, EOS, PAD, UNK, IMAGE = "<s>", "</s>", "<pad>", "<unk>", "<image>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '<s>user ' }}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image> ' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% else %}{{ ' assistant ' }}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{{ '</s>' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ ' assistant' }}{% endif %}"
-)
-
-
-def tiny_tokenizer(words: Sequence[str] = WORDS):
-    """Word-level fast tokenizer; unknown words become ``<unk>``."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {word: i for i, word in enumerate([PAD, BOS, EOS, UNK, IMAGE, *dict.fromkeys(words)])}
-    core = Tokenizer(WordLevel(vocab, unk_token=UNK))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        additional_special_tokens=[IMAGE],
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def tiny_processor(image_size: int = 16, patch: int = 4):
-    """Stock LlavaProcessor with PIL image processing: (image_size / patch)^2 visual tokens an image."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"height": image_size, "width": image_size}, do_center_crop=False
-        ),
-        tokenizer=tiny_tokenizer(),
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-        image_token=IMAGE,
-    )
+    """The embedded backbone's kind of processor, for other words: (image_size / patch)^2 visual tokens."""
+    return word_processor(WORDS, image_size, patch)
 
 
 def tiny_llava(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from dyvte.data.scenes.questions import all_words
 from dyvte.data.scenes.render import IMAGE_SIZE
 
@@ -22,14 +25,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer():
-    """A `PreTrainedTokenizerFast` whose words are exactly those of the questions; lower-cases its input."""
+def word_tokenizer(words: Sequence[str]):
+    """A `PreTrainedTokenizerFast` that knows these words and the special tokens; lower-cases its input."""
     from tokenizers import Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    words = [PAD, BOS, EOS, UNK, IMAGE, *all_words()]
-    core = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNK))
+    vocabulary = dict.fromkeys([PAD, BOS, EOS, UNK, IMAGE, *words])
+    core = Tokenizer(WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token=UNK))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -44,24 +47,26 @@ def build_tokenizer():
     )
 
 
-def build_processor():
-    """The stock `LlavaProcessor` (PIL image processing) of the embedded backbone."""
+def word_processor(words: Sequence[str], image_size: int, patch_size: int, **image_options: Any):
+    """The stock `LlavaProcessor` with PIL image processing: (image_size / patch_size)^2 visual tokens."""
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     image_processor = CLIPImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        do_resize=True,
-        do_center_crop=False,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
+        size={"height": image_size, "width": image_size}, do_center_crop=False, **image_options
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
-        patch_size=PATCH_SIZE,
+        tokenizer=word_tokenizer(words),
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE,
     )
+
+
+def build_processor():
+    """The processor of the embedded backbone; its words are exactly those of the questions."""
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return word_processor(all_words(), IMAGE_SIZE, PATCH_SIZE, do_resize=True, **half)
