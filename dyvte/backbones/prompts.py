@@ -27,7 +27,8 @@ class RenderedPrompt:
     text
         The whole text; with an answer it ends with the EOS text.
     answer_start
-        Offset of the first character of the answer; None without an answer.
+        Offset at which the answer begins, the space that joins it to the prompt included: where a tokenizer
+        makes it a token of its own, the model has to say it. None without an answer.
     """
 
     text: str
@@ -92,7 +93,7 @@ class V1Template:
         prompt += f"USER: {images}{question} ASSISTANT:"
         if answer is None:
             return RenderedPrompt(prompt)
-        return RenderedPrompt(f"{prompt} {answer}{self.eos}", len(prompt) + 1)
+        return RenderedPrompt(f"{prompt} {answer}{self.eos}", len(prompt))
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class ChatTemplate:
         after = tail[at + len(answer) :]
         # Keep the template's own end of turn as far as the first EOS; later text is no label.
         closing = after[: after.find(self.eos)] + self.eos if self.eos in after else self.eos
-        return RenderedPrompt(prompt + tail[: at + len(answer)] + closing, len(prompt) + at)
+        start = len(prompt) + at if tail[:at].strip() else len(prompt)
+        return RenderedPrompt(prompt + tail[: at + len(answer)] + closing, start)
 
     def _apply(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         return self.processor.apply_chat_template(
