@@ -18,6 +18,7 @@ DOCUMENTS = [
     "checkpoints/README.md",
     "benchmarks/README.md",
     "docs/runtime.md",
+    "docs/gates.md",
 ]
 # scripts that are thin entry points -> the command whose options they take
 ENTRY_POINTS = {
