@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search-k": ("search_k", "VTW's fixed layer K by KL"),
     "eval": ("eval", "run benchmarks with one or several exit policies"),
     "score": ("score", "score a predictions file, no model needed"),
+    "report": ("report", "make a page of runs: tables, plots, examples"),
     "compare": ("compare", "gates beside VTW, the question-only router and the full model"),
 }
 

@@ -16,7 +16,7 @@ question ("Answer the question using a single word or phrase.", for one) is appe
   dyvte eval --model llava-hf/llava-1.5-7b-hf --benchmark gqa --data /data/gqa --output results/gqa \\
       --policy never --policy fixed:16 --policy gates:checkpoints/gates \\
       --reduction none --reduction fastv:2:0.5
-  torchrun --nproc-per-node 8 -m dyvte eval ...    # one process a GPU; or: accelerate launch -m dyvte eval ...
+  torchrun --nproc-per-node 8 -m dyvte eval ...        # one process a GPU; accelerate launch serves as well
 """
 
 from __future__ import annotations
