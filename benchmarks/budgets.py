@@ -34,7 +34,6 @@ from dyvte.evaluation.timing import machine
 from dyvte.evaluation.trace_compare import ORACLE_LAMS
 
 OUR_SHAPES = ("compact", "shared")
-REFERENCE_RATES = (1e-3, 5e-3)
 REFERENCE = "objective.name=reference_label"
 
 
@@ -58,20 +57,24 @@ def reference_rules(bench: Bench, calibration: TracedScenes, test: TracedScenes)
     """The published rule on the data's answers: its own schedule and shape, and a stronger variant.
 
     The published rule leaves where p > 0.5; here its threshold is swept as ours is, which is its strongest
-    form. The learning rate is the better of two, by mean risk on the calibration scenes.
+    form. Its learning rate is the better of two, by mean risk on the calibration scenes; the variant has
+    that of the configuration.
     """
     store = bench.traces("train", "teacher.label_source=data", name="train-data")
     width = hidden_size(store) // 2  # 2048 of 4096
     data = "teacher.label_source=data"
     own = (REFERENCE, "objective.one_layer_per_step=true", "gates.architecture=reference")
     variants = {
-        "reference rule": (data, *own, f"gates.hidden_size={width}"),
-        "reference rule, all layers, compact": (data, REFERENCE),
+        "reference rule": ((1e-3, 5e-3), (data, *own, f"gates.hidden_size={width}")),
+        "reference rule, all layers, compact": (
+            (bench.settings().optimizer.learning_rate,),
+            (data, REFERENCE, "gates.architecture=compact"),
+        ),
     }
     rules = []
-    for name, overrides in variants.items():
+    for name, (rates, overrides) in variants.items():
         tried = {}
-        for rate in REFERENCE_RATES:
+        for rate in rates:
             label = f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}"
             tried[rate] = bench.contenders(
                 label, calibration, *overrides, f"optimizer.learning_rate={rate}", trace="train-data"

@@ -12,6 +12,7 @@ from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.gates import FEATURES, GateConfig, GateStack, exit_layers
 from dyvte.teacher import Manifest, Shard, Trace, TraceStore
+from dyvte.training.train import make_gates
 
 ROWS, LAYERS, HIDDEN = 12, 4, 3
 
@@ -72,5 +73,10 @@ def test_features_on_the_command_line() -> None:
     common = ["--model_name_or_path", "backbone", "--data_path", "data.json"]
     args = parser.parse_args([*common, "--features", "mean_visual,last_prompt"])
     assert config_of(args, ["output_dir=."]).teacher.features == ("mean_visual", "last_prompt")
+    # New gates read what is traced, or the part of it that they are told to.
+    cfg = config_of(args, ["output_dir=."])
+    assert make_gates(cfg, LAYERS, HIDDEN, {}).config.features == ("mean_visual", "last_prompt")
+    cfg = config_of(args, ["output_dir=.", 'gates.features=["last_prompt"]'])
+    assert make_gates(cfg, LAYERS, HIDDEN, {}).config.feature_size == HIDDEN
     with pytest.raises(ConfigError, match="each at most once"):
         config_of(parser.parse_args([*common, "--features", "last_prompt,colour"]), ["output_dir=."])
