@@ -6,10 +6,9 @@ or those of a thinned pass), F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ from dyvte.spans import Spans, find_spans
 from dyvte.teacher.plain import forward_inputs
 from dyvte.teacher.streams import ExitStreams, all_exits
 from dyvte.teacher.trace import COLUMNS, Trace
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -130,25 +131,20 @@ def trace_checked(
     ids = tuple(sample_ids) if sample_ids is not None else tuple(map(str, range(len(answer_BN))))
     if len(ids) != len(answer_BN):
         raise ValueError(f"{len(ids)} sample ids for {len(answer_BN)} rows")
-    predict_BN = positions_before(answer_BN, ids)
-    with _pass(model, inputs, predict_BN=predict_BN, answer_BN=answer_BN, sample_ids=ids, **how) as done:
-        streams, blocks = done
+
+    def compare(streams: ExitStreams, at: slice, logits_KRV: Tensor) -> dict[str, Tensor]:
         # Both masks list the answer tokens of a row from left to right, rows one after the other.
-        labels_R = inputs["input_ids"][answer_BN.to(inputs["input_ids"].device)]
-        labels_R = labels_R.to(streams.states_KRD.device)
-        visual_ids = torch.tensor(streams.backbone.visual_token_ids, device=labels_R.device)
-        reference_RV = None
+        labels_R = inputs["input_ids"][answer_BN.to(inputs["input_ids"].device)][at].to(logits_KRV.device)
+        full_RV = logits_KRV[-1]
         if reference_BAV is not None:
-            reference_RV = reference_BAV[streams.layout.predict.valid]
-        parts = [
-            _compare(
-                logits_KRV,
-                logits_KRV[-1] if reference_RV is None else reference_RV[at],
-                labels_R[at],
-                visual_ids,
-            )
-            for at, logits_KRV in blocks
-        ]
+            full_RV = reference_BAV[streams.layout.predict.valid][at]
+        visual_ids = torch.tensor(streams.backbone.visual_token_ids, device=logits_KRV.device)
+        return _compare(logits_KRV, full_RV, labels_R, visual_ids)
+
+    predict_BN = positions_before(answer_BN, ids)
+    streams, parts = _pass(
+        model, inputs, compare, predict_BN=predict_BN, answer_BN=answer_BN, sample_ids=ids, **how
+    )
     values = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
     valid_BA, num_columns = streams.layout.predict.valid, streams.backbone.num_layers + 1
     trace = Trace(
@@ -178,11 +174,16 @@ def exit_logits(
 ) -> ExitLogits:
     """Next-token logits at ``predict_BN`` for all exit layers, from one forward; options as for
     :func:`trace_exits`. All of them at once: for short answers or few positions."""
-    with _pass(
-        model, inputs, predict_BN=predict_BN, answer_BN=answer_BN, sample_ids=sample_ids, **how
-    ) as done:
-        streams, blocks = done
-        logits_KRV = torch.cat([logits_KRV for _, logits_KRV in blocks], 1)
+    streams, parts = _pass(
+        model,
+        inputs,
+        lambda _streams, _at, logits_KRV: logits_KRV,
+        predict_BN=predict_BN,
+        answer_BN=answer_BN,
+        sample_ids=sample_ids,
+        **how,
+    )
+    logits_KRV = torch.cat(parts, 1)
     valid_BA = streams.layout.predict.valid
     logits_KBAV = logits_KRV.new_zeros(len(streams.exits), *valid_BA.shape, logits_KRV.shape[-1])
     logits_KBAV[:, valid_BA] = logits_KRV
@@ -203,18 +204,19 @@ def thinned_exits(num_layers: int, every: int) -> tuple[int, ...]:
     return tuple(sorted({*range(0, num_layers + 1, every), num_layers}))
 
 
-@contextmanager
 def _pass(
     model: nn.Module,
     inputs: Mapping[str, Any],
+    take: Callable[[ExitStreams, slice, Tensor], Result],
     *,
     predict_BN: Tensor,
     answer_BN: Tensor | None,
     sample_ids: Sequence[str] | None,
     visual_token_ids: Iterable[int] | None = None,
     **how: Any,
-) -> Iterator[tuple[ExitStreams, Iterator[tuple[slice, Tensor]]]]:
-    """The one forward; the streams, and the logits block by block."""
+) -> tuple[ExitStreams, list[Result]]:
+    """The one forward; the streams, and what ``take`` makes of each block of logits (nobody else holds them:
+    only one block exists at a time)."""
     backbone = describe(model, visual_token_ids)
     device = inputs["input_ids"].device
     predict_BN = predict_BN.to(device)
@@ -223,10 +225,14 @@ def _pass(
         inputs["input_ids"], backbone.visual_token_ids, inputs.get("attention_mask"), answer_BN
     )
     _check_predicted(spans, predict_BN, sample_ids)
+    given = forward_inputs(backbone, inputs, spans.valid_BN)
     with all_exits(backbone, spans, predict_BN, **how) as streams:
-        given = forward_inputs(backbone, inputs, spans.valid_BN)
-        logits = model(**given, use_cache=False, return_dict=True).logits
-        yield streams, streams.blocks(model, logits)
+        first = model(**given, use_cache=False, return_dict=True).logits
+        results = [take(streams, *streams.as_block(0, first))]
+        del first
+        for start in streams.block_starts()[1:]:
+            results.append(take(streams, *streams.as_block(start, streams.further_logits(model, start))))
+    return streams, results
 
 
 def positions_before(answer_BN: Tensor, sample_ids: Sequence[str]) -> Tensor:

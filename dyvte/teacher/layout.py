@@ -55,11 +55,21 @@ class Layout:
     predict_suffix: Slots
 
     @staticmethod
-    def build(spans: Spans, predict_BN: Tensor, *, borrow_prefix: bool) -> Layout:
-        """Lay out a batch; ``predict_BN`` marks text positions whose next-token logits are wanted."""
+    def build(spans: Spans, predict_BN: Tensor, mask: Any = None) -> Layout:
+        """Lay out a batch; ``predict_BN`` marks text positions whose next-token logits are wanted.
+
+        Two kinds of text need no place in a stream where ``mask``, the decoder's, is causal: that before the
+        image is borrowed, and that after a row's last predicted position (a closing EOS, which is a label
+        alone) is read by nobody.
+        """
         text_BN = spans.valid_BN & ~spans.visual_BN
-        prefix_BN = spans.prefix_BN & ~predict_BN if borrow_prefix else torch.zeros_like(text_BN)
-        suffix = Slots.of(text_BN & ~prefix_BN)
+        prefix_BN = spans.prefix_BN & ~predict_BN
+        if sees(mask, spans.prefix_BN, spans.valid_BN & ~spans.prefix_BN):
+            prefix_BN = torch.zeros_like(text_BN)
+        unread_BN = text_BN & (predict_BN.flip(1).cumsum(1).flip(1) == 0)
+        if sees(mask, spans.valid_BN & ~unread_BN, unread_BN):
+            unread_BN = torch.zeros_like(text_BN)
+        suffix = Slots.of(text_BN & ~prefix_BN & ~unread_BN)
         return Layout(
             prefix=Slots.of(prefix_BN),
             suffix=suffix,
@@ -136,13 +146,13 @@ def _flash_mask(mask: Tensor | None, keys: Slots, implementation: str) -> Tensor
     return keys.valid.to(torch.int64)
 
 
-def prefix_sees_beyond(mask: Any, spans: Spans) -> bool:
-    """True if a prefix token may attend to a later token: then its states depend on the image (prefix-LM)."""
+def sees(mask: Any, queries_BN: Tensor, keys_BN: Tensor) -> bool:
+    """May any of some tokens attend to any of some later tokens (as in a prefix-LM)? Not under causal masks,
+    which are those that are not 4D."""
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return False
     allowed_BNN = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
-    later_BN = spans.valid_BN & ~spans.prefix_BN
-    return bool((allowed_BNN & spans.prefix_BN[:, :, None] & later_BN[:, None, :]).any())
+    return bool((allowed_BNN & queries_BN[:, :, None] & keys_BN[:, None, :]).any())
 
 
 def take_slots(name: str, value: Any, slots: Slots, num_tokens: int) -> Any:

@@ -73,6 +73,13 @@ class PassSizes:
         """Bytes of the last layer's states of all exits at all predicted positions."""
         return 2 * self.exits * self.predicted * self.hidden * self.element_size
 
+    def least(self, may_cut_head: bool = True) -> int:
+        """Bytes of a pass that takes one exit, and one position (if it may), at a time."""
+        full = self.call(self.rows, self.tokens, self.tokens)
+        one_exit = self.call(self.rows, self.suffix, self.prefix + self.suffix)
+        head = self.head(1 if may_cut_head else max(1, self.predicted))
+        return self.kept() + self.states() + max(full, one_exit, head)
+
 
 @dataclass(frozen=True)
 class PassPlan:
@@ -118,11 +125,10 @@ def plan_pass(
     room = full_call
     if budget is not None:
         room = budget - sizes.kept() - sizes.states()
-        least = max(full_call, one_call, smallest_head * one_head)
-        if room < least:
+        if budget < (least := sizes.least(may_cut_head)):
             raise MemoryBudgetError(
                 f"a teacher pass over {sizes.rows} rows of {sizes.tokens} tokens takes about "
-                f"{(budget - room + least) / GIB:.3g} GiB beside the weights, the memory budget is "
+                f"{least / GIB:.3g} GiB beside the weights, the memory budget is "
                 f"{budget / GIB:.3g} GiB: give fewer rows at a time, thin the exits, or raise the budget"
             )
     if exits_per_call is None:

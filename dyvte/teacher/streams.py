@@ -32,7 +32,6 @@ from dyvte.teacher.layout import (
     Slots,
     cut_mask,
     mask_of_streams,
-    prefix_sees_beyond,
     repeat_streams,
     take_slots,
 )
@@ -109,19 +108,21 @@ class ExitStreams:
         self._streams, self._masks = [], {}
         return self._handed_on(self._block(0))
 
-    def blocks(self, model: nn.Module, first_logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Logits of all exits, some predicted positions at a time: (positions, (K, some R, V)).
+    def block_starts(self) -> range:
+        """Where the blocks of predicted positions start whose logits are computed together."""
+        return range(0, self.states_KRD.shape[1], self.plan.positions_per_head)
 
-        ``first_logits`` are what the pass itself gave. Further positions go through the model's own norm and
-        head alone: a forward over one text token, whose layers hand on the states that were kept.
+    def as_block(self, start: int, logits: Tensor) -> tuple[slice, Tensor]:
+        """Logits of one block as the model gives them, as (its positions, (K, some R, V))."""
+        logits_KRV = logits[0].unflatten(0, (len(self.exits), -1))
+        return slice(start, start + logits_KRV.shape[1]), logits_KRV
+
+    def further_logits(self, model: nn.Module, start: int) -> Tensor:
+        """What the model gives for a block after the first, which the pass itself gave.
+
+        Its states go through the model's own norm and head alone: a forward over one text token, whose layers
+        hand on the states that were kept.
         """
-        size, total = self.plan.positions_per_head, self.states_KRD.shape[1]
-        for start in range(0, total, size):
-            logits = first_logits if start == 0 else self._further_logits(model, start)
-            yield slice(start, min(start + size, total)), logits[0].unflatten(0, (len(self.exits), -1))
-            first_logits = logits = None
-
-    def _further_logits(self, model: nn.Module, start: int) -> Tensor:
         visual = self.backbone.visual_token_ids
         text_token = next(i for i in range(len(visual) + 1) if i not in visual)
         one = torch.ones(1, 1, dtype=torch.long, device=self.states_KRD.device)
@@ -148,8 +149,7 @@ class ExitStreams:
     # --- the layers ---
 
     def _start(self, hidden_BND: Tensor, kwargs: dict[str, Any]) -> None:
-        borrow = not prefix_sees_beyond(kwargs.get("attention_mask"), self.spans)
-        self.layout = Layout.build(self.spans, self.predict_BN, borrow_prefix=borrow)
+        self.layout = Layout.build(self.spans, self.predict_BN, kwargs.get("attention_mask"))
         self.plan = plan_pass(
             self._sizes(hidden_BND),
             budget=self._budget,
@@ -279,7 +279,8 @@ def all_exits(
     """Make the model's next forward return logits of all exits; nothing is left on the model afterwards.
 
     The forward must run without a cache over exactly the batch that ``spans`` describes. Its logits are those
-    of the first block of :meth:`ExitStreams.blocks`, which gives all of them.
+    of the first block of positions (:meth:`ExitStreams.as_block`); :meth:`ExitStreams.further_logits` gives
+    the others.
 
     Parameters
     ----------
