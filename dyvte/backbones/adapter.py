@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,24 +86,29 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> Any:
     elif str(adapter).count("/") > 1 or str(adapter).startswith((".", "/", "~")):
         raise UnsupportedBackboneError(f"no adapter folder at {adapter}: check the path")
     peft = import_peft()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with wrapping_quietly(), warnings.catch_warnings():
+        # PEFT leaves what it does not find at its initial value and only warns.
+        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
         try:
             loaded = peft.PeftModel.from_pretrained(model, str(adapter))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning) as error:
             raise UnsupportedBackboneError(
                 f"the adapter at {adapter} does not fit the backbone: {error}"
             ) from error
-    # PEFT leaves what it does not find at its initial value and only warns.
-    for warning in caught:
-        if "missing adapter keys" in str(warning.message):
-            raise UnsupportedBackboneError(f"the adapter at {adapter} does not fit: {warning.message}")
     if any(getattr(one, "is_prompt_learning", False) for one in loaded.peft_config.values()):
         raise UnsupportedBackboneError(
             f"the adapter at {adapter} puts tokens of its own before the prompt, so positions in the prompt "
             "no longer say where the visual tokens are: use LoRA or another adapter of the weights"
         )
     return loaded
+
+
+@contextmanager
+def wrapping_quietly() -> Iterator[None]:
+    """Without the warning that PEFT sets off in transformers by asking every model for an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 def import_peft() -> Any:

@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         known = [f"model.path={json.dumps(model)}"] if model and args.config is None else []
         if known and (adapter := gates.config.backbone.get("adapter")):
             known.append(f"model.adapter={json.dumps(adapter)}")
+        if "reference" in gates.config.training.get("trace", {}):  # judged against what they learned from
+            known.append("teacher.reference=base")
         trace_data(config_of(args, ["output_dir=.", *known]), args.trace)
     store = TraceStore.open(args.trace)
     if args.budget is not None:

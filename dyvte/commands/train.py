@@ -1,11 +1,26 @@
 """Train gates: one teacher pass over LLaVA data, then gates from its traces in a DeepSpeed engine.
 
+With --lora: train an adapter of the backbone instead, so that its answers survive an earlier exit.
+
 Settings come from --config (YAML, see configs/), then from the options here. The names with underscores are
 those of LLaVA's and DyVTE's training scripts. The same command started again goes on where it stopped.
 
   dyvte train --config configs/llava_v1_5_7b.yaml --output_dir runs/7b
   dyvte train --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path llava_v1_5_mix665k.json \\
       --image_folder data --output_dir runs/7b --bf16 True --fraction 0.01
+
+--lora distils a LoRA adapter (PEFT) of the decoder's deeper layers: the adapted model, its visual tokens gone
+after a layer drawn for each row from first_exit..last_exit, learns to answer as the model without adapter and
+with all its visual tokens does. Nothing else is changed. The run prints how every fixed exit fares before and
+after on held-out images, and leaves an ordinary PEFT checkpoint in OUTPUT_DIR/adapter: give it with --adapter
+to trace, train (gates of their own), search-k and eval, or load it with peft. epochs, batch_size and
+learning_rate mean the same as for gates, but here every step runs the backbone: one to three epochs, small
+batches.
+
+  dyvte train --lora --config configs/embedded_lora.yaml
+  dyvte train --lora --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path llava_v1_5_mix665k.json \\
+      --image_folder data --output_dir runs/7b-lora --bf16 True --fraction 0.01 --num_train_epochs 1 \\
+      --per_device_train_batch_size 4 --learning_rate 2e-4 --first_exit 8 --last_exit 31
 """
 
 from __future__ import annotations
@@ -16,15 +31,29 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from dyvte.commands.training_options import MODEL_AND_DATA, TRAINING, add_settings, config_of
+from dyvte.commands.training_options import (
+    LORA,
+    MODEL_AND_DATA,
+    TRAINING,
+    add_options,
+    add_settings,
+    config_of,
+)
 
 if TYPE_CHECKING:
+    from dyvte.training.config import TrainConfig
+    from dyvte.training.lora import LoraResult
     from dyvte.training.train import TrainResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte train``."""
     add_settings(parser, [*MODEL_AND_DATA, *TRAINING])
+    lora = parser.add_argument_group(
+        "LoRA", "an adapter in place of gates; more settings: --set lora.KEY=VALUE"
+    )
+    lora.add_argument("--lora", action="store_true", help="train an adapter [lora.enabled]")
+    add_options(lora, LORA)
     parser.add_argument(
         "--report_to", metavar="NAMES", help="wandb, tensorboard, all or none; comma-separated"
     )
@@ -37,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
     import logging
     import warnings
 
-    cfg = config_of(args, _trackers(args.report_to))
+    cfg = config_of(args, [*_trackers(args.report_to), *(["lora.enabled=true"] if args.lora else [])])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # One for every collective of ZeRO-3; DeepSpeed's to mend.
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*is deprecated", FutureWarning)
     first, world_size = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
+    if cfg.lora.enabled:
+        return _run_lora(cfg, args.dry_run, first)
     if args.dry_run:
         from dyvte.training.dryrun import describe_dry_run, dry_run
 
@@ -60,6 +91,33 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.flush()
         os._exit(0)
     return 0
+
+
+def _run_lora(cfg: TrainConfig, dry: bool, first: bool) -> int:
+    from dyvte.training.lora import train_lora
+    from dyvte.training.lora_dryrun import describe_lora_dry_run, lora_dry_run
+
+    if dry:
+        if first:
+            print(describe_lora_dry_run(lora_dry_run(cfg, int(os.environ.get("WORLD_SIZE", "1")))))
+        return 0
+    result = train_lora(cfg)
+    if first:
+        _print_lora(result)
+    return 0
+
+
+def _print_lora(result: LoraResult) -> None:
+    summary = result.summary
+    first, last = summary["layers_adapted"]
+    sizes = f"{summary['parameters']:,} parameters in layers {first}..{last}"
+    print(f"\n{summary['num_samples']} samples, {summary['steps']} steps, {sizes}")
+    print(f"answers {summary['answer_seconds']:.0f} s, training {summary['train_seconds']:.0f} s")
+    for text in summary["dropped"]:
+        print(f"dropped: {text}", file=sys.stderr)
+    print(f"\non {summary['num_judged']} {summary['judged_on']}, against the full model without the adapter:")
+    print(result.table())
+    print(f"\nadapter: {result.adapter}\nnext: dyvte train --adapter {result.adapter} ... for gates on it")
 
 
 def _print_result(result: TrainResult) -> None:

@@ -48,6 +48,11 @@ class LoraConfig:
             raise ValueError(f"dropout must lie in [0, 1), found {self.dropout}")
         if not 0 <= self.full_share <= 1:
             raise ValueError(f"full_share must lie in [0, 1], found {self.full_share}")
+        if self.full_share == 1 and self.loss == "kl":
+            raise ValueError(
+                "full_share 1 with loss kl leaves nothing to learn: without an exit the adapted model agrees "
+                "with the full one from the start"
+            )
 
     def exits(self, num_layers: int) -> tuple[int, int]:
         """Earliest and latest exit in force; ConfigError unless 0 <= earliest <= latest <= L."""

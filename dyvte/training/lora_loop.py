@@ -63,7 +63,12 @@ class LoraTraining(Training):
             if isinstance(module, nn.Dropout) and "lora_dropout" in name
         ]
         if cfg.lora.gradient_checkpointing:
-            self.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+            base = self.backbone.model
+            # transformers 5.23 renamed it.
+            enable = (
+                getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            )
+            enable({"use_reentrant": False})
         super().__init__(cfg, _Adapter(model), len(train), who)
 
     @contextmanager

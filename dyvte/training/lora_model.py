@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dyvte.backbones import describe
-from dyvte.backbones.adapter import LORA_RECORD, import_peft
+from dyvte.backbones.adapter import LORA_RECORD, import_peft, wrapping_quietly
 from dyvte.errors import ConfigError
 from dyvte.training.lora_config import LoraConfig
 
@@ -32,7 +32,7 @@ def add_adapter(model: nn.Module, cfg: LoraConfig, seed: int) -> Any:
     settings = peft.LoraConfig(
         r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=pattern, bias="none"
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), wrapping_quietly():
         torch.manual_seed(seed)
         return peft.get_peft_model(model.requires_grad_(False), settings).eval()
 
