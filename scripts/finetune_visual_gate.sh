@@ -9,6 +9,8 @@
 #   LAUNCHER       torchrun (default) or deepspeed, for more than one process
 #   HOSTFILE       several machines ("name slots=GPUs" a line), with the deepspeed launcher
 #   MASTER_PORT    port of the first machine, with a HOSTFILE (default: 29500)
+#   NODE_RANK      machines that cannot ssh to each other: start the script on each one, with its place in the
+#                  HOSTFILE (0, 1, ...) here and the first one's address in MASTER_ADDR
 #   DRY_LAUNCH=1   print the launch command instead of running it
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -42,8 +44,15 @@ if [ -n "${HOSTFILE:-}" ]; then
         echo "error: HOSTFILE=$HOSTFILE: there is no such file" >&2
         exit 2
     fi
-    launch=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}"
-        --no_local_rank --module dyvte train)
+    launch=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
+    if [ -n "${NODE_RANK:-}" ]; then
+        if [ -z "${MASTER_ADDR:-}" ]; then
+            echo "error: NODE_RANK needs MASTER_ADDR, the address of the first machine of $HOSTFILE" >&2
+            exit 2
+        fi
+        launch+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+    fi
+    launch+=(--no_local_rank --module dyvte train)
 elif [ "$NUM_PROCESSES" -gt 1 ] && [ "${LAUNCHER:-torchrun}" = deepspeed ]; then
     port="$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     launch=("$PYTHON" -m deepspeed.launcher.runner --num_accelerators "$NUM_PROCESSES" --master_port "$port"

@@ -11,6 +11,7 @@ import torch
 from ..errors import UnsupportedBackboneError
 from .adapter import load_adapter, resolve_adapter
 from .describe import hub_advice
+from .given_features import FeaturesProcessor, put_stand_in, takes_features
 from .padding import ImagePadding, set_image_padding
 from .quantize import quantized_arguments
 
@@ -25,6 +26,7 @@ def load_backbone(
     adapter: str | os.PathLike[str] | None = None,
     quantization: str = "none",
     image_padding: ImagePadding = "auto",
+    image_features: str | None = None,
 ) -> tuple[Any, Any]:
     """A frozen model in eval mode, and its processor.
 
@@ -46,6 +48,8 @@ def load_backbone(
         "none", "int8" or "nf4": linear layers in 8 or 4 bits, all else in ``dtype`` (bitsandbytes, a GPU).
     image_padding
         What the processor does to images that are not square; see `set_image_padding`.
+    image_features
+        ``module:function``, for a folder without a vision tower; see `given_features`.
 
     Raises
     ------
@@ -63,7 +67,7 @@ def load_backbone(
     _check_path(path)
     _check_attention(attn_implementation)
     packed = quantized_arguments(quantization, dtype, device)
-    processor = load_processor(path, trust_remote_code=trust_remote_code)
+    processor = load_processor(path, trust_remote_code=trust_remote_code, image_features=image_features)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -76,6 +80,8 @@ def load_backbone(
         raise UnsupportedBackboneError(
             f"cannot load an image-text-to-text model from {path}: {error}{hub_advice(path)}"
         ) from error
+    if takes_features(path):
+        put_stand_in(model, path)
     describe(model)
     set_image_padding(processor, image_padding, model.config.model_type)
     if adapter is not None:
@@ -84,8 +90,12 @@ def load_backbone(
     return (model if device is None or packed else model.to(device)), processor
 
 
-def load_processor(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+def load_processor(
+    path: str | os.PathLike[str], *, trust_remote_code: bool = False, image_features: str | None = None
+) -> Any:
     """The processor beside a model, its image processing by PIL where torchvision is not installed.
+
+    Where the folder holds no vision tower, ``image_features`` takes the image processor's place.
 
     Raises
     ------
@@ -95,6 +105,8 @@ def load_processor(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
 
+    if takes_features(path):
+        return FeaturesProcessor(path, image_features)
     # Without torchvision transformers falls back to PIL image processing by itself, but warns each time.
     backend = {} if is_torchvision_available() else {"backend": "pil"}
     try:

@@ -27,6 +27,8 @@ class ModelConfig:
     """Run code that comes with the checkpoint."""
     image_padding: Literal["auto", "square", "none"] = "auto"
     """Pad images to a square as LLaVA-1.5 does; "auto": where the backbone is a LLaVA-1.5."""
+    image_features: str | None = None
+    """``module:function`` from images to features, for a folder without a vision tower (VILA, Eagle)."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Load the weights in 8 or 4 bits (bitsandbytes, on a GPU); gates learn what that model says."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dyvte.backbones import describe_config, resolve_adapter, set_image_padding
+from dyvte.backbones.given_features import put_stand_in, takes_features
 from dyvte.backbones.load import load_processor
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
 from dyvte.data import Selection
@@ -166,13 +167,20 @@ def _without_weights(cfg: TrainConfig, base: str) -> Any:
     trust = cfg.model.trust_remote_code
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust).eval()
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust).eval()
+    if takes_features(base):
+        put_stand_in(model, base)
+    return model
 
 
 def _tokens(cfg: TrainConfig, base: str, model: Any, selection: Selection) -> Tokens:
     """Lengths of a few samples as the processor makes them; guessed from the config where there is none."""
     try:
-        processor = load_processor(base, trust_remote_code=cfg.model.trust_remote_code)
+        processor = load_processor(
+            base,
+            trust_remote_code=cfg.model.trust_remote_code,
+            image_features=cfg.model.image_features,
+        )
     except UnsupportedBackboneError as error:
         log.warning("tokens are guessed: %s", error)
         return _guess(model.config)

@@ -83,6 +83,7 @@ def open_backbone(cfg: ModelConfig, device: torch.device | None) -> tuple[Any, A
         adapter=cfg.adapter,
         quantization=cfg.quantization,
         image_padding=cfg.image_padding,
+        image_features=cfg.image_features,
     )
 
 

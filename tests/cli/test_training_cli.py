@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -238,17 +239,28 @@ def test_an_unknown_launcher_or_a_missing_hostfile_is_named(tmp_path: Path) -> N
     done = script(cwd=tmp_path, DRY_LAUNCH="1", HOSTFILE="nowhere")
     assert done.returncode == 2
     assert "HOSTFILE=nowhere: there is no such file" in done.stderr
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    done = script(cwd=tmp_path, DRY_LAUNCH="1", HOSTFILE="hosts", NODE_RANK="1", MASTER_ADDR="")
+    assert done.returncode == 2
+    assert "NODE_RANK needs MASTER_ADDR" in done.stderr
 
 
 @pytest.mark.full
-def test_a_hostfile_of_this_machine_really_trains(world: Path, trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "hosts").write_text("localhost slots=2\n")
+def test_two_machines_that_cannot_ssh_train_together(world: Path, trained: Path, tmp_path: Path) -> None:
+    """Two launchers, each told that it is one of two machines, meet at an address of this one."""
+    (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
     flags = {**reference_flags(trained), "--per_device_train_batch_size": "4"}
-    done = script(
-        *options(world, tmp_path / "run", **flags), cwd=tmp_path, HOSTFILE=str(tmp_path / "hosts"),
-        MASTER_PORT=str(free_port()),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr + done.stdout
+    words, port = options(world, tmp_path / "run", **flags), str(free_port())
+
+    def machine(rank: int) -> subprocess.CompletedProcess[str]:
+        return script(
+            *words, cwd=tmp_path, HOSTFILE="hosts", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(machine, (0, 1)):
+            assert done.returncode == 0, done.stderr + done.stdout
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, atol=1e-4, rtol=1e-3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 
 import dyvte
 from dyvte.backbones import load_backbone
+from dyvte.backbones.convert import convert_eagle_x5, convert_vila15, llava_for_features
+from dyvte.backbones.given_features import save_for_features
 from dyvte.config import load_config
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.training import TrainConfig, train
@@ -19,7 +22,7 @@ from dyvte.training.zero import engine_config
 
 from .families import FAMILIES
 from .models import random_image
-from .zoo.common import EOS
+from .zoo.common import EOS, IMAGE, TEXT
 from .zoo.processors import PROCESSORS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -31,11 +34,14 @@ FAMILY = {
     "qwen2_vl_7b": "qwen2_vl",
     "qwen2_5_vl_7b": "qwen2_5_vl",
     "internvl3_8b": "internvl",
+    "vila_1_5_3b": "vila",
+    "eagle_x5_7b": "eagle",
 }
 # Visual tokens of an image 24 wide and 16 high, patches 4 x 4, worked out by hand. LLaVA-NeXT: the image as a
 # whole, and 4 lines of 6 patches (two tiles less their margin) with newlines. Qwen: 2 x 2 patches make one.
-VISUAL = {"llava": 16, "llava_next": 16 + 4 * (6 + 1), "qwen2_vl": 6, "qwen2_5_vl": 6, "internvl": 3 * 4}
-IN_DEFAULT_TIER = {"llava_v1_5_7b", "qwen2_vl_7b", "internvl3_8b"}
+VISUAL = {"llava": 16, "llava_next": 16 + 4 * (6 + 1), "qwen2_vl": 6, "qwen2_5_vl": 6, "internvl": 3 * 4,
+          "vila": 16, "eagle": 16}  # fmt: skip
+IN_DEFAULT_TIER = {"llava_v1_5_7b", "qwen2_vl_7b", "internvl3_8b", "vila_1_5_3b"}
 ALL = [pytest.param(name, marks=() if name in IN_DEFAULT_TIER else pytest.mark.full) for name in FAMILY]
 QUESTIONS = ("what color is the circle ?", "how many objects are there in the picture ?")
 
@@ -43,16 +49,25 @@ QUESTIONS = ("what color is the circle ?", "how many objects are there in the pi
 @pytest.fixture
 def world(tmp_path: Path, request, monkeypatch) -> list[str]:
     """A tiny backbone of the configuration's family, 8 samples; the overrides that point there."""
-    family = FAMILY[request.getfixturevalue("name")]
-    model, _, _ = FAMILIES[family]("sdpa")
-    model.generation_config.eos_token_id = EOS
-    model.save_pretrained(tmp_path / "backbone")
-    processor = PROCESSORS[family]()
-    if getattr(processor, "video_processor", processor) is None:  # no torchvision: its folder does not load
-        save_parts(processor, tmp_path / "backbone")
-        monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *_, **__: processor)
+    family, overrides = FAMILY[request.getfixturevalue("name")], []
+    if family in ("vila", "eagle"):
+        save_language_side(family, tmp_path / "backbone")
+        (tmp_path / "my_towers.py").write_text(TOWERS.format(width={"vila": 32, "eagle": 16}[family]))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "my_towers", raising=False)
+        overrides = ["model.image_features=my_towers:features"]
     else:
-        processor.save_pretrained(tmp_path / "backbone")
+        model, _, _ = FAMILIES[family]("sdpa")
+        model.generation_config.eos_token_id = EOS
+        model.save_pretrained(tmp_path / "backbone")
+        processor = PROCESSORS[family]()
+        if (
+            getattr(processor, "video_processor", processor) is None
+        ):  # no torchvision: its folder does not load
+            save_parts(processor, tmp_path / "backbone")
+            monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *_, **__: processor)
+        else:
+            processor.save_pretrained(tmp_path / "backbone")
     (tmp_path / "images").mkdir()
     entries = []
     for index in range(8):
@@ -67,8 +82,35 @@ def world(tmp_path: Path, request, monkeypatch) -> list[str]:
         f"model.path={tmp_path / 'backbone'}", "model.dtype=float32", f"data.path={tmp_path / 'data.json'}",
         f"data.image_folder={tmp_path / 'images'}", "data.fraction=1", "data.validation_fraction=0",
         "teacher.batch_size=4", "teacher.max_new_tokens=3", "epochs=1", "batch_size=4",
-        "tracking.report_to=[]", f"output_dir={tmp_path / 'run'}",
+        "tracking.report_to=[]", f"output_dir={tmp_path / 'run'}", *overrides,
     ]  # fmt: skip
+
+
+# Stands in for the original towers: 4 x 4 cells of 16 x 16 pixels, each a feature of its mean colours.
+TOWERS = """
+import numpy as np, torch
+
+def features(images):
+    mix = torch.randn(3, {width}, generator=torch.Generator().manual_seed(0))
+    cells = [np.asarray(image.resize((4, 4)), dtype="float32").reshape(16, 3) / 255 for image in images]
+    return torch.from_numpy(np.stack(cells)) @ mix
+"""
+
+
+def save_language_side(family: str, folder: Path) -> None:
+    """A tiny model of the original layout, converted: VILA without its projector, Eagle with it."""
+    model, _, _ = FAMILIES["llava"]("sdpa")
+    original = {
+        key.replace("model.language_model.", "model.")
+        .replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+        .replace("model.multi_modal_projector.linear_2", "model.mm_projector.2"): tensor
+        for key, tensor in model.state_dict().items()
+        if "vision_tower" not in key and (family == "eagle" or "projector" not in key)
+    }
+    converted = convert_eagle_x5(original) if family == "eagle" else convert_vila15(original)
+    made = llava_for_features(converted, {"model_type": "llama", **TEXT}, IMAGE)
+    made.generation_config.eos_token_id = EOS
+    save_for_features(made, PROCESSORS["llava"]().tokenizer, folder, num_tokens=16)
 
 
 def save_parts(processor, folder: Path) -> None:
@@ -101,7 +143,7 @@ def test_it_loads_and_its_paths_are_relative_to_it(name: str) -> None:
 def test_it_dry_runs_and_trains_two_steps(name: str, world: list[str], tmp_path: Path) -> None:
     cfg = config(name, world)
     numbers = dry_run(cfg)
-    model, processor = load_backbone(tmp_path / "backbone")
+    model, processor = load_backbone(tmp_path / "backbone", image_features=cfg.model.image_features)
     assert numbers["backbone_parameters"] == sum(p.numel() for p in model.parameters())
     assert numbers["backbone_bytes"] == 4 * numbers["backbone_parameters"]
     assert numbers["tokens"].visual == VISUAL[FAMILY[name]]
@@ -157,3 +199,22 @@ def test_a_processor_that_needs_torchvision_says_so(
     monkeypatch.undo()
     with pytest.raises(UnsupportedBackboneError, match=r"pip install torchvision"):
         load_backbone(tmp_path / "backbone")
+
+
+@pytest.mark.parametrize("name", ["eagle_x5_7b"])
+def test_a_folder_without_a_vision_tower_needs_its_features(
+    name: str, world: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "backbone"
+    for given, message in [
+        (None, "holds no vision tower: name the function"),
+        ("my_towers", "expected module:function"),
+        ("my_towers:nothing", "cannot be imported"),
+        ("no_such_module:features", "cannot be imported"),
+    ]:
+        with pytest.raises(UnsupportedBackboneError, match=message):
+            load_backbone(folder, image_features=given)
+    (tmp_path / "short.py").write_text("import torch\ndef features(images): return torch.zeros(1, 9, 16)")
+    _, processor = load_backbone(folder, image_features="short:features")
+    with pytest.raises(UnsupportedBackboneError, match=r"shape \(1, 9, 16\), expected \(1, 16, width\)"):
+        processor(text=["<image>"], images=[random_image(0)])
