@@ -4,7 +4,7 @@ Caches are filled once; each round runs a few steps on every cache, in a new ord
 off again. With few rows reading the weights dominates a step, with many the K/V cache does.
 
     python benchmarks/decode.py --hidden 1024 --layers 8 --batch 1
-    python benchmarks/decode.py --hidden 1024 --layers 8 --batch 16
+    python benchmarks/decode.py --hidden 512 --layers 8 --batch 16
 """
 
 from __future__ import annotations
