@@ -80,7 +80,7 @@ def test_score_of_mme_submission_equals_evals(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--benchmark", "gpa"], "unknown benchmark 'gpa'; known: gqa, mme"),
+        (["--benchmark", "gpa"], "unknown benchmark 'gpa' (did you mean 'gqa'?); known: gqa, mme"),
         (["--data", "/nowhere"], "is not GQA data: the folder does not exist"),
         (["--model", "/nowhere/model"], "no model folder at /nowhere/model"),
         (["--policy", "fixed:9"], "the backbone has 4 decoder layers"),
