@@ -17,7 +17,9 @@ DOCUMENTS = [
     "data/README.md",
     "checkpoints/README.md",
     "benchmarks/README.md",
+    "docs/lora.md",
     "docs/runtime.md",
+    "docs/training.md",
     "docs/gates.md",
 ]
 # scripts that are thin entry points -> the command whose options they take
