@@ -238,7 +238,7 @@ def test_foreign_answers_are_refused(tmp_path):
 
 
 def test_bad_settings(data, tmp_path):
-    with pytest.raises(ConfigError, match="did you mean .gqa."):
+    with pytest.raises(ConfigError, match="did you mean 'gqa'"):
         _config(data, tmp_path, "gqq")
     with pytest.raises(ConfigError, match="batch_size must be at least 1"):
         _config(data, tmp_path, batch_size=0)
