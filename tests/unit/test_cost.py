@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,15 @@ import torch
 from dyvte.errors import ConfigError, UnsupportedBackboneError
 from dyvte.evaluation.cost import (
     DecoderShape,
+    VisualFactors,
     decoder_shape,
     head_flops,
+    layer_flops,
     mean_prefill_tflops,
     prefill_flops,
+    score_row_flops,
     vision_tower_flops,
+    visual_share,
 )
 
 VICUNA_7B = DecoderShape(4096, 32, 32, 128, (11008,) * 32, 32000)
@@ -157,3 +162,91 @@ def test_errors():
     with pytest.raises(UnsupportedBackboneError, match="it has no intermediate_size"):
         decoder_shape(_config(intermediate_size=None))
     assert torch.is_tensor(prefill_flops(VICUNA_7B, [1], [1], [1]))
+
+
+def _count_mixed(shape: DecoderShape, text_L, visual_L) -> int:
+    """Multiply-adds of tokens that come and go from layer to layer."""
+    total = 0
+    for layer, (text, visual) in enumerate(zip(text_L, visual_L, strict=True)):
+        one = DecoderShape(*(getattr(shape, f) for f in FIELDS), (shape.ffn_sizes_L[layer],), 1)
+        total += _count_matmuls(one, text, visual, 1)
+    return total
+
+
+FIELDS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim")
+
+
+def test_tokens_that_reductions_drop_layer_by_layer_equal_brute_force():
+    shape = DecoderShape(32, 8, 2, 4, (64, 96, 64, 10, 64), 100)
+    text_L, visual_L = [7, 7, 7, 4, 4], [20, 20, 10, 3, 0]
+    flops_BL = layer_flops(shape, [text_L], [visual_L])
+    assert flops_BL.shape == (1, 5)
+    assert flops_BL.sum() == 2 * _count_mixed(shape, text_L, visual_L)
+    alone = layer_flops(shape, [text_L], [visual_L], "pyramiddrop").sum()
+    assert alone == _count_mixed(shape, [0] * 5, visual_L)
+
+
+@pytest.mark.parametrize(("ratio", "published"), [(0.5, 0.45), (0.75, 0.67), (0.9, 0.80)])
+def test_fastv_reductions_as_published(ratio, published):
+    """FastV, K = 2 on LLaVA-1.5-7B: one prompt length serves the three published reductions."""
+    text, kept = 28, VISUAL * (1 - ratio)
+    visual_L = [VISUAL] * 2 + [kept] * 30
+    run = layer_flops(VICUNA_7B, [[text] * 32], [visual_L], "fastv").sum()
+    full = layer_flops(VICUNA_7B, [[text] * 32], [[VISUAL] * 32], "fastv").sum()
+    assert 1 - run / full == pytest.approx(published, abs=0.01)
+
+
+def test_cheaper_visual_tokens_equal_brute_force():
+    """Half the FFN, a quarter of the scores among visual tokens, none between kinds in the last layer."""
+    shape = DecoderShape(32, 8, 2, 4, (64, 64), 100)
+    factors = VisualFactors(
+        projections_L=[1, 0.5], ffn_L=[0.5, 0.5], visual_scores_L=[0.25, 0], cross_scores_L=[1, 0]
+    )
+    text, visual, d, width = 7, 20, 32, 32
+    projections = 2 * d * (width + 8)
+    first = (text + visual) * projections + 3 * d * 64 * (text + visual // 2)
+    first += 2 * width * (text**2 + 2 * text * visual + visual**2 // 4)
+    second = (text + visual // 2) * projections + 3 * d * 64 * (text + visual // 2) + 2 * width * text**2
+    found = layer_flops(shape, [[text] * 2], [[visual] * 2], factors=factors)
+    assert found.tolist() == [[2 * first, 2 * second]]
+    full = projections + 3 * d * 64 + 2 * width * visual
+    spent = projections + 3 * d * 32 + width * visual / 2 + projections / 2 + 3 * d * 32
+    assert visual_share(shape, [[visual] * 2], [visual], factors) == pytest.approx(spent / (2 * full))
+    with pytest.raises(ConfigError, match="ffn_L holds 3 factors, the backbone has 2 layers"):
+        layer_flops(shape, [[1, 1]], [[1, 1]], factors=VisualFactors(ffn_L=[1, 1, 1]))
+
+
+def test_visual_share_of_exits_alone_is_their_layer_passes():
+    """sum n_i k_i / (L sum n_i), whatever the layers' sizes; rows without an image count for nothing."""
+    from dyvte.calibration import visual_compute
+
+    shape = DecoderShape(32, 8, 2, 4, (64, 96, 64, 10), 100)
+    exits, num_visual = [0, 1, 3, 4, -1], [10, 576, 64, 7, 0]
+    visual_BL = [[n if layer < k else 0 for layer in range(4)] for n, k in zip(num_visual, exits)]
+    expected = visual_compute(torch.tensor(exits), torch.tensor(num_visual), 4)
+    assert visual_share(shape, visual_BL, num_visual) == pytest.approx(expected)
+    assert math.isnan(visual_share(shape, [[0] * 4], [0]))
+
+
+def test_score_rows_are_counted_apart():
+    shape = DecoderShape(32, 8, 2, 4, (64, 64), 100)
+    one = 2 * (2 * 32 * (32 + 8) + 2 * 27 * 32)
+    assert score_row_flops(shape, [[27, 17], [27, 17]], [(1,), ()]) == [one, 0]
+
+
+def _vit_macs(hidden: int, ffn: int, layers: int, patches: int, patch_values: int) -> int:
+    per_layer = 4 * patches * hidden**2 + 2 * patches * hidden * ffn + 2 * patches**2 * hidden
+    return patches * patch_values * hidden + layers * per_layer
+
+
+def test_vision_towers_without_a_class_token_and_of_any_size():
+    from transformers import SiglipVisionConfig
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+
+    siglip = SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, image_size=384, patch_size=14
+    )
+    assert vision_tower_flops(siglip) == 2 * _vit_macs(1152, 4304, 27, 27**2, 3 * 14**2)
+    qwen = Qwen2VLVisionConfig()
+    assert vision_tower_flops(qwen) is None
+    assert vision_tower_flops(qwen, num_patches=1024) == 2 * _vit_macs(1280, 5120, 32, 1024, 2 * 3 * 14**2)
