@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,8 +162,6 @@ def test_gates_of_one_are_refused_on_the_other(world: Path, trained) -> None:
     ids=["no weights", "no base", "base gone", "other rank", "half of it", "torn", "both"],
 )
 def test_an_adapter_that_cannot_be_used_is_named(trained, tmp_path: Path, spoil, message: str) -> None:
-    import shutil
-
     folder = tmp_path / "adapter"
     shutil.copytree(trained.adapter, folder)
     spoil(folder)
@@ -398,17 +397,23 @@ def test_a_nan_stops_the_run_and_names_the_samples(world: Path, tmp_path: Path, 
     training.close()
 
 
-def test_answers_of_another_run_are_refused(world: Path, tmp_path: Path) -> None:
-    train_lora(config(world, tmp_path / "a", trace_dir=str(tmp_path / "answers")))
-    kept = sorted((tmp_path / "answers").iterdir())
-    stamps = [path.stat().st_mtime_ns for path in kept]
-    again = config(world, tmp_path / "b", trace_dir=str(tmp_path / "answers"), seed=1)
-    train_lora(again)
-    assert [path.stat().st_mtime_ns for path in kept] == stamps  # shared by a sweep
+def test_answers_are_made_once_and_those_of_another_run_refused(
+    world: Path, trained, tmp_path: Path, who: Processes
+) -> None:
+    folder = trained.adapter.parent / "answers"
+    stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    shutil.copytree(folder, tmp_path / "answers")
     longer = {"template": "chat", "max_new_tokens": 4, "batch_size": 8}
     other = config(world, tmp_path / "c", trace_dir=str(tmp_path / "answers"), teacher=longer)
     with pytest.raises(CheckpointError, match="labels: stored 'greedy 3', this run 'greedy 4'"):
         train_lora(other)
+    (tmp_path / "answers" / "answers-00000.json").write_text("{")  # torn: made again, to the same bytes
+    training, _, data = fresh(world, tmp_path, who, seed=1)
+    training.close()
+    assert len(data) == 24
+    for path in folder.iterdir():
+        assert path.stat().st_mtime_ns == stamps[path]
+        assert (tmp_path / "answers" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(
