@@ -28,7 +28,7 @@ from dyvte.evaluation.scenes import TracedScenes, gate_logits
 from dyvte.evaluation.timing import machine
 from dyvte.gates import GateConfig, GateStack
 
-SMALL = (("compact", 4), ("compact", 16), ("compact", 64), ("shared", 16), ("shared", 64), ("shared", 256))
+SMALL = (("compact", 4), ("compact", 16), ("shared", 16), ("shared", 64), ("shared", 256))
 REFERENCE_RATES = (1e-3, 5e-3)
 LAYERS_7B, HIDDEN_7B, WIDTH_7B = 32, 4096, 2048
 SHOWN = (1, 3, 5)  # budgets of the table: 33.6, 50.7 and 67.9 %
