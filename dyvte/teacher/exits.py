@@ -132,25 +132,25 @@ def trace_checked(
     if len(ids) != len(answer_BN):
         raise ValueError(f"{len(ids)} sample ids for {len(answer_BN)} rows")
 
-    def compare(streams: ExitStreams, at: slice, logits_KRV: Tensor) -> dict[str, Tensor]:
+    def measure(streams: ExitStreams, at: slice, logits_KRV: Tensor) -> dict[str, Tensor]:
         # Both masks list the answer tokens of a row from left to right, rows one after the other.
         labels_R = inputs["input_ids"][answer_BN.to(inputs["input_ids"].device)][at].to(logits_KRV.device)
         full_RV = logits_KRV[-1]
         if reference_BAV is not None:
             full_RV = reference_BAV[streams.layout.predict.valid][at]
         visual_ids = torch.tensor(streams.backbone.visual_token_ids, device=logits_KRV.device)
-        return _compare(logits_KRV, full_RV, labels_R, visual_ids)
+        return compare(logits_KRV, full_RV, labels_R, visual_ids)
 
     predict_BN = positions_before(answer_BN, ids)
     streams, parts = _pass(
-        model, inputs, compare, predict_BN=predict_BN, answer_BN=answer_BN, sample_ids=ids, **how
+        model, inputs, measure, predict_BN=predict_BN, answer_BN=answer_BN, sample_ids=ids, **how
     )
     values = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
     valid_BA, num_columns = streams.layout.predict.valid, streams.backbone.num_layers + 1
     trace = Trace(
         **{
-            name: _spread(rows_KB.T, streams.exits, num_columns)
-            for name, rows_KB in _per_row(values, valid_BA).items()
+            name: spread(rows_KB.T, streams.exits, num_columns)
+            for name, rows_KB in per_row(values, valid_BA).items()
         },
         features=torch.stack(streams.features_BF, 1),
         sample_ids=ids,
@@ -255,7 +255,7 @@ def _check_predicted(spans: Spans, predict_BN: Tensor, sample_ids: Sequence[str]
         )
 
 
-def _compare(logits_KRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: Tensor) -> dict[str, Tensor]:
+def compare(logits_KRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: Tensor) -> dict[str, Tensor]:
     """(K, R) measures of each exit against the full model; log-probabilities in float32, one exit at a time
     to bound memory."""
     full_RV = full_RV.float().log_softmax(-1)
@@ -271,7 +271,7 @@ def _compare(logits_KRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: 
     return {**stacked, "greedy": full_argmax_R == labels_R}
 
 
-def _per_row(values: Mapping[str, Tensor], valid_BA: Tensor) -> dict[str, Tensor]:
+def per_row(values: Mapping[str, Tensor], valid_BA: Tensor) -> dict[str, Tensor]:
     """(K, B) means over each row's positions; ``same_answer`` where all of them agree."""
     rows: dict[str, Tensor] = {}
     for name in ("risk", "reverse_risk", "agreement", "loss"):
@@ -282,7 +282,7 @@ def _per_row(values: Mapping[str, Tensor], valid_BA: Tensor) -> dict[str, Tensor
     return {name: rows[name] for name in COLUMNS}
 
 
-def _spread(values_BK: Tensor, exits: Sequence[int], num_columns: int) -> Tensor:
+def spread(values_BK: Tensor, exits: Sequence[int], num_columns: int) -> Tensor:
     """(B, L+1) columns by exit layer; NaN where an exit has no label."""
     columns = values_BK.new_full((len(values_BK), num_columns), torch.nan)
     columns[:, list(exits)] = values_BK

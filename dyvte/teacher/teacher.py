@@ -28,10 +28,12 @@ from dyvte.backbones import (
 from dyvte.data import Defect, Sample, Selection, check_defects, load_image
 from dyvte.errors import ConfigError, DataError, MemoryBudgetError
 from dyvte.gates import DEFAULT_FEATURES, check_features
+from dyvte.reductions import parse_reductions
 from dyvte.teacher.exits import positions_before, thinned_exits, trace_checked
 from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.memory import GIB
 from dyvte.teacher.plain import predicted_logits
+from dyvte.teacher.reduced import trace_reduced_exits
 from dyvte.teacher.store import Manifest, Shard, empty_trace, exits_text
 from dyvte.teacher.streams import is_sharded
 from dyvte.teacher.trace import Trace
@@ -75,6 +77,9 @@ class TeacherConfig:
     """Longest prompt plus answer, in tokens; longer samples are dropped and counted, never cut."""
     shard_batches: int = 8
     """Batches per shard file: what a killed pass loses at most."""
+    reductions: str = "none"
+    """What is spent on visual tokens before they leave, such as "fastv:2:0.5" or several joined by "+": exits
+    of the reduced backbone are traced, against the un-pruned one. One pass per exit."""
     features: tuple[str, ...] = DEFAULT_FEATURES
     """Kept for the gates: mean_prompt, last_prompt, mean_visual, last_visual; gates may read fewer."""
 
@@ -85,6 +90,7 @@ class TeacherConfig:
         if self.memory_budget is not None and not self.memory_budget > 0:
             raise ValueError(f"memory_budget must be positive (GiB) or null, found {self.memory_budget}")
         check_features(self.features)
+        parse_reductions(self.reductions)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class Teacher:
         self.template: PromptTemplate = get_template(config.template, processor)
         self.backbone = describe(model)
         self.exits = thinned_exits(self.backbone.num_layers, config.exit_every)
+        self.reductions = parse_reductions(config.reductions)
         self.dtype = next(model.parameters()).dtype
         self.device = next(model.parameters()).device
         if config.reference == "base" and not hasattr(model, "disable_adapter"):
@@ -126,6 +133,8 @@ class Teacher:
         if self.config.reference == "base":
             with self.as_reference():
                 compared["reference"] = f"base {weights_digest(self.model)}"
+        if self.reductions:
+            compared["reductions"] = "+".join(map(str, self.reductions))
         return {
             **compared,
             "backbone": fingerprint(self.model),
@@ -275,6 +284,18 @@ class Teacher:
         if self.config.reference == "base":
             with torch.no_grad(), self.as_reference():
                 reference_BAV, _ = predicted_logits(self.model, inputs, positions_before(answer_BN, ids))
+        if self.reductions:
+            trace, is_greedy_B = trace_reduced_exits(
+                self.model,
+                inputs,
+                answer_BN,
+                self.reductions,
+                sample_ids=ids,
+                exits=self.exits,
+                features=self.config.features,
+                reference_BAV=reference_BAV,
+            )
+            return self._kept(trace), is_greedy_B
         budget = self.config.memory_budget
         trace, is_greedy_B = trace_checked(
             self.model,
@@ -287,7 +308,11 @@ class Teacher:
             features=self.config.features,
             reference_BAV=reference_BAV,
         )
-        return replace(trace.to("cpu"), features=trace.features.to("cpu", self.dtype)), is_greedy_B
+        return self._kept(trace), is_greedy_B
+
+    def _kept(self, trace: Trace) -> Trace:
+        """As it goes to disk."""
+        return replace(trace.to("cpu"), features=trace.features.to("cpu", self.dtype))
 
     def _too_long(self, samples: Sequence[Sample], inputs: dict[str, Tensor], file: str) -> dict[int, Defect]:
         """Rows whose prompt and answer exceed the length limit."""

@@ -1,0 +1,189 @@
+"""Traces of a backbone whose visual tokens are fewer or cheaper: its exits beside the un-pruned model.
+
+A reduction may read the prompt as it is in inference, so the prompt is prefilled alone and the answer follows
+on its cache, once per exit. The teacher stays the un-pruned full model.
+
+Shape letters: B rows, N tokens, P prompt tokens, A answer positions, V vocabulary, K exits, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyvte.backbones import Backbone, describe
+from dyvte.gates import DEFAULT_FEATURES
+from dyvte.policies import FixedPolicy, Plan, Policy, Rows
+from dyvte.reductions import Reduction
+from dyvte.runtime import VisualExit
+from dyvte.spans import visual_mask
+from dyvte.teacher.exits import compare, per_row, positions_before, spread
+from dyvte.teacher.plain import forward_inputs, predicted_logits
+from dyvte.teacher.trace import Trace
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A batch as inference sees it: prompts, padded on the left, then answers, padded on the right."""
+
+    prompt: dict[str, Any]
+    answer_BA: Tensor
+    is_answer_BA: Tensor
+
+    @staticmethod
+    def of(inputs: Mapping[str, Any], answer_BN: Tensor) -> Turn:
+        """Take prompts and answers apart; inputs of (B, N) go with the prompts."""
+        ids_BN = inputs["input_ids"]
+        mask_BN = inputs.get("attention_mask")
+        valid_BN = torch.ones_like(answer_BN) if mask_BN is None else mask_BN.bool()
+        prompt_BN = valid_BN & ~answer_BN
+        width, longest = int(prompt_BN.sum(1).max()), int(answer_BN.sum(1).max())
+        # Stable sorts: prompts move to the right, answers to the left, both in order.
+        to_right_BP = torch.argsort(prompt_BN.to(torch.uint8), dim=1, stable=True)[:, -width:]
+        to_left_BA = torch.argsort((~answer_BN).to(torch.uint8), dim=1, stable=True)[:, :longest]
+        prompt = {
+            name: value.gather(1, to_right_BP)
+            if isinstance(value, Tensor) and value.shape == ids_BN.shape
+            else value
+            for name, value in inputs.items()
+        }
+        prompt["attention_mask"] = prompt_BN.gather(1, to_right_BP).long()
+        return Turn(prompt, ids_BN.gather(1, to_left_BA), answer_BN.gather(1, to_left_BA))
+
+
+@torch.no_grad()
+def trace_reduced_exits(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    answer_mask: Tensor,
+    reductions: Sequence[Reduction],
+    *,
+    sample_ids: Sequence[str] | None = None,
+    exits: Sequence[int] | None = None,
+    features: Sequence[str] = DEFAULT_FEATURES,
+    reference_BAV: Tensor | None = None,
+) -> tuple[Trace, Tensor]:
+    """:func:`~dyvte.teacher.trace_exits` for a reduced backbone; column L is computed, not 0.
+
+    One pass for each exit. Features are those of the reduced model, as gates will read them.
+
+    Parameters
+    ----------
+    reductions
+        What is spent on visual tokens before they leave.
+    reference_BAV
+        Stands in for the full model's logits, see :func:`~dyvte.teacher.exits.trace_checked`.
+
+    Returns
+    -------
+    trace, greedy_B
+        And (B,) bool: the answer is the full model's argmax at every position.
+    """
+    backbone = describe(model)
+    answer_BN = answer_mask.bool().to(inputs["input_ids"].device)
+    ids = tuple(sample_ids) if sample_ids is not None else tuple(map(str, range(len(answer_BN))))
+    exits = tuple(range(backbone.num_layers + 1)) if exits is None else tuple(exits)
+    turn = Turn.of(inputs, answer_BN)
+    valid_BA = turn.is_answer_BA
+    if reference_BAV is None:
+        reference_BAV, _ = predicted_logits(model, inputs, positions_before(answer_BN, ids))
+    probe = _Probe(features)
+    rows = []
+    for k in exits:
+        policy = probe if k == backbone.num_layers else FixedPolicy(k)
+        logits_BAV = answer_logits(
+            model, turn, VisualExit.from_policy(policy, reductions=reductions), sample_ids=ids
+        )
+        rows.append(logits_BAV[valid_BA])
+    visual_ids = torch.tensor(backbone.visual_token_ids, device=valid_BA.device)
+    values = compare(torch.stack(rows), reference_BAV[valid_BA], turn.answer_BA[valid_BA], visual_ids)
+    visual_BN = visual_mask(inputs["input_ids"], backbone.visual_token_ids)
+    trace = Trace(
+        **{
+            name: spread(rows_KB.T, exits, backbone.num_layers + 1)
+            for name, rows_KB in per_row(values, valid_BA).items()
+        },
+        features=probe.features_BLF(),
+        sample_ids=ids,
+        num_visual=visual_BN.sum(1),
+        exits=exits,
+    )
+    greedy_BA = torch.ones_like(valid_BA)
+    greedy_BA[valid_BA] = values["greedy"]
+    return trace, greedy_BA.all(1)
+
+
+@torch.no_grad()
+def answer_logits(
+    model: nn.Module, turn: Turn, exits: VisualExit, *, sample_ids: Sequence[str] | None = None
+) -> Tensor:
+    """(B, A, V) logits of the answer's tokens: prompt prefilled inside the block, answer on its cache."""
+    backbone = describe(model)
+    prompt_mask_BP = turn.prompt["attention_mask"]
+    with exits(model) as run:
+        run.sample_ids = sample_ids
+        given = forward_inputs(backbone, turn.prompt, prompt_mask_BP.bool())
+        out = model(**given, use_cache=True, return_dict=True)
+        parts = [out.logits[:, -1:]]
+        if turn.answer_BA.shape[1] > 1:
+            # The last token's own logits are of no interest.
+            follow_BA, real_BA = turn.answer_BA[:, :-1], turn.is_answer_BA[:, :-1]
+            more = {"attention_mask": torch.cat([prompt_mask_BP, real_BA.to(prompt_mask_BP)], 1)}
+            steps_A = torch.arange(follow_BA.shape[1], device=follow_BA.device)
+            more["position_ids"] = _positions(backbone, prompt_mask_BP.sum(1, keepdim=True) + steps_A)
+            parts.append(
+                model(input_ids=follow_BA, past_key_values=out.past_key_values, use_cache=True, **more).logits
+            )
+    return torch.cat(parts, 1)
+
+
+def _positions(backbone: Backbone, count_BA: Tensor) -> Tensor:
+    """Position ids of text behind a prompt, (B, A), or (3, B, A) where M-RoPE shifts them past the image."""
+    for module in backbone.path:
+        if getattr(module, "rope_deltas", None) is not None:
+            return (count_BA + module.rope_deltas.to(count_BA.device)).expand(3, -1, -1)
+    return count_BA
+
+
+class _Probe(Policy):
+    """Never leaves, and keeps what gates would have read after every layer."""
+
+    name = "probe"
+
+    def __init__(self, features: Sequence[str]) -> None:
+        self.features = tuple(features)
+        self.seen: dict[int, Tensor] = {}
+
+    def start(self, rows: Rows) -> Plan:
+        """The plan for one prefill."""
+        return _Probing(self, rows)
+
+    def features_BLF(self) -> Tensor:
+        """(B, L, F)."""
+        return torch.stack([self.seen[k] for k in sorted(self.seen)], 1)
+
+
+class _Probing(Plan):
+    def __init__(self, probe: _Probe, rows: Rows) -> None:
+        super().__init__(torch.full((len(rows.num_visual_B),), rows.num_layers))
+        self.probe, self.features = probe, probe.features
+
+    def asks(self, k: int) -> bool:
+        """After every layer."""
+        return True
+
+    def asking_rows(self) -> Tensor:
+        """(B,) bool: all."""
+        return torch.ones_like(self.exit_layers_B, dtype=torch.bool)
+
+    def logits(self, k: int, features_BF: Tensor) -> Tensor:
+        """Keep the features; stay."""
+        self.probe.seen[k] = features_BF
+        return torch.full_like(features_BF[:, 0], -torch.inf)
+
+    def step(self, k: int, logits_B: Tensor) -> None:
+        """Nothing is decided."""
