@@ -25,6 +25,8 @@ from dyvte.errors import DataError, UnsupportedBackboneError
 from dyvte.gates import GateStack
 from dyvte.spans import find_spans
 from dyvte.teacher import Teacher
+from dyvte.teacher.cost import SampleShape, teacher_flops
+from dyvte.teacher.exits import thinned_exits
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Plan
 from dyvte.training.tracing import select_samples
@@ -72,7 +74,7 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(cfg, model.config, device)
     samples = len(selection.samples)
-    flops = samples * teacher_flops(sizes, tokens, generated=cfg.teacher.label_source == "greedy")
+    flops = samples * _pass_flops(cfg, sizes, tokens)
     speed = _matmul_speed(device, getattr(torch, dtype))
     backbone = sum(parameter.numel() for parameter in model.parameters())
     feature_size = len(cfg.teacher.features) * shape.hidden_size
@@ -137,23 +139,18 @@ def describe_dry_run(numbers: dict[str, Any]) -> str:
     return "\n".join(f"{name:>16}: {text}" for name, text in lines)
 
 
-def teacher_flops(shape: DecoderShape, tokens: Tokens, *, generated: bool) -> float:
-    """FLOPs of one sample in the decoder's layers.
-
-    The full stream once, and stream k's text after the image in layers k+1..L; a generated answer takes one
-    more full pass over its prompt. Attention's own products are left out: small at these lengths.
-    """
-    per_token = 2.0 * _decoder_parameters(shape) / shape.num_layers
-    layers = shape.num_layers
-    full = tokens.total * layers
-    exits = tokens.suffix * layers * (layers + 1) / 2
-    return per_token * (full + exits + (full if generated else 0))
-
-
-def _decoder_parameters(shape: DecoderShape) -> float:
-    width = shape.num_heads * shape.head_dim
-    attention = 2 * shape.hidden_size * (width + shape.num_kv_heads * shape.head_dim)
-    return sum(attention + 3 * shape.hidden_size * ffn for ffn in shape.ffn_sizes_L)
+def _pass_flops(cfg: TrainConfig, shape: DecoderShape, tokens: Tokens) -> int:
+    """FLOPs of one sample's teacher pass; a generated answer takes one more full pass over its prompt."""
+    text = max(2, round(tokens.suffix))
+    sample = SampleShape(
+        prefix=max(0, round(tokens.total - tokens.visual - tokens.suffix)),
+        visual=round(tokens.visual),
+        text=text,
+        answer=min(text - 1, max(1, round(tokens.answer))),
+    )
+    exits = thinned_exits(shape.num_layers, cfg.teacher.exit_every)
+    once = teacher_flops(shape, sample, exits, num_features=len(cfg.teacher.features))
+    return once + (teacher_flops(shape, sample, ()) if cfg.teacher.label_source == "greedy" else 0)
 
 
 def _parameters(gates: GateStack) -> int:

@@ -15,6 +15,7 @@ import torch
 from dyvte.backbones import describe_config, fingerprint, image_padding, weights_digest
 from dyvte.calibration import LayerSearch, measure_profile, search_exit_layer
 from dyvte.data import Selection, open_conversations, open_hub_conversations, select
+from dyvte.errors import ConfigError
 from dyvte.reductions import VisualProfile
 from dyvte.teacher import Teacher, TraceStore, write_traces
 from dyvte.training.config import TrainConfig
@@ -62,6 +63,11 @@ def trace_data(cfg: TrainConfig, folder: str | Path) -> TraceStore | None:
 
 def search_k(cfg: TrainConfig, **search: Any) -> LayerSearch:
     """VTW's K on the configured data; ``search`` goes to :func:`~dyvte.calibration.search_exit_layer`."""
+    if shards_backbone(cfg):
+        raise ConfigError(
+            f"{cfg.deepspeed} asks for ZeRO-3, but the search for K keeps the backbone whole in one process: "
+            "leave the file out"
+        )
     device = _device(0)
     model, processor = open_backbone(cfg.model, device)
     labels = "data" if search.get("positions") == "answer" else "greedy"

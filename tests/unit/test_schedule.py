@@ -151,3 +151,10 @@ def test_engine_refusals(tmp_path: Path) -> None:
         zero.read_json(tmp_path / "bad.json")
     with pytest.raises(ConfigError, match="one_layer_per_step belongs"):
         config(tmp_path, objective={"one_layer_per_step": True})
+
+
+def test_the_search_for_k_says_that_it_does_not_shard(tmp_path: Path) -> None:
+    from dyvte.training.tracing import search_k
+
+    with pytest.raises(ConfigError, match="asks for ZeRO-3"):
+        search_k(config(tmp_path, {"zero_optimization": {"stage": 3}}))
