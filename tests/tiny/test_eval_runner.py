@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from dyvte.errors import ConfigError
+from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.evaluation import asking
 from dyvte.evaluation.asking import Asker
 from dyvte.evaluation.base import get_benchmark
@@ -235,6 +235,17 @@ def test_foreign_answers_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         AnswerLog(tmp_path / "file" / "x", {}, [])
+
+
+def test_gates_trained_with_another_image_padding_are_refused(asker, data, tmp_path, gates_folder):
+    copy = tmp_path / "gates"
+    shutil.copytree(gates_folder, copy)
+    config = json.loads((copy / "gate_config.json").read_text())
+    config["backbone"]["image_padding"] = "square"
+    (copy / "gate_config.json").write_text(json.dumps(config))
+    with pytest.raises(GateMismatchError, match=r"image padding is 'none', but .* trained with 'square'"):
+        _run(asker, _config(data, tmp_path / "out"), [f"gates:{copy}"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_settings(data, tmp_path):
