@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     for name, count in store.notes().items():
         if count:
             print(f"{name.replace('_', ' ')}: {count}")
-    print("exit layer    " + " ".join(f"{k:7d}" for k in range(trace.num_layers + 1)))
+    print("exit layer    " + " ".join(f"{k:7d}" for k in trace.exits))
     for name in ("risk", "same_answer"):
-        means = getattr(trace, name).double().mean(0).tolist()
+        means = getattr(trace, name)[:, list(trace.exits)].double().mean(0).tolist()
         print(f"{name.replace('_', ' '):13s} " + " ".join(f"{value:7.4f}" for value in means))
     return 0

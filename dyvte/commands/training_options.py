@@ -35,6 +35,8 @@ MODEL_AND_DATA: dict[str, tuple[str, bool, str]] = {
     ),
     "--deepspeed": ("deepspeed", True, "DeepSpeed json (ZeRO stage, offload); stage 3 shards the backbone"),
     "--teacher_batch_size": ("teacher.batch_size", False, "samples per teacher forward"),
+    "--exit_every": ("teacher.exit_every", False, "label every m-th exit only; gates elsewhere stay closed"),
+    "--memory_budget": ("teacher.memory_budget", False, "GiB of a teacher forward beside the weights"),
 }
 TRAINING: dict[str, tuple[str, bool, str]] = {
     "--gates": ("gates.init_from", True, "gates to start from (see dyvte init)"),
