@@ -1,0 +1,201 @@
+"""How much earlier visual tokens may leave once an adapter was trained for it, and what that costs.
+
+Trains on the training scenes with `dyvte train --lora` (and a control of the same steps that never sees an
+exit), then judges on the test scenes: same answer and risk of every fixed exit against the un-adapted full
+model, and accuracy of the full models. A run that was stopped goes on where it was.
+
+    python benchmarks/lora_exit.py --output runs/lora-exit --docs docs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dyvte.backbones import load_backbone  # noqa: E402
+from dyvte.config import load_config  # noqa: E402
+from dyvte.runtime import VisualExit  # noqa: E402
+from dyvte.teacher import Teacher, TeacherConfig, greedy_answers  # noqa: E402
+from dyvte.training.config import TrainConfig  # noqa: E402
+from dyvte.training.lora_figures import TARGETS, exit_columns, first_reaching  # noqa: E402
+from dyvte.training.lora_labels import Labelled, label  # noqa: E402
+from dyvte.training.processes import Processes  # noqa: E402
+from dyvte.training.tracing import progress_bar, select_samples  # noqa: E402
+
+CONFIG = ROOT / "configs" / "embedded_lora.yaml"
+RUNS = {
+    "adapter": [],
+    "control": ["--full_share", "1", "--set", "lora.loss=cross_entropy"],
+}
+TITLES = {
+    "base": "without adapter",
+    "adapter": "adapter, exits in training",
+    "control": "adapter, same steps, no exits",
+}
+
+
+def main() -> None:
+    args = arguments()
+    scenes = args.scenes / "instruct"
+    if not (scenes / "test.json").is_file():
+        run("-m", "dyvte.data.scenes", "--output", str(args.scenes))
+    seconds = {}
+    for name, extra in RUNS.items():
+        began = time.perf_counter()
+        run(
+            *("-m", "dyvte", "train", "--lora", "--config", str(CONFIG), "--report_to", "none"),
+            *("--data_path", str(scenes / "train.json"), "--seed", str(args.seed)),
+            *("--output_dir", str(args.output / name), "--trace_dir", str(args.output / "answers")),
+            *extra, *args.extra,
+        )  # fmt: skip
+        seconds[name] = time.perf_counter() - began
+    result = judge(args, scenes / "test.json")
+    result |= {"seconds": seconds, "seed": args.seed, "torch": torch.__version__}
+    for name in RUNS:
+        summary = json.loads((args.output / name / "summary.json").read_text(encoding="utf-8"))
+        result[name] = {
+            key: summary[key]
+            for key in ("steps", "global_batch", "parameters", "layers_adapted", "exits_trained")
+        }
+    (args.output / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = table(result)
+    print(text)
+    if args.docs is not None:
+        (args.docs / "lora_exit.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        plot(result, args.docs / "lora_exit.png")
+        rewrite(args.docs / "lora.md", text)
+
+
+def judge(args: argparse.Namespace, path: Path) -> dict:
+    """Test figures of the backbone without an adapter and with each of them."""
+    cfg = load_config(
+        TrainConfig, CONFIG, [f"data.path={path}", f"data.limit={args.test}", "data.seed=1", "output_dir=."]
+    )
+    selection, alone = select_samples(cfg), Processes(0, 1, torch.device("cpu"))
+    figures = {}
+    for name in TITLES:
+        adapter = args.output / ("adapter" if name == "base" else name) / "adapter"
+        model, processor = load_backbone(cfg.model.path, dtype=torch.float32, adapter=adapter)
+        teacher = Teacher(model, processor, replace(cfg.teacher, reference="base"))
+        with progress_bar(len(selection.samples), name, "sample", shown=True) as advance:
+            quiet = {"file": str(path), "max_bad_samples": 0, "progress": advance}
+            data = label(args.output / "test-answers", teacher, selection, alone, **quiet)
+        columns = exit_columns(model, data, cfg.teacher, adapted=name != "base")
+        same = columns["same_answer"].mean(0)
+        if name == "base":
+            with model.disable_adapter():
+                right = accuracy(model, teacher, data, cfg.teacher)
+        else:
+            right = accuracy(model, teacher, data, cfg.teacher)
+        figures[name] = {
+            "same_answer": same.tolist(),
+            "risk": columns["risk"].mean(0).tolist(),
+            "first": {str(target): first_reaching(same, target) for target in TARGETS},
+            "accuracy": right,
+        }
+    return {"num_test": len(selection.samples), "figures": figures}
+
+
+def accuracy(model, teacher: Teacher, data: Labelled, cfg: TeacherConfig) -> float:
+    """Share of test questions that the full model generates the right answer to."""
+    tokenizer, right = teacher.processor.tokenizer, 0
+    for start in range(0, len(data), cfg.batch_size):
+        samples = data.samples[start : start + cfg.batch_size]
+        with VisualExit()(model):
+            inputs, answer_BN = greedy_answers(model, teacher.prepare(samples).inputs, cfg.max_new_tokens)
+        for row, sample in enumerate(samples):
+            said = tokenizer.decode(inputs["input_ids"][row][answer_BN[row]], skip_special_tokens=True)
+            right += said.strip().lower() == sample.answer.strip().lower()
+    return right / len(data)
+
+
+def table(result: dict) -> str:
+    """Markdown: every fixed exit, the first that reach the targets, accuracy."""
+    figures = result["figures"]
+    last = len(figures["base"]["risk"]) - 1
+    head = "| exit layer | " + " | ".join(TITLES[name] for name in figures)
+    lines = [f"{head} | risk " + " | risk ".join(f"({TITLES[name]})" for name in figures) + " |"]
+    lines.append("|" + "---|" * (1 + 2 * len(figures)))
+    for k in range(last + 1):
+        same = " | ".join(f"{figures[name]['same_answer'][k]:.1%}" for name in figures)
+        risk = " | ".join(f"{figures[name]['risk'][k]:.4f}" for name in figures)
+        lines.append(f"| {k} | {same} | {risk} |")
+    lines += [
+        "",
+        "| | " + " | ".join(TITLES[name] for name in figures) + " |",
+        "|" + "---|" * (1 + len(figures)),
+    ]
+    for target in TARGETS:
+        first = [figures[name]["first"][str(target)] for name in figures]
+        lines.append(
+            f"| first exit with same answer >= {target:.0%} | "
+            + " | ".join(str(k) if k <= last else "none" for k in first)
+            + " |"
+        )
+    lines.append(
+        "| accuracy of the full model | "
+        + " | ".join(f"{figures[name]['accuracy']:.1%}" for name in figures)
+        + " |"
+    )
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Same answer and risk over the exit layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, values in result["figures"].items():
+        layers = range(len(values["risk"]))
+        left.plot(layers, [100 * value for value in values["same_answer"]], marker="o", label=TITLES[name])
+        right.plot(layers, [max(value, 1e-5) for value in values["risk"]], marker="o", label=TITLES[name])
+    left.axhline(99, color="grey", linewidth=0.8, linestyle=":")
+    left.set(xlabel="exit layer", ylabel="same answer as the un-adapted full model, %", ylim=(40, 101))
+    right.set(xlabel="exit layer", ylabel="risk: KL(full || exit), nats", yscale="log")
+    left.legend()
+    figure.savefig(path, dpi=120)
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Put the figures between the marks of a document."""
+    before, rest = path.read_text(encoding="utf-8").split("<!-- figures -->\n")
+    _, after = rest.split("<!-- /figures -->")
+    path.write_text(f"{before}<!-- figures -->\n{text}\n<!-- /figures -->{after}", encoding="utf-8")
+
+
+def run(*words: str) -> None:
+    subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "lora-exit")
+    parser.add_argument("--scenes", type=Path, default=ROOT / "data" / "scenes")
+    parser.add_argument("--test", type=int, default=500, help="test questions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--docs", type=Path, help="rewrite lora.md, lora_exit.json and lora_exit.png there")
+    parser.add_argument(
+        "--extra", nargs=argparse.REMAINDER, default=[], help="options for dyvte train --lora"
+    )
+    args = parser.parse_args()
+    args.output = args.output.resolve()
+    return args
+
+
+if __name__ == "__main__":
+    main()
