@@ -275,7 +275,7 @@ def free_port() -> int:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("limit", "message"), [(3, "cannot be written"), (40, "checkpoint of step")])
+@pytest.mark.parametrize(("limit", "message"), [(3, "cannot be written"), (50, "checkpoint of step")])
 def test_a_file_that_cannot_grow_ends_the_run_and_the_next_start_completes_it(
     world: Path, trained: Path, tmp_path: Path, limit: int, message: str
 ) -> None:
