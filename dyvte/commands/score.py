@@ -2,7 +2,7 @@
 
 Predictions: raw answers as jsonl ({"question_id", "prediction"} or LLaVA's {"question_id", "text"}), or the
 benchmark's submission format, compared as it stands (docs/benchmarks.md lists them). Every question must have
-a prediction.
+a prediction; images need not be there (MME's release layout excepted).
 
   dyvte score gqa --data /data/gqa --predictions results/gqa/never/predictions.jsonl
   dyvte score pope --data /data/pope --predictions answers.jsonl --dialect all
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from dyvte.evaluation.base import get_benchmark
 
     benchmark = get_benchmark(args.benchmark)
-    questions = benchmark.load(args.data)
+    questions = benchmark.load(args.data, images=False)
     predictions = benchmark.read_predictions(args.predictions, questions)
     wanted = benchmark.dialects if args.dialect == "all" else (args.dialect,)
     scores = {dialect: benchmark.score(questions, predictions, dialect) for dialect in wanted}

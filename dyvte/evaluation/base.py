@@ -90,8 +90,9 @@ class Benchmark(Protocol):
     expected_tree: str
     dialects: tuple[str, ...]
 
-    def load(self, root: Path, limit: int | None = None) -> list[Question]:
-        """Read the questions below ``root``; ``limit`` keeps about that many, whole images where paired."""
+    def load(self, root: Path, limit: int | None = None, *, images: bool = True) -> list[Question]:
+        """Read the questions below ``root``; ``limit`` keeps about that many, whole images where paired;
+        without ``images`` their files need not be there."""
         ...
 
     def prompt(self, question: Question, suffix: str | None = None) -> str:

@@ -27,8 +27,9 @@ class Video:
         return self.path.name
 
 
-def find_video(folders: Sequence[Path], name: str) -> Video | None:
-    """The first there is of ``<folder>/<name>/`` (frames) and ``<folder>/<name>.<extension>``."""
+def find_video(folders: Sequence[Path], name: str) -> Video:
+    """The first there is of ``<folder>/<name>/`` (frames) and ``<folder>/<name>.<extension>``; where there is
+    none, a video whose path does not exist."""
     if not name or "/" in name or "\\" in name or name in (".", ".."):
         raise DataError(f"{name!r} is no video name: expected a name without folders")
     for folder in folders:
@@ -38,7 +39,7 @@ def find_video(folders: Sequence[Path], name: str) -> Video | None:
             for candidate in (folder / f"{name}{extension}", folder / f"{name}{extension.upper()}"):
                 if candidate.is_file():
                     return Video(candidate)
-    return None
+    return Video(folders[0] / name)
 
 
 def uniform_indices(num_there: int, num_wanted: int) -> list[int]:

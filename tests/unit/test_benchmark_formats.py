@@ -144,6 +144,28 @@ def test_a_missing_video_is_named(tmp_path, name):
         get_benchmark(name).load(root)
 
 
+@pytest.mark.parametrize("name", [name for name in IMAGES if name != "mme"] + ["videomme", "tgifqa"])
+def test_scoring_needs_no_images(tmp_path, name):
+    import shutil
+
+    benchmark = get_benchmark(name)
+    root = write_benchmark(tmp_path, name, next(iter(WRITERS[name])))
+    questions = benchmark.load(root)
+    for folder in ("images", "val2014", "SEED-Bench-image", "train_images", "abc_images", "frames", "mp4"):
+        shutil.rmtree(root / folder, ignore_errors=True)
+    with pytest.raises(DataError, match="lacks"):
+        benchmark.load(root)
+    predictions = Predictions({q.id: "yes" for q in questions})
+    bare = benchmark.load(root, images=False)
+    assert benchmark.score(bare, predictions) == benchmark.score(questions, predictions)
+
+
+def test_a_limit_checks_only_the_images_of_the_questions_kept(tmp_path):
+    root = write_benchmark(tmp_path, "gqa", "release")
+    (root / "images" / "n2.png").unlink()
+    assert [q.id for q in get_benchmark("gqa").load(root, limit=2)] == ["000", "001"]
+
+
 def _repeat_first(path, key=None):
     content = json.loads(path.read_text())
     rows = content if key is None else content[key]

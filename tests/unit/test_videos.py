@@ -56,7 +56,7 @@ def test_videos_are_found_by_name_and_never_outside(tmp_path):
     folders = [tmp_path / "frames", tmp_path / "data"]
     assert find_video(folders, "x") == Video(tmp_path / "frames" / "x")
     assert find_video(folders[1:], "x") == Video(tmp_path / "data" / "x.MP4")
-    assert find_video(folders, "y") is None
+    assert not find_video(folders, "y").path.exists()
     for name in ("../frames", "", ".."):
         with pytest.raises(DataError, match="no video name"):
             find_video(folders, name)

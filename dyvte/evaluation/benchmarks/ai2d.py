@@ -70,8 +70,6 @@ class AI2D(StandardBenchmark):
                 kind = "letters" if entry.get("abcLabel") else "text"
                 row = (entry["questionId"], image, content["imageName"], text, options, answer, kind)
                 questions.append(_question(*row))
-        plain.check()
-        lettered_images.check()
         return questions
 
     def _table(self, root: Path) -> list[Question] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,8 +59,17 @@ class StandardBenchmark:
         """What each question is worth; all are there and all have a gold answer."""
         raise NotImplementedError
 
-    def load(self, root: Path, limit: int | None = None) -> list[Question]:
-        """Read the questions; ``root`` is a folder of one of the formats, or the question file itself.
+    def load(self, root: Path, limit: int | None = None, *, images: bool = True) -> list[Question]:
+        """Read the questions.
+
+        Parameters
+        ----------
+        root
+            A folder of one of the formats, or the question file itself.
+        limit
+            Keep about that many questions.
+        images
+            Check that the images and videos of the questions kept are there; scoring needs none.
 
         Raises
         ------
@@ -82,7 +92,10 @@ class StandardBenchmark:
         without = [q.id for q in questions if q.answer is None]
         if without and len(without) < len(questions):
             raise DataError(f"{root}: {len(without)} questions have no gold answer: {name_some(without)}")
-        return self.limited(questions, limit)
+        kept = self.limited(questions, limit)
+        if images:
+            _refuse_missing_files(kept, root)
+        return kept
 
     def limited(self, questions: list[Question], limit: int | None) -> list[Question]:
         """The first ``limit`` questions."""
@@ -164,6 +177,19 @@ class StandardBenchmark:
     def submission(self, questions: Sequence[Question], predictions: Predictions) -> Any:
         """The content of the submission file."""
         return [{"question_id": q.id, "answer": predictions.texts[q.id].strip()} for q in questions]
+
+
+def _refuse_missing_files(questions: Sequence[Question], root: Path) -> None:
+    """Raise DataError naming images and videos that are not there."""
+    base = root if root.is_dir() else root.parent
+    paths = {path: None for q in questions for path in q.images if isinstance(path, Path)}
+    missing = [str(os.path.relpath(path, base)) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"{base} lacks {len(missing)} images: {name_some(missing)}")
+    videos = {q.video: None for q in questions if q.video is not None}
+    lost = [video.name for video in videos if not video.path.exists()]
+    if lost:
+        raise DataError(f"{base} lacks {len(lost)} videos or folders of frames: {name_some(lost)}")
 
 
 def ungraded(why: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 from dyvte.data.images import image_path
 from dyvte.data.samples import Unusable
 from dyvte.errors import DataError
-from dyvte.evaluation.base import name_some
 from dyvte.evaluation.tables import Row, read_table
 
 
@@ -60,17 +59,16 @@ def need(row: Mapping[str, Any], keys: Iterable[str], where: Path, number: int) 
 
 
 class ImageFolder:
-    """Images by the names that data gives; a name that leads out of the folder is refused, missing files are
-    collected and named together by :meth:`check`."""
+    """Images by the names that data gives. A name that leads out of the folder is refused; whether a file is
+    there is checked for the questions that are kept, by :meth:`.common.StandardBenchmark.load`."""
 
     def __init__(self, folder: Path, extensions: Sequence[str] = ("",)) -> None:
         self.folder = Path(folder)
         self.extensions = extensions
-        self.missing: dict[str, None] = {}
         self._known: dict[str, Path] = {}
 
     def __getitem__(self, name: str) -> Path:
-        """The file of that name, with one of the extensions."""
+        """The file of that name with the first of the extensions that exists."""
         if name not in self._known:
             self._known[name] = self._find(name)
         return self._known[name]
@@ -80,14 +78,7 @@ class ImageFolder:
             path = image_path(self.folder, name)
         except Unusable as problem:
             raise DataError(str(problem)) from problem
-        for extension in self.extensions:
-            candidate = path.with_name(path.name + extension)
-            if candidate.is_file():
-                return candidate
-        self.missing[name] = None
-        return path
-
-    def check(self) -> None:
-        """Raise DataError naming the images that were asked for and are not there."""
-        if self.missing:
-            raise DataError(f"{self.folder} lacks {len(self.missing)} images: {name_some(self.missing)}")
+        candidates = [path.with_name(path.name + extension) for extension in self.extensions]
+        if len(candidates) == 1:
+            return candidates[0]
+        return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])

@@ -29,7 +29,7 @@ from dyvte.evaluation.base import (
     read_raw_predictions,
 )
 from dyvte.evaluation.benchmarks.common import StandardBenchmark
-from dyvte.evaluation.benchmarks.files import find_file, need, table_rows
+from dyvte.evaluation.benchmarks.files import find_file, find_folder, need, table_rows
 
 QUESTIONS_FILE = "testdev_balanced_questions.json"
 LLAVA_FILE = "llava_gqa_testdev_balanced.jsonl"
@@ -64,7 +64,10 @@ class GQA(StandardBenchmark):
             return None
         images = {str(row["id"]): row["image"] for row in pictures}
         entries = [(str(row["id"]), row) for row in rows]
-        _refuse_bad_entries(entries, root / "testdev_balanced_instructions", images, "the image table")
+        _refuse_bad_entries(entries, root / "testdev_balanced_instructions")
+        without = sorted({str(entry["imageId"]) for _, entry in entries} - images.keys())
+        if without:
+            raise DataError(f"{root}: the image table lacks {len(without)} images: {name_some(without)}")
         return [_question(identity, entry, images[str(entry["imageId"])]) for identity, entry in entries]
 
     def _table(self, root: Path) -> list[Question] | None:
@@ -79,27 +82,23 @@ class GQA(StandardBenchmark):
         return questions
 
     def _release(self, root: Path) -> list[Question]:
-        path = self._find(root, _QUESTION_FOLDERS, QUESTIONS_FILE, f"no {QUESTIONS_FILE}")
-        folder = self._find(root, _IMAGE_FOLDERS, "", "no images/ folder")
+        path = find_file(root, *(f"{folder}/{QUESTIONS_FILE}" for folder in _QUESTION_FOLDERS))
+        if path is None:
+            raise layout_error("GQA", root, f"no {QUESTIONS_FILE}", self.expected_tree)
+        folder = find_folder(root, *_IMAGE_FOLDERS)
         entries = read_json(path, unique_keys=True)
         if not isinstance(entries, dict) or not entries:
             raise layout_error(
                 "GQA", root, f"{path.name} is not a dictionary of questions", self.expected_tree
             )
         chosen = _chosen_by_llava(find_file(root, LLAVA_FILE), entries, path)
+        _refuse_bad_entries(chosen, path)
         files = _image_files(folder)
-        _refuse_bad_entries(chosen, path, files, folder)
         return [
-            _question(question_id, entry, folder / files[str(entry["imageId"])])
+            _question(question_id, entry, folder / files.get(image_id, f"{image_id.replace('/', ':')}.jpg"))
             for question_id, entry in chosen
+            for image_id in (str(entry["imageId"]),)
         ]
-
-    def _find(self, root: Path, folders: Sequence[str], name: str, problem: str) -> Path:
-        for candidate in (root / folder / name for folder in folders):
-            if candidate.is_file() if name else candidate.is_dir():
-                return candidate
-        problem = problem if root.exists() else "the folder does not exist"
-        raise layout_error("GQA", root, problem, self.expected_tree)
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
         """Read answer equals gold."""
@@ -165,6 +164,8 @@ class GQA(StandardBenchmark):
 def _image_files(folder: Path) -> dict[str, str]:
     """Image id -> file name; ids are matched against the folder's own listing, so none can point outside."""
     files: dict[str, str] = {}
+    if not folder.is_dir():
+        return files
     for path in sorted(
         folder.iterdir(),
         key=lambda p: (
@@ -194,18 +195,13 @@ def _chosen_by_llava(path: Path | None, entries: Mapping[str, Any], where: Path)
     return [(question_id, entries[question_id]) for question_id in ids]
 
 
-def _refuse_bad_entries(
-    entries: Sequence[tuple[str, Any]], path: Path, files: Mapping[str, Any], folder: Path | str
-) -> None:
+def _refuse_bad_entries(entries: Sequence[tuple[str, Any]], path: Path) -> None:
     needed = ("question", "imageId", "answer", "types")
     for key in needed:
         lacking = [i for i, entry in entries if not isinstance(entry, dict) or key not in entry]
         if lacking:
             what = "gold answer" if key == "answer" else repr(key)
             raise DataError(f"{path}: {len(lacking)} questions have no {what}: {name_some(lacking)}")
-    missing = sorted({str(entry["imageId"]) for _, entry in entries} - files.keys())
-    if missing:
-        raise DataError(f"{folder} lacks {len(missing)} images: {name_some(missing)}")
 
 
 def _question(question_id: str, entry: Mapping[str, Any], image: Any) -> Question:

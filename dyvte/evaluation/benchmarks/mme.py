@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError, ScoreError
 from dyvte.evaluation.base import (
-    IMAGE_EXTENSIONS,
     Predictions,
     Question,
     count_unknown,
@@ -28,24 +27,19 @@ from dyvte.evaluation.base import (
 )
 from dyvte.evaluation.benchmarks.common import StandardBenchmark, joined_by_prompt, strip_suffix
 from dyvte.evaluation.benchmarks.files import find_file, need, table_rows
+from dyvte.evaluation.benchmarks.mme_release import (
+    COGNITION,
+    PERCEPTION,
+    SUBTASKS,
+    file_name,
+    read_pair,
+    read_results,
+    subtask_images,
+    subtask_names,
+)
 from dyvte.evaluation.benchmarks.yes_no import yes_no_words
 
 LLAVA_FILE = "llava_mme.jsonl"
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-SUBTASKS = PERCEPTION + COGNITION
-
 _ROOT_LEVELS = (
     ".",
     "MME_Benchmark",
@@ -79,7 +73,7 @@ class MME(StandardBenchmark):
         """Tables; then the release, whose reader says what is missing from it."""
         return self._table, self._release
 
-    def load(self, root: Path, limit: int | None = None) -> list[Question]:
+    def load(self, root: Path, limit: int | None = None, *, images: bool = True) -> list[Question]:
         """Read every subtask present; ``limit`` keeps the first ``limit // 2`` images, spread over subtasks.
 
         Raises
@@ -88,7 +82,7 @@ class MME(StandardBenchmark):
             Another layout (the expected tree is shown), a subtask nobody knows, an image without exactly two
             questions, a gold answer that is not Yes or No, missing images.
         """
-        return super().load(root, limit)
+        return super().load(root, limit, images=images)
 
     def limited(self, questions: list[Question], limit: int | None) -> list[Question]:
         """Whole images, spread over the subtasks."""
@@ -104,9 +98,9 @@ class MME(StandardBenchmark):
         folder = self._data_folder(root if root.is_dir() else root.parent)
         questions = [
             question
-            for name in _subtask_names(folder)
-            for text_file, image in _subtask_images(folder / name)
-            for question in _pair(text_file, image)
+            for name in subtask_names(folder)
+            for text_file, image in subtask_images(folder / name)
+            for question in read_pair(text_file, image)
         ]
         return _chosen_by_llava(find_file(root, LLAVA_FILE, f"../{LLAVA_FILE}"), questions)
 
@@ -122,7 +116,7 @@ class MME(StandardBenchmark):
 
     def _data_folder(self, root: Path) -> Path:
         for candidate in (root / level for level in _ROOT_LEVELS):
-            if candidate.is_dir() and any(_subtask_names(candidate)):
+            if candidate.is_dir() and any(subtask_names(candidate)):
                 return candidate
         raise layout_error("MME", root, "no subtask folder with question files", self.expected_tree)
 
@@ -183,7 +177,7 @@ class MME(StandardBenchmark):
         ``<subtask>.txt`` results."""
         path = Path(path)
         if path.is_dir():
-            return _read_results(path, questions)
+            return read_results(path, questions)
         joined = joined_by_prompt(path, questions, lambda q: (q.image_id, _plain(q.text)))
         return joined if joined is not None else read_raw_predictions(path)
 
@@ -198,7 +192,7 @@ class MME(StandardBenchmark):
         for q in questions:
             answer = predictions.texts[q.id]
             answer = answer if predictions.converted else _one_line(answer)
-            lines[q.kind].append(f"{_file_name(q)}\t{q.text}\t{q.answer}\t{answer}\n")
+            lines[q.kind].append(f"{file_name(q)}\t{q.text}\t{q.answer}\t{answer}\n")
         for name, rows in lines.items():
             (results / f"{name}.txt").write_text("".join(rows), encoding="utf-8", newline="\n")
         return results
@@ -228,10 +222,6 @@ def _one_line(text: str) -> str:
 
 def _plain(text: str) -> str:
     return _YES_NO_REQUEST.sub("", text)
-
-
-def _file_name(question: Question) -> str:
-    return question.image_id.rsplit("/", 1)[-1]
 
 
 def _odd_pairs(questions: Sequence[Question]) -> str:
@@ -298,43 +288,6 @@ def _num_with_breaks(questions: Sequence[Question], predictions: Predictions) ->
     return sum(1 for q in questions if _LINE_BREAKS.search(predictions.texts[q.id].strip()))
 
 
-def _question_files(folder: Path) -> tuple[list[Path], Path]:
-    """Question files of a subtask and where its images lie."""
-    split = folder / "questions_answers_YN"
-    if split.is_dir():
-        return sorted(split.glob("*.txt")), folder / "images"
-    return sorted(folder.glob("*.txt")), folder
-
-
-def _subtask_names(folder: Path) -> list[str]:
-    names = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and not path.name.startswith((".", "_")) and _question_files(path)[0]
-    ]
-    known = [name for name in SUBTASKS if name in names]
-    unknown = [name for name in names if name not in SUBTASKS and name != "eval_tool"]
-    if known and unknown:
-        raise DataError(f"{folder}: not subtasks of MME: {name_some(unknown)}; known: {', '.join(SUBTASKS)}")
-    return known
-
-
-def _subtask_images(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """(question file, image) pairs of one subtask, sorted by name."""
-    text_files, image_folder = _question_files(folder)
-    found = {}
-    if image_folder.is_dir():
-        for path in sorted(image_folder.iterdir()):
-            if path.suffix.lower() in IMAGE_EXTENSIONS:
-                found.setdefault(path.stem, path)
-    missing = [path.stem for path in text_files if path.stem not in found]
-    if missing:
-        raise DataError(
-            f"{image_folder} lacks images for {len(missing)} question files: {name_some(missing)}"
-        )
-    yield from ((path, found[path.stem]) for path in text_files)
-
-
 def _spread(images: list[list[Any]], num_images: int) -> list[list[Any]]:
     """The first images of every subtask in turn, ``num_images`` in all."""
     if num_images < 1:
@@ -348,60 +301,3 @@ def _spread(images: list[list[Any]], num_images: int) -> list[list[Any]]:
                 num_images -= 1
         turn += 1
     return kept
-
-
-def _pair(text_file: Path, image: Path) -> list[Question]:
-    try:
-        lines = [line.strip("\r") for line in text_file.read_text(encoding="utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{text_file} is not UTF-8 text: {error}") from error
-    lines = [line for line in lines if line.strip()]
-    if len(lines) != 2:
-        raise DataError(f"{text_file}: {len(lines)} questions, expected two (acc+ is over pairs)")
-    subtask = _subtask_of(text_file)
-    return [
-        _parse_line(line, number, text_file, image, subtask) for number, line in enumerate(lines, start=1)
-    ]
-
-
-def _subtask_of(text_file: Path) -> str:
-    parent = text_file.parent
-    return parent.parent.name if parent.name == "questions_answers_YN" else parent.name
-
-
-def _parse_line(line: str, number: int, text_file: Path, image: Path, subtask: str) -> Question:
-    text, tab, answer = line.rstrip().rpartition("\t")
-    if not tab or answer.strip().lower() not in ("yes", "no"):
-        raise DataError(f"{text_file}, line {number}: expected question<TAB>Yes|No, found {line!r}")
-    name = f"{subtask}/{image.name}"
-    return Question(
-        id=f"{name}#{number}",
-        image=image,
-        text=text,
-        answer=answer.strip().capitalize(),
-        image_id=name,
-        kind=subtask,
-    )
-
-
-def _read_results(folder: Path, questions: Sequence[Question]) -> Predictions:
-    """Join official result lines by (subtask, file name, question)."""
-    ids = {(q.kind, _file_name(q), q.text): q.id for q in questions}
-    texts: dict[str, str] = {}
-    for name in sorted({q.kind for q in questions}):
-        path = folder / f"{name}.txt"
-        if not path.is_file():
-            raise ScoreError(f"{folder} has no results for subtask {name}: expected {path.name}")
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-            if not line:
-                continue
-            columns = line.split("\t")
-            if len(columns) != 4:
-                raise ScoreError(f"{path}, line {number}: {len(columns)} columns, expected 4")
-            question_id = ids.get((name, columns[0], columns[1]))
-            if question_id is None:
-                raise ScoreError(f"{path}, line {number}: no such question: {columns[0]} {columns[1]!r}")
-            if question_id in texts:
-                raise ScoreError(f"{path}, line {number}: a second prediction for question {question_id!r}")
-            texts[question_id] = columns[3]
-    return Predictions(texts, converted=True)

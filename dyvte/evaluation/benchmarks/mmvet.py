@@ -55,7 +55,6 @@ class MMVet(StandardBenchmark):
                     identity, images[entry["imagename"]], entry["imagename"], entry, entry["capability"]
                 )
             )
-        images.check()
         return questions
 
     def _llava(self, root: Path) -> list[Question] | None:
@@ -69,7 +68,6 @@ class MMVet(StandardBenchmark):
             entry = {"question": row["text"], "answer": None}
             image = images[row["image"]]
             questions.append(_question(f"v1_{row['question_id']}", image, row["image"], entry, []))
-        images.check()
         return questions
 
     def _table(self, root: Path) -> list[Question] | None:

@@ -60,7 +60,6 @@ class POPE(StandardBenchmark):
                     row["question_id"], images[row["image"]], row["image"], text, label, [row["category"]]
                 )
             )
-        images.check()
         return questions
 
     def _release(self, root: Path) -> list[Question] | None:
@@ -68,7 +67,7 @@ class POPE(StandardBenchmark):
         if not labels:
             return None
         images = ImageFolder(find_folder(root, "val2014", "images", "../val2014"))
-        questions = [
+        return [
             _question(
                 f"{category}/{row['question_id']}",
                 images[row["image"]],
@@ -80,8 +79,6 @@ class POPE(StandardBenchmark):
             for category, path in labels.items()
             for _, row in _rows(path, category)
         ]
-        images.check()
-        return questions
 
     def _table(self, root: Path) -> list[Question] | None:
         rows = table_rows(root, ("POPE.tsv", "*.tsv"), ("data/test-*.parquet", "Full/*.parquet", "*.parquet"))

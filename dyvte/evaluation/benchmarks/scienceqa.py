@@ -66,7 +66,6 @@ class ScienceQA(StandardBenchmark):
             text = texts.get(str(pid)) if texts is not None else None
             image = images[f"{pid}/{problem['image']}"]
             questions.append(_question(str(pid), image, f"{pid}", problem, text))
-        images.check()
         return questions
 
     def _table(self, root: Path) -> list[Question] | None:

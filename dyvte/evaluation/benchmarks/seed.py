@@ -60,7 +60,6 @@ class SEED(StandardBenchmark):
             kind = kinds.get(entry.get("question_type_id"), "")
             text = texts.get(str(entry["question_id"])) if texts is not None else None
             questions.append(_question(entry, image, str(entry["data_id"]), kind, text))
-        images.check()
         return questions
 
     def _table(self, root: Path) -> list[Question] | None:

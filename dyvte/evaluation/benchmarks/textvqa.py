@@ -71,7 +71,6 @@ class TextVQA(StandardBenchmark):
                     continue  # LLaVA's file chooses the questions; _llava_texts refuses what is not there
             image = images[entry["image_id"]]
             questions.append(_question(entry, image, entry["image_id"], text, entry.get("answers")))
-        images.check()
         if texts is not None and len(questions) < len(texts):
             raise DataError(f"{path}: {len(texts) - len(questions)} of LLaVA's questions have no gold answer")
         return questions

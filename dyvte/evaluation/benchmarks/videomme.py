@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError
-from dyvte.evaluation.base import LETTER_SUFFIX, Predictions, Question, name_some, percent, read_json
+from dyvte.evaluation.base import LETTER_SUFFIX, Predictions, Question, percent, read_json
 from dyvte.evaluation.benchmarks.choices import lmms_letter, parse_list
 from dyvte.evaluation.benchmarks.common import StandardBenchmark, breakdown
 from dyvte.evaluation.benchmarks.files import find_file, need, table_rows
@@ -156,18 +156,13 @@ def _video_id(video: Mapping[str, Any]) -> str:
 
 def _questions(rows: Sequence[Mapping[str, Any]], where: Path) -> list[Question]:
     base = where.parent if where.is_file() else where
-    folders = [base / name for name in _FOLDERS if (base / name).is_dir()]
-    questions, missing = [], {}
+    folders = [base / name for name in _FOLDERS]
+    questions = []
     for number, row in enumerate(rows):
         need(row, ("question", "answer"), where, number)
         name = str(row.get("videoID") or row.get("video") or "")
         video = find_video(folders, name)
-        if video is None:
-            missing[name] = None
-            continue
         questions.append(_question(row, number, name, video))
-    if missing:
-        raise DataError(f"{base} lacks {len(missing)} videos or folders of frames: {name_some(missing)}")
     return questions
 
 

@@ -74,7 +74,6 @@ class VQAv2(StandardBenchmark):
             name = f"COCO_{folder}_{int(entry['image_id']):012d}.jpg"
             gold = None if annotations is None else annotations.get(str(entry["question_id"]))
             questions.append(_question(entry["question_id"], images[name], name, entry["question"], gold))
-        images.check()
         return questions
 
     def _llava(self, root: Path) -> list[Question] | None:
@@ -89,7 +88,6 @@ class VQAv2(StandardBenchmark):
             questions.append(
                 _question(row["question_id"], image, row["image"], strip_suffix(row["text"]), None)
             )
-        images.check()
         return questions
 
     def _table(self, root: Path) -> list[Question] | None:
