@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train gates against the un-pruned backbone"),
     "calibrate": ("calibrate", "choose the threshold for a compute budget or a bounded risk"),
     "search-k": ("search_k", "VTW's fixed layer K by KL"),
+    "search-plan": ("search_plan", "exit policy and reductions for a compute budget"),
     "eval": ("eval", "run benchmarks with one or several exit policies"),
     "score": ("score", "score a predictions file, no model needed"),
     "report": ("report", "make a page of runs: tables, plots, examples"),

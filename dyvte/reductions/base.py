@@ -133,6 +133,10 @@ class Reduction:
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise where this reduction cannot serve this very backbone."""
 
+    def tokens_left(self, visual_BL: Tensor) -> Tensor:
+        """(B, L) visual tokens that each layer processes, of those that would come to it: for cost alone."""
+        return visual_BL
+
     def start(self, rows: TokenRows) -> ReductionPlan:
         """The plan for one prefill."""
         raise NotImplementedError
@@ -154,9 +158,13 @@ def check_layer(name: str, layer: int, num_layers: int) -> None:
 
 def top_share(scores_BN: Tensor, among_BN: Tensor, share: float) -> Tensor:
     """(B, N) bool: the best floor(share * n) of each row's n tokens `among_BN`; of equals the earlier."""
-    # A share such as 1 - 0.9 of 10 tokens is one token, whatever the binary fraction says.
-    num_B1 = (among_BN.sum(1, keepdim=True).double() * share + 1e-9).floor().to(scores_BN.device)
+    num_B1 = floor_share(among_BN.sum(1, keepdim=True), share).to(scores_BN.device)
     scores_BN = scores_BN.masked_fill(~among_BN.to(scores_BN.device), -torch.inf)
     order_BN = torch.argsort(scores_BN, dim=1, descending=True, stable=True)
     is_kept_BN = torch.arange(scores_BN.shape[1], device=scores_BN.device) < num_B1
     return torch.zeros_like(is_kept_BN).scatter(1, order_BN, is_kept_BN).cpu() & among_BN
+
+
+def floor_share(count: Tensor, share: float) -> Tensor:
+    """floor(share * count), int64; a share such as 1 - 0.9 of 10 is 1, whatever the binary fraction says."""
+    return (count.double() * share + 1e-9).floor().long()

@@ -10,7 +10,7 @@ import re
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import Reduction, ReductionPlan, TokenRows, check_layer, top_share
+from .base import Reduction, ReductionPlan, TokenRows, check_layer, floor_share, top_share
 
 
 class FastVPlan(ReductionPlan):
@@ -76,6 +76,12 @@ class FastV(Reduction):
     def check(self, num_layers: int) -> None:
         """Raise where the backbone has no layer behind K."""
         check_layer(self.name, self.layer, num_layers)
+
+    def tokens_left(self, visual_BL: Tensor) -> Tensor:
+        """(B, L): the share R is gone behind layer K."""
+        left_BL = visual_BL.clone()
+        left_BL[:, self.layer :] = floor_share(visual_BL[:, self.layer :], 1 - self.ratio)
+        return left_BL
 
     def start(self, rows: TokenRows) -> FastVPlan:
         """The plan for one prefill."""

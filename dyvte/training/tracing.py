@@ -81,6 +81,11 @@ def search_k(cfg: TrainConfig, **search: Any) -> LayerSearch:
     return search_exit_layer(model, batches, exits_per_chunk=cfg.teacher.exits_per_chunk, **search)
 
 
+def open_model(cfg: TrainConfig) -> Any:
+    """The configured backbone on this machine's device."""
+    return open_backbone(cfg.model, _device(0))[0]
+
+
 def visual_profile(cfg: TrainConfig) -> VisualProfile:
     """What heads and neurons do with the visual tokens of the configured data."""
     model, processor = open_backbone(cfg.model, _device(0))

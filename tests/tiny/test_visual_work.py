@@ -266,10 +266,10 @@ def test_the_profile_is_what_the_eager_model_shows():
         eager = build(family, "eager")[0]
         profile = measure_profile(model, [inputs])
         assert model.get_decoder().config._attn_implementation == "sdpa"
-        seen = {}
+        seen: dict[int, torch.Tensor] = {}
         handles = [
             layer.mlp.down_proj.register_forward_pre_hook(
-                lambda module, args, index=index: seen.update({index: args[0]})
+                lambda module, args, index=index, seen=seen: seen.update({index: args[0]})
             )
             for index, layer in enumerate(eager.get_decoder().layers)
         ]

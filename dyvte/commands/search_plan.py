@@ -1,0 +1,77 @@
+"""Choose an exit policy and reductions for a budget of visual compute, by held-out risk on calibration data.
+
+Each combination of reductions is traced once, against the un-pruned model; every fixed layer and every
+threshold of the gates is judged from that. The same command started again goes on where it stopped. Written
+to --output: plans.json, plans.md, plans.png, and the traces.
+
+  dyvte calibrate --reduction yopo --config configs/embedded.yaml \\
+      --data_path data/scenes/instruct/train.json --output runs/profile
+  dyvte search-plan --config configs/embedded.yaml --data_path data/scenes/instruct/calibration.json \\
+      --gates runs/quickstart/seed0/gates --profile runs/profile --budget 0.5 --budget 0.33 \\
+      --output runs/plans
+
+The choice is then asked for by name: dyvte eval --policy fixed:6 --reduction fastv:2:0.5 ...
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dyvte search-plan``."""
+    parser.add_argument(
+        "--budget",
+        type=float,
+        action="append",
+        required=True,
+        help="share of the full model's visual compute; several",
+    )
+    parser.add_argument("--gates", help="gates checkpoint; without it fixed exits alone are tried")
+    parser.add_argument("--profile", help="folder of `dyvte calibrate --reduction yopo`")
+    parser.add_argument(
+        "--reduction",
+        action="append",
+        help="combination to try, such as fastv:2:0.5+neighbours:2; several; default: a set for the backbone",
+    )
+    parser.add_argument("--output", required=True, help="folder for traces and results")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be traced, and leave")
+    add_settings(parser, MODEL_AND_DATA)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trace, judge, choose; print the choice."""
+    import json
+    from pathlib import Path
+
+    from transformers import AutoConfig
+
+    from dyvte.backbones import describe
+    from dyvte.evaluation.cost import decoder_shape
+    from dyvte.evaluation.plan_search import combinations, search_plans
+    from dyvte.evaluation.plans import traces_of
+    from dyvte.gates import GateStack
+    from dyvte.training.tracing import open_model, trace_data
+
+    cfg = config_of(args, ["output_dir=."])
+    root = Path(args.output)
+    shape = decoder_shape(AutoConfig.from_pretrained(cfg.model.path))
+    given = args.reduction or combinations(shape.num_layers, args.profile, shape.num_heads)
+    reductions = list(dict.fromkeys(["none", *given]))
+    if args.dry_run:
+        print(f"{len(reductions)} combinations of reductions, each traced once at {shape.num_layers} exits:")
+        print("\n".join(f"  {text}" for text in reductions))
+        return 0
+    for index, text in enumerate(reductions):
+        print(f"[{index + 1}/{len(reductions)}] {text}", flush=True)
+        trace_data(
+            config_of(args, ["output_dir=.", f"teacher.reductions={json.dumps(text)}"]), traces_of(root, text)
+        )
+    gates = GateStack.from_pretrained(args.gates).eval() if args.gates else None
+    found = search_plans(describe(open_model(cfg)), root, reductions, args.budget, gates)
+    found.write(root)
+    print(found.table())
+    print(f"written: {root}")
+    return 0
