@@ -193,7 +193,7 @@ def arguments() -> argparse.Namespace:
         "--extra", nargs=argparse.REMAINDER, default=[], help="options for dyvte train --lora"
     )
     args = parser.parse_args()
-    args.output = args.output.resolve()
+    args.output, args.scenes = args.output.resolve(), args.scenes.resolve()
     return args
 
 
