@@ -45,7 +45,7 @@ def command(world: Path, output: Path, processes: int, *program: str) -> list[st
 
 def start(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        words, cwd=cwd, env=environment(), timeout=LIMIT_SECONDS, capture_output=True, text=True
+        words, cwd=cwd, env=environment(), timeout=2 * LIMIT_SECONDS, capture_output=True, text=True
     )
 
 
