@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyvte.calibration import visual_compute
 from dyvte.evaluation.bootstrap import paired_bootstrap
 from dyvte.evaluation.curves import OperatingPoints, compute_to_reach
 from dyvte.evaluation.report import markdown_table
 from dyvte.evaluation.scenes import TracedScenes
-from dyvte.evaluation.trace_compare import spread
+from dyvte.evaluation.trace_compare import first_safe_layer, spread
 
 BUDGETS = tuple(float(b) for b in np.linspace(0.25, 0.85, 8))
 """Shares of the full model's visual compute."""
@@ -126,6 +127,11 @@ def _compute_needed(
     for rule in rules:
         computes = [needed(points_at(budget)) for points_at in rule.seeds]
         found[rule.name] = {**spread(computes), "over_oracle": float(np.mean(computes)) / base}
+    # What hindsight would spend to keep every answer: leaving where all later exits agree, and a layer later.
+    safe_B = first_safe_layer(test.trace.same_answer)
+    for name, late in (("hindsight", 0), ("hindsight_one_layer_late", 1)):
+        exits_B = (safe_B + late).clamp(max=test.num_layers)
+        found[name] = visual_compute(exits_B, test.trace.num_visual, test.num_layers)
     return found
 
 
@@ -180,6 +186,9 @@ def budget_markdown(report: Mapping[str, Any]) -> str:
             ),
             f"Visual compute at which {needed['target']:.0%} of the answers stay the same:",
             markdown_table(["rule", "visual compute", "over oracle"], spent),
+            "In hindsight, leaving at the first layer from which all exits give the full model's answer spends "
+            f"{needed['hindsight']:.1%} and keeps every answer; leaving one layer after it "
+            f"{needed['hindsight_one_layer_late']:.1%}.",
         ]
     )
 

@@ -21,6 +21,7 @@ DOCUMENTS = [
     "docs/runtime.md",
     "docs/training.md",
     "docs/gates.md",
+    "docs/budgets.md",
 ]
 # scripts that are thin entry points -> the command whose options they take
 ENTRY_POINTS = {

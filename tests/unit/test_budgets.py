@@ -90,6 +90,8 @@ def test_compute_at_99_percent_is_interpolated_on_both_curves(scenes):
     assert needed["ours"]["mean"] == pytest.approx(0.1 + 0.5 * 0.99)
     assert needed["ours"]["over_oracle"] == pytest.approx(needed["ours"]["mean"] / needed["oracle"])
     assert 0.4 < needed["oracle"] <= 0.5
+    # Ready after 2 or 8 of 10 layers.
+    assert (needed["hindsight"], needed["hindsight_one_layer_late"]) == pytest.approx((0.5, 0.6))
 
 
 def test_a_rule_may_be_tuned_for_each_budget(scenes):
