@@ -186,8 +186,8 @@ def budget_markdown(report: Mapping[str, Any]) -> str:
             ),
             f"Visual compute at which {needed['target']:.0%} of the answers stay the same:",
             markdown_table(["rule", "visual compute", "over oracle"], spent),
-            "In hindsight, leaving at the first layer from which all exits give the full model's answer spends "
-            f"{needed['hindsight']:.1%} and keeps every answer; leaving one layer after it "
+            "In hindsight, leaving at the first layer from which all exits give the full model's answer "
+            f"spends {needed['hindsight']:.1%} and keeps every answer; leaving one layer after it "
             f"{needed['hindsight_one_layer_late']:.1%}.",
         ]
     )
