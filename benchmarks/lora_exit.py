@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -56,7 +57,7 @@ def main() -> None:
             *("-m", "dyvte", "train", "--lora", "--config", str(CONFIG), "--report_to", "none"),
             *("--data_path", str(scenes / "train.json"), "--seed", str(args.seed)),
             *("--output_dir", str(args.output / name), "--trace_dir", str(args.output / "answers")),
-            *extra, *args.extra,
+            *extra, *shlex.split(args.extra),
         )  # fmt: skip
         seconds[name] = time.perf_counter() - began
     result = judge(args, scenes / "test.json")
@@ -189,9 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=500, help="test questions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--docs", type=Path, help="rewrite lora.md, lora_exit.json and lora_exit.png there")
-    parser.add_argument(
-        "--extra", nargs=argparse.REMAINDER, default=[], help="options for dyvte train --lora"
-    )
+    parser.add_argument("--extra", default="", help="options for dyvte train --lora, in quotes")
     args = parser.parse_args()
     args.output, args.scenes = args.output.resolve(), args.scenes.resolve()
     return args

@@ -159,9 +159,10 @@ def check(family, attention, case, exits=NEVER, fastv=None):
     for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
         assert (a - b).abs().max() < 1e-4, step
     assert torch.equal(got.sequences, expected.sequences)
-    # or this proves nothing
+    # or this proves nothing; on a grid of 2 x 2 all are neighbours
     change_B = (got.logits[0] - stock).abs().amax(1)
-    assert change_B[0] > 1e-3
+    sees_all = left_out == {"radius": 1, "causal": True} and GRIDS[family][0] == [(2, 2)]
+    assert change_B[0] > 1e-3 or sees_all
     assert change_B[1] < 1e-4
 
 
