@@ -147,7 +147,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.annotate(f"{row['width_7b']}", place, (4, 5), textcoords="offset points", fontsize=8)
     axes.axvline(0.01 * parameters_7b("reference", WIDTH_7B), color="#999999", lw=0.8, ls=":")
     axes.set_xscale("log")
-    axes.set_xlabel("parameters of all gates of a 7B model (number: width; dotted: 1 % of the reference)")
+    axes.set_xlabel("gate parameters at 7B (number: width; dotted: 1 % of the reference)")
     axes.set_ylabel("mean risk over eight budgets, nats")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
