@@ -41,6 +41,7 @@ from dyvte.evaluation.records import SCORES_FILE, Answer, AnswerLog, texts
 from dyvte.evaluation.run_figures import cost_figures, same_answer
 from dyvte.evaluation.timing import PLAIN, machine, measure_generation, spread_batches
 from dyvte.files import write_atomically
+from dyvte.reductions import Reduction
 
 FULL_MODEL = "never"
 """Name of the run that is the full model's: never an exit, no reduction."""
@@ -86,8 +87,8 @@ class EvalConfig:
     limit: int | None = None
     """Ask about this many questions only (whole images where questions are paired)."""
     timing_batches: int = 3
-    """Batches on which the prefill is timed after the answers; 0 for none."""
-    timing_repeats: int = 5
+    """Batches on which every policy is timed after the answers; 0 for none."""
+    timing_repeats: int = 3
     timing_tokens: int = 8
     """Tokens generated when timed: the first gives the time to first token, the others that per token."""
     num_frames: int = 8
@@ -199,7 +200,7 @@ def run_policies(
         reference = next((a for named, a in named_answers if named.name == FULL_MODEL), None)
         results = []
         for named, log, given in zip(policies, logs, answers, strict=True):
-            scores = _scores(asker, benchmark, questions, given, reference, config)
+            scores = _scores(asker, benchmark, questions, given, reference, config, named.reductions)
             scores["timing"] = timing.get(named.name)
             scores["run"] = {**_identity_of(named, identity), "name": named.name, "backbone": config.model}
             scores["config"] = to_dict(config)
@@ -215,6 +216,8 @@ def _check_policies(asker: Asker, policies: Sequence[NamedPolicy]) -> None:
     shape = describe(asker.model)
     for named in policies:
         named.check(shape.num_layers, shape.hidden_size)
+        for reduction in named.reductions:
+            reduction.check_backbone(shape)
         gates = getattr(named.policy, "gates", None)
         trained = None if gates is None else gates.config.backbone.get("image_padding")
         check_image_padding(trained, image_padding(asker.processor), f"policy {named.name}")
@@ -294,12 +297,13 @@ def _scores(
     answers: Sequence[Answer],
     reference: Sequence[Answer] | None,
     config: EvalConfig,
+    reductions: Sequence[Reduction] = (),
 ) -> dict[str, Any]:
     scores = benchmark.score(questions, Predictions(texts(answers)), config.dialect)
     return {
         "scores": scores,
         "headline": benchmark.headline(scores),
-        **cost_figures(asker.model.config, answers),
+        **cost_figures(asker.model.config, answers, reductions),
         "same_answer_as_never": None if reference is None else same_answer(answers, reference),
     }
 

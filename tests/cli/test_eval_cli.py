@@ -90,6 +90,9 @@ def test_score_of_mme_submission_equals_evals(world, tmp_path, capsys):
         (["--set", "bach_size=3"], "did you mean 'batch_size'"),
         (["--output", "/proc/nowhere"], "cannot write to /proc/nowhere"),
         (["--policy", "never", "--policy", "never"], "given twice"),
+        (["--reduction", "fastw:2:0.5"], "reduction 'fastw:2:0.5'"),
+        (["--reduction", "fastv:4:0.5"], "fastv after layer 4: expected 1..3"),
+        (["--reduction", "none", "--reduction", ""], "reduction 'none' is given twice"),
     ],
 )
 def test_bad_input_is_said_and_ends_with_2(world, tmp_path, capsys, change, message):
