@@ -26,9 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenes", type=Path, default=Path("data/scenes/instruct"), help="instruction data")
     parser.add_argument("--work", type=Path, default=Path("runs/gate_benchmarks"), help="traces and gates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap draws")
 
 
