@@ -278,7 +278,7 @@ def check_cache(cache: Any) -> None:
         )
 
 
-def put_layer(cache: Cache, index: int, layer: ExitLayer) -> None:
+def put_layer(cache: Cache, index: int, layer: DynamicLayer) -> None:
     """Make `layer` the cache's layer `index`."""
     check_cache(cache)
     while len(cache.layers) <= index:

@@ -20,6 +20,7 @@ from .masks import decode_mask
 from .positions import check_rearrange, close_up
 from .prefill import Prefill
 from .records import Run
+from .replay import Replay
 from .streams import Layout
 from .windows import Window, layer_windows
 
@@ -34,8 +35,10 @@ class Engine:
         run: Run,
         positions: str = "keep",
         reductions: Sequence[Reduction] = (),
+        replay: Replay | None = None,
     ) -> None:
         self.backbone, self.policy, self.run, self.reductions = backbone, policy, run, reductions
+        self.replay = replay
         self.config = backbone.decoder.config
         self.windows = layer_windows(self.config, backbone.num_layers)
         self.rotary = getattr(backbone.decoder, "rotary_emb", None)

@@ -21,6 +21,7 @@ from .cache import Capture, ExitLayer, layer_bytes, put_layer, records_past
 from .masks import causal_mask, window_needs_mask
 from .positions import close_up, dropped_before
 from .records import PrefillRecord
+from .replay import Replay
 from .streams import Layout, Partition, Stream
 from .visual_work import LighterLayer, VisualTokens
 
@@ -73,6 +74,9 @@ class Prefill:
         """Layer `index` (0-based) on at most two streams, then its gate, then its reductions."""
         self.cache = kwargs.get("past_key_values")
         in_text_B, carried_BN = self._carried(index)
+        replay = self.engine.replay
+        if replay is not None and replay.takes(index):
+            return self._replayed(replay, index)
         partition = self._partition(carried_BN, in_text_B, hidden_BND.device)
         visual = self._whole(hidden_BND.device) if partition is None else partition.visual
         with contextlib.ExitStack() as around:
@@ -84,8 +88,25 @@ class Prefill:
         k = index + 1
         if self.plan.asks(k):
             self._ask(k, _hidden(output))
-        self._reduce(k, carried_BN, rows)
+        gone_B = self._reduce(k, carried_BN, rows)
+        if replay is not None:
+            replay.add(output, self.kept_BN, gone_B, rows is not None, self.cache, index)
         return output
+
+    def _replayed(self, replay: Replay, index: int) -> Any:
+        """Layer `index` as an earlier pass over the same inputs left it."""
+        step = replay.steps[index]
+        if step.cache_layer is not None and self.cache is not None:
+            put_layer(self.cache, index, replay.copied(step.cache_layer))
+        self.kept_BN = step.kept_BN
+        if step.has_scores:
+            self.score_layers.append(index + 1)
+        if step.gone_B is not None:
+            self.plan.settle(step.gone_B, index + 1)
+        # Some decoders add to what a layer returned, in place.
+        if isinstance(step.output, tuple):
+            return (step.output[0].clone(), *step.output[1:])
+        return step.output.clone()
 
     def record(self) -> PrefillRecord:
         """What happened, for the user."""
@@ -249,7 +270,8 @@ class Prefill:
         self.logits_BL[asking_B, k - 1] = logits_B[asking_B]
         self.plan.step(k, logits_B)
 
-    def _reduce(self, k: int, carried_BN: Tensor, rows: LastRow | None) -> None:
+    def _reduce(self, k: int, carried_BN: Tensor, rows: LastRow | None) -> Tensor | None:
+        """Let tokens go after layer k; (B,) bool: rows without a visual token now, None where none could."""
         scores_BN = None
         dropped = [one for one in self.reducing if k < self.num_layers and one.drops(k)]
         for one in dropped:
@@ -264,9 +286,12 @@ class Prefill:
             kept_BN[torch.arange(self.layout.batch), self.layout.last_B] = True
             self.kept_BN = self.kept_BN & (kept_BN | ~carried_BN)
             carried_BN = carried_BN & self.kept_BN
-        if dropped:
-            has_visual_B = (self.kept_BN & self.layout.spans.visual_BN).any(1)
-            self.plan.settle(self.layout.has_image_B & ~has_visual_B, k)
+        if not dropped:
+            return None
+        has_visual_B = (self.kept_BN & self.layout.spans.visual_BN).any(1)
+        gone_B = self.layout.has_image_B & ~has_visual_B
+        self.plan.settle(gone_B, k)
+        return gone_B
 
 
 def _hidden(output: Any) -> Tensor:

@@ -13,13 +13,16 @@ from typing import Any
 
 from torch import nn
 
+from .replay import Replay
+
 _METHODS = ("get_image_features", "get_video_features")
 
 
 class VisionCalls:
     """Listens to the methods of a model that encode images; `undo` holds what takes the listening away."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], replay: Replay | None = None) -> None:
+        self._replay = replay
         self._given: dict[str, Any] = {}
         self._is_read = False
         self.undo: list[Callable[[], None]] = []
@@ -45,7 +48,9 @@ class VisionCalls:
                 self._given, self._is_read = {}, False
             given = signature.bind_partial(*args, **kwargs).arguments
             self._given.update({key: value for key, value in given.items() if value is not None})
-            return stock(*args, **kwargs)
+            if self._replay is None:
+                return stock(*args, **kwargs)
+            return self._replay.encoded((id(module), name), lambda: stock(*args, **kwargs))
 
         # The instance's own name for it hides the class's until it is deleted.
         object.__setattr__(module, name, heard)

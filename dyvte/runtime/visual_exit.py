@@ -22,6 +22,7 @@ from .cache import check_cache, holds_exits
 from .engine import Engine
 from .positions import check_choice
 from .records import Run
+from .replay import Replay
 from .streams import Layout
 from .vision_calls import VisionCalls
 
@@ -94,6 +95,8 @@ class VisualExit:
         )
         self.gates, self.config = gates, stored
         self.allow_transfer, self.visual_token_ids = allow_transfer, visual_token_ids
+        # Set where many exits of the same inputs are asked for, one after the other.
+        self.replay: Replay | None = None
         if gates is None or self.mode == "fixed":
             self.policy: Policy = FixedPolicy(self.fallback)
         else:
@@ -159,9 +162,12 @@ class ExitSession:
         self.exits.policy.to(next(backbone.decoder.parameters()).device)
         self.run = Run(transferred)
         self.backbone = backbone
+        exits = self.exits
         self.engine = Engine(
-            backbone, self.exits.policy, self.run, self.exits.positions, self.exits.reductions
+            backbone, exits.policy, self.run, exits.positions, exits.reductions, exits.replay
         )
+        if exits.replay is not None:
+            exits.replay.start()
         try:
             self._install()
         except BaseException:
@@ -187,8 +193,9 @@ class ExitSession:
             self._undo.append(handle.remove)
             handle = module.register_forward_hook(self._forget, always_call=True)
             self._undo.append(handle.remove)
-        if any(reduction.needs_grid for reduction in self.exits.reductions):
-            self._vision = VisionCalls(self.backbone.path)
+        replay = self.exits.replay
+        if replay is not None or any(reduction.needs_grid for reduction in self.exits.reductions):
+            self._vision = VisionCalls(self.backbone.path, replay)
             self._undo += self._vision.undo
         decoder = self.backbone.decoder
         for handle in (

@@ -1,9 +1,11 @@
 """Traces of a backbone whose visual tokens are fewer or cheaper: its exits beside the un-pruned model.
 
 A reduction may read the prompt as it is in inference, so the prompt is prefilled alone and the answer follows
-on its cache, once per exit. The teacher stays the un-pruned full model.
+on its cache, once per exit; what the prefills have in common is computed once. The teacher stays the
+un-pruned full model.
 
-Shape letters: B rows, N tokens, P prompt tokens, A answer positions, V vocabulary, K exits, F features.
+Shape letters: B rows, N tokens, P prompt tokens, A answer positions, V vocabulary, K exits, F features,
+S answer positions of all rows.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dyvte.gates import DEFAULT_FEATURES
 from dyvte.policies import FixedPolicy, Plan, Policy, Rows
 from dyvte.reductions import Reduction
 from dyvte.runtime import VisualExit
+from dyvte.runtime.replay import Replay
 from dyvte.spans import visual_mask
 from dyvte.teacher.exits import compare, per_row, positions_before, spread
 from dyvte.teacher.plain import forward_inputs, predicted_logits
@@ -69,7 +72,8 @@ def trace_reduced_exits(
 ) -> tuple[Trace, Tensor]:
     """:func:`~dyvte.teacher.trace_exits` for a reduced backbone; column L is computed, not 0.
 
-    One pass for each exit. Features are those of the reduced model, as gates will read them.
+    Images are encoded once and layers with visual tokens run once; what follows each exit is text. Features
+    are those of the reduced model, as gates will read them.
 
     Parameters
     ----------
@@ -91,16 +95,16 @@ def trace_reduced_exits(
     valid_BA = turn.is_answer_BA
     if reference_BAV is None:
         reference_BAV, _ = predicted_logits(model, inputs, positions_before(answer_BN, ids))
-    probe = _Probe(features)
-    rows = []
-    for k in exits:
-        policy = probe if k == backbone.num_layers else FixedPolicy(k)
-        logits_BAV = answer_logits(
-            model, turn, VisualExit.from_policy(policy, reductions=reductions), sample_ids=ids
-        )
-        rows.append(logits_BAV[valid_BA])
+    probe, replay, rows = _Probe(features), Replay(), {}
+    # Without an exit first: it runs every layer, and the others take their first k from it.
+    for k in sorted({*exits, backbone.num_layers}, reverse=True):
+        never = k == backbone.num_layers
+        one = VisualExit.from_policy(probe if never else FixedPolicy(k), reductions=reductions)
+        one.replay, replay.upto = replay, None if never else k
+        rows[k] = answer_logits(model, turn, one, sample_ids=ids)[valid_BA]
     visual_ids = torch.tensor(backbone.visual_token_ids, device=valid_BA.device)
-    values = compare(torch.stack(rows), reference_BAV[valid_BA], turn.answer_BA[valid_BA], visual_ids)
+    logits_KSV = torch.stack([rows[k] for k in exits])
+    values = compare(logits_KSV, reference_BAV[valid_BA], turn.answer_BA[valid_BA], visual_ids)
     visual_BN = visual_mask(inputs["input_ids"], backbone.visual_token_ids)
     trace = Trace(
         **{

@@ -79,7 +79,7 @@ class TeacherConfig:
     """Batches per shard file: what a killed pass loses at most."""
     reductions: str = "none"
     """What is spent on visual tokens before they leave, such as "fastv:2:0.5" or several joined by "+": exits
-    of the reduced backbone are traced, against the un-pruned one. One pass per exit."""
+    of the reduced backbone are traced, against the un-pruned one."""
     features: tuple[str, ...] = DEFAULT_FEATURES
     """Kept for the gates: mean_prompt, last_prompt, mean_visual, last_visual; gates may read fewer."""
 

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from dyvte.reductions import FastV, SparseFFN
+import dyvte
+from dyvte.policies import FixedPolicy
+from dyvte.reductions import FastV, Neighbours, RandomTokens, SparseFFN
+from dyvte.runtime.replay import Replay
 from dyvte.teacher import Trace, trace_exits
 from dyvte.teacher.labels import append_answers
-from dyvte.teacher.reduced import trace_reduced_exits
+from dyvte.teacher.reduced import Turn, answer_logits, trace_reduced_exits
 
 from .test_reductions import LAYERS, build, fastv_rule, hidden_by_rule
 
@@ -66,3 +69,35 @@ def test_cheaper_tokens_have_traces_too():
     assert found.exits == (2, LAYERS)
     assert torch.isnan(found.risk[:, 1]).all()
     assert (found.risk[[0, 2]][:, [2, LAYERS]] > 0).all()
+
+
+REDUCED = [[FastV(1, 0.5), FastV(3, 1.0)], [RandomTokens(2), SparseFFN(0.5)], [FastV(2, 0.0)]]
+CASES = [
+    *[(family, case) for family in ("qwen3_vl", "gemma3") for case in (0, 1)],
+    *[("llava", case) for case in (0, 1, 2, 3)],
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_what_passes_have_in_common_is_computed_once_and_changes_nothing(family, case):
+    model, inputs, answer_BN, _, _ = answered(family)
+    reductions = [*REDUCED, [Neighbours(1), FastV(2, 0.5)]][case]
+    turn, replay, calls = Turn.of(inputs, answer_BN), Replay(), []
+    handles = [
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+        for index, layer in enumerate(model.get_decoder().layers)
+    ]
+    for k in (LAYERS, *reversed(range(LAYERS))):
+        exits = dyvte.VisualExit.from_policy(FixedPolicy(k), reductions=reductions)
+        expected = answer_logits(model, turn, exits, sample_ids=["a", "b", "c"])
+        exits.replay, replay.upto = replay, None if k == LAYERS else k
+        alone, calls[:] = list(calls), []
+        got = answer_logits(model, turn, exits, sample_ids=["a", "b", "c"])
+        assert (got - expected)[turn.is_answer_BA].abs().max() < 1e-5, k
+        # the prefill starts at layer k; the answer runs through all of them
+        assert set(calls[:-LAYERS]) == set(range(0 if k == LAYERS else k, LAYERS))
+        assert set(alone[:-LAYERS]) == set(range(LAYERS))
+        calls.clear()
+    for handle in handles:
+        handle.remove()
