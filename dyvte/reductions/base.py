@@ -5,6 +5,7 @@ Shapes: B rows, N tokens of the padded batch, L decoder layers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,7 +121,10 @@ class ReductionPlan:
 
 
 class Reduction:
-    """Base of all reductions; a subclass gives `name` and `start`."""
+    """Base of all reductions; a subclass gives `name` and `start`.
+
+    Its ``repr`` names all that it does: results, traces and gates are told apart by it.
+    """
 
     name = ""
 
@@ -163,6 +167,11 @@ def top_share(scores_BN: Tensor, among_BN: Tensor, share: float) -> Tensor:
     order_BN = torch.argsort(scores_BN, dim=1, descending=True, stable=True)
     is_kept_BN = torch.arange(scores_BN.shape[1], device=scores_BN.device) < num_B1
     return torch.zeros_like(is_kept_BN).scatter(1, order_BN, is_kept_BN).cpu() & among_BN
+
+
+def digest(measured: Tensor) -> str:
+    """Eight hex digits of a tensor's content: names settings that were measured, in a `repr`."""
+    return hashlib.sha256(measured.contiguous().numpy().tobytes()).hexdigest()[:8]
 
 
 def floor_share(count: Tensor, share: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..errors import ConfigError, UnsupportedBackboneError
-from .base import Reduction, ReductionPlan, TokenRows, VisualWork
+from .base import Reduction, ReductionPlan, TokenRows, VisualWork, digest
 from .profile import VisualProfile
 
 # A gated FFN that holds nothing else: its parts can be computed neuron by neuron.
@@ -50,7 +50,8 @@ class SparseFFN(Reduction):
         self._sizes: list[int] = []
 
     def __repr__(self) -> str:
-        return f"ffn:{self.share:g}" + ("" if self.profile is None else ":ranked")
+        ranked = "" if self.profile is None else f":ranked@{digest(self.profile.importance_LM)}"
+        return f"ffn:{self.share:g}{ranked}"
 
     @classmethod
     def parse(cls, argument: str) -> SparseFFN:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backbones import Backbone
 from ..errors import ConfigError, GateMismatchError
-from .base import Reduction, ReductionPlan, TokenRows, VisualWork
+from .base import Reduction, ReductionPlan, TokenRows, VisualWork, digest
 from .profile import VisualProfile
 
 
@@ -48,7 +48,8 @@ class InactiveHeads(Reduction):
         self.active_LH = active_LH.cpu()
 
     def __repr__(self) -> str:
-        return f"heads:{self.active_LH.double().mean():.0%} active"
+        num_active = self.active_LH.double().sum(1).mean()
+        return f"heads:{num_active:g}@{digest(self.active_LH)}"
 
     @classmethod
     def parse(cls, argument: str) -> InactiveHeads:
