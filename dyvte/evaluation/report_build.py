@@ -83,26 +83,38 @@ def _opening(sections: Sequence[Section], unfinished: Sequence[Path]) -> list[An
         blocks.append(Text(f"Not finished, and not in this report: {names}."))
     if len(sections) > 1:
         blocks += [Heading("Summary"), _summary(sections)]
+        blocks.append(
+            Text(
+                "Compute, TFLOPs and time to the first token: shares of the full model, means of benchmarks."
+            )
+        )
     return blocks
 
 
 def _summary(sections: Sequence[Section]) -> Table:
-    """Policies by benchmarks: score and share of the full model's; means of compute over the benchmarks."""
+    """Policies by benchmarks: score and share of the full model's; means of costs over the benchmarks."""
     names = list(dict.fromkeys(run.name for section in sections for run in section.runs))
     header = ["policy"]
     for section in sections:
         header += [section.title, "kept"]
     rows = []
     for name in names:
-        row, compute = [name], []
+        row, found = [name], []
         for section in sections:
             run = next((run for run in section.runs if run.name == name), None)
             against = section.against.get(name)
             row += ["-" if run is None else run.scores["headline"]]
             row += [percentage(None if against is None else against.kept)]
-            compute += [] if run is None else [run.scores["visual_compute"]]
-        rows.append([*row, percentage(sum(compute) / len(compute))])
-    return Table([*header, "visual compute (mean)"], rows)
+            found += [] if run is None else [run.scores]
+        times = [scores["timing"]["first_token_ratio"] for scores in found if scores.get("timing")]
+        row.append(percentage(_mean([scores["visual_compute"] for scores in found])))
+        row.append(percentage(_mean([scores["prefill"]["vtw"]["ratio"] for scores in found])))
+        rows.append([*row, number(_mean(times))])
+    return Table([*header, "visual compute", "TFLOPs", "first token"], rows)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _section_blocks(section: Section, config: ReportConfig, prefix: str) -> list[Any]:
@@ -111,6 +123,13 @@ def _section_blocks(section: Section, config: ReportConfig, prefix: str) -> list
         Text(f"{len(section.questions)} questions; backbone {section.backbone}."),
         comparison_table(section),
     ]
+    if any(_differs(section.value(run), run.scores["headline"]) for run in section.runs):
+        blocks.append(
+            Text(
+                f"The {section.title} column is the benchmark's own figure; what is kept, and the "
+                f"differences, are of {section.unit} over single questions."
+            )
+        )
     if section.full is None:
         blocks.append(
             Text("No run of the full model (--policy never without a reduction): nothing to compare with.")
@@ -125,6 +144,14 @@ def _section_blocks(section: Section, config: ReportConfig, prefix: str) -> list
         folder = config.output / "images"
         blocks += [_case(section, one, folder, f"{prefix}-{n}") for n, one in enumerate(examples, start=1)]
     return blocks
+
+
+def _differs(value: float | None, headline: str) -> bool:
+    """Whether the score that intervals are of is another than the one shown."""
+    try:
+        return value is not None and abs(value - float(headline)) > 0.051
+    except ValueError:
+        return True
 
 
 def comparison_table(section: Section) -> Table:
