@@ -88,7 +88,7 @@ class VisualFactors:
             There are more or fewer than the layers.
         """
         given = getattr(self, name)
-        factors_L = torch.ones(num_layers) if given is None else torch.as_tensor(given)
+        factors_L = torch.ones(num_layers) if given is None else torch.as_tensor(given, dtype=torch.float64)
         if factors_L.shape != (num_layers,):
             raise ConfigError(f"{name} holds {len(factors_L)} factors, the backbone has {num_layers} layers")
         return factors_L.double()

@@ -13,15 +13,20 @@ from dyvte.backbones.sizes import decoder_shape
 from dyvte.errors import DataError
 from dyvte.evaluation import cost
 from dyvte.evaluation.records import Answer, unpack_layers
+from dyvte.evaluation.reduction_cost import visual_factors
+from dyvte.reductions import Reduction
 
 
-def cost_figures(config: Any, answers: Sequence[Answer]) -> dict[str, Any]:
+def cost_figures(
+    config: Any, answers: Sequence[Answer], reductions: Sequence[Reduction] = ()
+) -> dict[str, Any]:
     """What ``scores.json`` says of cost.
 
     Parameters
     ----------
     config : the backbone's transformers config.
     answers : of all questions.
+    reductions : those of the run, accepted by the backbone: what they make cheaper is no count of tokens.
 
     Raises
     ------
@@ -37,14 +42,15 @@ def cost_figures(config: Any, answers: Sequence[Answer]) -> dict[str, Any]:
     num_visual_B, num_text_B = [a.num_visual for a in answers], [a.num_text for a in answers]
     tokens_BL = [[v + t for v, t in zip(*rows, strict=True)] for rows in zip(visual_BL, text_BL, strict=True)]
     score_flops_B = cost.score_row_flops(shape, tokens_BL, [a.score_layers for a in answers])
+    factors = visual_factors(reductions, shape, _mean([answer.num_visual for answer in seeing]))
     counts = Counter(answer.exit_layer for answer in answers)
     return {
         "num_layers": shape.num_layers,
         "mean_exit_layer": sum(answer.exit_layer for answer in seeing) / len(seeing),
         "exit_layer_counts": {str(k): counts[k] for k in sorted(counts)},
-        "visual_compute": cost.visual_share(shape, visual_BL, num_visual_B),
+        "visual_compute": cost.visual_share(shape, visual_BL, num_visual_B, factors),
         "visual_token_layers_per_question": _mean([a.visual_token_layers for a in answers]),
-        "prefill": cost.mean_prefill_tflops(shape, text_BL, visual_BL, num_text_B, num_visual_B),
+        "prefill": cost.mean_prefill_tflops(shape, text_BL, visual_BL, num_text_B, num_visual_B, factors),
         "score_row_flops_per_question": _mean(score_flops_B),
         "vision_tower_flops_per_image": _vision_tower(config, seeing),
         "output_head_flops_per_token": cost.head_flops(shape),
