@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("eval", "run benchmarks with one or several exit policies"),
     "score": ("score", "score a predictions file, no model needed"),
     "report": ("report", "make a page of runs: tables, plots, examples"),
+    "analyze": ("analyze", "the papers' tables and figures on a backbone of yours"),
     "compare": ("compare", "gates beside VTW, the question-only router and the full model"),
 }
 

@@ -38,6 +38,15 @@ class LayerSearch:
     positions: Positions
     num_samples: int
 
+    def within(self, eta: float) -> int | None:
+        """The first exit layer of ``k_range`` whose mean KL is at most ``eta``; None if none is."""
+        return first_within(self.kl, eta, self.k_range)
+
+
+def first_within(kl_K: Tensor, eta: float, k_range: tuple[int, int]) -> int | None:
+    """VTW's rule on a curve: the first K of ``k_range``, ends included, with a KL of at most ``eta``."""
+    return next((k for k in range(k_range[0], k_range[1] + 1) if float(kl_K[k]) <= eta), None)
+
 
 def search_exit_layer(
     model: nn.Module,
@@ -103,9 +112,8 @@ def search_exit_layer(
     if count == 0:
         raise CalibrationError("no sample with an image was given; K cannot be searched")
     kl_K = total_K / count
-    qualified = [k for k in range(first, last + 1) if float(kl_K[k]) <= eta]
     return LayerSearch(
-        k=qualified[0] if qualified else None,
+        k=first_within(kl_K, eta, (first, last)),
         kl=kl_K,
         eta=eta,
         k_range=(first, last),

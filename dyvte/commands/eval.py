@@ -22,20 +22,15 @@ question ("Answer the question using a single word or phrase.", for one) is appe
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte eval``; those left out keep the configuration's value."""
-    from dyvte.evaluation.base import benchmark_names
+    from dyvte.commands.options import add_asking, add_questions
     from dyvte.policies import USAGE
     from dyvte.reductions import REGISTRY
 
-    parser.add_argument("--config", type=Path, help="YAML with any of the settings below")
-    parser.add_argument("--model", help="backbone: folder or hub id")
-    parser.add_argument("--adapter", help="PEFT adapter to put on it: folder or hub id")
-    parser.add_argument("--benchmark", help=", ".join(benchmark_names()))
-    parser.add_argument("--data", help="root of the benchmark, in any known format (docs/benchmarks.md)")
+    add_questions(parser)
     parser.add_argument("--output", help="each policy with each reduction gets a folder below")
     parser.add_argument(
         "--policy",
@@ -52,21 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is spent on them before: none (default), such as fastv:2:0.5 or random_tokens:16, or "
         f"several joined by '+'; may be given several times. Known: {', '.join(REGISTRY)}",
     )
-    parser.add_argument("--question-suffix", help="text appended to every question")
-    parser.add_argument("--template", help="prompt template: v1, chat or auto")
-    parser.add_argument("--image-padding", help="pad images to a square: auto, square or none")
-    parser.add_argument("--dialect", help="original, lmms or vlmevalkit")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--dtype", help="auto, float32, bfloat16, float16")
-    parser.add_argument("--attn-implementation", help="sdpa, eager or flash_attention_2")
-    parser.add_argument("--device", help="default: the GPU where there is one")
-    parser.add_argument("--limit", type=int, help="ask about this many questions only")
-    parser.add_argument("--timing-batches", type=int, help="batches to time; 0 for none")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--overwrite", action="store_true", default=None, help="start anew")
-    parser.add_argument("--trust-remote-code", action="store_true", default=None)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting by name")
+    add_asking(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class NamedPolicy:
     policy: Policy
     identity: Mapping[str, Any]
     reductions: tuple[Reduction, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `VisualExit`: positions, allow_transfer."""
 
     @property
     def reduction(self) -> str:
@@ -36,7 +38,7 @@ class NamedPolicy:
 
     def exits(self) -> VisualExit:
         """What runs it."""
-        return VisualExit.from_policy(self.policy, reductions=self.reductions)
+        return VisualExit.from_policy(self.policy, reductions=self.reductions, **self.options)
 
     def check(self, num_layers: int, hidden_size: int) -> None:
         """Raise where the policy or a reduction cannot serve a backbone of that shape."""
@@ -85,6 +87,12 @@ def with_reductions(policies: Sequence[NamedPolicy], texts: Sequence[str]) -> li
 def _reduced(named: NamedPolicy, reductions: tuple[Reduction, ...]) -> NamedPolicy:
     name = "+".join([named.name, *(_slug(repr(reduction)) for reduction in reductions)])
     return replace(named, name=name, reductions=reductions)
+
+
+def with_options(named: NamedPolicy, suffix: str, **options: Any) -> NamedPolicy:
+    """The policy under another name, run with these arguments of `VisualExit`."""
+    identity = {**named.identity, **options}
+    return replace(named, name=f"{named.name}-{suffix}", identity=identity, options=options)
 
 
 def _slug(text: str) -> str:

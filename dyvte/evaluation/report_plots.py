@@ -50,7 +50,7 @@ def draw_section(section: Section, folder: Path, prefix: str) -> list[Plot]:
             f"{section.title}: score over visual compute. Bars: 95 % interval of the difference from the "
             "full model, paired bootstrap over images."
         )
-        plots.append(_draw(folder / f"{prefix}-curve", caption, (6.4, 4.2), lambda f: _curve(f, section)))
+        plots.append(draw(folder / f"{prefix}-curve", caption, (6.4, 4.2), lambda f: _curve(f, section)))
     for run in section.runs:
         if not run.exits_vary:
             continue
@@ -62,18 +62,25 @@ def draw_section(section: Section, folder: Path, prefix: str) -> list[Plot]:
         )
         size = (7.2, 2.4 + 0.24 * len(kinds))
         plots.append(
-            _draw(folder / f"{name}-exits", caption, size, lambda f, r=run, q=kinds: _exits(f, section, r, q))
+            draw(folder / f"{name}-exits", caption, size, lambda f, r=run, q=kinds: _exits(f, section, r, q))
         )
         if run.gate_probabilities_BL is not None:
             caption = (
                 f"{section.title}, {run.name}: probability to leave that each gate states, over the "
                 "questions that reach it: median, quartiles and 5 to 95 %."
             )
-            plots.append(_draw(folder / f"{name}-gates", caption, (6.4, 3.2), lambda f, r=run: _gates(f, r)))
+            plots.append(draw(folder / f"{name}-gates", caption, (6.4, 3.2), lambda f, r=run: _gates(f, r)))
     return plots
 
 
-def _draw(stem: Path, caption: str, size: tuple[float, float], paint: Callable[[Any], None]) -> Plot:
+def draw(stem: Path, caption: str, size: tuple[float, float], paint: Callable[[Any], None]) -> Plot:
+    """Let ``paint`` fill a figure of ``size`` inches, and write it as ``stem`` with all :data:`FORMATS`.
+
+    Raises
+    ------
+    ConfigError
+        matplotlib is not installed.
+    """
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -118,7 +125,7 @@ def _curve(figure: Any, section: Section) -> None:
     axes.set_xlabel("visual compute, % of the full model (small figures: mean exit layer)")
     axes.set_ylabel(f"{section.title}, {section.unit}")
     axes.set_xlim(0, 103)
-    _plain(axes)
+    plain_axes(axes)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -139,7 +146,7 @@ def _exits(figure: Any, section: Section, run: ReportedRun, kinds: Sequence[str]
     layers = np.arange(run.scores["num_layers"] + 1)
     top.bar(layers, 100 * run.exit_shares(), color=COLORS[0], width=0.8)
     top.set_ylabel("questions, %")
-    _plain(top)
+    plain_axes(top)
     shares_QL = np.stack([run.exit_shares([q.kind == kind for q in section.questions]) for kind in kinds])
     bottom.imshow(100 * shares_QL, aspect="auto", cmap="Reds", vmin=0, interpolation="nearest")
     bottom.set_yticks(range(len(kinds)), [_short(kind) for kind in kinds], fontsize=7)
@@ -162,10 +169,11 @@ def _gates(figure: Any, run: ReportedRun) -> None:
     axes.set_xlabel("after layer")
     axes.set_ylabel("probability to leave")
     axes.set_ylim(-0.02, 1.02)
-    _plain(axes)
+    plain_axes(axes)
 
 
-def _plain(axes: Any) -> None:
+def plain_axes(axes: Any) -> None:
+    """A light grid, no frame above and on the right."""
     axes.grid(alpha=0.25, lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -1,0 +1,62 @@
+"""The papers' analyses on any backbone: ``dyvte analyze``. One module for each study."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+
+from dyvte.analysis.findings import Findings, Table
+from dyvte.analysis.subject import AnalysisConfig, Subject, open_subject
+from dyvte.errors import ConfigError
+
+STUDIES: dict[str, tuple[str, str]] = {
+    "migration": ("VTW Table 1", "no image, a blank image before K, the real image before K"),
+    "controls": ("VTW Table 2", "fixed K beside random K, random tokens removed and FastV"),
+    "cost": ("VTW Table 4", "memory and latency"),
+    "eta": ("VTW Table 5", "eta -> K -> accuracy"),
+    "positions": ("VTW Table 6", "position ids kept or rearranged behind the exit"),
+    "last_token": ("VTW Figures 4 and 5", "attention of the last token to the four kinds of tokens"),
+    "layers": ("VTW Figure 8, DyVTE Figure 3", "accuracy and KL over K: the static exit curve"),
+    "stages": ("DyVTE, empirical study", "attention between text and image: three stages"),
+    "gate_inputs": ("DyVTE Tables 4 and 7", "what gates read: trained from one trace"),
+    "exits": ("DyVTE Figure 7", "histograms of exit layers"),
+    "transfer": ("DyVTE Table 6", "gates of another model of the same shape"),
+    "distance": ("YOPO Figure 2", "attention between visual tokens over their distance"),
+    "text_to_vision": ("YOPO Figure 3", "attention of each text token to vision over layers"),
+    "head_rho": ("YOPO Figure 5", "rho of each head and layer"),
+}
+"""Name, which is also the module here: source and one-line help."""
+
+
+def get_study(name: str) -> Callable[[Subject], Findings]:
+    """The function that does a study.
+
+    Raises
+    ------
+    ConfigError
+        Unknown name; the nearest one is named.
+    """
+    check_study(name)
+    return importlib.import_module(f"dyvte.analysis.{name}").study
+
+
+def check_study(name: str) -> None:
+    """Raise ConfigError, naming the nearest name, unless ``name`` is a study."""
+    if name in STUDIES:
+        return
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), STUDIES, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ConfigError(f"unknown study {name!r}{hint}; known: {', '.join(STUDIES)}")
+
+
+__all__ = [
+    "STUDIES",
+    "AnalysisConfig",
+    "Findings",
+    "Subject",
+    "Table",
+    "check_study",
+    "get_study",
+    "open_subject",
+]

@@ -1,0 +1,210 @@
+"""What is analysed: a backbone and the questions of a benchmark, with the two ways of looking at them.
+
+Accuracy studies ask questions through the evaluation (:meth:`Subject.ask`); the others look at prompts
+(:meth:`Subject.batches`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import dyvte
+from dyvte.backbones import Backbone, describe, fingerprint, weights_digest
+from dyvte.calibration import LayerSearch, search_exit_layer
+from dyvte.errors import ConfigError, UnsupportedBackboneError
+from dyvte.evaluation.asking import Asker, Batch, encoded_batches, plan_batches
+from dyvte.evaluation.base import Benchmark, Question, get_benchmark
+from dyvte.evaluation.policies import NamedPolicy, parse_policies
+from dyvte.evaluation.runner import (
+    FULL_MODEL,
+    EvalConfig,
+    PolicyResult,
+    load_asker,
+    prompts_of,
+    run_policies,
+)
+
+_MOST_LAYERS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisConfig(EvalConfig):
+    """Settings of ``dyvte analyze``: those of ``dyvte eval`` (a study chooses its own policies), and more."""
+
+    samples: int = 20
+    """Questions that attention and KL are measured on, drawn at random."""
+    layer: int | None = None
+    """K of the studies of one exit; None: half of the layers."""
+    layers: tuple[int, ...] = ()
+    """K of the curves; empty: all of a shallow model, nine of a deep one."""
+    etas: tuple[float, ...] = (0.006, 0.005, 0.004, 0.003, 0.002, 0.001)
+    """Bounds on the KL in nats; VTW's."""
+    fastv: str = "fastv:2:0.5"
+    """The FastV that is put beside."""
+    gates: tuple[str, ...] = ()
+    """Gates checkpoints, for the studies of gates."""
+    training: Path | None = None
+    """gate_inputs: the training configuration (YAML)."""
+    feature_sets: tuple[str, ...] = ()
+    """gate_inputs: what to compare, names joined by "+"; empty: DyVTE's eleven."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if tuple(self.policies) != (FULL_MODEL,) or len(self.reductions) != 1:
+            raise ConfigError("a study chooses its own policies and reductions: leave these settings away")
+        if self.samples < 1:
+            raise ConfigError(f"samples must be at least 1, found {self.samples}")
+        if not self.etas or min(self.etas) <= 0:
+            raise ConfigError(f"etas must be one or more positive numbers, found {self.etas}")
+
+    def for_evaluation(self, output: Path, **changes: Any) -> EvalConfig:
+        """The evaluation's part of it."""
+        names = [one.name for one in dataclasses.fields(EvalConfig)]
+        settings = {name: getattr(self, name) for name in names}
+        return EvalConfig(**{**settings, "output": output, **changes})
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded backbone, the questions put to it, and the settings."""
+
+    config: AnalysisConfig
+    asker: Asker
+    benchmark: Benchmark
+    questions: Sequence[Question]
+    _memory: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The model and its parts."""
+        return describe(self.asker.model)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.backbone.num_layers
+
+    @property
+    def layer(self) -> int:
+        """K of the studies of one exit."""
+        layer = self.num_layers // 2 if self.config.layer is None else self.config.layer
+        if not 1 <= layer < self.num_layers:
+            raise ConfigError(f"layer {layer}: expected 1..{self.num_layers - 1} for this backbone")
+        return layer
+
+    @property
+    def layers(self) -> list[int]:
+        """K of the curves, ascending."""
+        if self.config.layers:
+            layers = sorted(set(self.config.layers))
+            if not 0 <= layers[0] <= layers[-1] <= self.num_layers:
+                raise ConfigError(f"layers {layers}: expected 0..{self.num_layers} for this backbone")
+            return layers
+        steps = self.num_layers if self.num_layers <= _MOST_LAYERS else 8
+        return sorted({round(step * self.num_layers / steps) for step in range(steps + 1)})
+
+    @cached_property
+    def sampled(self) -> list[Question]:
+        """The questions that attention and KL are measured on."""
+        rng = random.Random(self.config.seed)
+        chosen = sorted(rng.sample(range(len(self.questions)), min(self.config.samples, len(self.questions))))
+        return [self.questions[index] for index in chosen]
+
+    def prompts(self, questions: Sequence[Question]) -> list[str]:
+        """Text asked for each question."""
+        return prompts_of(self.benchmark, questions, self.config.question_suffix)
+
+    def batches(self, questions: Sequence[Question] | None = None) -> Iterator[Batch]:
+        """Encoded prompts, of the sampled questions if none are given."""
+        from tqdm import tqdm
+
+        questions = self.sampled if questions is None else questions
+        prompts = self.prompts(questions)
+        plan = plan_batches(self.asker, prompts, self.config.batch_size)
+        with tqdm(total=len(questions), desc="prompts", unit="question") as progress:
+            for batch in encoded_batches(self.asker, questions, prompts, plan, range(len(plan))):
+                yield batch
+                progress.update(len(batch.question_ids))
+
+    def policies(self, *texts: str) -> list[NamedPolicy]:
+        """Policies from their command line forms."""
+        return parse_policies(texts, self.config.seed)
+
+    def servable(self, policies: Sequence[NamedPolicy]) -> tuple[list[NamedPolicy], list[str]]:
+        """Those that can serve the backbone, and why the others cannot."""
+        good, notes = [], []
+        for named in policies:
+            try:
+                named.check(self.num_layers, self.backbone.hidden_size)
+                with named.exits()(self.asker.model):
+                    pass
+                good.append(named)
+            except (UnsupportedBackboneError, ConfigError) as error:
+                notes.append(f"{named.name}: {error}")
+        return good, notes
+
+    def ask(
+        self,
+        policies: Sequence[NamedPolicy],
+        questions: Sequence[Question] | None = None,
+        runs: str = "runs",
+        *,
+        timed: bool = False,
+    ) -> dict[str, PolicyResult]:
+        """Results by name, always with the full model; runs below ``output/runs`` are taken up.
+
+        Studies on the same questions share their runs: nothing is asked twice.
+        """
+        full = self.policies(FULL_MODEL)
+        others = [named for named in policies if named.name != FULL_MODEL]
+        changes = {} if timed else {"timing_batches": 0}
+        results = run_policies(
+            self.asker,
+            self.benchmark,
+            self.questions if questions is None else questions,
+            [*full, *others],
+            self.config.for_evaluation(self.config.output / runs, **changes),
+            description=runs,
+        )
+        return {result.name: result for result in results}
+
+    def search(self) -> LayerSearch:
+        """Mean KL(exit at k || full) on the last prompt position of the sampled questions, one pass; kept."""
+        if "search" not in self._memory:
+            inputs = (batch.inputs for batch in self.batches())
+            self._memory["search"] = search_exit_layer(self.asker.model, inputs)
+        return self._memory["search"]
+
+    def about(self) -> dict[str, Any]:
+        """What the findings belong to."""
+        return {
+            "backbone": self.config.model,
+            "fingerprint": fingerprint(self.asker.model),
+            "weights": weights_digest(self.asker.model),
+            "layers": self.num_layers,
+            "benchmark": self.benchmark.name,
+            "questions": len(self.questions),
+            "sampled": len(self.sampled),
+            "seed": self.config.seed,
+            "dyvte": dyvte.__version__,
+        }
+
+
+def open_subject(config: AnalysisConfig) -> Subject:
+    """Load questions and backbone."""
+    benchmark = get_benchmark(config.benchmark)
+    questions = benchmark.load(config.data, config.limit)
+    return Subject(config, load_asker(config), benchmark, questions)
+
+
+def gates_of(subject: Subject) -> Mapping[str, str]:
+    """The gates checkpoints in their policy form, by path; ConfigError where none is given."""
+    if not subject.config.gates:
+        raise ConfigError("this study needs trained gates: give --gates FOLDER, one or several")
+    return {path: f"gates:{path}" for path in subject.config.gates}

@@ -1,0 +1,40 @@
+"""DyVTE Table 6: gates of another model of the same shape, used on this one."""
+
+from __future__ import annotations
+
+from dyvte.analysis.findings import Findings
+from dyvte.analysis.outcomes import outcome_table, outcomes_of, paint_outcomes
+from dyvte.analysis.subject import Subject, gates_of
+from dyvte.evaluation.policies import with_options
+from dyvte.evaluation.runner import FULL_MODEL
+
+DEFINITION = (
+    "The same questions with each of the gates, own ones as well as those trained for another backbone of "
+    "the same shape (allow_transfer), each with its stored threshold."
+)
+
+
+def study(subject: Subject) -> Findings:
+    """Score the full model and each of the gates."""
+    paths = gates_of(subject)
+    labels, policies, rows = {FULL_MODEL: "full model"}, [], {}
+    for path, named in zip(paths, subject.policies(*paths.values()), strict=True):
+        allowed = with_options(named, "transfer", allow_transfer=True)
+        allowed.check(subject.num_layers, subject.backbone.hidden_size)
+        with allowed.exits()(subject.asker.model) as run:
+            transferred = run.transferred
+        used = allowed if transferred else named
+        policies.append(used)
+        labels[used.name] = f"{'transferred' if transferred else 'own'}: {path}"
+        rows[used.name] = {"gates": path, "transferred": transferred}
+    outcomes = outcomes_of(subject, subject.ask(policies), labels)
+    for name, outcome in zip(labels, outcomes, strict=True):
+        rows[name] = {**rows.get(name, {}), **outcome.to_dict()}
+    return Findings(
+        title=f"Gates used on another backbone, {subject.num_layers} layers",
+        definition=DEFINITION,
+        figures={"rows": rows},
+        table=outcome_table(subject, outcomes, "gates"),
+        paint=paint_outcomes(outcomes),
+        size=(6.4, 2.4),
+    )
