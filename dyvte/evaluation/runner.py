@@ -213,11 +213,11 @@ def run_policies(
 
 def _check_policies(asker: Asker, policies: Sequence[NamedPolicy]) -> None:
     """Raise where one of them cannot serve the backbone, before anything is asked."""
-    shape = describe(asker.model)
+    backbone = describe(asker.model)
     for named in policies:
-        named.check(shape.num_layers, shape.hidden_size)
+        named.check(backbone.num_layers, backbone.hidden_size)
         for reduction in named.reductions:
-            reduction.check_backbone(shape)
+            reduction.check_backbone(backbone)
         gates = getattr(named.policy, "gates", None)
         trained = None if gates is None else gates.config.backbone.get("image_padding")
         check_image_padding(trained, image_padding(asker.processor), f"policy {named.name}")
