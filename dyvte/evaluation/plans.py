@@ -118,8 +118,9 @@ class PlanJudge:
         self.text, self.trace, self.shape, self.reductions = text, trace, shape, reductions
         mean_visual = float(trace.num_visual[trace.num_visual > 0].double().mean())
         self._factors = visual_factors(reductions, shape, mean_visual)
-        self._logits_BL = None
+        self._logits_BL, self._min_layer = None, 1
         if gates is not None:
+            self._min_layer = gates.config.min_layer
             with torch.no_grad():
                 features = select_features(trace.features.float(), stored, gates.config.features)
                 self._logits_BL = gates(features)
@@ -129,12 +130,12 @@ class PlanJudge:
         full = self.trace.num_layers
         return [self.judge(Plan(self.text, k if k < full else None)) for k in self.trace.exits if k > 0]
 
-    def learned(self, count: int = 40) -> list[JudgedPlan]:
+    def learned(self, count: int = 80) -> list[JudgedPlan]:
         """Thresholds spread over what the gates say on these samples; none without gates."""
         if self._logits_BL is None:
             return []
         logits = self._logits_BL[:, :-1][torch.isfinite(self._logits_BL[:, :-1])]
-        cuts = torch.quantile(logits.double(), torch.linspace(0.3, 0.999, count, dtype=torch.double))
+        cuts = torch.quantile(logits.double(), torch.linspace(0.001, 0.999, count, dtype=torch.double))
         thresholds = sorted({float(f"{t:.6g}") for t in torch.sigmoid(cuts).tolist() if 0 < t < 1})
         return [self.judge(Plan(self.text, threshold=threshold)) for threshold in thresholds]
 
@@ -160,7 +161,7 @@ class PlanJudge:
         else:
             if self._logits_BL is None:
                 raise CalibrationError(f"{plan} needs gates: give them")
-            exits_B = exit_layers(self._logits_BL, plan.threshold)
+            exits_B = exit_layers(self._logits_BL, plan.threshold, self._min_layer)
         self.trace.check_labelled(exits_B.tolist(), str(plan))
         return exits_B
 

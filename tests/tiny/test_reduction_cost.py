@@ -1,4 +1,4 @@
-"""What reductions leave of a visual token's price: against torch's counter, the runtime and plain counting."""
+"""What reductions leave of a visual token's price: against torch's counter, the runtime, plain counting."""
 
 from __future__ import annotations
 

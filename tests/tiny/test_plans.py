@@ -1,0 +1,152 @@
+"""Plans judged from traces against the model run with that very policy and those reductions."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import dyvte
+from dyvte.backbones import describe
+from dyvte.errors import CalibrationError
+from dyvte.evaluation.cost import decoder_shape
+from dyvte.evaluation.plan_search import PlanSearch, combinations
+from dyvte.evaluation.plans import JudgedPlan, Plan, PlanJudge, choose, folder_name, front
+from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack
+from dyvte.reductions import parse_reductions
+from dyvte.teacher.plain import predicted_logits
+from dyvte.teacher.reduced import Turn, answer_logits, trace_reduced_exits
+
+from .test_reduced_traces import answered
+from .test_reductions import LAYERS
+
+TEXTS = ["fastv:2:0.5", "ffn:0.5", "neighbours:1+fastv:1:0.5"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_plan_is_judged_as_the_model_does_under_it(text):
+    model, inputs, answer_BN, _, _ = answered("llava")
+    backbone, reductions = describe(model), parse_reductions(text)
+    config = GateConfig(num_layers=LAYERS, hidden_size=32, architecture="compact", gate_hidden_size=8)
+    gates = GateStack.init(config, seed=5)
+    trace, _ = trace_reduced_exits(model, inputs, answer_BN, reductions)
+    for one in reductions:
+        one.check_backbone(backbone)
+    judge = PlanJudge(text, reductions, trace, decoder_shape(model.config), gates, DEFAULT_FEATURES)
+    # rows of text only have no place in a plan's compute
+    turn = Turn.of(inputs, answer_BN)
+    before_BN = torch.cat([answer_BN[:, 1:], torch.zeros_like(answer_BN[:, :1])], 1)
+    full_BAV, _ = predicted_logits(model, inputs, before_BN)
+    learned = judge.learned(12)
+    exits_seen = set()
+    for judged in [*judge.fixed(), *learned]:
+        plan = judged.plan
+        if plan.threshold is not None:
+            exits = dyvte.VisualExit(gates, threshold=plan.threshold, reductions=reductions)
+        else:
+            exits = dyvte.VisualExit(fallback=plan.exit_layer, reductions=reductions)
+        logits_BAV = answer_logits(model, turn, exits)
+        with exits(model) as run:
+            model(**turn.prompt)
+        for row in (0, 2):
+            real = turn.is_answer_BA[row]
+            log_full = full_BAV[row][real].log_softmax(-1)
+            log_exit = logits_BAV[row][real].log_softmax(-1)
+            risk = (log_full.exp() * (log_full - log_exit)).sum(-1).mean()
+            torch.testing.assert_close(judged.risk_B[row], risk, rtol=1e-3, atol=1e-6)
+            same = bool((log_full.argmax(-1) == log_exit.argmax(-1)).all())
+            assert bool(judged.same_answer_B[row]) == same
+        exits_seen.add(tuple(run.exit_layers.tolist()))
+        # the layers that visual tokens went through, counted by the runtime
+        share = float(run.records[0].visual_tokens_BL.sum() / (LAYERS * run.records[0].num_visual_B.sum()))
+        if "ffn" not in text and "neighbours" not in text:
+            assert judged.compute == pytest.approx(share, rel=1e-6)
+        else:
+            assert judged.compute < share
+    assert len(learned) > 3
+    assert len(exits_seen) > 3
+    bare = PlanJudge(text, reductions, trace, decoder_shape(model.config))
+    assert bare.learned() == []
+    with pytest.raises(CalibrationError, match="needs gates"):
+        bare.judge(Plan(text, threshold=0.5))
+
+
+# -- choosing -----------------------------------------------------------------------------------------------
+def random_plans(seed: int) -> list[JudgedPlan]:
+    draw = random.Random(seed)
+    texts = ["none", "fastv:2:0.5", "ffn:0.5", "neighbours:2+ffn:0.5", "fastv:2:0.5+ffn:0.5"]
+    plans = [
+        Plan(text, **where)
+        for text in texts
+        for where in ({}, *({"exit_layer": k} for k in (1, 2, 3)), {"threshold": 0.3}, {"threshold": 0.7})
+    ]
+    # few values, so that there are ties
+    return [
+        JudgedPlan(plan, draw.randint(1, 12) / 12, torch.tensor([draw.randint(0, 6) / 2.0]), torch.ones(1))
+        for plan in plans
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_choice_and_front_by_brute_force(seed):
+    judged = random_plans(seed)
+    for budget in (0.05, 0.25, 0.5, 1.0):
+        found = choose(judged, budget)
+        within = [one for one in judged if one.compute <= budget + 1e-9]
+        if not within:
+            assert found is None
+            continue
+        assert found in within
+        assert all((found.risk, found.compute) <= (one.risk, one.compute) for one in within)
+    best = front(judged)
+    for one in judged:
+        beaten = any(
+            (other.compute <= one.compute and other.risk < one.risk)
+            or (other.compute < one.compute and other.risk <= one.risk)
+            for other in judged
+        )
+        equals = [(b.compute, b.risk) for b in best].count((one.compute, one.risk))
+        assert equals == (0 if beaten else 1)
+    assert all(a.compute < b.compute and a.risk > b.risk for a, b in itertools.pairwise(best))
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind"),
+    [
+        (Plan("none"), "never"),
+        (Plan("none", 3), "fixed"),
+        (Plan("none", threshold=0.5), "gates"),
+        (Plan("fastv:2:0.5"), "FastV"),
+        (Plan("fastv:2:0.5", 3), "combined"),
+        (Plan("ffn:0.5"), "YOPO"),
+        # YOPO's own fourth strategy, lazy layer dropping
+        (Plan("neighbours:2+ffn:0.5", 3), "YOPO"),
+        (Plan("neighbours:2+ffn:0.5", threshold=0.5), "combined"),
+        (Plan("neighbours:2+fastv:2:0.5"), "combined"),
+    ],
+)
+def test_each_plan_is_of_one_method_or_combined(plan, kind):
+    assert plan.kind == kind
+
+
+def test_the_table_names_choice_and_single_method_for_each_budget():
+    judged = random_plans(3)
+    text = PlanSearch(tuple(judged), (0.5, 0.01), 1).table()
+    rows = [line for line in text.splitlines() if "%" in line]
+    assert len(rows) == 4
+    assert rows[0].split("|")[3].strip() == choose(judged, 0.5).plan.policy
+    singles = [one for one in judged if one.plan.kind != "combined"]
+    assert rows[1].split("|")[3].strip() == choose(singles, 0.5).plan.policy
+    assert "none is cheap enough" in rows[2]
+
+
+@pytest.mark.parametrize("profile", [None, "some/folder"])
+def test_combinations_differ_and_can_be_traced_side_by_side(profile):
+    found = combinations(10, profile, num_heads=4)
+    assert len(found) == len(set(found)) == len({folder_name(text) for text in found})
+    assert found[0] == "none"
+    assert any("fastv" in text and "neighbours" in text for text in found)
+    assert all(("heads" in text) <= (profile is not None) for text in found)
