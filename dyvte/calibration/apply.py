@@ -19,6 +19,7 @@ from dyvte.calibration.risk import threshold_for_risk
 from dyvte.errors import CalibrationError, GateMismatchError
 from dyvte.gates import GateConfig, GateStack, exit_layers, load_checkpoint, save_config
 from dyvte.gates.config import CONFIG_FILE
+from dyvte.reductions.learned_with import NO_REDUCTION
 from dyvte.teacher.store import TraceStore
 from dyvte.teacher.trace import Trace
 
@@ -39,10 +40,14 @@ def calibrate_compute(gates: GateStack, store: TraceStore, budget: float) -> Cal
     logits_BL = gate_logits(gates, trace)
     threshold = threshold_for_compute(logits_BL, trace.num_visual, budget, min_layer=gates.config.min_layer)
     record = {"kind": "compute", "budget": budget, **_seen(gates, threshold, logits_BL, trace, store)}
+    reductions = record["reductions"]
+    left = (
+        "" if reductions == NO_REDUCTION else f" of what {reductions} leave (dyvte search-plan counts both)"
+    )
     return Calibration(
         threshold=threshold,
         record=record,
-        text=f"threshold {threshold:.6g} for a visual compute of at most {budget:g}",
+        text=f"threshold {threshold:.6g} for a visual compute of at most {budget:g}{left}",
     )
 
 
@@ -184,6 +189,7 @@ def _seen(
     return {
         "data": store.manifest.fingerprint.get("data"),
         "labels": store.manifest.fingerprint.get("labels"),
+        "reductions": store.manifest.fingerprint.get("reductions", NO_REDUCTION),
         "num_samples": len(trace),
         "num_images": len(set(store.image_ids())),
         "visual_compute": visual_compute(exits_B, trace.num_visual, trace.num_layers),

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             known.append(f"model.adapter={json.dumps(adapter)}")
         if "reference" in gates.config.training.get("trace", {}):  # judged against what they learned from
             known.append("teacher.reference=base")
+        if (reductions := gates.config.training.get("reductions", "none")) != "none":
+            known.append(f"teacher.reductions={json.dumps(reductions)}")
         trace_data(config_of(args, ["output_dir=.", *known]), args.trace)
     store = TraceStore.open(args.trace)
     if args.budget is not None:

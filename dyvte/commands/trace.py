@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 
-from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+from dyvte.commands.training_options import MODEL_AND_DATA, REDUCED, add_settings, config_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte trace``."""
-    add_settings(parser, MODEL_AND_DATA)
+    add_settings(parser, [*MODEL_AND_DATA, *REDUCED])
     parser.add_argument("--output", required=True, help="folder of the traces")
 
 

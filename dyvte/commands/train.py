@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 from dyvte.commands.training_options import (
     LORA,
     MODEL_AND_DATA,
+    REDUCED,
     TRAINING,
     add_options,
     add_settings,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte train``."""
-    add_settings(parser, [*MODEL_AND_DATA, *TRAINING])
+    add_settings(parser, [*MODEL_AND_DATA, *REDUCED, *TRAINING])
     lora = parser.add_argument_group(
         "LoRA", "an adapter in place of gates; more settings: --set lora.KEY=VALUE"
     )

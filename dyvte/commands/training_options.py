@@ -38,6 +38,14 @@ MODEL_AND_DATA: dict[str, tuple[str, bool, str]] = {
     "--exit_every": ("teacher.exit_every", False, "label every m-th exit only; gates elsewhere stay closed"),
     "--memory_budget": ("teacher.memory_budget", False, "GiB of a teacher forward beside the weights"),
 }
+# For commands whose --reduction is this setting.
+REDUCED: dict[str, tuple[str, bool, str]] = {
+    "--reduction": (
+        "teacher.reductions",
+        True,
+        "what is spent on visual tokens before they leave, such as fastv:2:0.5; gates learn on that backbone",
+    ),
+}
 TRAINING: dict[str, tuple[str, bool, str]] = {
     "--gates": ("gates.init_from", True, "gates to start from (see dyvte init)"),
     "--gate_architecture": ("gates.architecture", True, "compact, shared or reference, for new gates"),
@@ -69,7 +77,7 @@ LORA: dict[str, tuple[str, bool, str]] = {
     "--last_exit": ("lora.last_exit", False, "latest exit drawn; default: L - 1; the same K twice: fixed"),
     "--full_share": ("lora.full_share", False, "share of rows trained without an exit"),
 }
-_ALL = {**MODEL_AND_DATA, **TRAINING, **LORA}
+_ALL = {**MODEL_AND_DATA, **REDUCED, **TRAINING, **LORA}
 
 
 def add_settings(parser: argparse.ArgumentParser, options: Iterable[str]) -> None:

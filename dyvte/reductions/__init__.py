@@ -13,6 +13,7 @@ from .base import Neighbourhood, Reduction, ReductionPlan, TokenRows, VisualWork
 from .fastv import FastV
 from .ffn import SparseFFN
 from .heads import InactiveHeads
+from .learned_with import identity, warn_of_others
 from .neighbours import Neighbours
 from .profile import VisualProfile
 from .random_tokens import RandomTokens
@@ -40,9 +41,11 @@ __all__ = [
     "VisualProfile",
     "VisualWork",
     "check_reductions",
+    "identity",
     "merged",
     "parse_reduction",
     "parse_reductions",
+    "warn_of_others",
 ]
 
 

@@ -16,7 +16,7 @@ from ..backbones import Backbone, describe, fingerprint, visual_places, weights_
 from ..errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualTokensError
 from ..gates import GateConfig, GateStack, check_rule, load_checkpoint
 from ..policies import FixedPolicy, LearnedPolicy, Policy
-from ..reductions import Reduction, check_reductions
+from ..reductions import Reduction, check_reductions, warn_of_others
 from ..spans import find_spans, visual_mask
 from .cache import check_cache, holds_exits
 from .engine import Engine
@@ -156,6 +156,10 @@ class ExitSession:
             reduction.check(backbone.num_layers)
             reduction.check_backbone(backbone)
         transferred = _check_backbone(self.exits.config, backbone, self.exits.allow_transfer)
+        if self.exits.gates is not None and self.exits.mode == "gates":
+            stored = self.exits.gates.config
+            as_calibrated = self.exits.threshold == stored.threshold
+            warn_of_others(stored, self.exits.reductions, as_calibrated=as_calibrated)
         for layer in backbone.layers:
             if hasattr(layer.__dict__.get("forward"), "_dyvte_engine"):
                 raise ExitRuntimeError("this model is inside a dyvte block already: leave that one first")

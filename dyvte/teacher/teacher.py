@@ -28,7 +28,7 @@ from dyvte.backbones import (
 from dyvte.data import Defect, Sample, Selection, check_defects, load_image
 from dyvte.errors import ConfigError, DataError, MemoryBudgetError
 from dyvte.gates import DEFAULT_FEATURES, check_features
-from dyvte.reductions import parse_reductions
+from dyvte.reductions import identity, parse_reductions
 from dyvte.teacher.exits import positions_before, thinned_exits, trace_checked
 from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.memory import GIB
@@ -134,7 +134,7 @@ class Teacher:
             with self.as_reference():
                 compared["reference"] = f"base {weights_digest(self.model)}"
         if self.reductions:
-            compared["reductions"] = "+".join(map(str, self.reductions))
+            compared["reductions"] = identity(self.reductions)
         return {
             **compared,
             "backbone": fingerprint(self.model),

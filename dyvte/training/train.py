@@ -211,5 +211,6 @@ def _record(cfg: TrainConfig, plan: Plan, selection: Selection, store: TraceStor
         "init_from": str(cfg.gates.init_from) if cfg.gates.init_from else None,
         "data": selection.record(),
         "trace": store.manifest.fingerprint,
+        "reductions": cfg.teacher.reductions,
         "trace_notes": store.notes(),
     }
