@@ -7,24 +7,54 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dyvte.backbones import PromptTemplate, encode
+from dyvte.backbones import PromptTemplate, RenderedPrompt, encode
 from dyvte.backbones.encode import takes_videos
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.data import load_image
+from dyvte.errors import ConfigError
 from dyvte.evaluation.base import Question
 from dyvte.evaluation.records import Answer, pack_layers
 from dyvte.evaluation.tables import PackedImage
 from dyvte.evaluation.videos import read_frames
 from dyvte.runtime import VisualExit
 from dyvte.runtime.records import PrefillRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskingConfig:
+    """A backbone and how it is asked, whoever brings the questions."""
+
+    model: str = field(metadata={"path": True})
+    """Backbone: folder or hub id."""
+    adapter: str | None = field(default=None, metadata={"path": True})
+    """PEFT adapter to put on the backbone: folder or hub id."""
+    template: str = "auto"
+    """Prompt template: v1, chat or auto."""
+    image_padding: Literal["auto", "square", "none"] = "auto"
+    """Pad images to a square as LLaVA-1.5 does; auto: where the backbone is a LLaVA-1.5."""
+    batch_size: int = 16
+    max_new_tokens: int = 16
+    dtype: str = "auto"
+    """auto: as stored on a GPU, float32 on a CPU."""
+    attn_implementation: str = "sdpa"
+    device: str | None = None
+    trust_remote_code: bool = False
+    num_frames: int = 8
+    """Frames sampled from a video."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "num_frames"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -83,9 +113,22 @@ def encode_questions(
         asker.template.render(prompt, has_image=1 if as_videos else len(row))
         for prompt, row in zip(prompts, rows, strict=True)
     ]
-    inputs, _ = encode(asker.processor, rendered, rows, padding_side="left", as_videos=as_videos)
+    return encode_rendered(asker, [q.id for q in questions], rendered, rows, as_videos=as_videos, index=index)
+
+
+def encode_rendered(
+    asker: Asker,
+    question_ids: Sequence[str],
+    rendered: Sequence[RenderedPrompt],
+    images: Sequence[Sequence[Any]],
+    *,
+    as_videos: bool = False,
+    index: int = 0,
+) -> Batch:
+    """One batch from prompts as the template renders them and RGB PIL images (see `backbones.encode`)."""
+    inputs, _ = encode(asker.processor, rendered, images, padding_side="left", as_videos=as_videos)
     num_tokens_B = inputs["attention_mask"].sum(1)
-    return Batch(index, tuple(q.id for q in questions), _place(inputs, asker), num_tokens_B)
+    return Batch(index, tuple(question_ids), _place(inputs, asker), num_tokens_B)
 
 
 def _place(inputs: dict[str, Tensor], asker: Asker) -> dict[str, Tensor]:
@@ -119,11 +162,14 @@ def encoded_batches(
 
 
 @torch.inference_mode()
-def answer(asker: Asker, batch: Batch, exits: VisualExit) -> list[Answer]:
-    """Greedy answers of one batch under one policy and its reductions."""
+def answer(
+    asker: Asker, batch: Batch, exits: VisualExit, generation: Mapping[str, Any] | None = None
+) -> list[Answer]:
+    """Answers of one batch under one policy and its reductions; greedy, unless ``generation`` holds other
+    arguments of ``generate`` (one sequence for each prompt)."""
     with exits(asker.model) as run:
         run.sample_ids = batch.question_ids
-        tokens_BN = asker.model.generate(**batch.inputs, **greedy(asker.max_new_tokens))
+        tokens_BN = asker.model.generate(**batch.inputs, **(generation or greedy(asker.max_new_tokens)))
     new_BN = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
     texts = asker.processor.tokenizer.batch_decode(new_BN, skip_special_tokens=True)
     record = run.records[0] if run.records else _record_of_text(asker, batch)

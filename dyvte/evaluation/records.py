@@ -157,7 +157,7 @@ class AnswerLog:
         answers = [self.answers[question_id] for question_id in question_ids]
         predictions = ({"question_id": a.question_id, "prediction": a.prediction} for a in answers)
         write_atomically(self.folder / PREDICTIONS_FILE, "".join(map(_line, predictions)))
-        write_atomically(self.folder / EXITS_FILE, "".join(_line(_exit_row(a)) for a in answers))
+        write_atomically(self.folder / EXITS_FILE, "".join(_line(exit_row(a)) for a in answers))
         for path in self._partial_files():
             path.unlink()
         return answers
@@ -253,7 +253,8 @@ def _answer(row: Mapping[str, Any]) -> Answer:
     return Answer(**fields)
 
 
-def _exit_row(answer: Answer) -> dict[str, Any]:
+def exit_row(answer: Answer) -> dict[str, Any]:
+    """A row of ``exits.jsonl``: all of an answer but its text."""
     row = {key: value for key, value in asdict(answer).items() if key != "prediction"}
     return {**row, "gate_probabilities": answer.gate_probabilities}
 

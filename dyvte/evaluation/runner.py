@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,7 +25,14 @@ from dyvte.backbones import (
 )
 from dyvte.config import dump_config, to_dict
 from dyvte.errors import ConfigError
-from dyvte.evaluation.asking import Asker, answer, encoded_batches, plan_batches, questions_digest
+from dyvte.evaluation.asking import (
+    Asker,
+    AskingConfig,
+    answer,
+    encoded_batches,
+    plan_batches,
+    questions_digest,
+)
 from dyvte.evaluation.base import (
     DIALECTS,
     Benchmark,
@@ -51,13 +58,9 @@ _FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(AskingConfig):
     """Settings of ``dyvte eval``; a YAML file may hold any of them, the command line the rest."""
 
-    model: str = field(metadata={"path": True})
-    """Backbone: folder or hub id."""
-    adapter: str | None = field(default=None, metadata={"path": True})
-    """PEFT adapter to put on the backbone: folder or hub id."""
     benchmark: str
     """gqa, mme, ...: see ``dyvte eval --help``."""
     data: Path
@@ -71,19 +74,8 @@ class EvalConfig:
     policy is run with every entry."""
     question_suffix: str | None = None
     """Appended to every question; None: the benchmark's short-answer request, as LLaVA does."""
-    template: str = "auto"
-    """Prompt template: v1, chat or auto."""
-    image_padding: Literal["auto", "square", "none"] = "auto"
-    """Pad images to a square as LLaVA-1.5 does; auto: where the backbone is a LLaVA-1.5."""
     dialect: str = "original"
     """Whose rule reads the answers: original, lmms or vlmevalkit."""
-    batch_size: int = 16
-    max_new_tokens: int = 16
-    dtype: str = "auto"
-    """auto: as stored on a GPU, float32 on a CPU."""
-    attn_implementation: str = "sdpa"
-    device: str | None = None
-    trust_remote_code: bool = False
     limit: int | None = None
     """Ask about this many questions only (whole images where questions are paired)."""
     timing_batches: int = 3
@@ -91,15 +83,13 @@ class EvalConfig:
     timing_repeats: int = 3
     timing_tokens: int = 8
     """Tokens generated when timed: the first gives the time to first token, the others that per token."""
-    num_frames: int = 8
-    """Frames sampled from a video."""
-    seed: int = 0
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_benchmark(self.benchmark)
         check_dialect(self.dialect)
-        for name in ("batch_size", "max_new_tokens", "timing_repeats", "timing_tokens", "num_frames"):
+        for name in ("timing_repeats", "timing_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.policies:
@@ -118,7 +108,7 @@ class PolicyResult:
     scores: dict[str, Any] = field(default_factory=dict)
 
 
-def load_asker(config: EvalConfig, local_rank: int = 0) -> Asker:
+def load_asker(config: AskingConfig, local_rank: int = 0) -> Asker:
     """The backbone of a configuration, ready to be asked; on the GPU of ``local_rank`` where there is one."""
     device = config.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     # half precision is slow on a CPU, and rounds differently from one batch shape to the next
@@ -171,7 +161,7 @@ def run_policies(
     ranks = ranks or Ranks()
     prompts = prompts_of(benchmark, questions, config.question_suffix)
     plan = plan_batches(asker, prompts, config.batch_size)
-    _check_policies(asker, policies)
+    check_policies(asker, policies)
     identity = _identity(asker, benchmark, questions, prompts, config)
     ids = [[questions[i].id for i in rows] for rows in plan]
 
@@ -211,7 +201,7 @@ def run_policies(
     return ranks.first_alone(conclude) or []
 
 
-def _check_policies(asker: Asker, policies: Sequence[NamedPolicy]) -> None:
+def check_policies(asker: Asker, policies: Sequence[NamedPolicy]) -> None:
     """Raise where one of them cannot serve the backbone, before anything is asked."""
     backbone = describe(asker.model)
     for named in policies:
