@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte init``."""
     parser.add_argument("--model", required=True, help="backbone: folder or hub id")
     parser.add_argument("--output", required=True, help="folder for gate_config.json and gates.safetensors")
-    parser.add_argument("--architecture", choices=("compact", "shared", "reference"), default="compact")
+    parser.add_argument("--architecture", choices=("compact", "shared", "reference"), default="shared")
     parser.add_argument(
         "--features",
         help="what they read, comma-separated: mean_prompt, last_prompt, mean_visual, last_visual "

@@ -46,7 +46,7 @@ class GateConfig:
 
     num_layers: int
     hidden_size: int
-    architecture: str = "compact"
+    architecture: str = "shared"
     gate_hidden_size: int = 0
     features: tuple[str, ...] = DEFAULT_FEATURES
     offsets: tuple[float, ...] = ()

@@ -98,7 +98,7 @@ class GatesConfig:
 
     init_from: Path | None = None
     """A folder made by ``dyvte init`` or an earlier training; null: new gates."""
-    architecture: Literal["compact", "shared", "reference"] = "compact"
+    architecture: Literal["compact", "shared", "reference"] = "shared"
     """Architecture of new gates."""
     hidden_size: int = 0
     """Width of new gates; 0: the architecture's own."""

@@ -128,8 +128,8 @@ def test_script_leaves_gates_that_the_runtime_loads(world: Path, trained: Path) 
     assert record["trace"]["labels"] == "greedy 3"
     before = load_file(trained.parent / "init" / "gates.safetensors")
     after = weights(trained)
-    assert not torch.equal(before["gates.0.w1.weight"], after["gates.0.w1.weight"])
-    assert torch.equal(before["gates.3.w1.weight"], after["gates.3.w1.weight"])  # gate L
+    assert not torch.equal(before["gates.0.w2.weight"], after["gates.0.w2.weight"])
+    assert torch.equal(before["gates.3.w2.weight"], after["gates.3.w2.weight"])  # gate L
     lines = [json.loads(line) for line in (trained / "train_log.jsonl").read_text().split("\n")[:-1]]
     assert lines[-1]["step"] == json.loads((trained / "summary.json").read_text())["steps"]
     assert any("validation/exit_rate" in line for line in lines)
@@ -412,7 +412,7 @@ def gpt_first() -> dict:
 
 CASES = {
     "no such model": (lambda f, w: {"--model_name_or_path": str(f / "nowhere")}, "no model folder at"),
-    "not json": (lambda f, w: bad_data(f, w, "{"), "not valid JSON"),
+    "not json": (lambda f, w: bad_data(f, w, "[{"), "not valid JSON"),
     "not a list": (lambda f, w: bad_data(f, w, {"a": 1}), "JSON list"),
     "starts with gpt": (lambda f, w: bad_data(f, w, [gpt_first()]), "starts with 'gpt'"),
     "missing image": (lambda f, w: bad_data(f, w, [conversation("x", "no.png")]), "sample 'x': image"),

@@ -35,7 +35,13 @@ def states_by_hand(model, inputs, names):
 
 
 def gates_reading(names, seed=0):
-    config = GateConfig(num_layers=LAYERS, hidden_size=HIDDEN, gate_hidden_size=8, features=names)
+    config = GateConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        architecture="compact",
+        gate_hidden_size=8,
+        features=names,
+    )
     gates = GateStack.init(config, seed)
     for parameter in gates.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))

@@ -20,7 +20,9 @@ LAYERS, HIDDEN = 4, 32
 
 
 def make_gates(seed=0, **fields):
-    gates = GateStack.init(GateConfig(num_layers=LAYERS, hidden_size=HIDDEN, **fields), seed)
+    gates = GateStack.init(
+        GateConfig(num_layers=LAYERS, hidden_size=HIDDEN, **{"architecture": "compact", **fields}), seed
+    )
     generator = torch.Generator().manual_seed(seed)
     for parameter in gates.parameters():
         torch.nn.init.normal_(parameter, generator=generator)

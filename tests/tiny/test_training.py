@@ -57,7 +57,9 @@ def make_config(tmp_path: Path, **settings) -> TrainConfig:
 
 
 def make_gates() -> GateStack:
-    config = GateConfig(num_layers=LAYERS, hidden_size=HIDDEN, offsets=uniform_offsets(LAYERS))
+    config = GateConfig(
+        num_layers=LAYERS, hidden_size=HIDDEN, architecture="compact", offsets=uniform_offsets(LAYERS)
+    )
     return GateStack.init(config, seed=0)
 
 

@@ -158,7 +158,13 @@ def test_gates_take_their_parts_of_wider_traces():
 
 
 def test_compact_gates_equal_their_formula():
-    config = GateConfig(num_layers=3, hidden_size=8, gate_hidden_size=5, offsets=(0.5, -1.0, 0.0))
+    config = GateConfig(
+        num_layers=3,
+        hidden_size=8,
+        architecture="compact",
+        gate_hidden_size=5,
+        offsets=(0.5, -1.0, 0.0),
+    )
     gates = GateStack.init(config, seed=3)
     for p in gates.parameters():
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
@@ -257,7 +263,7 @@ def test_init_is_seeded_xavier():
 
 
 def test_a_gate_that_is_not_used_gets_no_gradient():
-    gates = GateStack.init(GateConfig(num_layers=3, hidden_size=4))
+    gates = GateStack.init(GateConfig(num_layers=3, hidden_size=4, architecture="compact"))
     gates.gate(2, torch.randn(2, 8)).sum().backward()
     assert gates.gates[0].w1.weight.grad is None
     assert gates.gates[1].w1.weight.grad is not None
