@@ -98,7 +98,7 @@ def _paint(figure: Any, mean_LD: Tensor, within_LD: Tensor, uniform_D: list[floa
         left.plot(mean_D, "o-", ms=2.5, lw=1, color=color, label=f"layer {k + 1}")
         right.plot(100 * within_D, "-", lw=1, color=color)
     right.plot([100 * share for share in uniform_D], "--", lw=1, color=COLORS[0], label="share of the pairs")
-    left.set_yscale("log")
+    left.set_ylim(bottom=0)
     left.set_ylabel("mean attention weight of a pair")
     right.set_ylabel("attention within the distance, %")
     for axes in (left, right):

@@ -60,6 +60,7 @@ def _paint(figure: Any, kl: list[float], outcomes: list[Outcome]) -> None:
     left.legend(frameon=False, fontsize=8)
     right.plot(range(len(kl)), kl, "o-", color=COLORS[1], ms=4)
     right.set_yscale("symlog", linthresh=1e-4)  # the KL at K = L is exactly 0
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     right.set_ylim(bottom=0)
     right.set_ylabel("KL(exit || full), nats")
     for axes in (left, right):

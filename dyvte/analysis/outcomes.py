@@ -111,11 +111,12 @@ def paint_outcomes(outcomes: Sequence[Outcome], xlabel: str = "right answers, %"
             base = one.difference.mean_b
             ends = [base + one.difference.low, base + one.difference.high]
             axes.plot(ends, [place, place], "|-", color=COLORS[1], lw=1, ms=6)
-            axes.annotate(f"{one.correct:.1f}", (1, place), va="center", fontsize=8, color="white")
+            axes.annotate(f"{one.correct:.1f}", (104, place), va="center", fontsize=8)
         axes.set_yticks(places, [one.label for one in outcomes], fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel(xlabel)
-        axes.set_xlim(0, 102)
+        axes.set_xlim(0, 112)
+        axes.set_xticks(range(0, 101, 20))
         plain_axes(axes)
 
     return paint

@@ -84,9 +84,9 @@ def study(subject: Subject) -> Findings:
         [str(k + 1), *(f"{100 * share:.1f} %" for share in row.tolist()), f"{float(search.kl[k + 1]):.4f}"]
         for k, row in enumerate(means_L5)
     ]
-    rows.append(["early fusion ends", str(fusion or "-"), *[""] * 5])
-    rows.append(["reasoning resumes", str(reasoning or "-"), *[""] * 5])
-    rows.append([f"image not needed behind (eta {eta:g})", str(enough or "-"), *[""] * 5])
+    rows.append(["early fusion ends", str(fusion or "not seen"), *[""] * 5])
+    rows.append(["reasoning resumes", str(reasoning or "not seen"), *[""] * 5])
+    rows.append([f"image not needed behind (eta {eta:g})", str(enough or "none"), *[""] * 5])
     marks = {"early_fusion_until": fusion, "reasoning_from": reasoning, "image_needed_until": enough}
     return Findings(
         title=f"Attention within and between text and image, {subject.num_layers} layers",

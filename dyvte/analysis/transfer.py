@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dyvte.analysis.findings import Findings
 from dyvte.analysis.outcomes import outcome_table, outcomes_of, paint_outcomes
 from dyvte.analysis.subject import Subject, gates_of
@@ -17,7 +19,8 @@ DEFINITION = (
 def study(subject: Subject) -> Findings:
     """Score the full model and each of the gates."""
     paths = gates_of(subject)
-    labels, policies, rows = {FULL_MODEL: "full model"}, [], {}
+    labels, policies = {FULL_MODEL: "full model"}, []
+    rows: dict[str, dict[str, Any]] = {FULL_MODEL: {}}
     for path, named in zip(paths, subject.policies(*paths.values()), strict=True):
         allowed = with_options(named, "transfer", allow_transfer=True)
         allowed.check(subject.num_layers, subject.backbone.hidden_size)
@@ -29,7 +32,7 @@ def study(subject: Subject) -> Findings:
         rows[used.name] = {"gates": path, "transferred": transferred}
     outcomes = outcomes_of(subject, subject.ask(policies), labels)
     for name, outcome in zip(labels, outcomes, strict=True):
-        rows[name] = {**rows.get(name, {}), **outcome.to_dict()}
+        rows[name].update(outcome.to_dict())
     return Findings(
         title=f"Gates used on another backbone, {subject.num_layers} layers",
         definition=DEFINITION,
