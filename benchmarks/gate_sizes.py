@@ -27,6 +27,7 @@ from dyvte.evaluation.report import markdown_table
 from dyvte.evaluation.scenes import TracedScenes, gate_logits
 from dyvte.evaluation.timing import machine
 from dyvte.gates import GateConfig, GateStack
+from dyvte.plotting import new_figure
 
 SMALL = (("compact", 4), ("compact", 16), ("shared", 16), ("shared", 64), ("shared", 256))
 REFERENCE_RATES = (1e-3, 5e-3)
@@ -127,11 +128,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Mean risk over parameters at 7B, with the deviation over seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.2, 4.2)
     axes = figure.subplots()
     colors = {"reference": "#4d4d4d", "compact": "#1f77b4", "shared": "#d62728"}
     for architecture, color in colors.items():

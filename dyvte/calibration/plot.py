@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from dyvte.calibration.vtw import LayerSearch
 from dyvte.errors import ConfigError
+from dyvte.plotting import new_figure
 
 SUFFIXES = (".png", ".svg")
 
 
-def check_plot(path: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """matplotlib's figure and canvas classes, where a plot can be written to this file; call it early.
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """See that a plot can be written to this file, before the work that it will show.
 
     Raises
     ------
@@ -25,19 +25,13 @@ def check_plot(path: str | os.PathLike[str]) -> tuple[Any, Any]:
         raise ConfigError(f"plot {path}: expected a file name that ends in {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise ConfigError(f"plot {path}: the folder {path.parent} does not exist")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: install dyvte[eval]") from error
-    return Figure, FigureCanvasAgg
+    new_figure(1, 1)
 
 
 def plot_search(found: LayerSearch, path: str | os.PathLike[str]) -> None:
     """Draw the curve, the bound and the chosen K into a png or svg file; raises as `check_plot` does."""
-    figure_class, canvas_class = check_plot(path)
-    figure = figure_class(figsize=(5.6, 3.8), layout="constrained")
-    canvas_class(figure)  # no display, no global state
+    check_plot(path)
+    figure = new_figure(5.6, 3.8)
     axes = figure.subplots()
     layers, kl = range(len(found.kl)), found.kl.tolist()
     axes.axvspan(found.k_range[0] - 0.5, found.k_range[1] + 0.5, color="#eeeeee", label="K searched")

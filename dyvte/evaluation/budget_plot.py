@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dyvte.errors import ConfigError
+from dyvte.plotting import new_figure
 
 _COLORS = ("#d62728", "#4d4d4d", "#1f77b4", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
 _PANELS = {"risk": "risk: KL(full || exit), nats", "same_answer": "same answer as the full model, %"}
@@ -22,13 +22,7 @@ def plot_budgets(report: Mapping[str, Any], path: Path) -> None:
     ConfigError
         matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: install dyvte[eval]") from error
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, no global state
+    figure = new_figure(11.5, 4.8)
     for axes, (metric, title) in zip(figure.subplots(1, 2), _PANELS.items()):
         colors = iter(_COLORS)
         for name, seeds in report["curves"].items():

@@ -15,6 +15,7 @@ from dyvte.evaluation.plans import JudgedPlan, PlanJudge, choose, front, traces_
 from dyvte.evaluation.report import markdown_table
 from dyvte.files import write_atomically
 from dyvte.gates import GateStack
+from dyvte.plotting import new_figure
 from dyvte.reductions import parse_reductions
 from dyvte.teacher import TraceStore
 
@@ -123,11 +124,7 @@ def judges(
 
 def plot_plans(found: PlanSearch, path: Path) -> None:
     """Risk over visual compute: every plan, the front, and the front of single methods."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 4.4)
     axes = figure.subplots()
     singles = [one for one in found.judged if one.plan.kind != "combined"]
     axes.scatter(

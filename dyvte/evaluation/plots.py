@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dyvte.errors import ConfigError
 from dyvte.evaluation.rivals import lower_hull
+from dyvte.plotting import new_figure
 
 COLORS = {"fixed": "#4d4d4d", "router": "#1f77b4", "gates": "#d62728", "oracle": "#2ca02c"}
 LABELS = {
@@ -28,17 +28,11 @@ def comparison_plot(result: dict[str, Any], folder: Path, name: str = "compariso
     ConfigError
         matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: install dyvte[eval]") from error
     panels = [(title, metric, result["traces"]["curves"]) for metric, title in PANELS.items()]
     for benchmark, found in result["benchmarks"].items():
         if "curves" in found:
             panels.append((f"mini-{benchmark.upper()} accuracy, %", "accuracy", found["curves"]))
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, no global state
+    figure = new_figure(5.2 * len(panels), 4.4)
     for axes, (title, metric, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         _panel(axes, curves, metric, title)
     _operating_points(figure.axes, result)

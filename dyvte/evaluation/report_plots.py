@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dyvte.errors import ConfigError
 from dyvte.evaluation.report_data import ReportedRun, Section
+from dyvte.plotting import new_figure
 
 COLORS = ("#d62728", "#4d4d4d", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
 MARKERS = "os^Dv"
@@ -81,14 +81,9 @@ def draw(stem: Path, caption: str, size: tuple[float, float], paint: Callable[[A
     ConfigError
         matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: install dyvte[eval]") from error
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)  # no display, no global state
+    figure = new_figure(*size)
+    import matplotlib
+
     # Names come from folders and data: never formulas. Fixed ids and no date keep files the same.
     with matplotlib.rc_context({"svg.hashsalt": "dyvte", "text.parse_math": False}):
         paint(figure)

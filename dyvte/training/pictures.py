@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dyvte.plotting import new_figure
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -23,19 +25,17 @@ def exit_histogram(rate: Sequence[float], title: str = "") -> np.ndarray:
 
     Raises
     ------
-    ImportError
+    ConfigError
         If matplotlib is not installed.
     """
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(6, 3)
     axes = figure.subplots()
     axes.bar(range(len(rate)), rate, color="tab:blue")
     axes.set_xlabel(f"exit layer ({len(rate) - 1}: never)")
     axes.set_ylabel("share of samples")
     axes.set_title(title)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    figure.set_dpi(100)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

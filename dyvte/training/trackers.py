@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from dyvte.errors import ConfigError
 from dyvte.training.pictures import exit_histogram
 
 LOG_FILE, PICTURE_FILE = "train_log.jsonl", "exit_histogram.png"
@@ -168,8 +169,8 @@ class _LastExits:
             return None
         try:
             return exit_histogram(self._rate, f"held-out samples, step {self.step}")
-        except ImportError as error:
-            log.warning("no picture of the exits: matplotlib is not installed (%s)", error)
+        except ConfigError as error:
+            log.warning("no picture of the exits: %s", error)
             return None
 
 

@@ -10,7 +10,7 @@ import dyvte
 PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
-    *["errors", "files", "config", "spans", "gates", "policies"],
+    *["errors", "files", "plotting", "config", "spans", "gates", "policies"],
     *["backbones", "reductions", "runtime"],
     *["data", "teacher", "objectives", "calibration", "evaluation", "training"],
     *["analysis", "plugins", "commands", "cli", "__main__"],
