@@ -10,12 +10,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..errors import ConfigError, UnsupportedBackboneError
+from ..errors import ConfigError, GateMismatchError, UnsupportedBackboneError
 from .base import Reduction, ReductionPlan, TokenRows, VisualWork, digest
 from .profile import VisualProfile
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # A gated FFN that holds nothing else: its parts can be computed neuron by neuron.
-GATED_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+GATED_PARTS = {*PROJECTIONS, "act_fn"}
 
 
 class SparseFFNPlan(ReductionPlan):
@@ -71,13 +72,24 @@ class SparseFFN(Reduction):
         for index, layer in enumerate(backbone.layers[: backbone.num_layers]):
             ffn = getattr(layer, "mlp", None)
             parts = set(getattr(ffn, "_modules", {}))
-            if parts | {"act_fn"} != GATED_PARTS or not isinstance(ffn.down_proj, nn.Linear):
+            if parts | {"act_fn"} != GATED_PARTS:
                 raise UnsupportedBackboneError(
                     f"reduction ffn cannot serve {backbone.model.config.model_type}: layer {index + 1} has "
                     "no plain gated FFN `mlp` of gate_proj, up_proj and down_proj "
                     f"(found {sorted(parts) or 'none'}; experts cannot be cut this way)"
                 )
+            if not all(type(getattr(ffn, name)) is nn.Linear for name in PROJECTIONS):
+                raise UnsupportedBackboneError(
+                    f"reduction ffn cannot serve this {backbone.model.config.model_type}: the FFN of layer "
+                    f"{index + 1} is adapted or quantised (down_proj is a {type(ffn.down_proj).__name__}): "
+                    "merge the adapter, or load the model unquantised"
+                )
             sizes.append(ffn.down_proj.in_features)
+        if self.profile is not None and any(size > self.profile.importance_LM.shape[-1] for size in sizes):
+            raise GateMismatchError(
+                "this visual profile ranks no neurons: it was measured where the FFN was no plain gated one; "
+                "measure it anew with `dyvte calibrate --reduction yopo`"
+            )
         self._sizes = sizes
 
     def start(self, rows: TokenRows) -> SparseFFNPlan:

@@ -22,6 +22,7 @@ from .prefill import Prefill
 from .records import Run
 from .replay import Replay
 from .streams import Layout
+from .visual_work import Weights
 from .windows import Window, layer_windows
 
 
@@ -39,6 +40,7 @@ class Engine:
     ) -> None:
         self.backbone, self.policy, self.run, self.reductions = backbone, policy, run, reductions
         self.replay = replay
+        self.weights = Weights()
         self.config = backbone.decoder.config
         self.windows = layer_windows(self.config, backbone.num_layers)
         self.rotary = getattr(backbone.decoder, "rotary_emb", None)

@@ -162,7 +162,7 @@ class Prefill:
             return None
         layer, work = self.engine.backbone.layers[index], self._work(index)
         if not work.is_stock:
-            around.enter_context(LighterLayer(layer, self._tokens(visual, device), work))
+            around.enter_context(LighterLayer(layer, self._tokens(visual, device), work, self.engine.weights))
         if not any(one.reads_attention(index + 1) for one in self.reducing):
             return None
         self.score_layers.append(index + 1)

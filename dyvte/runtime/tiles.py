@@ -47,13 +47,16 @@ class Tiles:
         used_W = (slots_WQ >= 0).any(1)
         slots_WQ, slots_WK, rows_W = slots_WQ[used_W], slots_WK[used_W], rows_W[used_W]
         text_WP = self._text_before(places_RT3, text_RT)[rows_W]
+        # Of a radius beyond the image, much of the halo holds no token anywhere.
+        used_K = (slots_WK >= 0).any(0)
+        window_1QK, slots_WK = _window(side, window.radius)[:, :, used_K], slots_WK[:, used_K]
         slots_WK = torch.cat([text_WP, slots_WK], 1)
         allowed_WQK = (
             torch.cat(
                 [
                     # text that comes before the query
                     (text_WP[:, None] < slots_WQ[:, :, None]).expand(-1, -1, text_WP.shape[1]),
-                    _window(side, window.radius).expand(len(rows_W), -1, -1),
+                    window_1QK.expand(len(rows_W), -1, -1),
                 ],
                 2,
             )
@@ -96,7 +99,8 @@ class Tiles:
             query_WHQd, key_WHKd, value_WHKd, attn_mask=self.allowed_W1QK, scale=scale
         )
         got = got_WHQd.transpose(1, 2).reshape(-1, num, got_WHQd.shape[-1]).index_select(0, self._from)
-        flat = out.view(-1, *out.shape[2:])
+        # Autocast computes attention in half precision from float32 queries and keys.
+        flat, got = out.view(-1, *out.shape[2:]), got.to(out.dtype)
         if heads is None:
             flat.index_copy_(0, self._put, got)
         else:

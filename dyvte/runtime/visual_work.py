@@ -96,7 +96,8 @@ class Queries:
             query_RHQd, key.transpose(1, 2), value.transpose(1, 2), attn_mask=self.allowed_R1QT, scale=scale
         )
         got = got_RHQd.transpose(1, 2).flatten(0, 1).index_select(0, self._from)
-        flat = out.view(-1, *out.shape[2:])
+        # Autocast computes attention in half precision from float32 queries and keys.
+        flat, got = out.view(-1, *out.shape[2:]), got.to(out.dtype)
         if heads is None:
             flat.index_copy_(0, self._put, got)
         else:
@@ -106,14 +107,22 @@ class Queries:
 class LighterLayer:
     """Around one call of a decoder layer on one stream: visual tokens get `work`, text what it always got.
 
+    Parameters
+    ----------
+    weights
+        Parts of weights that earlier calls took.
+
     Raises
     ------
     UnsupportedBackboneError
         Naming what of the layer cannot be left out.
     """
 
-    def __init__(self, layer: nn.Module, tokens: VisualTokens, work: VisualWork) -> None:
+    def __init__(
+        self, layer: nn.Module, tokens: VisualTokens, work: VisualWork, weights: Weights | None = None
+    ) -> None:
         self.layer, self.tokens, self.work = layer, tokens, work
+        self.weights = weights or Weights()
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> LighterLayer:
@@ -163,7 +172,12 @@ class LighterLayer:
             raise _refusal(self.layer, f"its sliding window of {reach} is shorter than the prompt")
         scale = options.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        groups = query.shape[1] // key.shape[1]
+        num_heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+        if groups * key.shape[1] != num_heads:
+            raise _refusal(self.layer, f"{num_heads} query heads do not divide into {key.shape[1]} groups")
+        if self.work.heads is not None and len(self.work.heads) != num_heads:
+            # Tensor parallelism leaves each process some of the heads.
+            raise _refusal(self.layer, f"it computes {num_heads} of {len(self.work.heads)} heads here")
         query_RTHd = query.transpose(1, 2)
         key_RTHd, value_RTHd = (
             states.transpose(1, 2).repeat_interleave(groups, 2) if groups > 1 else states.transpose(1, 2)
@@ -192,18 +206,23 @@ class LighterLayer:
         if q_proj.out_features % num_heads:
             raise _refusal(self.layer, f"its queries do not divide into {num_heads} heads")
         size = q_proj.out_features // num_heads
-        parts = self.work.heads.repeat_interleave(size).nonzero().flatten().to(q_proj.weight.device)
+        parts = _part(self.work.heads.repeat_interleave(size).nonzero().flatten(), q_proj.weight.device)
         stock_q, stock_o = q_proj.forward, o_proj.forward
 
         def project(hidden_RTD: Tensor) -> Tensor:
             if hidden_RTD.shape[:2] != self.tokens.shape:
                 return stock_q(hidden_RTD)
             flat = hidden_RTD.flatten(0, 1)
-            out = flat.new_zeros(len(flat), q_proj.out_features)
             text, visual = self.tokens.text, self.tokens.visual
-            out.index_copy_(0, text, stock_q(flat.index_select(0, text)))
+            of_text = stock_q(flat.index_select(0, text))
+            out = of_text.new_zeros(len(flat), q_proj.out_features)
+            out.index_copy_(0, text, of_text)
             bias = None if q_proj.bias is None else q_proj.bias[parts]
-            out[visual[:, None], parts] = F.linear(flat.index_select(0, visual), q_proj.weight[parts], bias)
+            got = F.linear(flat.index_select(0, visual), self.weights.rows(q_proj.weight, parts), bias)
+            if isinstance(parts, slice):
+                out[:, parts].index_copy_(0, visual, got)
+            else:
+                out[visual[:, None], parts] = got
             return out.view(*hidden_RTD.shape[:2], -1)
 
         def merge(heads_RTX: Tensor) -> Tensor:
@@ -212,7 +231,9 @@ class LighterLayer:
             return self._apart(
                 heads_RTX,
                 stock_o,
-                lambda flat: F.linear(flat.index_select(1, parts), o_proj.weight[:, parts], o_proj.bias),
+                lambda flat: F.linear(
+                    flat[:, parts], self.weights.columns(o_proj.weight, parts), o_proj.bias
+                ),
             )
 
         self._replace(q_proj, project)
@@ -225,16 +246,16 @@ class LighterLayer:
         if not all(_is_plain(one) for one in projections):
             raise _refusal(self.layer, "its FFN is adapted, quantised or offloaded")
         stock = ffn.forward
-        if isinstance(neurons, Tensor):
-            neurons = neurons.to(ffn.down_proj.weight.device)
-        part = slice(neurons) if isinstance(neurons, int) else neurons
+        device, weights = ffn.down_proj.weight.device, self.weights
+        part = slice(neurons) if isinstance(neurons, int) else _part(neurons, device)
 
         def sparse(flat: Tensor) -> Tensor:
             gate, up = (
-                F.linear(flat, one.weight[part], None if one.bias is None else one.bias[part])
+                F.linear(flat, weights.rows(one.weight, part), None if one.bias is None else one.bias[part])
                 for one in projections[:2]
             )
-            return F.linear(ffn.act_fn(gate) * up, ffn.down_proj.weight[:, part], ffn.down_proj.bias)
+            down = ffn.down_proj
+            return F.linear(ffn.act_fn(gate) * up, weights.columns(down.weight, part), down.bias)
 
         def forward(hidden_RTD: Tensor) -> Tensor:
             return self._apart(hidden_RTD, stock, sparse)
@@ -257,8 +278,49 @@ class LighterLayer:
         return out.view(*states_RTD.shape[:2], -1)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        own = module.__dict__.get("forward")
         module.forward = forward
-        self._undo.append(lambda: module.__dict__.pop("forward", None))
+        if own is None:
+            self._undo.append(lambda: module.__dict__.pop("forward", None))
+        else:
+            # Another tool's, such as accelerate's.
+            self._undo.append(lambda: setattr(module, "forward", own))
+
+
+class Weights:
+    """Parts of weights that visual tokens use, taken once for a block instead of once for every prompt.
+
+    A contiguous part is a view and costs nothing. Others are copies: while the block is open they take the
+    memory of the heads and neurons that are left. With gradients nothing is kept.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def rows(self, weight: Tensor, part: slice | Tensor) -> Tensor:
+        """``weight[part]``."""
+        return weight[part] if isinstance(part, slice) else self._take(weight, part, 0)
+
+    def columns(self, weight: Tensor, part: slice | Tensor) -> Tensor:
+        """``weight[:, part]``."""
+        return weight[:, part] if isinstance(part, slice) else self._take(weight, part, 1)
+
+    def _take(self, weight: Tensor, part: Tensor, dim: int) -> Tensor:
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return weight.index_select(dim, part)
+        version = 0 if weight.is_inference() else weight._version
+        known = self._taken.get(id(weight))
+        if known is None or known[0] is not weight or known[1] != version:
+            known = self._taken[id(weight)] = (weight, version, weight.detach().index_select(dim, part))
+        return known[2]
+
+
+def _part(index: Tensor, device: torch.device) -> slice | Tensor:
+    """Ascending indices; a slice where they have no gap."""
+    if len(index) == 0:
+        return slice(0)
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index.to(device)
 
 
 def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -268,7 +330,13 @@ def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _is_plain(module: Any) -> bool:
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
-    return module.weight.device.type != "meta"
+    weight = module.weight
+    # Sharded weights (ZeRO-3, tensor parallelism) are of another type, or empty outside their own call.
+    whole = type(weight) in (Tensor, nn.Parameter) and weight.shape == (
+        module.out_features,
+        module.in_features,
+    )
+    return whole and weight.device.type != "meta"
 
 
 def _indices(mask: Tensor, device: torch.device) -> Tensor:
