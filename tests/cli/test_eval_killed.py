@@ -17,7 +17,7 @@ from tests.tiny.models import tiny_llava
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ("never", "fixed-2", "never+fastv-1-0.5", "fixed-2+fastv-1-0.5")
 FILES = ("predictions.jsonl", "exits.jsonl", "testdev_balanced_predictions.json")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 pytestmark = pytest.mark.full
 
