@@ -12,6 +12,7 @@ import dyvte
 from dyvte.backbones import describe
 from dyvte.errors import CalibrationError
 from dyvte.evaluation.cost import decoder_shape
+from dyvte.evaluation.plan_compare import compare_plans, mix_for
 from dyvte.evaluation.plan_search import PlanSearch, combinations
 from dyvte.evaluation.plans import JudgedPlan, Plan, PlanJudge, choose, folder_name, front
 from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack
@@ -150,3 +151,73 @@ def test_combinations_differ_and_can_be_traced_side_by_side(profile):
     assert found[0] == "none"
     assert any("fastv" in text and "neighbours" in text for text in found)
     assert all(("heads" in text) <= (profile is not None) for text in found)
+
+
+# -- comparing held out -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(12))
+def test_the_mixture_for_a_budget_is_the_best_of_all_pairs(seed):
+    judged = random_plans(seed)
+    for budget in (0.05, 0.2, 0.37, 0.5, 0.81, 1.0):
+        best = float("inf")
+        for a, b in itertools.product(judged, repeat=2):
+            if a.compute <= budget <= b.compute:
+                share = 0.0 if a.compute == b.compute else (budget - a.compute) / (b.compute - a.compute)
+                best = min(best, a.risk + share * (b.risk - a.risk))
+        # an unspent rest is no fault: the least risk may be cheaper than the budget
+        best = min([best, *(one.risk for one in judged if one.compute <= budget)])
+        found = mix_for(judged, budget)
+        if best == float("inf"):
+            assert found is None
+            continue
+        on_these = found.judged({one.plan: one for one in judged}.__getitem__)
+        assert on_these.risk == pytest.approx(best, abs=1e-6)
+        assert on_these.compute <= budget + 1e-9
+
+
+class Shown:
+    """Stands in for a judge: risk and compute of every plan are given."""
+
+    def __init__(self, text, figures):
+        self.text, self.figures = text, figures
+
+    def fixed(self):
+        return [self.judge(plan) for plan in self.figures]
+
+    def learned(self):
+        return []
+
+    def judge(self, plan):
+        compute, risk_B = self.figures[plan]
+        return JudgedPlan(plan, compute, risk_B, torch.ones(len(risk_B)))
+
+
+def test_a_comparison_chooses_on_one_set_and_judges_on_the_other():
+    flat = torch.ones(40)
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 0.01
+    never, fixed = Plan("none"), Plan("none", 2)
+    yopo, both = Plan("ffn:0.5", 2), Plan("ffn:0.5", threshold=0.5)
+    calibration = [
+        Shown("none", {never: (1.0, flat * 0), fixed: (0.5, flat)}),
+        Shown("ffn:0.5", {yopo: (0.3, flat * 2), both: (0.3, flat * 0.5)}),
+    ]
+    test = [
+        Shown("none", {never: (1.0, flat * 0), fixed: (0.52, flat * 3 + noise)}),
+        Shown("ffn:0.5", {yopo: (0.3, flat * 2), both: (0.31, flat * 1.5)}),
+    ]
+    ids = [str(index // 2) for index in range(40)]
+    found = compare_plans([calibration], [test], [0.5, 0.3, 0.1], ids, draws=200)
+    assert found.at(0.5, "fixed K").risk == pytest.approx(3.0, abs=0.01)
+    assert found.at(0.3, "fixed K") is None
+    # at 0.5 a mixture of `both` and never is best on calibration: 2/7 never
+    mixed = found.at(0.5, "any combination")
+    assert mixed.risk == pytest.approx(1.5 * 5 / 7, rel=1e-6)
+    assert mixed.compute == pytest.approx(0.31 * 5 / 7 + 2 / 7, rel=1e-6)
+    assert found.verdict(0.5) == "better"
+    gap = found.differences[0.3, "YOPO"]
+    assert gap.difference == pytest.approx(-0.5, abs=1e-6)
+    assert gap.num_images == 20
+    assert found.verdict(0.1) == "not reached"
+    rows = [line for line in found.table().splitlines() if "10%" in line]
+    assert all("out of reach" in row for row in rows)
+    with pytest.raises(CalibrationError, match="lack a combination"):
+        compare_plans([calibration], [test[:1]], [0.5], ids)
