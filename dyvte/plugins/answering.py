@@ -1,0 +1,168 @@
+"""What the plug-ins share: settings from a harness's arguments, requests answered as ``dyvte eval`` does.
+
+Nothing of a harness is imported here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dyvte.backbones import takes_videos
+from dyvte.config import from_dict
+from dyvte.errors import ConfigError
+from dyvte.evaluation.asking import Asker, AskingConfig, answer, encode_rendered, greedy
+from dyvte.evaluation.policies import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
+from dyvte.evaluation.records import Answer
+from dyvte.evaluation.runner import check_policies, load_asker
+from dyvte.runtime import VisualExit
+
+_UNDERSTOOD = ("until", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginConfig(AskingConfig):
+    """Arguments of the model in another harness: those of ``dyvte eval`` that concern one model.
+
+    The harness passes ``pretrained`` for ``model``.
+    """
+
+    batch_size: int = 1
+    max_new_tokens: int = 1024
+    """Where a task does not say; 1024 is what the harnesses' own models take."""
+    policy: str = "never"
+    """When visual tokens leave, in the forms of `dyvte.policies.USAGE`."""
+    reduction: str = NO_REDUCTION
+    """What is spent on them before, in the forms of `dyvte.reductions`."""
+    exits: Path | None = None
+    """JSON lines to write: exit layer, gate probabilities and tokens of every request; written anew."""
+
+
+def plugin_config(origin: str, pretrained: Any, **arguments: Any) -> PluginConfig:
+    """Settings from a harness's arguments; None stands for the default.
+
+    Raises
+    ------
+    ConfigError
+        An unknown argument (the nearest is named), or a value of another type.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return from_dict(PluginConfig, {"model": pretrained, **given}, origin=origin)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of a harness.
+
+    Attributes
+    ----------
+    id : by which an oracle policy knows it; need not be unique.
+    text : the last question.
+    images : RGB PIL images in the order shown, or a video's frames.
+    is_video : whether they are frames.
+    history : earlier exchanges (question, answer).
+    """
+
+    id: str
+    text: str
+    images: tuple[Any, ...] = ()
+    is_video: bool = False
+    history: tuple[tuple[str, str], ...] = ()
+
+
+class Answering:
+    """A loaded backbone under one policy and its reductions. Nothing stays on the model between calls."""
+
+    def __init__(self, config: PluginConfig, local_rank: int = 0) -> None:
+        self.config = config
+        self.policy: NamedPolicy = with_reductions(
+            parse_policies((config.policy,), config.seed), (config.reduction,)
+        )[0]
+        self.asker: Asker = load_asker(config, local_rank)
+        check_policies(self.asker, (self.policy,))
+
+    @cached_property
+    def _exits(self) -> VisualExit:
+        return self.policy.exits()
+
+    def answer(
+        self, requests: Sequence[Request], generation: Mapping[str, Any] | None = None
+    ) -> list[Answer]:
+        """Answers in the order of the requests, which form one batch (videos, where shown in a backbone's own
+        way, another).
+
+        Parameters
+        ----------
+        generation
+            A harness's generation arguments: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
+            ``top_k``; the answer ends before the first of the texts ``until``.
+        """
+        generation = generation or {}
+        arguments = generation_arguments(generation, self.config.max_new_tokens)
+        answers: dict[int, Answer] = {}
+        own_way = takes_videos(self.asker.processor)
+        for as_videos in (False, True):
+            rows = [i for i, one in enumerate(requests) if (one.is_video and own_way) == as_videos]
+            if rows:
+                batch = self._encode([requests[i] for i in rows], as_videos)
+                answers.update(zip(rows, answer(self.asker, batch, self._exits, arguments), strict=True))
+        ends = stop_texts(generation)
+        return [replace(answers[i], prediction=cut(answers[i].prediction, ends)) for i in sorted(answers)]
+
+    def _encode(self, requests: Sequence[Request], as_videos: bool):
+        rendered = [
+            self.asker.template.render(
+                one.text, has_image=1 if as_videos else len(one.images), history=one.history
+            )
+            for one in requests
+        ]
+        images = [one.images for one in requests]
+        return encode_rendered(
+            self.asker, [one.id for one in requests], rendered, images, as_videos=as_videos
+        )
+
+
+def generation_arguments(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of transformers' ``generate`` for those of a harness. As in the harnesses' own models, a
+    positive temperature means sampling unless ``do_sample`` says no.
+
+    Raises
+    ------
+    ConfigError
+        Beam search, or a number of tokens below 1.
+    """
+    unknown = sorted(given.keys() - set(_UNDERSTOOD))
+    if unknown:
+        warnings.warn(f"generation arguments that dyvte does not use: {', '.join(unknown)}", stacklevel=2)
+    if (beams := given.get("num_beams") or 1) != 1:
+        raise ConfigError(f"num_beams={beams}: the plug-in follows one sequence for each prompt; use 1")
+    tokens = given.get("max_new_tokens") or max_new_tokens
+    if int(tokens) < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, found {tokens}")
+    arguments = greedy(int(tokens))
+    temperature = given.get("temperature")
+    wanted = given.get("do_sample")
+    samples = bool(temperature) if wanted is None else bool(wanted) and temperature != 0
+    if samples:
+        arguments.update(
+            do_sample=True,
+            temperature=1.0 if temperature is None else float(temperature),
+            top_p=given.get("top_p"),
+            top_k=given.get("top_k"),
+        )
+    return arguments
+
+
+def stop_texts(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The texts before which an answer ends."""
+    until = given.get("until") or ()
+    return (until,) if isinstance(until, str) else tuple(text for text in until if text)
+
+
+def cut(text: str, ends: Sequence[str]) -> str:
+    """The text up to the first of ``ends``."""
+    return text[: min((at for end in ends if (at := text.find(end)) >= 0), default=len(text))]

@@ -1,0 +1,3 @@
+"""Models by name: callables that build them."""
+
+supported_VLM = {}

@@ -1,0 +1,1 @@
+"""Model classes; run.py looks a configuration's "class" up here."""
