@@ -49,10 +49,12 @@ def run(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from dyvte.backbones import describe
+    from dyvte.errors import ConfigError
     from dyvte.evaluation.cost import decoder_shape
     from dyvte.evaluation.plan_search import combinations, search_plans
     from dyvte.evaluation.plans import traces_of
     from dyvte.gates import GateStack
+    from dyvte.reductions import parse_reductions
     from dyvte.training.tracing import open_model, trace_data
 
     cfg = config_of(args, ["output_dir=."])
@@ -60,6 +62,14 @@ def run(args: argparse.Namespace) -> int:
     shape = decoder_shape(AutoConfig.from_pretrained(cfg.model.path))
     given = args.reduction or combinations(shape.num_layers, args.profile, shape.num_heads)
     reductions = list(dict.fromkeys(["none", *given]))
+    if wrong := [budget for budget in args.budget if not 0 < budget <= 1]:
+        raise ConfigError(
+            f"budget {wrong[0]}: expected a share of the full model's visual compute, above 0 to 1"
+        )
+    # Before hours of tracing, not after.
+    for text in reductions:
+        for reduction in parse_reductions(text):
+            reduction.check(shape.num_layers)
     if args.dry_run:
         print(f"{len(reductions)} combinations of reductions, each traced once at {shape.num_layers} exits:")
         print("\n".join(f"  {text}" for text in reductions))

@@ -113,6 +113,9 @@ class Teacher:
         self.backbone = describe(model)
         self.exits = thinned_exits(self.backbone.num_layers, config.exit_every)
         self.reductions = parse_reductions(config.reductions)
+        for reduction in self.reductions:
+            reduction.check(self.backbone.num_layers)
+            reduction.check_backbone(self.backbone)
         self.dtype = next(model.parameters()).dtype
         self.device = next(model.parameters()).device
         if config.reference == "base" and not hasattr(model, "disable_adapter"):
