@@ -13,7 +13,7 @@ from dyvte.config import load_config
 from dyvte.errors import ConfigError
 from dyvte.evaluation.report import number, percentage
 from dyvte.evaluation.report_plots import COLORS, plain_axes
-from dyvte.gates import FEATURES, check_features
+from dyvte.gates import DEFAULT_FEATURES, FEATURES, check_features
 from dyvte.training import TrainConfig, train
 
 PAPER_SETS = (
@@ -49,7 +49,8 @@ def study(subject: Subject) -> Findings:
     rows = []
     for outcome, one in zip(outcomes, trained.values(), strict=True):
         half = min(one.summary["budgets"], key=lambda row: abs(row["budget"] - 0.5), default=None)
-        rows.append({"features": outcome.label, **outcome.to_dict(), "held_out_at_half": half})
+        held_out = {"held_out_at_half": half, "held_out_samples": one.summary["num_judged"]}
+        rows.append({"features": outcome.label, **outcome.to_dict(), **held_out})
     header = ["gates read", subject.benchmark.name, "right answers", "against the full model", "same answer"]
     header += ["mean exit layer", "visual compute", "held-out visual compute", "held-out same answer"]
     return Findings(
@@ -58,7 +59,7 @@ def study(subject: Subject) -> Findings:
         figures={"rows": rows},
         table=Table(header, [_cells(outcome, row) for outcome, row in zip(outcomes, rows, strict=True)]),
         paint=lambda figure: _paint(figure, rows),
-        size=(6.4, 4.2),
+        size=(8.0, 4.0),
     )
 
 
@@ -88,11 +89,13 @@ def _cells(outcome: Any, row: dict[str, Any]) -> list[str]:
 
 def _paint(figure: Any, rows: list[dict[str, Any]]) -> None:
     axes = figure.subplots()
-    for row in rows:
-        color = COLORS[0] if row["features"] == "mean_prompt+last_prompt" else COLORS[2]
-        at = (row["exit_layer"], 100 * row["same_answer"])
-        axes.plot(*at, "o", color=color, ms=5)
-        axes.annotate(row["features"], at, (4, 3), textcoords="offset points", fontsize=6)
-    axes.set_xlabel("mean exit layer")
-    axes.set_ylabel("same answer as the full model, %")
+    for place, row in enumerate(rows):
+        color = COLORS[0] if row["features"] == "+".join(DEFAULT_FEATURES) else COLORS[2]
+        axes.barh(place, row["exit_layer"], color=color, height=0.6, alpha=0.8)
+        text = f"{100 * row['same_answer']:.1f} %"
+        axes.annotate(text, (row["exit_layer"], place), (4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [row["features"].replace("+", " + ") for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("mean exit layer; beside the bar: same answer as the full model")
+    axes.margins(x=0.12)
     plain_axes(axes)

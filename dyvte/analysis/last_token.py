@@ -94,5 +94,6 @@ def _paint(figure: Any, per_layer_L4: Tensor, per_output_T4: Tensor) -> None:
             axes.plot(places, 100 * shares[:, number], "o-", ms=3, lw=1.2, color=COLORS[number], label=kind)
         axes.set_xlabel(label)
         axes.set_ylim(0, 100)
+        axes.locator_params(axis="x", integer=True)
         plain_axes(axes)
     panels[0].legend(frameon=False, fontsize=8)

@@ -117,5 +117,6 @@ def _paint(figure: Any, means_L5: Tensor, marks: dict[str, int | None]) -> None:
     axes.set_xlabel("layer")
     axes.set_ylabel("share of the attention, %")
     axes.set_ylim(0, 100)
+    axes.locator_params(axis="x", integer=True)
     plain_axes(axes)
     axes.legend(frameon=False, fontsize=8)

@@ -183,8 +183,10 @@ class Subject:
 
     def about(self) -> dict[str, Any]:
         """What the findings belong to."""
+        adapter = {} if self.config.adapter is None else {"adapter": self.config.adapter}
         return {
             "backbone": self.config.model,
+            **adapter,
             "fingerprint": fingerprint(self.asker.model),
             "weights": weights_digest(self.asker.model),
             "layers": self.num_layers,

@@ -87,5 +87,6 @@ def _paint(figure: Any, lines_LT: Tensor) -> None:
     axes.plot(layers, lines_LT.mean(1), "o-", ms=3, lw=1.6, color=COLORS[0], label="mean")
     axes.set_xlabel("layer")
     axes.set_ylabel("attention to a visual token")
+    axes.set_ylim(bottom=0)
     plain_axes(axes)
     axes.legend(frameon=False, fontsize=8)
