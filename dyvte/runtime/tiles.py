@@ -31,7 +31,7 @@ class Tiles:
     def __init__(
         self, places_RT3: Tensor, text_RT: Tensor, window: Neighbourhood, device: torch.device
     ) -> None:
-        tokens, side = text_RT.shape[1], max(4, 3 * window.radius)
+        tokens, side = text_RT.shape[1], max(4, 4 * window.radius)
         queries, keys, rows = [], [], []
         for row, places_T3 in enumerate(places_RT3):
             for image in places_T3[:, 0].unique().tolist():
