@@ -126,6 +126,12 @@ class LighterLayer:
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> LighterLayer:
+        recomputed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
+        if recomputed and torch.is_grad_enabled():
+            # In the backward pass, when nobody is around it any more.
+            raise _refusal(
+                self.layer, "under gradient checkpointing it would be computed anew as the stock layer"
+            )
         try:
             if self.work.window is not None or self.work.heads is not None:
                 self._swap_attention()

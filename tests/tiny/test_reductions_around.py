@@ -18,7 +18,6 @@ from .families import FAMILIES
 from .test_reductions import GREEDY, LAYERS, NEVER, build, fastv_rule, hidden_by_rule
 from .test_visual_work import ACTIVE, CASES, IMPORTANCE, less_work
 
-
 # peft asks for it
 ADAPTS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -157,6 +156,27 @@ def test_gradients_flow_as_through_masks():
         found.append([layers[1].self_attn.q_proj.weight.grad, layers[0].mlp.down_proj.weight.grad])
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_layers_are_refused_where_they_would_be_others(reentrant):
+    model, inputs, _ = FAMILIES["llava"]("sdpa")
+    model.requires_grad_(True).train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        with dyvte.VisualExit(reductions=[FastV(2, 0.5)])(model):
+            model.zero_grad()
+            model(**inputs, use_cache=False).logits[:, -1].square().sum().backward()
+        grads.append(model.get_decoder().layers[2].self_attn.q_proj.weight.grad.clone())
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    yopo = dyvte.VisualExit(reductions=[SparseFFN(0.5)])
+    with pytest.raises(UnsupportedBackboneError, match="gradient checkpointing"), yopo(model):
+        model(**inputs, use_cache=False)
+    with torch.no_grad(), yopo(model):
+        model(**inputs, use_cache=False)
 
 
 def test_parts_of_weights_are_taken_once_and_anew_when_they_change():
