@@ -125,7 +125,7 @@ def config(name: str, overrides: list[str] = ()) -> TrainConfig:
 
 
 def test_every_training_configuration_is_here() -> None:
-    others = {"embedded", "compare_embedded", "eval_embedded"}
+    others = {"embedded", "embedded_lora", "compare_embedded", "eval_embedded"}
     found = {path.stem for path in CONFIGS.glob("*.yaml") if "output_dir" in path.read_text(encoding="utf-8")}
     assert found - others == set(FAMILY)
 
@@ -161,7 +161,7 @@ def test_it_dry_runs_and_trains_two_steps(name: str, world: list[str], tmp_path:
     moved = {
         int(key.split(".")[1])
         for key, old in start.state_dict().items()
-        if not torch.equal(old, trained[key])
+        if key.startswith("gates.") and not torch.equal(old, trained[key])
     }
     assert moved == set(range(model.config.get_text_config().num_hidden_layers - 1))
     exits = dyvte.VisualExit.from_pretrained(result.gates, threshold=1e-6)

@@ -25,7 +25,7 @@ def oracle(exits=EXITS):
 
 def make_gates():
     """Gates whose rows leave at different layers of the tiny models."""
-    gates = GateStack.init(GateConfig(num_layers=4, hidden_size=32), 0)
+    gates = GateStack.init(GateConfig(num_layers=4, hidden_size=32, architecture="compact"), 0)
     generator = torch.Generator().manual_seed(3)
     for parameter in gates.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
