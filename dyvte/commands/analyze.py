@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte analyze``; those left out keep the configuration's value."""
     from dyvte.commands.options import add_asking, add_questions
 
-    parser.add_argument("studies", nargs="*", metavar="NAME", help="studies, or all")
-    parser.add_argument("--list", action="store_true", help="name the studies and leave")
+    parser.add_argument("studies", nargs="+", metavar="NAME", help="studies, or all")
+    parser.add_argument("--list", action=_List, nargs=0, help="name the studies and leave")
     add_questions(parser)
     parser.add_argument("--output", help="folder for what is found; runs are kept below")
     parser.add_argument("--samples", type=int, help="questions that attention and KL are measured on")
@@ -51,15 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Do the studies one after the other on one loaded backbone; print each table."""
     from dyvte.analysis import STUDIES, AnalysisConfig, check_study, get_study, open_subject
     from dyvte.commands.options import config_from
-    from dyvte.errors import ConfigError
 
-    if args.list:
-        width = max(map(len, STUDIES))
-        for name, (source, text) in STUDIES.items():
-            print(f"{name:{width}}  {text} ({source})")
-        return 0
-    if not args.studies:
-        raise ConfigError("which study? Name some, or all; dyvte analyze --list names them")
     for name in args.studies:
         if name != ALL:
             check_study(name)
@@ -75,6 +67,18 @@ def run(args: argparse.Namespace) -> int:
             print(f"left out: {note}")
         print(f"written: {', '.join(map(str, files))}\n", flush=True)
     return 0
+
+
+class _List(argparse.Action):
+    """Names the studies, and leaves: like a help option it needs nothing else."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from dyvte.analysis import STUDIES
+
+        width = max(map(len, STUDIES))
+        for name, (source, text) in STUDIES.items():
+            print(f"{name:{width}}  {text} ({source})")
+        parser.exit()
 
 
 def chosen(names: list[str], config: object) -> list[str]:

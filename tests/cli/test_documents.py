@@ -22,6 +22,7 @@ DOCUMENTS = [
     "docs/training.md",
     "docs/gates.md",
     "docs/budgets.md",
+    "docs/analysis.md",
 ]
 # scripts that are thin entry points -> the command whose options they take
 ENTRY_POINTS = {
