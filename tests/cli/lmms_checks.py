@@ -25,9 +25,11 @@ GREEDY = {"max_new_tokens": 4, "temperature": 0, "do_sample": False, "until": []
 
 
 def user(*parts: Any) -> list[dict[str, Any]]:
-    """One user turn: texts and images."""
+    """One user turn: texts, images and paths of images."""
     content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "url": part}
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "url": str(part) if isinstance(part, Path) else part}
         for part in parts
     ]
     return [{"role": "user", "content": content}]
@@ -100,7 +102,7 @@ def main() -> None:
     arguments = f"pretrained={backbone},policy=fixed:6,exits={exits}"
     model = build(arguments, {"batch_size": "3", "device": "cpu", "max_batch_size": None})
     files = sorted(Path(images).iterdir())
-    a, b = Image.open(files[0]).convert("RGBA"), str(files[1])
+    a, b = Image.open(files[0]).convert("RGBA"), files[1]
     conversations = [
         user(a, COLOR),
         user(a, b, COLOR),
