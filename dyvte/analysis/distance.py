@@ -33,12 +33,12 @@ class Distances:
         self.sums_LD = torch.zeros(num_layers, 0, dtype=torch.float64)
         self.pairs_LD = torch.zeros(num_layers, 0, dtype=torch.float64)
 
-    def see(self, batch: Watched, index: int, weights_BHNN: Tensor) -> None:
+    def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
         """Add a layer of a batch."""
         for row, visual_N in enumerate(batch.spans.visual_BN):
             at_V = visual_N.nonzero().flatten()
             places_V3 = batch.places_BN3[row, at_V]
-            weights_VV = weights_BHNN[row].mean(0)[at_V][:, at_V]
+            weights_VV = weights_BNN[row][at_V][:, at_V]
             # Causal pairs count whatever their weight; families that look both ways show it by weight.
             may_VV = torch.ones_like(weights_VV).tril().bool() | (weights_VV > 0)
             same_VV = places_V3[:, None, 0] == places_V3[None, :, 0]

@@ -33,13 +33,13 @@ class LastToken:
         self.counts_T = torch.zeros(max_outputs, dtype=torch.int64)
         self.tokens_4 = torch.zeros(len(KINDS), dtype=torch.float64)
 
-    def see(self, batch: Watched, index: int, weights_BHNN: Tensor) -> None:
+    def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
         """Add a layer of a batch."""
         answer_BN = batch.spans.answer_BN
         predict_BN = positions_before(answer_BN, batch.question_ids)
         # The n-th predicting position of a row predicts its n-th output token.
         outputs_R = (predict_BN.cumsum(1) - 1)[predict_BN]
-        shares_BN4 = torch.bmm(weights_BHNN.mean(1), batch.kinds_BN4)
+        shares_BN4 = torch.bmm(weights_BNN, batch.kinds_BN4)
         self.sums_LT4[index].index_add_(0, outputs_R, shares_BN4[predict_BN].double())
         if index == 0:
             self.counts_T += torch.bincount(outputs_R, minlength=len(self.counts_T))

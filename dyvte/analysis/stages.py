@@ -39,12 +39,12 @@ class Flows:
         self.sums_L5 = torch.zeros(num_layers, len(FLOWS), dtype=torch.float64)
         self.queries_5 = torch.zeros(len(FLOWS), dtype=torch.float64)
 
-    def see(self, batch: Watched, index: int, weights_BHNN: Tensor) -> None:
+    def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
         """Add a layer of a batch."""
         spans = batch.spans
         text_keys_BN = spans.valid_BN & ~spans.visual_BN & ~batch.first_BN
         keys_BN3 = torch.stack([spans.visual_BN, text_keys_BN, batch.first_BN], -1).float()
-        shares_BN3 = torch.bmm(weights_BHNN.mean(1), keys_BN3).double()
+        shares_BN3 = torch.bmm(weights_BNN, keys_BN3).double()
         from_text_3 = shares_BN3[spans.prompt_BN | spans.answer_BN].sum(0)
         from_image_3 = shares_BN3[spans.visual_BN].sum(0)
         self.sums_L5[index] += torch.cat([from_text_3, from_image_3[:2]])

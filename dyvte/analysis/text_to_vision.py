@@ -30,11 +30,11 @@ class TextToVision:
         self.weights: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self.rows: list[tuple[str, list[int], int]] = []
 
-    def see(self, batch: Watched, index: int, weights_BHNN: Tensor) -> None:
+    def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
         """Add a layer of a batch."""
         spans = batch.spans
         visual_BN1 = spans.visual_BN.float()[..., None]
-        to_vision_BN = torch.bmm(weights_BHNN.mean(1), visual_BN1)[..., 0] / visual_BN1.sum(1)
+        to_vision_BN = torch.bmm(weights_BNN, visual_BN1)[..., 0] / visual_BN1.sum(1)
         for row, prompt_N in enumerate(spans.prompt_BN):
             self.weights[index].append(to_vision_BN[row, prompt_N])
             if index == 0:

@@ -1,6 +1,6 @@
 """Forward passes whose attention weights are looked at, layer by layer.
 
-Shape letters: B rows, N tokens, H query heads.
+Shape letters: B rows, N tokens.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ See = Callable[[Watched, int, Tensor], None]
 
 @torch.no_grad()
 def watch(subject: Subject, see: See, *, answered: bool = False) -> None:
-    """Call ``see(batch, index, weights_BHNN)`` for every layer of a pass over the sampled questions.
+    """Call ``see(batch, index, weights_BNN)`` for every layer of a pass over the sampled questions.
 
-    ``index`` counts from 0. Weights are float32, on the CPU. With ``answered`` the model's own greedy answer
-    follows each prompt: its rows are what the steps of a generation would show, since later tokens change
-    nothing before them.
+    ``index`` counts from 0. Weights are the mean over heads, float32, on the CPU. With ``answered`` the
+    model's own greedy answer follows each prompt: its rows are what the steps of a generation would show,
+    since later tokens change nothing before them.
 
     Raises
     ------
@@ -100,7 +100,8 @@ def watch(subject: Subject, see: See, *, answered: bool = False) -> None:
         watched = Watched(batch.question_ids, inputs["input_ids"].cpu(), spans, backbone, vision)
         try:
             with watched_attention(
-                backbone, lambda index, weights, at=watched: see(at, index, weights.float().cpu())
+                backbone,
+                lambda index, weights, at=watched: see(at, index, weights.mean(1, dtype=torch.float32).cpu()),
             ):
                 given = forward_inputs(backbone, inputs, spans.valid_BN.to(inputs["input_ids"].device))
                 subject.asker.model(**given, use_cache=False, logits_to_keep=1)

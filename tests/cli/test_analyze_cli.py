@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from dyvte.analysis import STUDIES
 from dyvte.cli import main
+from dyvte.data.scenes.writers import write_all
 from tests.tiny.fixtures import write_mini_gqa
 from tests.tiny.models import tiny_llava
 
@@ -105,43 +103,24 @@ def test_what_is_wrong_is_said(world, tmp_path, capsys, arguments, message):
 def scenes(tmp_path_factory):
     """A few questions of the synthetic scenes, as the quickstart makes them."""
     root = tmp_path_factory.mktemp("scenes")
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "dyvte.data.scenes", "--output", str(root)),
-            *("--train", "4", "--validation", "1", "--calibration", "1", "--test", "1"),
-            *("--gqa", "24", "--mme", "1"),
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    write_all(root, {"train": 4, "calibration": 1, "validation": 1, "test": 1, "gqa": 24, "mme": 1}, 0)
     return root
 
 
 def _embedded(scenes, output, *studies):
-    command = [sys.executable, "-m", "dyvte", "analyze", *studies]
-    options = ["--config", "configs/eval_embedded.yaml", "--data", str(scenes / "mini_gqa")]
-    done = subprocess.run(
-        [*command, *options, "--limit", "24", "--samples", "4", "--output", str(output)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--config", str(ROOT / "configs" / "eval_embedded.yaml"), "--data", str(scenes / "mini_gqa")]
+    assert main(["analyze", *studies, *options, "--samples", "4", "--output", str(output)]) == 0
     return {name: json.loads((output / f"{name}.json").read_text())["figures"] for name in studies}
 
 
 def test_embedded_backbone_moves_what_it_saw_into_text(scenes, tmp_path):
     """VTW's Table 1 on the embedded backbone, in small: (c) near the full model, (a) and (b) far below."""
-    found = _embedded(scenes, tmp_path, "migration", "head_rho")
+    found = _embedded(scenes, tmp_path, "migration", "stages")
     rows = found["migration"]
     assert rows["full"]["correct"] > 85
     assert rows["real_image"]["correct"] > rows["without_image"]["correct"] + 25
     assert rows["real_image"]["correct"] > rows["blank_image"]["correct"] + 25
-    assert len(found["head_rho"]["rho"]) == 10
+    assert len(found["stages"]["shares"]) == 10
 
 
 @pytest.mark.full

@@ -255,7 +255,7 @@ def test_any_family_is_watched(family):
     alone = one_row(family, inputs, 0)
     asker = SimpleNamespace(model=model)
     subject = _Given(SimpleNamespace(), asker, None, [], {"inputs": alone})
-    expected = torch.cat(eager(**alone, output_attentions=True).attentions)
+    expected = torch.cat(eager(**alone, output_attentions=True).attentions).mean(1)
     seen = {}
     with torch.no_grad():
         watch(subject, lambda batch, index, weights: seen.update({index: (batch, weights)}))
@@ -268,7 +268,7 @@ def test_any_family_is_watched(family):
         found = Distances(subject.num_layers)
         watch(subject, found.see)
         at = spans.visual_BN[0].nonzero().flatten()
-        among = got.mean(1)[:, at][:, :, at].double()
+        among = got[:, at][:, :, at].double()
         same = seen[0][0].places_BN3[0, at, 0]
         among = among * (same[:, None] == same[None])
         torch.testing.assert_close(found.sums_LD.sum(1), among.sum((1, 2)), atol=1e-5, rtol=1e-4)
@@ -281,12 +281,11 @@ def test_answers_of_different_lengths_count_where_they_are(world):
     answer = torch.tensor([[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]).bool()
     kinds = torch.zeros(2, 6, 4)
     kinds[:, 1, 0] = kinds[:, 2, 1] = kinds[:, 3, 2] = kinds[:, 4, 3] = kinds[1, 5, 3] = kinds[1, 0, 0] = 1
-    weights = torch.rand(2, 2, 6, 6)
+    mean = torch.rand(2, 6, 6)
     batch = SimpleNamespace(
         spans=SimpleNamespace(valid_BN=valid, answer_BN=answer), kinds_BN4=kinds, question_ids=("a", "b")
     )
-    sums.see(batch, 0, weights)
-    mean = weights.mean(1)
+    sums.see(batch, 0, mean)
     first = [(mean[row, 3] @ kinds[row]) for row in (0, 1)]
     expected = torch.stack([(first[0] + first[1]) / 2, mean[1, 4] @ kinds[1]])
     torch.testing.assert_close(sums.means_LT4()[0].float(), expected)
