@@ -93,7 +93,7 @@ def _paint(figure: Any, mean_LD: Tensor, within_LD: Tensor, uniform_D: list[floa
 
     left, right = figure.subplots(1, 2)
     colors = matplotlib.colormaps["viridis"]
-    for k, (mean_D, within_D) in enumerate(zip(mean_LD, within_LD, strict=True)):
+    for k, (mean_D, within_D) in enumerate(zip(mean_LD.numpy(), within_LD.numpy(), strict=True)):
         color = colors(k / max(1, len(mean_LD) - 1))
         left.plot(mean_D, "o-", ms=2.5, lw=1, color=color, label=f"layer {k + 1}")
         right.plot(100 * within_D, "-", lw=1, color=color)

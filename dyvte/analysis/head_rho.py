@@ -41,7 +41,9 @@ def study(subject: Subject) -> Findings:
 
 def _paint(figure: Any, rho_LH: Tensor) -> None:
     axes = figure.subplots()
-    shown = axes.imshow(rho_LH.T, aspect="auto", cmap="viridis", interpolation="nearest", origin="lower")
+    shown = axes.imshow(
+        rho_LH.T.numpy(), aspect="auto", cmap="viridis", interpolation="nearest", origin="lower"
+    )
     layers, heads = rho_LH.shape
     axes.set_xticks(range(0, layers, max(1, layers // 10)), range(1, layers + 1, max(1, layers // 10)))
     axes.set_yticks(range(0, heads, max(1, heads // 8)), range(1, heads + 1, max(1, heads // 8)))

@@ -88,10 +88,11 @@ def _paint(figure: Any, per_layer_L4: Tensor, per_output_T4: Tensor) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     panels[0].set_ylabel("attention of the last token, %")
     labels = ("layer", "output token")
-    for axes, shares, label in zip(panels, (per_layer_L4, per_output_T4), labels, strict=True):
+    found = (100 * per_layer_L4.numpy(), 100 * per_output_T4.numpy())
+    for axes, shares, label in zip(panels, found, labels, strict=True):
         for number, kind in enumerate(KINDS):
             places = range(1, len(shares) + 1)
-            axes.plot(places, 100 * shares[:, number], "o-", ms=3, lw=1.2, color=COLORS[number], label=kind)
+            axes.plot(places, shares[:, number], "o-", ms=3, lw=1.2, color=COLORS[number], label=kind)
         axes.set_xlabel(label)
         axes.set_ylim(0, 100)
         axes.locator_params(axis="x", integer=True)

@@ -109,7 +109,9 @@ def _paint(figure: Any, means_L5: Tensor, marks: dict[str, int | None]) -> None:
     layers = range(1, len(means_L5) + 1)
     for number, flow in enumerate(FLOWS):
         style = "--" if flow == "text to first token" else "o-"
-        axes.plot(layers, 100 * means_L5[:, number], style, ms=3, lw=1.2, color=COLORS[number], label=flow)
+        axes.plot(
+            layers, 100 * means_L5[:, number].numpy(), style, ms=3, lw=1.2, color=COLORS[number], label=flow
+        )
     for (name, layer), shift in zip(marks.items(), (0.5, -0.5, 0.5), strict=True):
         if layer is not None:
             axes.axvline(layer + shift, color="#999999", lw=0.8, ls=":")

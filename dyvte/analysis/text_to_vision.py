@@ -82,9 +82,9 @@ def study(subject: Subject) -> Findings:
 def _paint(figure: Any, lines_LT: Tensor) -> None:
     axes = figure.subplots()
     layers = range(1, len(lines_LT) + 1)
-    for line_L in lines_LT[:, :_MOST_LINES].T:
+    for line_L in lines_LT[:, :_MOST_LINES].T.numpy():
         axes.plot(layers, line_L, lw=0.6, alpha=0.35, color=COLORS[2])
-    axes.plot(layers, lines_LT.mean(1), "o-", ms=3, lw=1.6, color=COLORS[0], label="mean")
+    axes.plot(layers, lines_LT.mean(1).numpy(), "o-", ms=3, lw=1.6, color=COLORS[0], label="mean")
     axes.set_xlabel("layer")
     axes.set_ylabel("attention to a visual token")
     axes.set_ylim(bottom=0)
