@@ -282,3 +282,23 @@ def test_measured_settings_have_names_of_their_own():
     mine = VisualProfile(rho_SLH=rho, importance_LM=IMPORTANCE)
     assert repr(SparseFFN(0.5, mine)) == repr(SparseFFN(0.5, same)) != repr(SparseFFN(0.5, other))
     assert repr(InactiveHeads(ACTIVE)) != repr(InactiveHeads(ACTIVE.flip(1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [pytest.param("compiled", marks=pytest.mark.full), "offloaded"])
+@pytest.mark.parametrize("case", ["attention", "fastv"])
+def test_compiled_and_offloaded_models_are_exact(how, case):
+    from accelerate import cpu_offload
+
+    model, inputs, _ = FAMILIES["llava"]("sdpa")
+    reductions = [FastV(2, 0.5)] if case == "fastv" else [Neighbours(1), InactiveHeads(ACTIVE)]
+    exits = dyvte.VisualExit.fixed(3, reductions=reductions)
+    with exits(model):
+        expected = model(**inputs).logits[:, -1]
+    if how == "compiled":
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="eager")
+    else:
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    with exits(model):
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected, rtol=0, atol=1e-5)
