@@ -31,12 +31,14 @@ from dyvte.teacher import TraceStore
 from dyvte.training.tracing import open_model, visual_profile
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11)
+# FastV alone at about these budgets: nothing but its never leaving is of interest.
+FASTV_ALONE = ("fastv:4:0.84", "fastv:2:0.84", "fastv:1:0.87")
 
 
 def combinations(profile: Path) -> list[str]:
     """What is traced; on this backbone FastV before layer 4 loses what nothing later brings back."""
     yopo = [f"neighbours:2+ffn:{share}:{profile}" for share in (0.5, 0.25)]
-    return ["none", *yopo, "fastv:4:0.5", f"fastv:4:0.5+{yopo[0]}"]
+    return ["none", *yopo, "fastv:4:0.5", f"fastv:4:0.5+{yopo[0]}", *FASTV_ALONE]
 
 
 def profile_of(bench: Bench) -> Path:
@@ -50,7 +52,12 @@ def profile_of(bench: Bench) -> Path:
 def traced(bench: Bench, split: str, reduction: str, limit: int) -> TraceStore:
     """Traces of one combination."""
     print(f"[plans] {split}: {reduction}", flush=True)
-    overrides = (f"teacher.reductions={json.dumps(reduction)}", f"data.limit={limit}")
+    every = 1000 if reduction in FASTV_ALONE else 1
+    overrides = (
+        f"teacher.reductions={json.dumps(reduction)}",
+        f"teacher.exit_every={every}",
+        f"data.limit={limit}",
+    )
     return TraceStore.open(bench.traces(split, *overrides, name=f"{split}-{folder_name(reduction)}"))
 
 

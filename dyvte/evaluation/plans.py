@@ -124,6 +124,9 @@ class PlanJudge:
             with torch.no_grad():
                 features = select_features(trace.features.float(), stored, gates.config.features)
                 self._logits_BL = gates(features)
+            # As in training: gates at exits that the traces do not label stay closed.
+            closed = sorted(set(range(1, trace.num_layers)) - set(trace.exits))
+            self._logits_BL[:, [k - 1 for k in closed]] = -torch.inf
 
     def fixed(self) -> list[JudgedPlan]:
         """Every labelled fixed layer; the last of them is "never"."""
@@ -135,6 +138,8 @@ class PlanJudge:
         if self._logits_BL is None:
             return []
         logits = self._logits_BL[:, :-1][torch.isfinite(self._logits_BL[:, :-1])]
+        if not len(logits):
+            return []
         cuts = torch.quantile(logits.double(), torch.linspace(0.001, 0.999, count, dtype=torch.double))
         thresholds = sorted({float(f"{t:.6g}") for t in torch.sigmoid(cuts).tolist() if 0 < t < 1})
         return [self.judge(Plan(self.text, threshold=threshold)) for threshold in thresholds]
