@@ -10,20 +10,23 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dyvte.data import load_image
 from dyvte.errors import ConfigError
 from dyvte.evaluation.asking import answer, encode_questions
 from dyvte.evaluation.base import Question, get_benchmark
 from dyvte.evaluation.policies import parse_policies, with_reductions
-from dyvte.evaluation.runner import EvalConfig, evaluate, load_asker
+from dyvte.evaluation.runner import EvalConfig, evaluate, load_asker, prompts_of
 from dyvte.gates import GateConfig, GateStack
+from dyvte.plugins import lmms_tasks
 from dyvte.plugins.answering import cut, generation_arguments, plugin_config, stop_texts
-from tests.tiny.fixtures import random_image
+from tests.tiny.fixtures import random_image, write_mini_gqa, write_mini_mme
 from tests.tiny.models import tiny_llava
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,6 +243,31 @@ def test_local_tasks_ask_and_generate_as_dyvte_eval_does(name):
     assert scenes["generation_kwargs"]["max_new_tokens"] == embedded["max_new_tokens"]
     (split,) = task["dataset_kwargs"]["data_files"].values()
     assert (folder / split).is_file()
+
+
+def test_local_tasks_show_the_runners_questions(tmp_path, monkeypatch):
+    """Prompts, images and pairs of the release layout; a folder that is not named is asked for."""
+    docs = {"gqa": lmms_tasks.gqa_docs, "mme": lmms_tasks.mme_docs}
+    for name, write in (("gqa", write_mini_gqa), ("mme", write_mini_mme)):
+        monkeypatch.delenv(f"DYVTE_{name.upper()}", raising=False)
+        with pytest.raises(ConfigError, match=f"DYVTE_{name.upper()} is not set"):
+            docs[name](None)
+        monkeypatch.setenv(f"DYVTE_{name.upper()}", str(write(tmp_path / name)))
+        benchmark = get_benchmark(name)
+        questions = benchmark.load(tmp_path / name)
+        rows = list(docs[name](None))
+        assert [row["id"] for row in rows] == [question.id for question in questions]
+        assert [row["answer"] for row in rows] == [question.answer for question in questions]
+        for suffix in (None, "", " Briefly."):
+            asked = {"post_prompt": benchmark.suffix if suffix is None else suffix}
+            texts = [lmms_tasks.text(row, asked) for row in rows]
+            assert texts == prompts_of(benchmark, questions, suffix)
+        (shown,) = lmms_tasks.visual(rows[1])
+        assert shown.tobytes() == load_image(questions[1].image).tobytes()
+    # lmms-eval's MME pairs by question_id within a category
+    pairs = Counter((row["category"], row["question_id"]) for row in rows)
+    assert set(pairs.values()) == {2}
+    assert len(pairs) == len(rows) // 2
 
 
 @pytest.fixture(scope="module")
