@@ -75,6 +75,20 @@ def test_a_plan_is_judged_as_the_model_does_under_it(text):
         bare.judge(Plan(text, threshold=0.5))
 
 
+@torch.no_grad()
+def test_gates_stay_closed_where_traces_have_no_label():
+    model, inputs, answer_BN, _, _ = answered("llava")
+    gates = GateStack.init(GateConfig(num_layers=LAYERS, hidden_size=32), seed=5)
+    shape = decoder_shape(model.config)
+    for exits in ([2, LAYERS], [LAYERS]):
+        trace, _ = trace_reduced_exits(model, inputs, answer_BN, parse_reductions("ffn:0.5"), exits=exits)
+        judge = PlanJudge("none", [], trace, shape, gates, DEFAULT_FEATURES)
+        found = judge.learned(9)
+        shares = {round(one.compute * LAYERS, 6) for one in found}
+        assert shares <= {2.0, 3.0, 4.0}  # all leave after 2, one of the two does, none does
+        assert bool(found) == (exits == [2, LAYERS])
+
+
 # -- choosing -----------------------------------------------------------------------------------------------
 def random_plans(seed: int) -> list[JudgedPlan]:
     draw = random.Random(seed)
