@@ -12,13 +12,14 @@ from dyvte.analysis import STUDIES, AnalysisConfig, Subject, check_study, get_st
 from dyvte.analysis.distance import Distances
 from dyvte.analysis.exits import shares
 from dyvte.analysis.last_token import LastToken
-from dyvte.analysis.migration import blanked
+from dyvte.analysis.migration import blanked, blind_answers
 from dyvte.analysis.stages import Flows, stage_ends
 from dyvte.analysis.watching import KINDS, watch
 from dyvte.backbones import get_template
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.evaluation.asking import Asker, load_image
 from dyvte.evaluation.base import get_benchmark
+from dyvte.evaluation.records import read_answers
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.policies import RandomPolicy
 from dyvte.reductions import RandomTokens
@@ -86,6 +87,11 @@ def _say(world, inputs, exits=None, sample_id=None, model=None):
             tokens = _greedy(world, model, inputs)
     new = tokens[0, inputs["input_ids"].shape[1] :]
     return world.asker.processor.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def _said(folder):
+    """Answers of a run, in the order of the questions."""
+    return [answer.prediction for answer in read_answers(folder)]
 
 
 def _right(world, answers):
@@ -314,6 +320,9 @@ def test_migration_is_made_of_these_inputs(world, full_answers, tmp_path):
         "real_image": [_say(world, _alone(world, q), fixed) for q in world.questions],
     }
     assert len({tuple(answers) for answers in expected.values()}) == 4
+    assert [a.prediction for a in blind_answers(subject)] == expected["without_image"]
+    assert _said(tmp_path / "runs-blank" / "fixed-2") == expected["blank_image"]
+    assert _said(tmp_path / "runs" / "fixed-2") == expected["real_image"]
     for name, answers in expected.items():
         assert found[name]["same_answer"] == pytest.approx(_agree(answers, full_answers)), name
         assert found[name]["correct"] == pytest.approx(_right(world, answers)), name
@@ -337,6 +346,9 @@ def test_controls_and_positions_are_these_runs(world, full_answers, tmp_path):
     assert set(rows) == {*expected, "FastV (1:0.5)"}
     for label, answers in expected.items():
         assert rows[label]["same_answer"] == pytest.approx(_agree(answers, full_answers)), label
+    runs = tmp_path / "runs"
+    assert _said(runs / "never+random_tokens-2-0") == expected["random tokens (K = 2)"]
+    assert _said(runs / "random-1-3-0") == expected["VTW, K random in 1..3"]
     mean_drawn = sum(drawn.draw(id_) for id_, _ in asked) / len(asked)
     assert rows["VTW, K random in 1..3"]["exit_layer"] == pytest.approx(mean_drawn)
 
@@ -345,7 +357,7 @@ def test_controls_and_positions_are_these_runs(world, full_answers, tmp_path):
     rows = get_study("positions")(subject).figures["rows"]
     assert rows["rearrange"]["same_answer"] == pytest.approx(_agree(moved, full_answers))
     assert rows["keep"]["same_answer"] == pytest.approx(_agree(expected["VTW, K = 2"], full_answers))
-    assert moved != expected["VTW, K = 2"]
+    assert _said(runs / "fixed-2-rearrange") == moved != expected["VTW, K = 2"]
 
 
 def test_what_cannot_be_served_is_named(world, tmp_path):
