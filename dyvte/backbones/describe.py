@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UnsupportedBackboneError
 from .adapter import resolve_adapter
-from .fingerprint import config_fingerprint
+from .config_fingerprint import config_fingerprint
 
 # Config fields under which transformers families keep the ids of their visual placeholders.
 VISUAL_ID_FIELDS = (

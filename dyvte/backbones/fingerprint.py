@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import adapter_parameters
+from .config_fingerprint import config_fingerprint
+from .describe import describe, describe_config, unwrap
 
-# Fields that change how a model is run or stored, not what it is.
-_INCIDENTAL = {
-    "_name_or_path",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "attn_implementation",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "experts_implementation",
-    "gradient_checkpointing",
-    "name_or_path",
-    "output_attentions",
-    "output_hidden_states",
-    "quantization_config",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
 _SAMPLES_PER_TENSOR = 32
 
 
@@ -43,18 +23,8 @@ def fingerprint(path_or_model: str | os.PathLike[str] | nn.Module) -> str:
     Two models of equal architecture share it; `weights_digest` tells them apart.
     """
     if isinstance(path_or_model, nn.Module):
-        from .describe import unwrap
-
         return config_fingerprint(unwrap(path_or_model).config)
-    from .describe import describe_config
-
     return describe_config(path_or_model).fingerprint
-
-
-def config_fingerprint(config: Any) -> str:
-    """Hash of a transformers config without the fields that only say how it is run."""
-    text = json.dumps(_essential(config.to_dict()), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -70,8 +40,6 @@ def weights_digest(model: nn.Module) -> str | None:
 
     None where weights are not in memory (offloaded to disk).
     """
-    from .describe import describe
-
     backbone = describe(model)
     added = {id(tensor) for _, tensor, _ in adapter_parameters(backbone.model)}
     base = _digest([tensor for tensor in backbone.layers.parameters() if id(tensor) not in added])
@@ -107,11 +75,3 @@ def _whole(tensor: Tensor) -> Iterator[Tensor]:
 
     with deepspeed.zero.GatheredParameters([tensor]):
         yield tensor.detach()
-
-
-def _essential(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _essential(v) for k, v in value.items() if k not in _INCIDENTAL}
-    if isinstance(value, (list, tuple)):
-        return [_essential(v) for v in value]
-    return value
