@@ -17,13 +17,13 @@ from ..policies import Policy, Rows
 from ..reductions import Reduction, TokenRows
 from .cache import ExitLayer
 from .masks import decode_mask
-from .positions import check_rearrange, close_up
+from .positions import close_up
 from .prefill import Prefill
 from .records import Run
 from .replay import Replay
+from .stack import Stack
 from .streams import Layout
-from .visual_work import Weights
-from .windows import Window, layer_windows
+from .windows import Window
 
 
 class Engine:
@@ -38,15 +38,9 @@ class Engine:
         reductions: Sequence[Reduction] = (),
         replay: Replay | None = None,
     ) -> None:
-        self.backbone, self.policy, self.run, self.reductions = backbone, policy, run, reductions
+        self.policy, self.run, self.reductions = policy, run, reductions
         self.replay = replay
-        self.weights = Weights()
-        self.config = backbone.decoder.config
-        self.windows = layer_windows(self.config, backbone.num_layers)
-        self.rotary = getattr(backbone.decoder, "rotary_emb", None)
-        self.rearranges = positions == "rearrange"
-        if self.rearranges:
-            check_rearrange(backbone, self.windows)
+        self.stack = Stack(backbone, positions)
         self.prefill: Prefill | None = None
         self._closed_up: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._masks: dict[tuple[int, Window | None], tuple[Any, Tensor | None]] = {}
@@ -74,7 +68,7 @@ class Engine:
         self, layout: Layout, sample_ids: list[str], plain: bool, places_BN3: Tensor | None = None
     ) -> bool:
         """Take up a prefill with visual tokens; False where it will be the stock model's."""
-        rows = Rows(self.backbone.num_layers, layout.num_visual_B, layout.num_prompt_B, sample_ids)
+        rows = Rows(self.stack.backbone.num_layers, layout.num_visual_B, layout.num_prompt_B, sample_ids)
         plan = self.policy.start(rows)
         stuck_B = layout.has_image_B & (layout.num_prompt_B == 0)
         if stuck_B.any():
@@ -83,10 +77,10 @@ class Engine:
                 f"{int(stuck_B.sum())} rows have no text after the image: their visual tokens never leave",
                 stacklevel=2,
             )
-            plan.exit_layers_B[stuck_B] = self.backbone.num_layers
-        tokens = TokenRows(self.backbone.num_layers, layout.spans, sample_ids)
+            plan.exit_layers_B[stuck_B] = self.stack.backbone.num_layers
+        tokens = TokenRows(self.stack.backbone.num_layers, layout.spans, sample_ids)
         reducing = [reduction.start(tokens) for reduction in self.reductions]
-        self.prefill = Prefill(self, layout, plan, reducing, places_BN3, plain)
+        self.prefill = Prefill(self.stack, layout, plan, reducing, places_BN3, plain, self.replay)
         return self.prefill.active
 
     def start_decode(self, new_valid_BQ: Tensor | None) -> None:
@@ -94,14 +88,6 @@ class Engine:
         self._masks.clear()
         self._closed_up.clear()
         self._new_valid_BQ = new_valid_BQ
-
-    def without_jumps(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Layer arguments of a text stream such that no attention function takes it for packed sequences."""
-        # Flash attention looks for jumps in a single row's ids, and waits for the device to do so.
-        is_flash = str(self.config._attn_implementation).startswith("flash_attention")
-        if is_flash and kwargs.get("position_embeddings") is not None:
-            return {**kwargs, "position_ids": None}
-        return kwargs
 
     def finish(self, *, failed: bool) -> None:
         """The decoder has returned or raised; drop the state of the pass."""
@@ -125,7 +111,7 @@ class Engine:
         # Layers of equal content share their columns, hence their mask.
         key = (id(layer.columns), layer.window)
         if key not in self._masks:
-            self._masks[key] = (layer.columns, decode_mask(self.config, hidden_BND, layer, new_tokens))
+            self._masks[key] = (layer.columns, decode_mask(self.stack.config, hidden_BND, layer, new_tokens))
         kwargs["attention_mask"] = self._masks[key][1]
         if layer.columns.shift_B is not None:
             kwargs.update(self._closed(layer, hidden_BND, kwargs))
@@ -134,7 +120,7 @@ class Engine:
         key = id(layer.columns)
         if key not in self._closed_up:
             shift_B1 = layer.columns.shift_B[:, None]
-            self._closed_up[key] = (layer.columns, close_up(self.rotary, hidden_BND, kwargs, shift_B1))
+            self._closed_up[key] = (layer.columns, close_up(self.stack.rotary, hidden_BND, kwargs, shift_B1))
         return self._closed_up[key][1]
 
 

@@ -6,15 +6,12 @@ Shapes: B rows, N tokens of the padded batch, R rows and T tokens of a stream, K
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .cache import Columns
-
-if TYPE_CHECKING:
-    from .streams import Partition, Stream
+from .streams import Partition, Stream
 
 
 class Packing:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,13 @@ from ..reductions import ReductionPlan, VisualWork, merged
 from .attention_row import LastRow
 from .cache import Capture, ExitLayer, layer_bytes, put_layer, records_past
 from .masks import causal_mask, window_needs_mask
+from .packing import Packing
 from .positions import close_up, dropped_before
 from .records import PrefillRecord
 from .replay import Replay
+from .stack import Stack
 from .streams import Layout, Partition, Stream
 from .visual_work import LighterLayer, VisualTokens
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 
 class Prefill:
@@ -34,21 +33,23 @@ class Prefill:
 
     def __init__(
         self,
-        engine: Engine,
+        stack: Stack,
         layout: Layout,
         plan: Plan,
         reducing: Sequence[ReductionPlan],
         places_BN3: Tensor | None,
         plain: bool,
+        replay: Replay | None = None,
     ) -> None:
-        self.engine, self.layout, self.plan, self.reducing = engine, layout, plan, reducing
+        self.replay = replay
+        self.stack, self.layout, self.plan, self.reducing = stack, layout, plan, reducing
         # Where visual tokens lie on their images, if a reduction must know.
         self.places_BN3 = places_BN3
         self._whole_stream: Stream | None = None
         self._visual_tokens: tuple[Stream, VisualTokens] | None = None
         # True where the decoder makes an ordinary causal mask itself.
         self.plain = plain
-        self.num_layers = engine.backbone.num_layers
+        self.num_layers = stack.backbone.num_layers
         self.logits_BL = torch.full((layout.batch, self.num_layers), torch.nan)
         self.visual_tokens_BL = torch.zeros((layout.batch, self.num_layers), dtype=torch.int64)
         self.text_tokens_BL = torch.zeros_like(self.visual_tokens_BL)
@@ -57,8 +58,9 @@ class Prefill:
         self.kept_BN = layout.spans.valid_BN
         self._now: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
         self.partition: Partition | None = None
+        self._packings: tuple[Partition, dict[int, Packing]] | None = None
         self.cache: Any = None
-        self.dropped_BN = dropped_before(layout) if engine.rearranges else None
+        self.dropped_BN = dropped_before(layout) if stack.rearranges else None
         exits_B = plan.exit_layers_B
         # Rows without an image join the text stream only if the block can change anything: else it is stock.
         self.active = bool((exits_B[layout.has_image_B] < self.num_layers).any()) or any(
@@ -74,7 +76,7 @@ class Prefill:
         """Layer `index` (0-based) on at most two streams, then its gate, then its reductions."""
         self.cache = kwargs.get("past_key_values")
         in_text_B, carried_BN = self._carried(index)
-        replay = self.engine.replay
+        replay = self.replay
         if replay is not None and replay.takes(index):
             return self._replayed(replay, index)
         partition = self._partition(carried_BN, in_text_B, hidden_BND.device)
@@ -160,19 +162,19 @@ class Prefill:
         """Enter what the reductions want around layer `index` on the stream that carries visual tokens."""
         if visual is None:
             return None
-        layer, work = self.engine.backbone.layers[index], self._work(index)
+        layer, work = self.stack.backbone.layers[index], self._work(index)
         if not work.is_stock:
-            around.enter_context(LighterLayer(layer, self._tokens(visual, device), work, self.engine.weights))
+            around.enter_context(LighterLayer(layer, self._tokens(visual, device), work, self.stack.weights))
         if not any(one.reads_attention(index + 1) for one in self.reducing):
             return None
         self.score_layers.append(index + 1)
-        return around.enter_context(LastRow(layer, visual, self.engine.windows[index]))
+        return around.enter_context(LastRow(layer, visual, self.stack.windows[index]))
 
     def _work(self, index: int) -> VisualWork:
         work = merged([one.visual_work(index + 1) for one in self.reducing])
         if (work.window is not None or work.heads is not None) and not self.plain:
             raise UnsupportedBackboneError(
-                f"{self.engine.backbone.model.config.model_type}'s visual tokens attend by a rule of their "
+                f"{self.stack.backbone.model.config.model_type}'s visual tokens attend by a rule of their "
                 "own (sliding windows or bidirectional images): reductions of their attention cannot serve it"
             )
         return work
@@ -222,35 +224,44 @@ class Prefill:
             return given
         if stream.dropped_RT is not None:
             if stream.closed_up is None:
-                stream.closed_up = close_up(self.engine.rotary, hidden_RTD, given, stream.dropped_RT)
+                stream.closed_up = close_up(self.stack.rotary, hidden_RTD, given, stream.dropped_RT)
             given = {**given, **stream.closed_up}
-        return self.engine.without_jumps(given)
+        return self.stack.without_jumps(given)
 
     def _mask(self, stream: Stream, index: int, mask: Any, hidden_RTD: Tensor) -> Any:
         if not stream.is_compact:
             return stream.mask(mask) if isinstance(mask, Tensor) else mask
-        window = self.engine.windows[index]
+        window = self.stack.windows[index]
         is_short = window is not None and window.size < self.layout.tokens
         if isinstance(mask, Tensor) and mask.dim() == 4 and (is_short or not self.plain):
             return stream.mask(mask)
         if is_short:
-            raise window_needs_mask(self.engine.config._attn_implementation)
+            raise window_needs_mask(self.stack.config._attn_implementation)
         # Without a 4D mask the attention function is causal by itself; compact rows have no padding to hide.
         if stream.causal_mask is None:
-            stream.causal_mask = (causal_mask(self.engine.config, hidden_RTD),)
+            stream.causal_mask = (causal_mask(self.stack.config, hidden_RTD),)
         return stream.causal_mask[0]
 
     def _store(self, part: Partition, index: int, captures: Sequence[Capture]) -> None:
-        windows, tokens = self.engine.windows, self.layout.tokens
+        windows, tokens = self.stack.windows, self.layout.tokens
         first = 0
         # Assisted generation asks the cache to keep more than its window, to be able to go back.
         if windows[index] is not None and not records_past(self.cache, index):
             first = windows[index].first_needed(tokens)
-        packing = part.packing(first, with_places=any(windows))
+        packing = self._packing(part, first)
         keys = packing.states([capture.keys for capture in captures])
         values = packing.states([capture.values for capture in captures])
         layer = ExitLayer(keys, values, packing.columns, tokens, windows[index], is_cut=first > 0)
         put_layer(self.cache, index, layer)
+
+    def _packing(self, part: Partition, first: int) -> Packing:
+        """What the layers of a partition keep from column `first` on: worked out once for all of them."""
+        if self._packings is None or self._packings[0] is not part:
+            self._packings = (part, {})
+        known = self._packings[1]
+        if first not in known:
+            known[first] = Packing(part, first, with_places=any(self.stack.windows))
+        return known[first]
 
     @torch.no_grad()
     def _ask(self, k: int, hidden_BND: Tensor) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..spans import Spans
-from .packing import Packing
 from .picking import Picker
 
 
@@ -149,7 +148,6 @@ class Partition:
             order_RT = torch.where(self.text.real_RT, self.text.order_RT, self.text.order_RT[:, :1])
             self.text.dropped_RT = dropped_BN[self.text.rows_R].gather(1, order_RT).to(device)
             self.shift_B = (dropped_BN[:, -1] * in_text_B).to(device)
-        self._packings: dict[int, Packing] = {}
 
     def is_of(self, carried_BN: Tensor, in_text_B: Tensor, device: torch.device) -> bool:
         """Would a partition of these be the same?"""
@@ -159,12 +157,6 @@ class Partition:
             and torch.equal(self.in_text_B, in_text_B)
             and torch.equal(self.carried_BN, carried_BN)
         )
-
-    def packing(self, first: int = 0, *, with_places: bool = False) -> Packing:
-        """What layers keep that drop all columns before `first`."""
-        if first not in self._packings:
-            self._packings[first] = Packing(self, first, with_places=with_places)
-        return self._packings[first]
 
 
 def _indices(mask: Tensor, device: torch.device) -> Tensor:
