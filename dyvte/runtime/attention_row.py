@@ -8,7 +8,6 @@ Shapes: R rows, T tokens of a stream, H heads, D hidden size.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from types import TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedBackboneError
+from .attention_module import attention_of, use_attention
 from .cache import Capture
 from .picking import Picker
 from .streams import Stream
@@ -42,8 +42,8 @@ class LastRow:
     """
 
     def __init__(self, layer: nn.Module, stream: Stream, window: Window | None) -> None:
-        self.attention = getattr(layer, "self_attn", None)
-        if not isinstance(self.attention, nn.Module) or not hasattr(self.attention, "config"):
+        self.attention = attention_of(layer)
+        if self.attention is None:
             raise _refusal(layer, "it has no attention module `self_attn` with a config")
         self.layer, self.stream, self.window = layer, stream, window
         self._handles: list[Any] = []
@@ -100,14 +100,11 @@ class LastRow:
     @staticmethod
     def _weights(module: nn.Module, given: dict[str, Any]) -> Any:
         # Only the eager function returns weights; the module reads its choice from its config.
-        shared = module.config
-        own = copy.copy(shared)
-        own._attn_implementation_internal = "eager"
-        module.config = own
+        undo = use_attention(module, "eager")
         try:
             output = module.forward(**given)
         finally:
-            module.config = shared
+            undo()
         return output[1] if isinstance(output, tuple) and len(output) > 1 else None
 
     def _mask(self, given: Any, last_R1: Tensor, hidden_RTD: Tensor) -> Tensor | None:

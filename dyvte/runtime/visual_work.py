@@ -8,7 +8,6 @@ Shapes: R rows and T tokens of a stream, H query heads, G key heads, d head size
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedBackboneError
 from ..reductions import Neighbourhood, VisualWork
+from .attention_module import attention_of, use_attention
 from .streams import Stream
 from .tiles import Tiles
 
@@ -156,15 +156,12 @@ class LighterLayer:
     def _swap_attention(self) -> None:
         from transformers import AttentionInterface
 
-        module = getattr(self.layer, "self_attn", None)
-        if not isinstance(module, nn.Module) or not hasattr(module, "config"):
+        module = attention_of(self.layer)
+        if module is None:
             raise _refusal(self.layer, "it has no attention module `self_attn` with a config")
         # The registry is transformers' own way to a function; what it does is in the module's config.
         AttentionInterface.register(_NAME, _attend)
-        shared, own = module.config, copy.copy(module.config)
-        own._attn_implementation_internal, own._dyvte_attention = _NAME, self._attention
-        module.config = own
-        self._undo.append(lambda: setattr(module, "config", shared))
+        self._undo.append(use_attention(module, _NAME, _dyvte_attention=self._attention))
         if self.work.heads is not None:
             self._swap_projections(module)
 
