@@ -10,12 +10,10 @@ budget anew), and the learning rate of the reference's rule. Run again it goes o
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from gate_training import Bench, add_options, hidden_size, mean_risk
+from gate_training import Bench, bench_arguments, hidden_size, mean_risk
 from tqdm import tqdm
 
 from dyvte.evaluation.budget_plot import plot_budgets
@@ -113,12 +111,7 @@ def router_rule(
 
 def main() -> None:
     """Train, compare, write tables and plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser)
-    parser.add_argument("--plot", type=Path, help="picture (png, svg); default: below --work")
-    args = parser.parse_args()
+    args = bench_arguments(__doc__).parse_args()
     bench = Bench.of(args)
     train, calibration, test = (bench.load(split) for split in ("train", "calibration", "test"))
     ours = our_gates(bench, calibration)

@@ -10,14 +10,13 @@ its work folder with budgets.py; run again it goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from gate_training import Bench, add_options, hidden_size, mean_risk
+from gate_training import Bench, bench_arguments, hidden_size, mean_risk
 from torch import Tensor
 
 from dyvte.evaluation.bootstrap import paired_bootstrap
@@ -153,12 +152,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Train, judge, write table and plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser)
-    parser.add_argument("--plot", type=Path, help="picture (png, svg); default: below --work")
-    args = parser.parse_args()
+    args = bench_arguments(__doc__).parse_args()
     bench = Bench.of(args)
     width = hidden_size(bench.traces("train")) // 2
     calibration, test = bench.load("calibration"), bench.load("test")

@@ -20,14 +20,19 @@ from dyvte.training.train import train
 SPLITS = ("train", "calibration", "test")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def bench_arguments(description: str | None) -> argparse.ArgumentParser:
     """Options of every gate benchmark."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/embedded.yaml"), help="of the training")
     parser.add_argument("--scenes", type=Path, default=Path("data/scenes/instruct"), help="instruction data")
     parser.add_argument("--work", type=Path, default=Path("runs/gate_benchmarks"), help="traces and gates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap draws")
+    parser.add_argument("--plot", type=Path, help="picture (png, svg); default: below --work")
+    return parser
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ over images, mean over the seeds of the gates. Run again it goes on where it sto
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import write_json
-from gate_training import Bench, add_options
+from gate_training import Bench, bench_arguments
 
 from dyvte.backbones import Backbone, describe
 from dyvte.evaluation.cost import decoder_shape
@@ -82,10 +81,7 @@ def judges(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser)
+    parser = bench_arguments(__doc__)
     parser.add_argument("--calibration", type=int, default=600, help="calibration questions")
     parser.add_argument("--test", type=int, default=1200, help="test questions")
     parser.add_argument("--gates", type=Path, nargs="+", help="gates of each seed; default: trained here")
@@ -94,7 +90,6 @@ def main() -> None:
         "--retrain", help="train gates on the backbone reduced by this combination too, and use them there"
     )
     parser.add_argument("--train", type=int, default=4000, help="with --retrain: training questions")
-    parser.add_argument("--plot", type=Path, help="write the curves here")
     parser.add_argument("--json", help="write all figures here")
     args = parser.parse_args()
     bench = Bench.of(args)
@@ -121,8 +116,7 @@ def main() -> None:
     print(f"\n{machine()}\n{counts}, {len(seeds)} seeds\n\n{found.table()}\n")
     for budget in BUDGETS:
         print(f"{budget:.0%}: {found.verdict(budget)}")
-    if args.plot:
-        plot_comparison(found, args.plot, f"held-out risk; {counts}")
+    plot_comparison(found, args.plot or args.work / "plans.png", f"held-out risk; {counts}")
     setting = {"machine": machine(), "calibration": args.calibration, "test": args.test, "seeds": len(seeds)}
     write_json(args.json, {"setting": setting, "reductions": reductions, **found.to_dict()})
 
