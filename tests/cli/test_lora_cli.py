@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +14,7 @@ from dyvte.config import load_config
 from dyvte.gates import load_checkpoint
 from dyvte.training.config import TrainConfig
 
+from .killing import train_and_kill
 from .test_training_cli import LIMIT_SECONDS, ROOT, conversation, environment, options, script, world
 
 __all__ = ["world"]  # the fixture
@@ -96,21 +92,13 @@ def test_two_processes_train_the_same_adapter(world: Path, adapted: Path, tmp_pa
 def test_killed_at_any_moment_it_ends_with_the_same_adapter(world: Path, tmp_path: Path) -> None:
     flags = {"--num_train_epochs": "12", "--save_steps": "5", "--trace_dir": str(tmp_path / "answers")}
     assert main(["train", *lora(world, tmp_path / "whole", **flags)]) == 0
-    command = [sys.executable, "-m", "dyvte", "train", *lora(world, tmp_path / "killed", **flags)]
-    process = subprocess.Popen(
-        command, env=environment(), cwd=tmp_path, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not list((tmp_path / "killed" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = lora(world, tmp_path / "killed", **flags)
+    train_and_kill(killed, tmp_path / "killed", environment(), LIMIT_SECONDS)
     assert not (tmp_path / "killed" / "adapter").exists(), "the run was over before it could be killed"
-    assert main(["train", *lora(world, tmp_path / "killed", **flags)]) == 0
-    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert main(["train", *killed]) == 0
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_dry_run_counts_without_training(world: Path, tmp_path: Path, capsys) -> None:

@@ -6,11 +6,9 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +19,8 @@ from safetensors.torch import load_file
 from dyvte.cli import main
 from dyvte.gates import GateStack, load_checkpoint
 from tests.tiny.models import random_image, tiny_llava
+
+from .killing import train_and_kill
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ["how many ?", "what color is the circle ?", "is there any red square on the left ?"]
@@ -301,18 +301,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_gates(world: Path, trained: 
         "--version": "chat",
     }
     assert main(["train", *options(world, tmp_path / "whole", **flags)]) == 0
-    command = [sys.executable, "-m", "dyvte", "train", *options(world, tmp_path / "killed", **flags)]
-    process = subprocess.Popen(
-        command, env=environment(), cwd=tmp_path, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not list((tmp_path / "killed" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = options(world, tmp_path / "killed", **flags)
+    train_and_kill(killed, tmp_path / "killed", environment(), LIMIT_SECONDS)
     assert not (tmp_path / "killed" / "gates").exists(), "the run was over before it could be killed"
-    assert main(["train", *options(world, tmp_path / "killed", **flags)]) == 0
+    assert main(["train", *killed]) == 0
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
