@@ -16,20 +16,20 @@ from collections.abc import Sequence
 from gate_training import Bench, bench_arguments, hidden_size, mean_risk
 from tqdm import tqdm
 
-from dyvte.evaluation.budget_plot import plot_budgets
-from dyvte.evaluation.budgets import BUDGETS, Rule, budget_markdown, budget_report
-from dyvte.evaluation.contenders import (
+from dyvte.comparison.baselines import (
     GateContender,
     best_router,
     train_router_candidates,
     training_settings,
 )
-from dyvte.evaluation.question_features import router_features
-from dyvte.evaluation.rivals import fixed_points, oracle_points, router_steps
+from dyvte.comparison.budget_plot import plot_budgets
+from dyvte.comparison.budgets import BUDGETS, Rule, budget_markdown, budget_report
+from dyvte.comparison.question_features import router_features
+from dyvte.comparison.router import fixed_points, oracle_points, router_steps
+from dyvte.comparison.scenes import TracedScenes, gate_logits
+from dyvte.comparison.traces import ORACLE_LAMS
+from dyvte.evaluation.latency import machine
 from dyvte.evaluation.runner import EvalConfig, load_asker
-from dyvte.evaluation.scenes import TracedScenes, gate_logits
-from dyvte.evaluation.timing import machine
-from dyvte.evaluation.trace_compare import ORACLE_LAMS
 
 OUR_SHAPES = ("compact", "shared")
 REFERENCE = "objective.name=reference_label"

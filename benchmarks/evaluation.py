@@ -24,7 +24,7 @@ import torch
 from common import Times, arguments, interleaved, ratio, report, setting_of
 
 from dyvte.backbones import get_template, load_backbone
-from dyvte.evaluation.asking import (
+from dyvte.evaluation.generation import (
     Asker,
     answer,
     encode_questions,
@@ -32,9 +32,9 @@ from dyvte.evaluation.asking import (
     greedy,
     plan_batches,
 )
-from dyvte.evaluation.base import Question, get_benchmark
-from dyvte.evaluation.policies import NamedPolicy, parse_named
 from dyvte.evaluation.runner import prompts_of
+from dyvte.evaluation.settings import NamedPolicy, parse_named
+from dyvte.tasks.base import Question, get_benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
 Answers = dict[str, str]

@@ -19,12 +19,12 @@ import torch
 from gate_training import Bench, bench_arguments, hidden_size, mean_risk
 from torch import Tensor
 
-from dyvte.evaluation.bootstrap import paired_bootstrap
-from dyvte.evaluation.budgets import BUDGETS, Rule
-from dyvte.evaluation.contenders import GateContender
-from dyvte.evaluation.report import markdown_table
-from dyvte.evaluation.scenes import TracedScenes, gate_logits
-from dyvte.evaluation.timing import machine
+from dyvte.comparison.baselines import GateContender
+from dyvte.comparison.bootstrap import paired_bootstrap
+from dyvte.comparison.budgets import BUDGETS, Rule
+from dyvte.comparison.scenes import TracedScenes, gate_logits
+from dyvte.evaluation.latency import machine
+from dyvte.formatting import markdown_table
 from dyvte.gates import GateConfig, GateStack
 from dyvte.plotting import new_figure
 

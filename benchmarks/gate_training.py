@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dyvte.comparison.baselines import GateContender, load_gates
+from dyvte.comparison.scenes import TracedScenes, gate_logits, load_scenes
 from dyvte.config import load_config
-from dyvte.evaluation.contenders import GateContender, load_gates
-from dyvte.evaluation.scenes import TracedScenes, gate_logits, load_scenes
 from dyvte.teacher import TraceStore
 from dyvte.training.config import TrainConfig
+from dyvte.training.gate_training import train
 from dyvte.training.tracing import trace_data
-from dyvte.training.train import train
 
 SPLITS = ("train", "calibration", "test")
 

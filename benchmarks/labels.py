@@ -4,7 +4,7 @@ A step of the reference labels each sample at one exit layer (`reference_step.py
 at all L of them, and at K = 0, which is paid for and not counted. The reference's way is checked against the
 teacher's labels, then counted and timed beside it.
 
-FLOPs are exact: the formulas of `dyvte.teacher.cost` at the shape of LLaVA-1.5-7B, after a check that torch
+FLOPs are exact: the formulas of `dyvte.costs.teacher` at the shape of LLaVA-1.5-7B, after a check that torch
 counts the same on the model that is timed. Times are medians of interleaved rounds.
 
     python benchmarks/labels.py --hidden 256 --layers 32 --rounds 20
@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
-from dyvte.evaluation.cost import vision_tower_flops
+from dyvte.costs.prefill import vision_tower_flops
+from dyvte.costs.teacher import SampleShape, mean_reference_step_flops, teacher_flops
 from dyvte.objectives import reference_labels
 from dyvte.teacher import thinned_exits, trace_exits
-from dyvte.teacher.cost import SampleShape, mean_reference_step_flops, teacher_flops
 from dyvte.teacher.memory import GIB
 
 SEVEN_B = DecoderShape(

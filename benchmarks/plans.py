@@ -20,10 +20,10 @@ from common import write_json
 from gate_training import Bench, bench_arguments
 
 from dyvte.backbones import Backbone, describe
-from dyvte.evaluation.cost import decoder_shape
-from dyvte.evaluation.plan_compare import compare_plans, plot_comparison
-from dyvte.evaluation.plans import PlanJudge, folder_name
-from dyvte.evaluation.timing import machine
+from dyvte.comparison.plan_compare import compare_plans, plot_comparison
+from dyvte.comparison.plans import PlanJudge, folder_name
+from dyvte.costs.prefill import decoder_shape
+from dyvte.evaluation.latency import machine
 from dyvte.gates import GateStack
 from dyvte.reductions import parse_reductions
 from dyvte.teacher import TraceStore

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from dyvte.backbones import load_backbone
+from dyvte.comparison.router import oracle_exits, within_wording_share
+from dyvte.comparison.scenes import load_scenes
 from dyvte.data import open_conversations, select
 from dyvte.data.scenes.questions import HARD_TYPES, PICTURE_TYPES, SIMPLE_TYPES, TYPES
-from dyvte.evaluation.rivals import oracle_exits, within_wording_share
-from dyvte.evaluation.scenes import load_scenes
 from dyvte.teacher import Teacher, TeacherConfig
 from dyvte.teacher.exits import exit_logits, positions_before
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the plug-ins inside lmms-eval itself, in an environment of its own (.venv-plugins, made once, CPU only).
-#   scripts/test_plugins.sh [pytest options]   make it, run tests/cli/test_plugins.py
+#   scripts/test_plugins.sh [pytest options]   make it, run tests/commands/test_plugins.py
 #   scripts/test_plugins.sh --environment      make it, print its python
 # Status 3: a package cannot be had. DYVTE_PLUGINS_PYTHON names an environment that is there already.
 set -euo pipefail
@@ -38,4 +38,4 @@ make_environment
 make_plugins_environment || exit $?
 cd "$ROOT"
 DYVTE_PLUGINS_PYTHON="$PLUGINS_PYTHON" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" \
-    "$PYTHON" -m pytest tests/cli/test_plugins.py "$@"
+    "$PYTHON" -m pytest tests/commands/test_plugins.py "$@"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dyvte.analysis.findings import Findings
 from dyvte.analysis.outcomes import outcome_table, outcomes_of, paint_outcomes
 from dyvte.analysis.subject import Subject
-from dyvte.evaluation.policies import with_reductions
 from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.evaluation.settings import with_reductions
 
 DEFINITION = (
     "VTW: all visual tokens leave behind layer K. Random K: K drawn for each question, uniform over a "

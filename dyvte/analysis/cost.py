@@ -10,11 +10,11 @@ import torch
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import Subject
 from dyvte.errors import ConfigError
-from dyvte.evaluation.asking import answer, encoded_batches, plan_batches
-from dyvte.evaluation.policies import NamedPolicy, with_reductions
-from dyvte.evaluation.report import number
-from dyvte.evaluation.report_plots import COLORS, plain_axes
+from dyvte.evaluation.generation import answer, encoded_batches, plan_batches
 from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.evaluation.settings import NamedPolicy, with_reductions
+from dyvte.formatting import number
+from dyvte.reporting.plots import COLORS, plain_axes
 
 DEFINITION = (
     "Time to first token holds the vision tower, the prefill and the choice of the token, for a whole "

@@ -7,8 +7,8 @@ from typing import Any
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.outcomes import difference_text, outcomes_of
 from dyvte.analysis.subject import Subject
-from dyvte.evaluation.report import percentage
-from dyvte.evaluation.report_plots import COLORS, plain_axes
+from dyvte.formatting import percentage
+from dyvte.reporting.plots import COLORS, plain_axes
 
 DEFINITION = (
     "K is the first layer in 1..L-1 whose mean KL(exit || full) at the last prompt position is at most "

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dyvte.evaluation.report import markdown_table
-from dyvte.evaluation.report_plots import draw
 from dyvte.files import write_atomically
+from dyvte.formatting import markdown_table
+from dyvte.reporting.plots import draw
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from dyvte.analysis.outcomes import difference_text, outcomes_of
 from dyvte.analysis.subject import Subject
 from dyvte.config import load_config
 from dyvte.errors import ConfigError
-from dyvte.evaluation.report import number, percentage
-from dyvte.evaluation.report_plots import COLORS, plain_axes
+from dyvte.formatting import number, percentage
 from dyvte.gates import DEFAULT_FEATURES, FEATURES, check_features
-from dyvte.training import TrainConfig, train
+from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.training import TrainConfig
+from dyvte.training.gate_training import train
 
 PAPER_SETS = (
     "mean_visual",

@@ -17,11 +17,11 @@ from dyvte.analysis.outcomes import (
 )
 from dyvte.analysis.subject import Subject
 from dyvte.errors import ConfigError
-from dyvte.evaluation.asking import answer, encode_questions, pictures, plan_batches
-from dyvte.evaluation.base import Question
-from dyvte.evaluation.records import Answer
+from dyvte.evaluation.generation import answer, encode_questions, pictures, plan_batches
+from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import FULL_MODEL
 from dyvte.runtime import VisualExit
+from dyvte.tasks.base import Question
 
 DEFINITION = (
     "(a) the question alone, no image in the prompt; (b) a blank picture of the same size in the layers "

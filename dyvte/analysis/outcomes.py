@@ -8,13 +8,13 @@ from typing import Any
 
 from dyvte.analysis.findings import Table
 from dyvte.analysis.subject import Subject
-from dyvte.evaluation.base import Predictions, Question
-from dyvte.evaluation.bootstrap import PairedDifference, paired_bootstrap
-from dyvte.evaluation.records import Answer, texts
-from dyvte.evaluation.report import number, percentage
-from dyvte.evaluation.report_plots import COLORS, plain_axes
-from dyvte.evaluation.run_figures import same_answer
+from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
+from dyvte.evaluation.metrics import same_answer
+from dyvte.evaluation.run_log import Answer, texts
 from dyvte.evaluation.runner import FULL_MODEL, PolicyResult
+from dyvte.formatting import number, percentage
+from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.tasks.base import Predictions, Question
 
 
 @dataclass(frozen=True)

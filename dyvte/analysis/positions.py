@@ -5,8 +5,8 @@ from __future__ import annotations
 from dyvte.analysis.findings import Findings
 from dyvte.analysis.outcomes import outcome_table, outcomes_of, paint_outcomes
 from dyvte.analysis.subject import Subject
-from dyvte.evaluation.policies import with_options
 from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.evaluation.settings import with_options
 
 DEFINITION = (
     "Keep: text keeps its position ids behind the exit. Rearrange: behind the exit text counts on without "

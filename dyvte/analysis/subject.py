@@ -18,9 +18,7 @@ import dyvte
 from dyvte.backbones import Backbone, describe, fingerprint, weights_digest
 from dyvte.calibration import LayerSearch, search_exit_layer
 from dyvte.errors import ConfigError, UnsupportedBackboneError
-from dyvte.evaluation.asking import Asker, Batch, encoded_batches, plan_batches
-from dyvte.evaluation.base import Benchmark, Question, get_benchmark
-from dyvte.evaluation.policies import NamedPolicy, parse_policies
+from dyvte.evaluation.generation import Asker, Batch, encoded_batches, plan_batches
 from dyvte.evaluation.runner import (
     FULL_MODEL,
     EvalConfig,
@@ -29,6 +27,8 @@ from dyvte.evaluation.runner import (
     prompts_of,
     run_policies,
 )
+from dyvte.evaluation.settings import NamedPolicy, parse_policies
+from dyvte.tasks.base import Benchmark, Question, get_benchmark
 
 _MOST_LAYERS = 12
 

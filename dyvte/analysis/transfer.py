@@ -7,8 +7,8 @@ from typing import Any
 from dyvte.analysis.findings import Findings
 from dyvte.analysis.outcomes import outcome_table, outcomes_of, paint_outcomes
 from dyvte.analysis.subject import Subject, gates_of
-from dyvte.evaluation.policies import with_options
 from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.evaluation.settings import with_options
 
 DEFINITION = (
     "The same questions with each of the gates, own ones as well as those trained for another backbone of "

@@ -1,14 +1,14 @@
 """Backbones: load them, know their decoder stack, their visual tokens and their prompt."""
 
-from .adapter import resolve_adapter
-from .attention import watched_attention
-from .describe import Backbone, BackboneShape, describe, describe_config, unwrap
-from .encode import encode, takes_videos
-from .fingerprint import fingerprint, weights_digest
-from .grids import visual_places
-from .load import load_backbone
-from .padding import ImagePadding, check_image_padding, image_padding, set_image_padding
-from .prompts import PromptTemplate, RenderedPrompt, get_template
+from dyvte.backbones.adapter import resolve_adapter
+from dyvte.backbones.attention import watched_attention
+from dyvte.backbones.describe import Backbone, BackboneShape, describe, describe_config, unwrap
+from dyvte.backbones.encode import encode, takes_videos
+from dyvte.backbones.fingerprint import fingerprint, weights_digest
+from dyvte.backbones.grids import visual_places
+from dyvte.backbones.load import load_backbone
+from dyvte.backbones.padding import ImagePadding, check_image_padding, image_padding, set_image_padding
+from dyvte.backbones.prompts import PromptTemplate, RenderedPrompt, get_template
 
 __all__ = [
     "Backbone",

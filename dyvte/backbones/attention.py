@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedBackboneError
-from .describe import Backbone
+from dyvte.backbones.describe import Backbone
+from dyvte.errors import UnsupportedBackboneError
 
 
 @contextmanager

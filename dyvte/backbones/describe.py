@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedBackboneError
-from .adapter import resolve_adapter
-from .config_fingerprint import config_fingerprint
+from dyvte.backbones.adapter import resolve_adapter
+from dyvte.backbones.config_fingerprint import config_fingerprint
+from dyvte.errors import UnsupportedBackboneError
 
 # Config fields under which transformers families keep the ids of their visual placeholders.
 VISUAL_ID_FIELDS = (

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from .prompts import RenderedPrompt
+from dyvte.backbones.prompts import RenderedPrompt
+from dyvte.errors import DataError
 
 
 def takes_videos(processor: Any) -> bool:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .adapter import adapter_parameters
-from .config_fingerprint import config_fingerprint
-from .describe import describe, describe_config, unwrap
+from dyvte.backbones.adapter import adapter_parameters
+from dyvte.backbones.config_fingerprint import config_fingerprint
+from dyvte.backbones.describe import describe, describe_config, unwrap
 
 _SAMPLES_PER_TENSOR = 32
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedBackboneError
-from .convert.features import GivenFeatures
+from dyvte.backbones.convert.features import GivenFeatures
+from dyvte.errors import UnsupportedBackboneError
 
 SETTINGS_FILE = "given_features.json"
 Features = Callable[[list[Any]], Tensor]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedBackboneError
-from .describe import Backbone
+from dyvte.backbones.describe import Backbone
+from dyvte.errors import UnsupportedBackboneError
 
 # A block of tokens on one grid: height, width. A newline token at the end of each row is one more column.
 Block = tuple[int, int]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedBackboneError
-from .adapter import load_adapter, resolve_adapter
-from .describe import hub_advice
-from .given_features import FeaturesProcessor, put_stand_in, takes_features
-from .padding import ImagePadding, set_image_padding
-from .quantize import quantized_arguments
+from dyvte.backbones.adapter import load_adapter, resolve_adapter
+from dyvte.backbones.describe import hub_advice
+from dyvte.backbones.given_features import FeaturesProcessor, put_stand_in, takes_features
+from dyvte.backbones.padding import ImagePadding, set_image_padding
+from dyvte.backbones.quantize import quantized_arguments
+from dyvte.errors import UnsupportedBackboneError
 
 
 def load_backbone(
@@ -61,7 +61,7 @@ def load_backbone(
     """
     from transformers import AutoModelForImageTextToText
 
-    from .describe import describe
+    from dyvte.backbones.describe import describe
 
     path, adapter = resolve_adapter(path, adapter)
     _check_path(path)

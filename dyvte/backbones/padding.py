@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from ..errors import ConfigError, GateMismatchError
+from dyvte.errors import ConfigError, GateMismatchError
 
 ImagePadding = Literal["auto", "square", "none"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import ConfigError, DataError
+from dyvte.errors import ConfigError, DataError
 
 # Earlier exchanges of a conversation: (question, answer) each.
 History = Sequence[tuple[str, str]]

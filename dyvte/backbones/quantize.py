@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedBackboneError
+from dyvte.errors import UnsupportedBackboneError
 
 
 def quantized_arguments(

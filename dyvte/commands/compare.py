@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print the report, say where it lies."""
     from dyvte.commands.options import config_from
-    from dyvte.evaluation.compare import CompareConfig, compare
+    from dyvte.comparison.compare import CompareConfig, compare
 
     config = config_from(CompareConfig, args)
     compare(config)

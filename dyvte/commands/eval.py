@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print one row per policy and reduction."""
     from dyvte.commands.options import config_from
-    from dyvte.evaluation.report import results_table
     from dyvte.evaluation.runner import EvalConfig, evaluate
+    from dyvte.reporting.tables import results_table
 
     results = evaluate(config_from(EvalConfig, args))
     if results:  # of several processes, the first has them

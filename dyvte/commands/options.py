@@ -25,7 +25,7 @@ def config_from(cls: type[Config], args: argparse.Namespace) -> Config:
 
 def add_questions(parser: argparse.ArgumentParser) -> None:
     """``--config``, the backbone and the benchmark of `EvalConfig`."""
-    from dyvte.evaluation.base import benchmark_names
+    from dyvte.tasks.base import benchmark_names
 
     parser.add_argument("--config", type=Path, help="YAML with any of the settings below")
     parser.add_argument("--model", help="backbone: folder or hub id")

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and say where it lies."""
-    from dyvte.evaluation.report_build import ReportConfig, write_report
+    from dyvte.reporting.build import ReportConfig, write_report
 
     page = write_report(
         ReportConfig(
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _data(entries: list[str]) -> dict[str, Path]:
     from dyvte.errors import ConfigError
-    from dyvte.evaluation.base import check_benchmark
+    from dyvte.tasks.base import check_benchmark
 
     found = {}
     for entry in entries:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte score``."""
-    from dyvte.evaluation.base import benchmark_names
+    from dyvte.tasks.base import benchmark_names
 
     parser.add_argument("benchmark", help=", ".join(benchmark_names()))
     parser.add_argument("--predictions", required=True, type=Path, help="file or folder of answers")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the scores as JSON."""
     from dyvte.errors import ScoreError
-    from dyvte.evaluation.base import get_benchmark
+    from dyvte.tasks.base import get_benchmark
 
     benchmark = get_benchmark(args.benchmark)
     questions = benchmark.load(args.data, images=False)

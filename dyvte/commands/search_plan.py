@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from dyvte.backbones import describe
+    from dyvte.comparison.plan_search import combinations, search_plans
+    from dyvte.comparison.plans import traces_of
+    from dyvte.costs.prefill import decoder_shape
     from dyvte.errors import ConfigError
-    from dyvte.evaluation.cost import decoder_shape
-    from dyvte.evaluation.plan_search import combinations, search_plans
-    from dyvte.evaluation.plans import traces_of
     from dyvte.gates import GateStack
     from dyvte.reductions import parse_reductions
     from dyvte.training.tracing import open_model, trace_data

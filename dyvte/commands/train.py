@@ -43,8 +43,8 @@ from dyvte.commands.training_options import (
 
 if TYPE_CHECKING:
     from dyvte.training.config import TrainConfig
-    from dyvte.training.lora import LoraResult
-    from dyvte.training.train import TrainResult
+    from dyvte.training.gate_training import TrainResult
+    from dyvte.training.lora.train import LoraResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         if first:
             print(describe_dry_run(dry_run(cfg, world_size)))
         return 0
-    from dyvte.training.train import train
+    from dyvte.training.gate_training import train
 
     result = train(cfg)
     if first:
@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_lora(cfg: TrainConfig, dry: bool, first: bool) -> int:
-    from dyvte.training.lora import train_lora
-    from dyvte.training.lora_dryrun import describe_lora_dry_run, lora_dry_run
+    from dyvte.training.lora.dryrun import describe_lora_dry_run, lora_dry_run
+    from dyvte.training.lora.train import train_lora
 
     if dry:
         if first:

@@ -1,6 +1,1 @@
-"""Benchmarks, scores, cost, rivals and comparisons.
-
-:mod:`~dyvte.evaluation.benchmarks` holds one file per benchmark (a loader and a pure scorer);
-:mod:`~dyvte.evaluation.runner` asks the questions,
-:mod:`~dyvte.evaluation.compare` puts exit policies side by side.
-"""
+"""Run a setting (policy and reductions) on a task: generation, run log, scores, latency."""

@@ -25,7 +25,7 @@ from dyvte.backbones import (
 )
 from dyvte.config import dump_config, to_dict
 from dyvte.errors import ConfigError
-from dyvte.evaluation.asking import (
+from dyvte.evaluation.generation import (
     Asker,
     AskingConfig,
     answer,
@@ -33,7 +33,14 @@ from dyvte.evaluation.asking import (
     plan_batches,
     questions_digest,
 )
-from dyvte.evaluation.base import (
+from dyvte.evaluation.latency import PLAIN, machine, measure_generation, spread_batches
+from dyvte.evaluation.metrics import cost_figures, same_answer
+from dyvte.evaluation.ranks import Ranks, joined_ranks
+from dyvte.evaluation.run_log import SCORES_FILE, Answer, AnswerLog, texts
+from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
+from dyvte.files import write_atomically
+from dyvte.reductions import Reduction
+from dyvte.tasks.base import (
     DIALECTS,
     Benchmark,
     Predictions,
@@ -42,13 +49,6 @@ from dyvte.evaluation.base import (
     check_dialect,
     get_benchmark,
 )
-from dyvte.evaluation.policies import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
-from dyvte.evaluation.ranks import Ranks, joined_ranks
-from dyvte.evaluation.records import SCORES_FILE, Answer, AnswerLog, texts
-from dyvte.evaluation.run_figures import cost_figures, same_answer
-from dyvte.evaluation.timing import PLAIN, machine, measure_generation, spread_batches
-from dyvte.files import write_atomically
-from dyvte.reductions import Reduction
 
 FULL_MODEL = "never"
 """Name of the run that is the full model's: never an exit, no reduction."""

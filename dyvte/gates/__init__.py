@@ -1,7 +1,7 @@
 """The gates: what they read, how they are stored, and the one place of the decision rule."""
 
-from .config import GateConfig
-from .features import (
+from dyvte.gates.config import GateConfig
+from dyvte.gates.features import (
     DEFAULT_FEATURES,
     FEATURES,
     check_features,
@@ -9,8 +9,8 @@ from .features import (
     reads_visual,
     select_features,
 )
-from .files import save_config
-from .rule import (
+from dyvte.gates.files import save_config
+from dyvte.gates.rule import (
     CLOSED,
     ExitRule,
     check_rule,
@@ -20,7 +20,7 @@ from .rule import (
     logit_threshold,
     uniform_offsets,
 )
-from .stack import GateStack, load_checkpoint
+from dyvte.gates.stack import GateStack, load_checkpoint
 
 __all__ = [
     "CLOSED",

@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
-from .features import DEFAULT_FEATURES, check_features
-from .rule import check_rule, is_open
+from dyvte.errors import CheckpointError, ConfigError
+from dyvte.gates.features import DEFAULT_FEATURES, check_features
+from dyvte.gates.rule import check_rule, is_open
 
 CONFIG_FILE = "gate_config.json"
 ARCHITECTURES = ("reference", "compact", "shared")
@@ -75,7 +75,7 @@ class GateConfig:
         set_field(self, "offsets", offsets)
         set_field(self, "gate_hidden_size", self.gate_hidden_size or DEFAULT_WIDTH[self.architecture])
         if not self.dyvte_version:
-            from .. import __version__
+            from dyvte import __version__
 
             set_field(self, "dyvte_version", __version__)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from dyvte.errors import ConfigError
 
 FEATURES = ("mean_prompt", "last_prompt", "mean_visual", "last_visual")
 """All parts there are: DyVTE's inputs (its Tables 4 and 7), in the order of the weights below."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import write_atomically
-from .config import CONFIG_FILE, GateConfig
+from dyvte.errors import CheckpointError
+from dyvte.files import write_atomically
+from dyvte.gates.config import CONFIG_FILE, GateConfig
 
 WEIGHTS_FILE = "gates.safetensors"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from dyvte.errors import ConfigError
 
 CLOSED = -1e30
 """Offset of a gate that never fires, at any threshold; finite, so that it is no broken gate either."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import CheckpointError, ConfigError
-from .config import GateConfig
-from .files import read_checkpoint, write_checkpoint
+from dyvte.errors import CheckpointError, ConfigError
+from dyvte.gates.config import GateConfig
+from dyvte.gates.files import read_checkpoint, write_checkpoint
 
 _REFERENCE_KEY = re.compile(r"(?:^|\.)visual_gates_router\.(\d+)\.(w[12])\.weight$")
 

@@ -15,10 +15,10 @@ from typing import Any
 from dyvte.backbones import takes_videos
 from dyvte.config import from_dict
 from dyvte.errors import ConfigError
-from dyvte.evaluation.asking import Asker, AskingConfig, answer, encode_rendered, greedy
-from dyvte.evaluation.policies import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
-from dyvte.evaluation.records import Answer
+from dyvte.evaluation.generation import Asker, AskingConfig, answer, encode_rendered, greedy
+from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import check_policies, load_asker
+from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
 from dyvte.runtime import VisualExit
 
 _UNDERSTOOD = ("until", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")

@@ -19,10 +19,10 @@ from loguru import logger
 
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, DataError
-from dyvte.evaluation.asking import plan_batches
-from dyvte.evaluation.records import Answer, exit_row
-from dyvte.evaluation.videos import Video, read_frames
+from dyvte.evaluation.generation import plan_batches
+from dyvte.evaluation.run_log import Answer, exit_row
 from dyvte.plugins.answering import Answering, Request, plugin_config
+from dyvte.tasks.readers.videos import Video, read_frames
 
 
 class DyvteChat(lmms):

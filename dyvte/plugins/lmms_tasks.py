@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.errors import ConfigError
-from dyvte.evaluation.asking import pictures
-from dyvte.evaluation.base import Question, get_benchmark
+from dyvte.evaluation.generation import pictures
+from dyvte.tasks.base import Question, get_benchmark
 
 
 def gqa_docs(placeholder: Any) -> Any:

@@ -24,9 +24,9 @@ from vlmeval.vlm.base import BaseModel
 
 from dyvte.data import load_image
 from dyvte.errors import DataError
-from dyvte.evaluation.records import exit_row
-from dyvte.evaluation.videos import Video, read_frames
+from dyvte.evaluation.run_log import exit_row
 from dyvte.plugins.answering import Answering, Request, plugin_config
+from dyvte.tasks.readers.videos import Video, read_frames
 
 
 class DyvteVLM(BaseModel):

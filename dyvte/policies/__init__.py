@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from ..errors import ConfigError
-from .base import Plan as Plan
-from .base import Policy as Policy
-from .base import Rows as Rows
+from dyvte.errors import ConfigError
+from dyvte.policies.base import Plan as Plan
+from dyvte.policies.base import Policy as Policy
+from dyvte.policies.base import Rows as Rows
 
 # One line registers and exports a policy.
-from .fixed import FixedPolicy as FixedPolicy
-from .learned import LearnedPolicy as LearnedPolicy
-from .never import NeverPolicy as NeverPolicy
-from .oracle import OraclePolicy as OraclePolicy
-from .random import RandomPolicy as RandomPolicy
+from dyvte.policies.fixed import FixedPolicy as FixedPolicy
+from dyvte.policies.learned import LearnedPolicy as LearnedPolicy
+from dyvte.policies.never import NeverPolicy as NeverPolicy
+from dyvte.policies.oracle import OraclePolicy as OraclePolicy
+from dyvte.policies.random import RandomPolicy as RandomPolicy
 
 REGISTRY: dict[str, type[Policy]] = {policy.name: policy for policy in Policy.__subclasses__()}
 USAGE = " | ".join(policy.usage for policy in REGISTRY.values())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..gates import DEFAULT_FEATURES
+from dyvte.gates import DEFAULT_FEATURES
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, GateMismatchError
-from ..gates import ExitRule, GateStack, check_rule, load_checkpoint
-from .base import Plan, Policy, Rows
-from .fixed import FixedPolicy
+from dyvte.errors import ConfigError, GateMismatchError
+from dyvte.gates import ExitRule, GateStack, check_rule, load_checkpoint
+from dyvte.policies.base import Plan, Policy, Rows
+from dyvte.policies.fixed import FixedPolicy
 
 
 class GatePlan(Plan):

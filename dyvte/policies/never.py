@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import ConfigError
-from .base import Plan, Policy, Rows
+from dyvte.errors import ConfigError
+from dyvte.policies.base import Plan, Policy, Rows
 
 
 class NeverPolicy(Policy):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError
-from .base import Plan, Policy, Rows, spread
+from dyvte.errors import ConfigError
+from dyvte.policies.base import Plan, Policy, Rows, spread
 
 
 class OraclePolicy(Policy):

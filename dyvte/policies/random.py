@@ -7,9 +7,9 @@ import re
 
 import torch
 
-from ..errors import ConfigError
-from ..gates import check_rule
-from .base import Plan, Policy, Rows
+from dyvte.errors import ConfigError
+from dyvte.gates import check_rule
+from dyvte.policies.base import Plan, Policy, Rows
 
 
 class RandomPolicy(Policy):

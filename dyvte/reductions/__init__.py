@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..errors import ConfigError
-from .base import Neighbourhood, Reduction, ReductionPlan, TokenRows, VisualWork, merged
-from .fastv import FastV
-from .ffn import SparseFFN
-from .heads import InactiveHeads
-from .learned_with import identity, warn_of_others
-from .neighbours import Neighbours
-from .profile import VisualProfile
-from .random_tokens import RandomTokens
+from dyvte.errors import ConfigError
+from dyvte.reductions.base import Neighbourhood, Reduction, ReductionPlan, TokenRows, VisualWork, merged
+from dyvte.reductions.fastv import FastV
+from dyvte.reductions.ffn import SparseFFN
+from dyvte.reductions.heads import InactiveHeads
+from dyvte.reductions.learned_with import identity, warn_of_others
+from dyvte.reductions.neighbours import Neighbours
+from dyvte.reductions.profile import VisualProfile
+from dyvte.reductions.random_tokens import RandomTokens
 
 # Each entry: a maker that takes the text after the first colon.
 REGISTRY: dict[str, Callable[[str], Reduction]] = {

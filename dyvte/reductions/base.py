@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backbones import Backbone
-from ..errors import ConfigError
-from ..spans import Spans
+from dyvte.backbones import Backbone
+from dyvte.errors import ConfigError
+from dyvte.spans import Spans
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import re
 
 from torch import Tensor
 
-from ..errors import ConfigError
-from .base import Reduction, ReductionPlan, TokenRows, check_layer, floor_share, top_share
+from dyvte.errors import ConfigError
+from dyvte.reductions.base import Reduction, ReductionPlan, TokenRows, check_layer, floor_share, top_share
 
 
 class FastVPlan(ReductionPlan):

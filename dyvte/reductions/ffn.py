@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..backbones import Backbone
-from ..errors import ConfigError, GateMismatchError, UnsupportedBackboneError
-from .base import Reduction, ReductionPlan, TokenRows, VisualWork, digest
-from .profile import VisualProfile
+from dyvte.backbones import Backbone
+from dyvte.errors import ConfigError, GateMismatchError, UnsupportedBackboneError
+from dyvte.reductions.base import Reduction, ReductionPlan, TokenRows, VisualWork, digest
+from dyvte.reductions.profile import VisualProfile
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # A gated FFN that holds nothing else: its parts can be computed neuron by neuron.

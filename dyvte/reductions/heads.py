@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backbones import Backbone
-from ..errors import ConfigError, GateMismatchError
-from .base import Reduction, ReductionPlan, TokenRows, VisualWork, digest
-from .profile import VisualProfile
+from dyvte.backbones import Backbone
+from dyvte.errors import ConfigError, GateMismatchError
+from dyvte.reductions.base import Reduction, ReductionPlan, TokenRows, VisualWork, digest
+from dyvte.reductions.profile import VisualProfile
 
 
 class HeadsPlan(ReductionPlan):

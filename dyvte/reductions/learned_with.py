@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from ..gates import GateConfig
-from .base import Reduction
+from dyvte.gates import GateConfig
+from dyvte.reductions.base import Reduction
 
 NO_REDUCTION = "none"
 

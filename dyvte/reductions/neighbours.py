@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from ..errors import ConfigError
-from .base import Neighbourhood, Reduction, ReductionPlan, TokenRows, VisualWork
+from dyvte.errors import ConfigError
+from dyvte.reductions.base import Neighbourhood, Reduction, ReductionPlan, TokenRows, VisualWork
 
 
 class NeighboursPlan(ReductionPlan):

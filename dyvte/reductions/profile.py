@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backbones import Backbone, fingerprint, weights_digest
-from ..errors import CheckpointError, GateMismatchError
-from ..files import write_atomically
+from dyvte.backbones import Backbone, fingerprint, weights_digest
+from dyvte.errors import CheckpointError, GateMismatchError
+from dyvte.files import write_atomically
 
 CONFIG_FILE, TENSOR_FILE = "visual_profile.json", "visual_profile.safetensors"
 

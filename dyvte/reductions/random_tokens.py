@@ -11,8 +11,8 @@ import re
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from .base import Reduction, ReductionPlan, TokenRows, check_layer
+from dyvte.errors import ConfigError
+from dyvte.reductions.base import Reduction, ReductionPlan, TokenRows, check_layer
 
 
 class RandomTokensPlan(ReductionPlan):

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedBackboneError
-from .attention_module import attention_of, use_attention
-from .cache import Capture
-from .picking import Picker
-from .streams import Stream
-from .windows import Window
+from dyvte.errors import UnsupportedBackboneError
+from dyvte.runtime.attention_module import attention_of, use_attention
+from dyvte.runtime.cache import Capture
+from dyvte.runtime.picking import Picker
+from dyvte.runtime.streams import Stream
+from dyvte.runtime.windows import Window
 
 
 class LastRow:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import ExitRuntimeError
-from .windows import Window
+from dyvte.errors import ExitRuntimeError
+from dyvte.runtime.windows import Window
 
 # New columns come in blocks, so that the buffer is not copied at every decode step.
 BLOCK = 64

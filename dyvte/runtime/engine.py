@@ -12,18 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backbones import Backbone
-from ..policies import Policy, Rows
-from ..reductions import Reduction, TokenRows
-from .cache import ExitLayer
-from .masks import decode_mask
-from .positions import close_up
-from .prefill import Prefill
-from .records import Run
-from .replay import Replay
-from .stack import Stack
-from .streams import Layout
-from .windows import Window
+from dyvte.backbones import Backbone
+from dyvte.policies import Policy, Rows
+from dyvte.reductions import Reduction, TokenRows
+from dyvte.runtime.cache import ExitLayer
+from dyvte.runtime.masks import decode_mask
+from dyvte.runtime.positions import close_up
+from dyvte.runtime.prefill import Prefill
+from dyvte.runtime.records import Run
+from dyvte.runtime.replay import Replay
+from dyvte.runtime.stack import Stack
+from dyvte.runtime.streams import Layout
+from dyvte.runtime.windows import Window
 
 
 class Engine:

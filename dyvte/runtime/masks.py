@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ExitRuntimeError
-from .cache import ExitLayer
+from dyvte.errors import ExitRuntimeError
+from dyvte.runtime.cache import ExitLayer
 
 
 class _Sizes:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cache import Columns
-from .streams import Partition, Stream
+from dyvte.runtime.cache import Columns
+from dyvte.runtime.streams import Partition, Stream
 
 
 class Packing:

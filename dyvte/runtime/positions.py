@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backbones import Backbone
-from ..errors import ConfigError, ExitRuntimeError, UnsupportedBackboneError
-from .windows import Window
+from dyvte.backbones import Backbone
+from dyvte.errors import ConfigError, ExitRuntimeError, UnsupportedBackboneError
+from dyvte.runtime.windows import Window
 
 if TYPE_CHECKING:
-    from .streams import Layout
+    from dyvte.runtime.streams import Layout
 
 CHOICES = ("keep", "rearrange")
 # Rotary embeddings whose angles depend on the longest position of the batch, not on the token's own alone.

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedBackboneError
-from ..gates import prompt_features, reads_visual
-from ..policies import Plan
-from ..reductions import ReductionPlan, VisualWork, merged
-from .attention_row import LastRow
-from .cache import Capture, ExitLayer, layer_bytes, put_layer, records_past
-from .masks import causal_mask, window_needs_mask
-from .packing import Packing
-from .positions import close_up, dropped_before
-from .records import PrefillRecord
-from .replay import Replay
-from .stack import Stack
-from .streams import Layout, Partition, Stream
-from .visual_work import LighterLayer, VisualTokens
+from dyvte.errors import UnsupportedBackboneError
+from dyvte.gates import prompt_features, reads_visual
+from dyvte.policies import Plan
+from dyvte.reductions import ReductionPlan, VisualWork, merged
+from dyvte.runtime.attention_row import LastRow
+from dyvte.runtime.cache import Capture, ExitLayer, layer_bytes, put_layer, records_past
+from dyvte.runtime.masks import causal_mask, window_needs_mask
+from dyvte.runtime.packing import Packing
+from dyvte.runtime.positions import close_up, dropped_before
+from dyvte.runtime.records import PrefillRecord
+from dyvte.runtime.replay import Replay
+from dyvte.runtime.stack import Stack
+from dyvte.runtime.streams import Layout, Partition, Stream
+from dyvte.runtime.visual_work import LighterLayer, VisualTokens
 
 
 class Prefill:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import ExitRuntimeError
+from dyvte.errors import ExitRuntimeError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .cache import Columns, ExitLayer
+from dyvte.runtime.cache import Columns, ExitLayer
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backbones import Backbone
-from .positions import check_rearrange
-from .visual_work import Weights
-from .windows import layer_windows
+from dyvte.backbones import Backbone
+from dyvte.runtime.positions import check_rearrange
+from dyvte.runtime.visual_work import Weights
+from dyvte.runtime.windows import layer_windows
 
 
 class Stack:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spans import Spans
-from .picking import Picker
+from dyvte.runtime.picking import Picker
+from dyvte.spans import Spans
 
 
 class Layout:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reductions import Neighbourhood
+from dyvte.reductions import Neighbourhood
 
 
 class Tiles:

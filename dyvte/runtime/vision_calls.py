@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .replay import Replay
+from dyvte.runtime.replay import Replay
 
 _METHODS = ("get_image_features", "get_video_features")
 

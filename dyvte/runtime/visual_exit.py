@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones import Backbone, describe, fingerprint, visual_places, weights_digest
-from ..errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualTokensError
-from ..gates import GateConfig, GateStack, check_rule, load_checkpoint
-from ..policies import FixedPolicy, LearnedPolicy, Policy
-from ..reductions import Reduction, check_reductions, warn_of_others
-from ..spans import find_spans, visual_mask
-from .cache import check_cache, holds_exits
-from .engine import Engine
-from .positions import check_choice
-from .records import Run
-from .replay import Replay
-from .streams import Layout
-from .vision_calls import VisionCalls
+from dyvte.backbones import Backbone, describe, fingerprint, visual_places, weights_digest
+from dyvte.errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualTokensError
+from dyvte.gates import GateConfig, GateStack, check_rule, load_checkpoint
+from dyvte.policies import FixedPolicy, LearnedPolicy, Policy
+from dyvte.reductions import Reduction, check_reductions, warn_of_others
+from dyvte.runtime.cache import check_cache, holds_exits
+from dyvte.runtime.engine import Engine
+from dyvte.runtime.positions import check_choice
+from dyvte.runtime.records import Run
+from dyvte.runtime.replay import Replay
+from dyvte.runtime.streams import Layout
+from dyvte.runtime.vision_calls import VisionCalls
+from dyvte.spans import find_spans, visual_mask
 
 _IMAGE_ARGUMENTS = (
     "pixel_values",

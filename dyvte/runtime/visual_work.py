@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UnsupportedBackboneError
-from ..reductions import Neighbourhood, VisualWork
-from .attention_module import attention_of, use_attention
-from .streams import Stream
-from .tiles import Tiles
+from dyvte.errors import UnsupportedBackboneError
+from dyvte.reductions import Neighbourhood, VisualWork
+from dyvte.runtime.attention_module import attention_of, use_attention
+from dyvte.runtime.streams import Stream
+from dyvte.runtime.tiles import Tiles
 
 _NAME = "dyvte_visual_work"
 # Attention options that the functions here do not know.

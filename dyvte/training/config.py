@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dyvte.teacher.teacher import TeacherConfig
-from dyvte.training.lora_config import LoraConfig
+from dyvte.training.lora.config import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,17 +20,17 @@ from dyvte.backbones import describe_config, resolve_adapter, set_image_padding
 from dyvte.backbones.given_features import put_stand_in, takes_features
 from dyvte.backbones.load import load_processor
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
+from dyvte.costs.teacher import SampleShape, teacher_flops
 from dyvte.data import Selection
 from dyvte.errors import DataError, UnsupportedBackboneError
 from dyvte.gates import GateStack
 from dyvte.spans import find_spans
 from dyvte.teacher import Teacher
-from dyvte.teacher.cost import SampleShape, teacher_flops
 from dyvte.teacher.exits import thinned_exits
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Plan
+from dyvte.training.gate_training import make_gates
 from dyvte.training.tracing import select_samples
-from dyvte.training.train import make_gates
 from dyvte.training.zero import engine_config, shards_backbone, stage_of
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from dyvte.objectives.safe_label import class_balance
 from dyvte.teacher.trace import Trace
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Training
-from dyvte.training.figures import validation_figures
+from dyvte.training.metrics import validation_figures
 from dyvte.training.processes import Processes, import_deepspeed
 from dyvte.training.schedule import drawn_layer
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from dyvte.errors import ConfigError
-from dyvte.training.pictures import exit_histogram
+from dyvte.training.plots import exit_histogram
 
 LOG_FILE, PICTURE_FILE = "train_log.jsonl", "exit_histogram.png"
 EXIT_RATE = "validation/exit_rate"

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .llava15 import LLAMA_RULES
-from .renaming import Converted, Rule, convert
+from dyvte.backbones.convert.llava15 import LLAMA_RULES
+from dyvte.backbones.convert.renaming import Converted, Rule, convert
 
 _ARCH = "NVlabs/EAGLE eagle/model/eagle_arch.py (EagleMetaModel)"
 _PROJECTOR = (

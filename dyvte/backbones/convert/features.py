@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import CheckpointError
-from .renaming import Converted
+from dyvte.backbones.convert.renaming import Converted
+from dyvte.errors import CheckpointError
 
 
 class GivenFeatures(nn.Module):

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ...errors import CheckpointError
-from .renaming import Converted, Rule, convert
+from dyvte.backbones.convert.renaming import Converted, Rule, convert
+from dyvte.errors import CheckpointError
 
 _CHAT = "OpenGVLab/InternVL internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py"
 _VIT = "OpenGVLab/InternVL internvl_chat/internvl/model/internvl_chat/modeling_intern_vit.py"

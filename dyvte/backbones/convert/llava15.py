@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .renaming import Converted, Rule, convert
+from dyvte.backbones.convert.renaming import Converted, Rule, convert
 
 _ARCH = "haotian-liu/LLaVA llava/model/llava_arch.py (LlavaMetaModel)"
 _PROJECTOR = "haotian-liu/LLaVA llava/model/multimodal_projector/builder.py (mlp2x_gelu)"

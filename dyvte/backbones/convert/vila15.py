@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ...errors import CheckpointError
-from .llava15 import LLAMA_RULES
-from .renaming import Converted, Rule, convert
+from dyvte.backbones.convert.llava15 import LLAMA_RULES
+from dyvte.backbones.convert.renaming import Converted, Rule, convert
+from dyvte.errors import CheckpointError
 
 _SAVED = "NVlabs/VILA llava/model/llava_arch.py (LlavaMetaModel.save_pretrained)"
 _PROJECTOR = "NVlabs/VILA llava/model/multimodal_projector/base_projector.py (MultimodalProjector)"

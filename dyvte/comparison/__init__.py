@@ -1,0 +1,1 @@
+"""Rules side by side: baselines, operating points, bootstrap, plans."""

@@ -1,0 +1,82 @@
+"""What a question-only router may read: words, or the backbone's states of the prompt without the image.
+
+Shape letters: B questions, N tokens, D hidden, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyvte.backbones import describe, encode
+from dyvte.comparison.baselines import Featurise
+from dyvte.comparison.router import BagOfWords
+from dyvte.evaluation.generation import Asker
+from dyvte.gates import prompt_features
+
+_BATCH_SIZE = 128
+
+
+def router_features(asker: Asker, questions: Sequence[str]) -> dict[str, Featurise]:
+    """The two kinds of input a router is tried with, by name; ``questions`` are those it learns from.
+
+    Features of a list of questions are kept: every seed asks for the same ones.
+    """
+    kinds = {"bag of words": BagOfWords.fit(questions), "text states": TextStates.of(asker)}
+    return {kind: _remembering(featurise) for kind, featurise in kinds.items()}
+
+
+def _remembering(featurise: Featurise) -> Featurise:
+    known: dict[tuple[str, ...], Tensor] = {}
+
+    def remembered(questions: Sequence[str]) -> Tensor:
+        key = tuple(questions)
+        if key not in known:
+            known[key] = featurise(key)
+        return known[key]
+
+    return remembered
+
+
+def state_layers(num_layers: int, count: int = 4) -> tuple[int, ...]:
+    """``count`` layers evenly up the stack, the last one included."""
+    return tuple(sorted({max(1, round(num_layers * (i + 1) / count)) for i in range(count)}))
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """The backbone's states of the same prompt, image removed: mean and last token after several layers.
+
+    Each distinct question is passed through the backbone once.
+    """
+
+    asker: Asker
+    layers: tuple[int, ...]
+
+    @staticmethod
+    def of(asker: Asker) -> TextStates:
+        """States after a quarter, half, three quarters and all of the layers."""
+        return TextStates(asker, state_layers(describe(asker.model).num_layers))
+
+    def __call__(self, questions: Sequence[str]) -> Tensor:
+        """(B, F) float32, F = 2 D x layers."""
+        distinct = sorted(set(questions), key=lambda question: (len(question), question))
+        parts = [
+            self._states(distinct[start : start + _BATCH_SIZE])
+            for start in range(0, len(distinct), _BATCH_SIZE)
+        ]
+        row = {question: i for i, question in enumerate(distinct)}
+        return torch.cat(parts)[[row[question] for question in questions]]
+
+    @torch.no_grad()
+    def _states(self, questions: Sequence[str]) -> Tensor:
+        rendered = [self.asker.template.render(question, has_image=False) for question in questions]
+        inputs, _ = encode(self.asker.processor, rendered, [[]] * len(questions), padding_side="right")
+        inputs = {name: tensor.to(self.asker.device) for name, tensor in inputs.items()}
+        output = self.asker.model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        mask_BN = inputs["attention_mask"].bool()
+        states = [prompt_features(output.hidden_states[k], mask_BN) for k in self.layers]
+        return torch.cat(states, 1).float().cpu()

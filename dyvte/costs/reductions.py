@@ -1,0 +1,72 @@
+"""What reductions leave of the price of visual tokens, for the cost model.
+
+Shapes: B samples, N tokens, L decoder layers, H query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dyvte.costs.prefill import FULL_PRICE, DecoderShape, VisualFactors
+from dyvte.reductions import Neighbourhood, Reduction, TokenRows, VisualWork, merged
+from dyvte.spans import find_spans
+
+
+def tokens_left(reductions: Sequence[Reduction], visual_BL: Tensor) -> Tensor:
+    """(B, L) visual tokens that each layer processes once the reductions have taken theirs."""
+    for reduction in reductions:
+        visual_BL = reduction.tokens_left(visual_BL)
+    return visual_BL
+
+
+def visual_factors(reductions: Sequence[Reduction], shape: DecoderShape, num_visual: float) -> VisualFactors:
+    """What a visual token costs in each layer under the reductions, beside the full model's.
+
+    Parameters
+    ----------
+    reductions
+        Those that a backbone has accepted (`Reduction.check_backbone` was called).
+    num_visual
+        Visual tokens of a sample: of those on one square image, neighbours are a share.
+    """
+    nothing = find_spans(torch.zeros(1, 2, dtype=torch.long), ())
+    plans = [one.start(TokenRows(shape.num_layers, nothing, ["cost"])) for one in reductions]
+    works = [merged([plan.visual_work(k) for plan in plans]) for k in range(1, shape.num_layers + 1)]
+    if all(work.is_stock for work in works):
+        return FULL_PRICE
+    heads_L = [_heads(work) for work in works]
+    # Keys and values are computed for all heads: text attends to them.
+    for_queries, for_keys = shape.num_heads, shape.num_kv_heads
+    return VisualFactors(
+        projections_L=[(share * for_queries + for_keys) / (for_queries + for_keys) for share in heads_L],
+        ffn_L=[_neurons(work, size) for work, size in zip(works, shape.ffn_sizes_L, strict=True)],
+        visual_scores_L=[
+            share * window_share(work.window, num_visual) for share, work in zip(heads_L, works, strict=True)
+        ],
+        # Half of these pairs are text's queries, which see all visual tokens in all heads.
+        cross_scores_L=[(1 + share) / 2 for share in heads_L],
+    )
+
+
+def window_share(window: Neighbourhood | None, num_visual: float) -> float:
+    """Share of all pairs of visual tokens on a square image that a neighbourhood leaves."""
+    if window is None or num_visual <= 0:
+        return 1.0
+    side = max(1, round(num_visual**0.5))
+    near = sum(abs(a - b) <= window.radius for a in range(side) for b in range(side))
+    share = near**2 / side**4
+    # The diagonal stays whole.
+    return (share + 1 / side**2) / 2 if window.causal else share
+
+
+def _heads(work: VisualWork) -> float:
+    return 1.0 if work.heads is None else float(work.heads.double().mean())
+
+
+def _neurons(work: VisualWork, size: int) -> float:
+    if work.neurons is None:
+        return 1.0
+    return (work.neurons if isinstance(work.neurons, int) else len(work.neurons)) / size

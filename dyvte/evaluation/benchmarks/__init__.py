@@ -1,1 +1,0 @@
-"""One file per benchmark: a loader for the formats people have, and a pure scorer of predictions."""

@@ -1,0 +1,246 @@
+"""Put questions to a model in batches: prompts, images, greedy generation with exits, answers.
+
+Shape letters: B rows, N tokens, L decoder layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dyvte.backbones import PromptTemplate, RenderedPrompt, encode
+from dyvte.backbones.encode import takes_videos
+from dyvte.backbones.sizes import decoder_shape
+from dyvte.data import load_image
+from dyvte.errors import ConfigError
+from dyvte.evaluation.run_log import Answer, pack_layers
+from dyvte.runtime import VisualExit
+from dyvte.runtime.records import PrefillRecord
+from dyvte.tasks.base import Question
+from dyvte.tasks.readers.tables import PackedImage
+from dyvte.tasks.readers.videos import read_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskingConfig:
+    """A backbone and how it is asked, whoever brings the questions."""
+
+    model: str = field(metadata={"path": True})
+    """Backbone: folder or hub id."""
+    adapter: str | None = field(default=None, metadata={"path": True})
+    """PEFT adapter to put on the backbone: folder or hub id."""
+    template: str = "auto"
+    """Prompt template: v1, chat or auto."""
+    image_padding: Literal["auto", "square", "none"] = "auto"
+    """Pad images to a square as LLaVA-1.5 does; auto: where the backbone is a LLaVA-1.5."""
+    batch_size: int = 16
+    max_new_tokens: int = 16
+    dtype: str = "auto"
+    """auto: as stored on a GPU, float32 on a CPU."""
+    attn_implementation: str = "sdpa"
+    device: str | None = None
+    trust_remote_code: bool = False
+    num_frames: int = 8
+    """Frames sampled from a video."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "num_frames"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A loaded backbone and how it is asked."""
+
+    model: Any
+    processor: Any
+    template: PromptTemplate
+    max_new_tokens: int = 16
+    num_frames: int = 8
+    """Frames sampled from a video."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.device
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded questions, left-padded, on the model's device."""
+
+    index: int
+    question_ids: tuple[str, ...]
+    inputs: dict[str, Tensor]
+    num_tokens_B: Tensor
+
+
+def plan_batches(asker: Asker, prompts: Sequence[str], batch_size: int) -> list[list[int]]:
+    """Indices of the questions of each batch: neighbours in prompt length, longest first.
+
+    A function of prompts and batch size alone, so that a resumed run forms the same batches. Longest first,
+    so that a batch that does not fit in memory fails at the start.
+    """
+    ids = asker.processor.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    order = sorted(range(len(prompts)), key=lambda i: (-len(ids[i]), i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pictures(question: Question, num_frames: int) -> list[Any]:
+    """RGB PIL images of a question: its images in order, or its video's sampled frames."""
+    if question.video is not None:
+        return read_frames(question.video, num_frames)
+    return [load_image(s.read() if isinstance(s, PackedImage) else s) for s in question.images]
+
+
+def encode_questions(
+    asker: Asker, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
+) -> Batch:
+    """One batch of questions, ready to be asked."""
+    shown = {(q.images, q.video): pictures(q, asker.num_frames) for q in questions}
+    rows = [shown[q.images, q.video] for q in questions]
+    as_videos = all(q.video is not None for q in questions) and takes_videos(asker.processor)
+    rendered = [
+        asker.template.render(prompt, has_image=1 if as_videos else len(row))
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    return encode_rendered(asker, [q.id for q in questions], rendered, rows, as_videos=as_videos, index=index)
+
+
+def encode_rendered(
+    asker: Asker,
+    question_ids: Sequence[str],
+    rendered: Sequence[RenderedPrompt],
+    images: Sequence[Sequence[Any]],
+    *,
+    as_videos: bool = False,
+    index: int = 0,
+) -> Batch:
+    """One batch from prompts as the template renders them and RGB PIL images (see `backbones.encode`)."""
+    inputs, _ = encode(asker.processor, rendered, images, padding_side="left", as_videos=as_videos)
+    num_tokens_B = inputs["attention_mask"].sum(1)
+    return Batch(index, tuple(question_ids), _place(inputs, asker), num_tokens_B)
+
+
+def _place(inputs: dict[str, Tensor], asker: Asker) -> dict[str, Tensor]:
+    dtype = asker.model.dtype
+    return {
+        name: tensor.to(asker.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
+
+
+def encoded_batches(
+    asker: Asker,
+    questions: Sequence[Question],
+    prompts: Sequence[str],
+    plan: Sequence[Sequence[int]],
+    wanted: Sequence[int],
+) -> Iterator[Batch]:
+    """The wanted batches of the plan; the next one is read and encoded while the caller works on this one."""
+
+    def make(index: int) -> Batch:
+        rows = plan[index]
+        return encode_questions(asker, [questions[i] for i in rows], [prompts[i] for i in rows], index)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = [pool.submit(make, index) for index in wanted[:1]]
+        for position in range(len(wanted)):
+            batch = coming.pop().result()
+            if position + 1 < len(wanted):
+                coming.append(pool.submit(make, wanted[position + 1]))
+            yield batch
+
+
+@torch.inference_mode()
+def answer(
+    asker: Asker, batch: Batch, exits: VisualExit, generation: Mapping[str, Any] | None = None
+) -> list[Answer]:
+    """Answers of one batch under one policy and its reductions; greedy, unless ``generation`` holds other
+    arguments of ``generate`` (one sequence for each prompt)."""
+    with exits(asker.model) as run:
+        run.sample_ids = batch.question_ids
+        tokens_BN = asker.model.generate(**batch.inputs, **(generation or greedy(asker.max_new_tokens)))
+    new_BN = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
+    texts = asker.processor.tokenizer.batch_decode(new_BN, skip_special_tokens=True)
+    record = run.records[0] if run.records else _record_of_text(asker, batch)
+    asked_gates = bool(record.gate_logits_BL.isfinite().any())
+    kv_bytes = sum(record.kv_bytes) / len(texts)
+    visual_BL, text_BL = record.visual_tokens_BL.tolist(), record.text_tokens_BL.tolist()
+    return [
+        Answer(
+            question_id=question_id,
+            prediction=text,
+            exit_layer=int(record.exit_layers_B[row]),
+            num_visual=int(record.num_visual_B[row]),
+            num_text=int(batch.num_tokens_B[row] - record.num_visual_B[row]),
+            visual_tokens=pack_layers(visual_BL[row]),
+            text_tokens=pack_layers(text_BL[row]),
+            score_layers=tuple(k for k in record.score_layers if visual_BL[row][k - 1]),
+            num_new_tokens=_num_new(new_BN[row], asker),
+            kv_bytes=kv_bytes,
+            gate_logits=_logits(record.gate_logits_BL[row]) if asked_gates else (),
+        )
+        for row, (question_id, text) in enumerate(zip(batch.question_ids, texts, strict=True))
+    ]
+
+
+def greedy(new_tokens: int) -> dict[str, Any]:
+    """Arguments of ``generate`` for a greedy answer of at most that many tokens."""
+    return {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+
+
+def _record_of_text(asker: Asker, batch: Batch) -> PrefillRecord:
+    """What a prefill without any image is: every layer processes every token."""
+    shape = decoder_shape(asker.model.config)
+    rows, num_layers = len(batch.question_ids), shape.num_layers
+    none_BL = torch.zeros((rows, num_layers), dtype=torch.int64)
+    width = 2 * shape.num_kv_heads * shape.head_dim * asker.model.dtype.itemsize
+    return PrefillRecord(
+        exit_layers_B=torch.full((rows,), -1),
+        gate_logits_BL=torch.full((rows, num_layers), torch.nan),
+        num_visual_B=none_BL[:, 0],
+        kv_bytes=(batch.inputs["input_ids"].numel() * width,) * num_layers,
+        gate_fallbacks=0,
+        visual_tokens_BL=none_BL,
+        text_tokens_BL=batch.num_tokens_B.cpu()[:, None].expand(-1, num_layers),
+        score_layers=(),
+    )
+
+
+def _num_new(tokens_N: Tensor, asker: Asker) -> int:
+    """Tokens up to and with the first end token; what follows is padding."""
+    ends = asker.model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    is_end_N = torch.isin(tokens_N, torch.tensor(ends, dtype=tokens_N.dtype))
+    found = is_end_N.nonzero()
+    return int(found[0]) + 1 if len(found) else len(tokens_N)
+
+
+def _logits(logits_L: Tensor) -> tuple[float | None, ...]:
+    return tuple(round(x, 6) if math.isfinite(x) else None for x in logits_L.tolist())
+
+
+def questions_digest(questions: Sequence[Question], prompts: Sequence[str]) -> str:
+    """sha256 over ids, prompts and image names: what a resumed run must share."""
+    digest = hashlib.sha256()
+    for question, prompt in zip(questions, prompts, strict=True):
+        shown = question.images if question.video is None else (question.video,)
+        digest.update("\0".join((question.id, prompt, *(one.name for one in shown), "\n")).encode())
+    return digest.hexdigest()

@@ -1,0 +1,287 @@
+"""Finished runs read back, grouped by benchmark, and every figure that a report shows of them.
+
+Shape letters: B questions, L decoder layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dyvte.comparison.bootstrap import PairedDifference
+from dyvte.comparison.significance import accuracy_statistic, mme_statistic, score_difference
+from dyvte.config import load_config
+from dyvte.errors import DataError, ScoreError
+from dyvte.evaluation.generation import questions_digest
+from dyvte.evaluation.metrics import same_answer
+from dyvte.evaluation.run_log import RUN_FILE, SCORES_FILE, Answer, read_answers, texts
+from dyvte.evaluation.runner import CONFIG_FILE, FULL_MODEL, EvalConfig, prompts_of
+from dyvte.evaluation.settings import NO_REDUCTION
+from dyvte.tasks.base import Benchmark, Predictions, Question, get_benchmark, name_some
+
+_SECTION_KEYS = ("benchmark", "questions_sha256", "backbone_weights", "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """One policy with its reductions on one benchmark, as ``dyvte eval`` left it."""
+
+    folder: Path
+    name: str
+    scores: Mapping[str, Any]
+    answers: list[Answer] = field(repr=False)
+    hits: list[float] | None = None
+    """What each question is worth, 0..1; None where nothing can be graded here."""
+
+    @property
+    def is_full(self) -> bool:
+        """The full model: no exit, no reduction."""
+        run = self.scores["run"]
+        return run.get("policy") == FULL_MODEL and run.get("reduction", NO_REDUCTION) == NO_REDUCTION
+
+    @property
+    def family(self) -> str:
+        """Runs that differ in one setting only, and are joined to a curve: fixed layers; one set of gates."""
+        run = self.scores["run"]
+        kind = str(run["policy"]).partition(":")[0]
+        if kind == "gates":
+            kind = f"gates {str(run.get('gates_sha256', ''))[:6]}"
+        kind = {"fixed": "fixed K", FULL_MODEL: "full model", "given": self.name}.get(kind, kind)
+        reduction = run.get("reduction", NO_REDUCTION)
+        return kind if reduction == NO_REDUCTION else f"{kind} + {reduction}"
+
+    @property
+    def exits_vary(self) -> bool:
+        """Whether questions leave at different layers."""
+        return len({answer.exit_layer for answer in self.answers if answer.exit_layer >= 0}) > 1
+
+    @cached_property
+    def gate_probabilities_BL(self) -> np.ndarray | None:
+        """(B, L) chance to leave that each gate stated; nan where it was not asked. None without gates."""
+        rows = [answer.gate_probabilities for answer in self.answers if answer.gate_probabilities]
+        return np.array(rows, dtype=np.float64) if rows else None
+
+    def exit_shares(self, chosen_B: Sequence[bool] | None = None) -> np.ndarray:
+        """(L+1,) share of the chosen questions with an image that leave after layer 0..L."""
+        exits = [a.exit_layer for n, a in enumerate(self.answers) if chosen_B is None or chosen_B[n]]
+        counts = np.bincount([k for k in exits if k >= 0], minlength=self.scores["num_layers"] + 1)
+        return counts / max(1, counts.sum())
+
+
+@dataclass(frozen=True)
+class Against:
+    """A run beside the full model on the same questions.
+
+    Attributes
+    ----------
+    difference : score minus the full model's, in the score's points, paired bootstrap over images; None where
+        nothing can be graded here.
+    kept : share of the full model's score.
+    same_answer : share of questions with exactly the full model's answer.
+    lost, won : questions that only the full model, only this run, answers rightly.
+    """
+
+    difference: PairedDifference | None
+    kept: float | None
+    same_answer: float
+    lost: int | None
+    won: int | None
+
+
+@dataclass(frozen=True)
+class Section:
+    """All runs on the same questions with the same backbone."""
+
+    benchmark: Benchmark
+    backbone: str
+    questions: list[Question] = field(repr=False)
+    runs: list[ReportedRun]
+    against: dict[str, Against]
+    """By run name; empty without the full model's run."""
+    unit: str
+    num_frames: int = 8
+
+    @property
+    def title(self) -> str:
+        """Name of the benchmark, upper case."""
+        return self.benchmark.name.upper()
+
+    @property
+    def full(self) -> ReportedRun | None:
+        """The full model's run."""
+        return next((run for run in self.runs if run.is_full), None)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Question types, most frequent first."""
+        counts: dict[str, int] = defaultdict(int)
+        for question in self.questions:
+            counts[question.kind] += 1
+        return sorted(counts, key=lambda kind: (-counts[kind], kind))
+
+    def value(self, run: ReportedRun) -> float | None:
+        """The score that intervals are of: accuracy in percent; for MME the sum of all subtasks."""
+        if run.hits is None:
+            return None
+        make = mme_statistic if self.benchmark.name == "mme" else accuracy_statistic
+        num_images = len({question.image_id for question in self.questions})
+        return float(make(self.questions, run.hits)(np.ones((1, num_images)))[0])
+
+
+def read_sections(
+    paths: Sequence[Path],
+    data: Mapping[str, Path] | None = None,
+    *,
+    num_draws: int = 2000,
+    seed: int = 0,
+) -> tuple[list[Section], list[Path]]:
+    """Sections of a report from run folders, or folders of them; and runs that are not finished.
+
+    Parameters
+    ----------
+    data : where a benchmark's data lies now, by benchmark name, if it has moved since the run.
+    num_draws, seed : of the paired bootstrap.
+
+    Raises
+    ------
+    DataError
+        No finished run; a benchmark's data is gone or is not what the run was asked; two runs of one name.
+    """
+    folders, unfinished = _find_runs(paths)
+    groups: dict[tuple[Any, ...], list[Path]] = defaultdict(list)
+    for folder in folders:
+        run = _read_scores(folder)["run"]
+        groups[tuple(run.get(key) for key in _SECTION_KEYS)].append(folder)
+    sections = [_section(group, data or {}, num_draws, seed) for group in groups.values()]
+    return sections, unfinished
+
+
+def _find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    finished, unfinished = [], []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise DataError(f"no run folder at {path}: expected a folder that dyvte eval wrote")
+        marks = [path] if (path / RUN_FILE).is_file() else [m.parent for m in sorted(path.rglob(RUN_FILE))]
+        if not marks:
+            raise DataError(f"{path} holds no run of dyvte eval ({RUN_FILE} and {SCORES_FILE})")
+        for folder in marks:
+            (finished if (folder / SCORES_FILE).is_file() else unfinished).append(folder)
+    finished = list(dict.fromkeys(folder.resolve() for folder in finished))
+    if not finished:
+        raise DataError(
+            f"none of the runs is finished ({name_some(map(str, unfinished))}): start dyvte eval again"
+        )
+    return finished, unfinished
+
+
+def _read_scores(folder: Path) -> dict[str, Any]:
+    path = folder / SCORES_FILE
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        scores["run"]["policy"], scores["headline"], scores["prefill"], scores["num_layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not what dyvte eval writes ({error!r})") from error
+    return scores
+
+
+def _section(folders: Sequence[Path], data: Mapping[str, Path], num_draws: int, seed: int) -> Section:
+    runs = []
+    for folder in folders:
+        scores = _read_scores(folder)
+        runs.append(ReportedRun(folder, scores["run"]["name"], scores, read_answers(folder)))
+    names = [run.name for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"two runs on the same questions are called {name_some(twice)}: report them apart")
+    config = load_config(EvalConfig, folders[0] / CONFIG_FILE)
+    if config.benchmark in data:
+        config = replace(config, data=Path(data[config.benchmark]))
+    benchmark = get_benchmark(config.benchmark)
+    questions = _questions(benchmark, config, runs[0])
+    runs = [replace(run, hits=_hits(benchmark, questions, run)) for run in runs]
+    runs.sort(key=lambda run: (not run.is_full, run.family, run.scores["visual_compute"], run.name))
+    section = Section(
+        benchmark,
+        str(runs[0].scores["run"].get("backbone", "")),
+        questions,
+        runs,
+        {},
+        "points, sum of subtasks" if benchmark.name == "mme" else "accuracy, %",
+        config.num_frames,
+    )
+    if section.full is not None:
+        section.against.update((run.name, _against(section, run, num_draws, seed)) for run in runs)
+    return section
+
+
+def _questions(benchmark: Benchmark, config: EvalConfig, run: ReportedRun) -> list[Question]:
+    hint = f"say where it lies with --data {benchmark.name}=FOLDER"
+    if not config.data.exists():
+        raise DataError(f"the data of {benchmark.name} is no longer at {config.data}: {hint}")
+    questions = benchmark.load(config.data, config.limit)
+    asked = questions_digest(questions, prompts_of(benchmark, questions, config.question_suffix))
+    if asked != run.scores["run"]["questions_sha256"]:
+        raise DataError(f"{config.data} does not hold the questions that {run.folder} was asked: {hint}")
+    return questions
+
+
+def _hits(benchmark: Benchmark, questions: Sequence[Question], run: ReportedRun) -> list[float] | None:
+    dialect = run.scores["scores"].get("dialect", "original")
+    try:
+        return [float(x) for x in benchmark.correct(questions, Predictions(texts(run.answers)), dialect)]
+    except ScoreError:
+        return None  # a split without public answers: the table says "not graded"
+
+
+def _against(section: Section, run: ReportedRun, num_draws: int, seed: int) -> Against:
+    full = section.full
+    same = same_answer(run.answers, full.answers)
+    if run.hits is None or full.hits is None:
+        return Against(None, None, same, None, None)
+    difference = score_difference(
+        section.benchmark.name, section.questions, [run.hits], [full.hits], num_draws=num_draws, seed=seed
+    )
+    kept = difference.mean_a / difference.mean_b if difference.mean_b else None
+    pairs = list(zip(run.hits, full.hits, strict=True))
+    return Against(difference, kept, same, sum(a < b for a, b in pairs), sum(a > b for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with the answers of all runs; ``lost`` runs get wrong what the full model gets right."""
+
+    index: int
+    lost: int
+    differing: int
+
+
+def worst_examples(section: Section, wanted: int) -> list[Example]:
+    """Questions on which runs part most from the full model: lost answers first, then differing ones.
+
+    Of equals, those whose images have not been shown yet come first, then the order of the benchmark.
+    """
+    full = section.full
+    if full is None:
+        return [Example(index, 0, 0) for index in range(min(wanted, len(section.questions)))]
+    others = [run for run in section.runs if not run.is_full]
+    ranked = []
+    for index, reference in enumerate(full.answers):
+        differing = sum(run.answers[index].prediction != reference.prediction for run in others)
+        graded = full.hits is not None
+        lost = sum(run.hits[index] < full.hits[index] for run in others) if graded else 0
+        ranked.append(Example(index, lost, differing))
+    ranked.sort(key=lambda one: (-one.lost, -one.differing, one.index))
+    seen: dict[str, int] = defaultdict(int)
+    turns = []
+    for one in ranked:
+        image = section.questions[one.index].image_id
+        turns.append((-one.lost, -one.differing, seen[image], one.index, one))
+        seen[image] += 1
+    return [turn[-1] for turn in sorted(turns, key=lambda turn: turn[:-1])[:wanted]]

@@ -1,0 +1,1 @@
+"""Benchmarks: loaders, prompts, scorers; one file each. No torch."""

@@ -1,0 +1,303 @@
+"""MME: 14 subtasks of yes/no questions, two per image (Fu et al., 2023).
+
+Per subtask: acc = share of questions right, acc+ = share of images with both right, score = their sum in
+percent (0..200). Perception and cognition are sums over the subtasks that are present. Answers are read as
+the official ``calculation.py`` does (``original``), as lmms-eval does, or as VLMEvalKit's exact matching
+does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dyvte.errors import DataError, ScoreError
+from dyvte.tasks.answers.yes_no import yes_no_words
+from dyvte.tasks.base import (
+    Predictions,
+    Question,
+    count_unknown,
+    layout_error,
+    name_some,
+    percent,
+    read_jsonl,
+    read_raw_predictions,
+)
+from dyvte.tasks.common import StandardBenchmark, joined_by_prompt, strip_suffix
+from dyvte.tasks.readers.files import find_file, need, table_rows
+from dyvte.tasks.readers.mme_release import (
+    COGNITION,
+    PERCEPTION,
+    SUBTASKS,
+    file_name,
+    read_pair,
+    read_results,
+    subtask_images,
+    subtask_names,
+)
+
+LLAVA_FILE = "llava_mme.jsonl"
+_ROOT_LEVELS = (
+    ".",
+    "MME_Benchmark",
+    "MME_Benchmark_release_version",
+    "MME_Benchmark_release_version/MME_Benchmark",
+)
+_YES_NO_REQUEST = re.compile(r"\s*Please answer yes or no\.\s*$")
+_LINE_BREAKS = re.compile(r"[\t\r\n]+")
+
+
+class MME(StandardBenchmark):
+    """The release layout (flat subtasks, split subtasks, or both) or a table."""
+
+    name = "mme"
+    title = "MME"
+    expected_tree = (
+        "  <root>/                      (an extra MME_Benchmark/ level is fine)\n"
+        "    existence/                 (flat subtask)\n"
+        "      0001.png\n"
+        "      0001.txt                 (two lines: question<TAB>Yes|No)\n"
+        "    artwork/                   (split subtask)\n"
+        "      images/0001.jpg\n"
+        "      questions_answers_YN/0001.txt\n"
+        "    llava_mme.jsonl            (optional, beside that level: which questions, in which order)\n"
+        "  or <root>/data/test-*.parquet\n"
+        "  or <root>/MME.tsv\n"
+        f"  subtasks: {', '.join(SUBTASKS)}"
+    )
+
+    def sources(self):
+        """Tables; then the release, whose reader says what is missing from it."""
+        return self._table, self._release
+
+    def load(self, root: Path, limit: int | None = None, *, images: bool = True) -> list[Question]:
+        """Read every subtask present; ``limit`` keeps the first ``limit // 2`` images, spread over subtasks.
+
+        Raises
+        ------
+        DataError
+            Another layout (the expected tree is shown), a subtask nobody knows, an image without exactly two
+            questions, a gold answer that is not Yes or No, missing images.
+        """
+        return super().load(root, limit, images=images)
+
+    def limited(self, questions: list[Question], limit: int | None) -> list[Question]:
+        """Whole images, spread over the subtasks."""
+        if limit is None:
+            return questions
+        by_subtask: dict[str, dict[str, list[Question]]] = defaultdict(lambda: defaultdict(list))
+        for question in questions:
+            by_subtask[question.kind][question.image_id].append(question)
+        kept = _spread([list(images.values()) for images in by_subtask.values()], limit // 2)
+        return [question for subtask in kept for pair in subtask for question in pair]
+
+    def _release(self, root: Path) -> list[Question]:
+        folder = self._data_folder(root if root.is_dir() else root.parent)
+        questions = [
+            question
+            for name in subtask_names(folder)
+            for text_file, image in subtask_images(folder / name)
+            for question in read_pair(text_file, image)
+        ]
+        return _chosen_by_llava(find_file(root, LLAVA_FILE, f"../{LLAVA_FILE}"), questions)
+
+    def _table(self, root: Path) -> list[Question] | None:
+        rows = table_rows(root, ("MME.tsv", "MME*.tsv"), ("data/test-*.parquet", "test-*.parquet"))
+        if rows is None:
+            return None
+        questions = [_table_question(row, number, root) for number, row in enumerate(rows, start=1)]
+        problem = _odd_pairs(questions)
+        if problem:
+            raise DataError(f"{root}: {problem}")
+        return questions
+
+    def _data_folder(self, root: Path) -> Path:
+        for candidate in (root / level for level in _ROOT_LEVELS):
+            if candidate.is_dir() and any(subtask_names(candidate)):
+                return candidate
+        raise layout_error("MME", root, "no subtask folder with question files", self.expected_tree)
+
+    def prompt(self, question: Question, suffix: str | None = None) -> str:
+        """The question without " Please answer yes or no.", then the suffix (LLaVA's way)."""
+        return _plain(question.text) + (self.suffix if suffix is None else suffix)
+
+    def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
+        """Read answer equals gold; images must have both of their questions."""
+        problem = _odd_pairs(questions)
+        if problem:
+            raise ScoreError(problem)
+        return [
+            read_answer(predictions.texts[q.id], dialect, predictions.converted) == q.answer.lower()
+            for q in questions
+        ]
+
+    def score(
+        self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"
+    ) -> dict[str, Any]:
+        """Score per subtask and the perception and cognition sums over the subtasks present."""
+        hits = self.correct(questions, predictions, dialect)
+        by_image: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+        unread: dict[str, int] = defaultdict(int)
+        for question, hit in zip(questions, hits):
+            by_image[question.kind][question.image_id].append(hit)
+            answer = read_answer(predictions.texts[question.id], dialect, predictions.converted)
+            unread[question.kind] += answer == "other"
+        subtasks = {
+            name: _subtask_score(list(by_image[name].values()), unread[name])
+            for name in SUBTASKS
+            if name in by_image
+        }
+        present = {
+            "perception": [name for name in PERCEPTION if name in subtasks],
+            "cognition": [name for name in COGNITION if name in subtasks],
+        }
+        sums = {part: sum(subtasks[name]["score"] for name in names) for part, names in present.items()}
+        return {
+            "benchmark": self.name,
+            "dialect": dialect,
+            "num_questions": len(questions),
+            "num_unknown_predictions": count_unknown(questions, predictions),
+            "num_answers_with_line_breaks": _num_with_breaks(questions, predictions),
+            **sums,
+            **{f"{part}_max": 200 * len(names) for part, names in present.items()},
+            **{f"{part}_subtasks": names for part, names in present.items()},
+            "missing_subtasks": [name for name in SUBTASKS if name not in subtasks],
+            "per_subtask": subtasks,
+        }
+
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        """Perception / cognition with one decimal."""
+        return f"{scores['perception']:.1f} / {scores['cognition']:.1f}"
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
+        """Read raw answers (jsonl; LLaVA's are joined by image and question) or a folder of official
+        ``<subtask>.txt`` results."""
+        path = Path(path)
+        if path.is_dir():
+            return read_results(path, questions)
+        joined = joined_by_prompt(path, questions, lambda q: (q.image_id, _plain(q.text)))
+        return joined if joined is not None else read_raw_predictions(path)
+
+    def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
+        """Write ``mme_results/<subtask>.txt`` (file, question, gold, answer) for ``calculation.py``.
+
+        Tabs and line breaks inside an answer would break that format: each run of them becomes one space.
+        """
+        results = Path(folder) / "mme_results"
+        results.mkdir(parents=True, exist_ok=True)
+        lines: dict[str, list[str]] = defaultdict(list)
+        for q in questions:
+            answer = predictions.texts[q.id]
+            answer = answer if predictions.converted else _one_line(answer)
+            lines[q.kind].append(f"{file_name(q)}\t{q.text}\t{q.answer}\t{answer}\n")
+        for name, rows in lines.items():
+            (results / f"{name}.txt").write_text("".join(rows), encoding="utf-8", newline="\n")
+        return results
+
+
+def read_answer(text: str, dialect: str, converted: bool = False) -> str:
+    """What the tool of ``dialect`` takes an answer for: "yes", "no" or "other".
+
+    ``original`` and ``lmms`` look for "yes", then "no", within the first four characters, so "not sure" and
+    "Norway" are no, and "The answer is yes" is other. ``vlmevalkit`` looks for the words.
+    """
+    if dialect == "vlmevalkit":
+        return yes_no_words(text)
+    if dialect == "lmms":
+        answer = text.lower().strip().replace(".", "")
+        if len(answer) == 1:
+            return {"y": "yes", "n": "no"}.get(answer, "other")
+    else:
+        answer = (text if converted else _one_line(text)).lower()
+    start = answer[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def _one_line(text: str) -> str:
+    return _LINE_BREAKS.sub(" ", text.strip())
+
+
+def _plain(text: str) -> str:
+    return _YES_NO_REQUEST.sub("", text)
+
+
+def _odd_pairs(questions: Sequence[Question]) -> str:
+    """What is wrong with the pairs, "" for nothing."""
+    per_image: dict[str, int] = defaultdict(int)
+    for question in questions:
+        per_image[question.image_id] += 1
+    odd = [image for image, count in per_image.items() if count != 2]
+    return f"{len(odd)} images have not exactly two questions: {name_some(odd)}" if odd else ""
+
+
+def _chosen_by_llava(path: Path | None, questions: list[Question]) -> list[Question]:
+    """The questions of LLaVA's file, in its order; all where there is no such file."""
+    if path is None:
+        return questions
+    known = {(q.image_id, _plain(q.text).lower()): q for q in questions}
+    chosen, without = [], []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        need(row, ("question_id", "text"), path, number)
+        question = known.get((str(row["question_id"]), strip_suffix(row["text"]).lower()))
+        chosen.append(question)
+        if question is None:
+            without.append(str(row["question_id"]))
+    if without:
+        raise DataError(f"{path}: {len(without)} questions have no gold answer: {name_some(without)}")
+    return chosen
+
+
+def _table_question(row: Mapping[str, Any], number: int, where: Path) -> Question:
+    """Parquet names the image in ``question_id``, the TSV in ``image_path``."""
+    need(row, ("image", "question", "answer", "category"), where, number)
+    subtask, answer = str(row["category"]), str(row["answer"]).strip().capitalize()
+    if subtask not in SUBTASKS or answer not in ("Yes", "No"):
+        raise DataError(
+            f"{where}, question {number}: expected a subtask of MME and Yes or No, "
+            f"found {subtask!r} and {row['answer']!r}"
+        )
+    file_name = str(row.get("question_id") or row.get("image_path") or row["image"].name).rsplit("/", 1)[-1]
+    image_id = f"{subtask}/{file_name}"
+    return Question(
+        id=str(row["index"]) if row.get("index") is not None else f"{image_id}#{number}",
+        image=row["image"],
+        text=row["question"],
+        answer=answer,
+        image_id=image_id,
+        kind=subtask,
+    )
+
+
+def _subtask_score(images: Sequence[Sequence[bool]], unread: int) -> dict[str, Any]:
+    acc = percent([hit for pair in images for hit in pair])
+    acc_plus = percent([all(pair) for pair in images])
+    return {
+        "score": acc + acc_plus,
+        "acc": acc,
+        "acc_plus": acc_plus,
+        "num_images": len(images),
+        "num_questions": 2 * len(images),
+        "num_neither_yes_nor_no": unread,
+    }
+
+
+def _num_with_breaks(questions: Sequence[Question], predictions: Predictions) -> int:
+    return sum(1 for q in questions if _LINE_BREAKS.search(predictions.texts[q.id].strip()))
+
+
+def _spread(images: list[list[Any]], num_images: int) -> list[list[Any]]:
+    """The first images of every subtask in turn, ``num_images`` in all."""
+    if num_images < 1:
+        raise DataError("a limit below 2 keeps no MME image: each image has two questions")
+    kept: list[list[Any]] = [[] for _ in images]
+    turn = 0
+    while num_images > 0 and any(turn < len(subtask) for subtask in images):
+        for subtask, chosen in zip(images, kept):
+            if turn < len(subtask) and num_images > 0:
+                chosen.append(subtask[turn])
+                num_images -= 1
+        turn += 1
+    return kept

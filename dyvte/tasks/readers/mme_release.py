@@ -1,0 +1,126 @@
+"""MME's release layout: question files beside images, and the official result files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dyvte.errors import DataError, ScoreError
+from dyvte.tasks.base import IMAGE_EXTENSIONS, Predictions, Question, name_some
+
+PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+SUBTASKS = PERCEPTION + COGNITION
+
+
+def _question_files(folder: Path) -> tuple[list[Path], Path]:
+    """Question files of a subtask and where its images lie."""
+    split = folder / "questions_answers_YN"
+    if split.is_dir():
+        return sorted(split.glob("*.txt")), folder / "images"
+    return sorted(folder.glob("*.txt")), folder
+
+
+def subtask_names(folder: Path) -> list[str]:
+    """Subtasks below a folder, in the order of SUBTASKS; a folder of questions by another name is an error
+    where there are subtasks."""
+    names = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith((".", "_")) and _question_files(path)[0]
+    ]
+    known = [name for name in SUBTASKS if name in names]
+    unknown = [name for name in names if name not in SUBTASKS and name != "eval_tool"]
+    if known and unknown:
+        raise DataError(f"{folder}: not subtasks of MME: {name_some(unknown)}; known: {', '.join(SUBTASKS)}")
+    return known
+
+
+def subtask_images(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """(question file, image) pairs of one subtask, sorted by name."""
+    text_files, image_folder = _question_files(folder)
+    found = {}
+    if image_folder.is_dir():
+        for path in sorted(image_folder.iterdir()):
+            if path.suffix.lower() in IMAGE_EXTENSIONS:
+                found.setdefault(path.stem, path)
+    missing = [path.stem for path in text_files if path.stem not in found]
+    if missing:
+        raise DataError(
+            f"{image_folder} lacks images for {len(missing)} question files: {name_some(missing)}"
+        )
+    yield from ((path, found[path.stem]) for path in text_files)
+
+
+def read_pair(text_file: Path, image: Path) -> list[Question]:
+    """The two questions about an image."""
+    try:
+        lines = [line.strip("\r") for line in text_file.read_text(encoding="utf-8").split("\n")]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{text_file} is not UTF-8 text: {error}") from error
+    lines = [line for line in lines if line.strip()]
+    if len(lines) != 2:
+        raise DataError(f"{text_file}: {len(lines)} questions, expected two (acc+ is over pairs)")
+    subtask = _subtask_of(text_file)
+    return [
+        _parse_line(line, number, text_file, image, subtask) for number, line in enumerate(lines, start=1)
+    ]
+
+
+def _subtask_of(text_file: Path) -> str:
+    parent = text_file.parent
+    return parent.parent.name if parent.name == "questions_answers_YN" else parent.name
+
+
+def _parse_line(line: str, number: int, text_file: Path, image: Path, subtask: str) -> Question:
+    text, tab, answer = line.rstrip().rpartition("\t")
+    if not tab or answer.strip().lower() not in ("yes", "no"):
+        raise DataError(f"{text_file}, line {number}: expected question<TAB>Yes|No, found {line!r}")
+    name = f"{subtask}/{image.name}"
+    return Question(
+        id=f"{name}#{number}",
+        image=image,
+        text=text,
+        answer=answer.strip().capitalize(),
+        image_id=name,
+        kind=subtask,
+    )
+
+
+def file_name(question: Question) -> str:
+    """Name of the image file, by which result lines are joined."""
+    return question.image_id.rsplit("/", 1)[-1]
+
+
+def read_results(folder: Path, questions: Sequence[Question]) -> Predictions:
+    """Join official result lines by (subtask, file name, question)."""
+    ids = {(q.kind, file_name(q), q.text): q.id for q in questions}
+    texts: dict[str, str] = {}
+    for name in sorted({q.kind for q in questions}):
+        path = folder / f"{name}.txt"
+        if not path.is_file():
+            raise ScoreError(f"{folder} has no results for subtask {name}: expected {path.name}")
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+            if not line:
+                continue
+            columns = line.split("\t")
+            if len(columns) != 4:
+                raise ScoreError(f"{path}, line {number}: {len(columns)} columns, expected 4")
+            question_id = ids.get((name, columns[0], columns[1]))
+            if question_id is None:
+                raise ScoreError(f"{path}, line {number}: no such question: {columns[0]} {columns[1]!r}")
+            if question_id in texts:
+                raise ScoreError(f"{path}, line {number}: a second prediction for question {question_id!r}")
+            texts[question_id] = columns[3]
+    return Predictions(texts, converted=True)

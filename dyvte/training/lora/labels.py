@@ -1,0 +1,161 @@
+"""Answers to distil on, made once: what the un-adapted full model says, kept on disk, token by token.
+
+Shape letters: B rows, N tokens, A answer tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyvte.data import Sample, Selection, check_defects
+from dyvte.errors import CheckpointError
+from dyvte.evaluation.run_log import write_atomically
+from dyvte.teacher import Teacher
+from dyvte.teacher.labels import append_answers, greedy_answers
+from dyvte.training.processes import Processes
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Samples that can be used, with the answer tokens of each; ``inputs`` makes batches of them."""
+
+    teacher: Teacher
+    samples: tuple[Sample, ...]
+    answers: Mapping[str, list[int]]
+    dropped: tuple[str, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def rows(self, index: Sequence[int]) -> Labelled:
+        """The samples at ``index``."""
+        return Labelled(self.teacher, tuple(self.samples[i] for i in index), self.answers)
+
+    def inputs(self, index: Sequence[int]) -> tuple[dict[str, Tensor], Tensor, list[str]]:
+        """Model inputs, (B, N) answer mask and sample ids of the samples at ``index``."""
+        ready = self.teacher.prepare([self.samples[i] for i in index])
+        check_defects(ready.defects, 0)
+        ids = [sample.id for sample in ready.samples]
+        if self.teacher.config.label_source == "data":
+            return ready.inputs, ready.answer_BN, ids
+        tokenizer = self.teacher.processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        answers = [torch.tensor(self.answers[sample_id]) for sample_id in ids]
+        padded_BA = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad)
+        length_B = torch.tensor([len(answer) for answer in answers])
+        mask_BA = torch.arange(padded_BA.shape[1]) < length_B[:, None]
+        device = ready.inputs["input_ids"].device
+        return *append_answers(ready.inputs, padded_BA.to(device), mask_BA.to(device)), ids
+
+
+def label(
+    folder: Path,
+    teacher: Teacher,
+    selection: Selection,
+    who: Processes,
+    *,
+    file: str,
+    max_bad_samples: int,
+    progress: Callable[[int], None],
+) -> Labelled:
+    """Label what is not yet in the folder, every process its share; then read it all.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds labels of other data, another backbone or other settings.
+    DataError
+        If more than ``max_bad_samples`` samples cannot be used.
+    """
+    _check_manifest(folder, teacher.fingerprint(selection.sha256), who)
+    size = teacher.config.batch_size * teacher.config.shard_batches
+    starts = range(0, len(selection.samples), size)
+    parts = [folder / f"answers-{index:05d}.json" for index in range(len(starts))]
+    bad = list(selection.defects)
+    for index in range(who.rank, len(parts), who.world_size):
+        samples = selection.samples[starts[index] : starts[index] + size]
+        if _read(parts[index]) is None:
+            record, defects = _label_part(teacher, samples, file, progress)
+            bad += defects
+            check_defects(bad, max_bad_samples)
+            write_atomically(parts[index], json.dumps(record) + "\n")
+        else:
+            progress(len(samples))
+    who.barrier()
+    records = [_read(path) for path in parts]
+    answers: dict[str, list[int]] = {}
+    notes: Counter[str] = Counter()
+    dropped: list[str] = []
+    for path, record in zip(parts, records, strict=True):
+        if record is None:
+            raise CheckpointError(f"{path}: not readable; remove it and start the same command again")
+        answers |= record["answers"]
+        notes.update(record["notes"])
+        dropped += record["dropped"]
+    usable = tuple(sample for sample in selection.samples if sample.id in answers)
+    return Labelled(teacher, usable, answers, tuple(dropped), dict(notes))
+
+
+def _label_part(
+    teacher: Teacher, samples: Sequence[Sample], file: str, progress: Callable[[int], None]
+) -> tuple[dict[str, Any], list[Any]]:
+    size, greedy = teacher.config.batch_size, teacher.config.label_source == "greedy"
+    answers: dict[str, list[int]] = {}
+    defects: list[Any] = []
+    cut = 0
+    for start in range(0, len(samples), size):
+        ready = teacher.prepare(samples[start : start + size], file)
+        defects += ready.defects
+        inputs, answer_BN = ready.inputs, ready.answer_BN
+        if ready.samples and greedy:
+            with teacher.as_reference():
+                inputs, answer_BN = greedy_answers(teacher.model, inputs, teacher.config.max_new_tokens)
+            cut += int((~teacher.ends_answer(inputs, answer_BN).any(1)).sum())
+        for row, sample in enumerate(ready.samples):
+            answers[sample.id] = inputs["input_ids"][row][answer_BN[row]].tolist()
+        progress(len(samples[start : start + size]))
+    notes = {"answers_generated": len(answers) if greedy else 0, "answers_cut": cut}
+    return {"answers": answers, "dropped": [str(one) for one in defects], "notes": notes}, defects
+
+
+def _check_manifest(folder: Path, fingerprint: Mapping[str, str], who: Processes) -> None:
+    """Write what the labels are made from, or refuse a folder that was made from something else."""
+    path = folder / MANIFEST
+    # Labels are the un-adapted model's: the adapter, which training changes, is no part of them.
+    mine = {
+        name: value for name, value in fingerprint.items() if name not in ("backbone_weights", "features")
+    }
+    if path.is_file():
+        stored = _read(path) or {}
+        if differing := [name for name in {**stored, **mine} if stored.get(name) != mine.get(name)]:
+            listed = "; ".join(
+                f"{name}: stored {stored.get(name)!r}, this run {mine.get(name)!r}" for name in differing
+            )
+            raise CheckpointError(
+                f"the answers in {folder} belong to another run ({listed}). Remove that folder, or choose "
+                "another output folder"
+            )
+    who.barrier()
+    if who.first and not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(mine, indent=2) + "\n")
+    who.barrier()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,88 @@
+"""Every fixed exit against the un-adapted full model, before and after: for the log, the summary, the docs.
+
+Shape letters: B samples, K = L+1 exit layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyvte.teacher import TeacherConfig
+from dyvte.teacher.exits import positions_before, trace_checked
+from dyvte.teacher.plain import predicted_logits
+from dyvte.training.lora.labels import Labelled
+
+TARGETS = (0.98, 0.99)
+"""Shares of same answers for which the first exit that reaches them is named."""
+
+
+def exit_columns(
+    model: Any, data: Labelled, teacher: TeacherConfig, *, adapted: bool = True
+) -> dict[str, Tensor]:
+    """(B, K) risk and same answer of every exit, against the full model without its adapter.
+
+    Parameters
+    ----------
+    adapted:
+        False: the exits too are those of the model without its adapter.
+    """
+    parts = []
+    for start in range(0, len(data), teacher.batch_size):
+        stop = min(start + teacher.batch_size, len(data))
+        inputs, answer_BN, ids = data.inputs(range(start, stop))
+        with torch.no_grad(), model.disable_adapter():
+            full_BAV, _ = predicted_logits(model, inputs, positions_before(answer_BN, ids))
+            if not adapted:
+                parts.append(_trace(model, inputs, answer_BN, ids, full_BAV, teacher))
+        if adapted:
+            parts.append(_trace(model, inputs, answer_BN, ids, full_BAV, teacher))
+    return {
+        name: torch.cat([getattr(part, name) for part in parts]).double() for name in ("risk", "same_answer")
+    }
+
+
+def _trace(model, inputs, answer_BN, ids, full_BAV, teacher: TeacherConfig) -> Any:
+    options = {"sample_ids": ids, "exits_per_chunk": teacher.exits_per_chunk, "reference_BAV": full_BAV}
+    return trace_checked(model, inputs, answer_BN, **options)[0].to("cpu")
+
+
+def first_reaching(same_answer_K: Tensor, target: float) -> int:
+    """The smallest exit layer whose share of same answers is at least ``target``; L+1 if none is."""
+    reached = (same_answer_K >= target).nonzero().flatten()
+    return int(reached[0]) if len(reached) else len(same_answer_K)
+
+
+def exit_rows(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """One row per exit layer: means before and after."""
+    rows = []
+    for k in range(before["risk"].shape[1]):
+        row: dict[str, float] = {"exit_layer": k}
+        for name in ("same_answer", "risk"):
+            row[f"{name}_before"] = float(before[name][:, k].mean())
+            row[f"{name}_after"] = float(after[name][:, k].mean())
+        rows.append(row)
+    return rows
+
+
+def exit_table(rows: Sequence[Mapping[str, float]]) -> str:
+    """The rows as aligned text, and the first exits that reach the targets."""
+    head = "exit layer | same answer: before   after | risk: before    after"
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        lines.append(
+            f"{row['exit_layer']:10d} | {row['same_answer_before']:19.1%} {row['same_answer_after']:7.1%} | "
+            f"{row['risk_before']:12.4f} {row['risk_after']:8.4f}"
+        )
+    for target in TARGETS:
+        found = []
+        for when in ("before", "after"):
+            k = first_reaching(torch.tensor([row[f"same_answer_{when}"] for row in rows]), target)
+            found.append(str(k) if k < len(rows) else "none")
+        lines.append(
+            f"first exit with at least {target:.0%} same answer: {found[0]} before, {found[1]} after"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,539 @@
+"""Studies of the papers against figures worked out one question at a time, from the stock model."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dyvte.analysis import STUDIES, AnalysisConfig, Subject, check_study, get_study
+from dyvte.analysis.distance import Distances
+from dyvte.analysis.exits import shares
+from dyvte.analysis.last_token import LastToken
+from dyvte.analysis.migration import blanked, blind_answers
+from dyvte.analysis.stages import Flows, stage_ends
+from dyvte.analysis.watching import KINDS, watch
+from dyvte.backbones import get_template
+from dyvte.errors import ConfigError, GateMismatchError
+from dyvte.evaluation.generation import Asker, load_image
+from dyvte.evaluation.run_log import read_answers
+from dyvte.gates import GateConfig, GateStack, uniform_offsets
+from dyvte.policies import RandomPolicy
+from dyvte.reductions import RandomTokens
+from dyvte.runtime import VisualExit
+from dyvte.tasks.base import get_benchmark
+from tests.helpers.families import build, one_row
+from tests.helpers.fixtures import write_mini_gqa
+from tests.helpers.models import tiny_llava
+
+LAYERS, NEW, SIDE = 4, 4, 4
+VISUAL = SIDE * SIDE
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, its eager twin, a benchmark."""
+    root = tmp_path_factory.mktemp("analysis")
+    write_mini_gqa(root / "gqa", questions=9, images=3)
+    model, processor = tiny_llava(LAYERS)
+    eager, _ = tiny_llava(LAYERS, attn_implementation="eager")
+    benchmark = get_benchmark("gqa")
+    return SimpleNamespace(
+        root=root,
+        eager=eager,
+        asker=Asker(model, processor, get_template("chat", processor), max_new_tokens=NEW),
+        benchmark=benchmark,
+        questions=benchmark.load(root / "gqa"),
+    )
+
+
+def _subject(world, output, **changes) -> Subject:
+    settings = AnalysisConfig(
+        model="tiny",
+        benchmark="gqa",
+        data=world.root / "gqa",
+        output=output,
+        question_suffix="",
+        batch_size=4,
+        max_new_tokens=NEW,
+        timing_batches=0,
+        samples=4,
+    )
+    return Subject(dataclasses.replace(settings, **changes), world.asker, world.benchmark, world.questions)
+
+
+def _alone(world, question, image=True):
+    """Inputs of one question, from the processor itself."""
+    asker = world.asker
+    prompt = asker.template.render(question.text, has_image=1 if image else 0).text
+    pictures = {"images": load_image(question.image)} if image else {}
+    return dict(asker.processor(text=prompt, **pictures, return_tensors="pt", add_special_tokens=False))
+
+
+def _greedy(world, model, inputs, **options):
+    return model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
+
+
+def _say(world, inputs, exits=None, sample_id=None, model=None):
+    model = model or world.asker.model
+    if exits is None:
+        tokens = _greedy(world, model, inputs)
+    else:
+        with exits(model) as run:
+            run.sample_ids = None if sample_id is None else [sample_id]
+            tokens = _greedy(world, model, inputs)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    return world.asker.processor.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def _said(folder):
+    """Answers of a run, in the order of the questions."""
+    return [answer.prediction for answer in read_answers(folder)]
+
+
+def _right(world, answers):
+    """Share of right answers in percent, by the benchmark's rule on these texts."""
+    from dyvte.tasks.base import Predictions
+
+    texts = {question.id: text for question, text in zip(world.questions, answers, strict=True)}
+    hits = world.benchmark.correct(world.questions, Predictions(texts))
+    return 100 * sum(map(float, hits)) / len(hits)
+
+
+def _agree(answers, full):
+    return sum(a == b for a, b in zip(answers, full, strict=True)) / len(full)
+
+
+@pytest.fixture(scope="module")
+def full_answers(world):
+    return [_say(world, _alone(world, question)) for question in world.questions]
+
+
+def _parts(world, inputs):
+    """Columns of the prompt before, on and behind the image."""
+    is_visual = inputs["input_ids"][0] == world.asker.model.config.image_token_id
+    first, last = (edge(is_visual.nonzero().flatten().tolist()) for edge in (min, max))
+    return slice(0, first), slice(first, last + 1), slice(last + 1, len(is_visual))
+
+
+# -- attention ---------------------------------------------------------------------------------------------
+
+
+def _steps(world, question):
+    """Per output token, per layer: attention of the predicting token to the four kinds, step by step."""
+    inputs = _alone(world, question)
+    made = _greedy(world, world.eager, inputs, return_dict_in_generate=True, output_attentions=True)
+    parts = _parts(world, inputs)
+    prompt = inputs["input_ids"].shape[1]
+    rows = []
+    for step in made.attentions:
+        row = []
+        for weights in step:
+            last = weights[0, :, -1].mean(0)
+            row.append([*(float(last[part].sum()) for part in parts), float(last[prompt:].sum())])
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)  # outputs, layers, kinds
+
+
+def test_last_token_attention_is_what_generation_shows_step_by_step(world, tmp_path):
+    subject = _subject(world, tmp_path)
+    found = get_study("last_token")(subject).figures
+    steps = [_steps(world, question) for question in subject.sampled]
+    longest = max(map(len, steps))
+    assert len({len(one) for one in steps}) > 1 or longest == NEW
+    by_output = [torch.stack([one[t] for one in steps if len(one) > t]).mean(0) for t in range(longest)]
+    assert found["questions_with_output_token"] == [sum(len(s) > t for s in steps) for t in range(longest)]
+    torch.testing.assert_close(
+        torch.tensor(found["all"], dtype=torch.float64), torch.stack(by_output, 1), atol=2e-6, rtol=0
+    )
+    every = torch.cat(steps)
+    torch.testing.assert_close(
+        torch.tensor(found["per_layer"], dtype=torch.float64), every.mean(0), atol=2e-6, rtol=0
+    )
+    assert found["kinds"] == list(KINDS)
+    assert found["tokens_per_question"][1] == VISUAL
+
+
+def _stock_attention(world, question):
+    """(L, H, N, N) and the columns of the three parts of a prompt."""
+    inputs = _alone(world, question)
+    output = world.eager(**inputs, output_attentions=True)
+    return torch.cat(output.attentions).double(), _parts(world, inputs)
+
+
+def test_attention_over_distance_on_a_four_by_four_grid(world, tmp_path):
+    subject = _subject(world, tmp_path)
+    found = get_study("distance")(subject).figures
+    sums, pairs = torch.zeros(LAYERS, SIDE, dtype=torch.float64), torch.zeros(SIDE)
+    for question in subject.sampled:
+        weights, (_, visual, _) = _stock_attention(world, question)
+        among = weights.mean(1)[:, visual, visual]
+        for query in range(VISUAL):
+            for key in range(query + 1):
+                apart = max(abs(query // SIDE - key // SIDE), abs(query % SIDE - key % SIDE))
+                sums[:, apart] += among[:, query, key]
+                pairs[apart] += 1
+    assert found["pairs"] == pairs.tolist()
+    torch.testing.assert_close(
+        torch.tensor(found["mean_weight"], dtype=torch.float64), sums / pairs, atol=1e-6, rtol=0
+    )
+    within = sums.cumsum(1) / sums.sum(1, keepdim=True)
+    torch.testing.assert_close(
+        torch.tensor(found["share_within"], dtype=torch.float64), within, atol=1e-6, rtol=0
+    )
+
+
+def test_text_to_vision_and_rho_are_the_stock_models(world, tmp_path):
+    subject = _subject(world, tmp_path)
+    by_id = {one["question_id"]: one for one in get_study("text_to_vision")(subject).figures["questions"]}
+    rho = torch.tensor(get_study("head_rho")(subject).figures["rho"], dtype=torch.float64)
+    expected_rho = torch.zeros_like(rho)
+    for question in subject.sampled:
+        weights, (system, visual, instruction) = _stock_attention(world, question)
+        lines = weights.mean(1)[:, instruction, visual].mean(-1)
+        found = by_id[question.id]
+        torch.testing.assert_close(
+            torch.tensor(found["mean_weight"], dtype=torch.float64), lines, atol=1e-6, rtol=0
+        )
+        assert found["tokens"][-1] == "assistant"
+        assert found["visual_tokens"] == VISUAL
+        to_text = weights[..., system].sum((2, 3)) + weights[..., instruction].sum((2, 3))
+        expected_rho += weights[..., visual].sum((2, 3)) / to_text / len(subject.sampled)
+    torch.testing.assert_close(rho, expected_rho, atol=0, rtol=1e-4)
+
+
+def test_flows_between_text_and_image(world, tmp_path):
+    subject = _subject(world, tmp_path)
+    flows = Flows(LAYERS)
+    watch(subject, flows.see)
+    from_text, from_image = [], []
+    for question in subject.sampled:
+        weights, (_, visual, instruction) = _stock_attention(world, question)
+        mean = weights.mean(1)
+        to_image, to_first = mean[..., visual].sum(-1), mean[..., 0]
+        to_text = 1 - to_image - to_first
+        from_text.append(torch.stack([to_image, to_text, to_first], -1)[:, instruction])
+        from_image.append(torch.stack([to_image, to_text], -1)[:, visual])
+    expected = torch.cat([torch.cat(from_text, 1).mean(1), torch.cat(from_image, 1).mean(1)], 1)
+    torch.testing.assert_close(flows.means_L5(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("curve", "ends"),
+    [
+        ([0.9, 0.8, 0.1, 0.1, 0.6, 0.7], (2, 5)),
+        ([0.9, 0.1, 0.1, 0.2], (1, None)),
+        ([0.1, 0.9, 0.5], (None, None)),
+        ([0.5, 0.5, 0.5], (None, None)),
+    ],
+)
+def test_ends_of_the_stages(curve, ends):
+    assert stage_ends(curve) == ends
+
+
+class _Given(Subject):
+    """One batch of given inputs."""
+
+    def batches(self, questions=None):
+        yield SimpleNamespace(inputs=self._memory["inputs"], question_ids=("0",))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen2_5_vl",
+        "gemma3",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("llava", "llava_next", "internvl", "idefics3", "mistral3", "qwen2_vl", "qwen3_vl")
+        ),
+        pytest.param("paligemma", marks=pytest.mark.full),
+        pytest.param("llava_onevision", marks=pytest.mark.full),
+    ],
+)
+def test_any_family_is_watched(family):
+    """The layers that the studies see are those that the eager model reports, in every family."""
+    model, inputs, ids = build(family, "sdpa")
+    eager, _, _ = build(family, "eager")
+    alone = one_row(family, inputs, 0)
+    asker = SimpleNamespace(model=model)
+    subject = _Given(SimpleNamespace(), asker, None, [], {"inputs": alone})
+    expected = torch.cat(eager(**alone, output_attentions=True).attentions).mean(1)
+    seen = {}
+    with torch.no_grad():
+        watch(subject, lambda batch, index, weights: seen.update({index: (batch, weights)}))
+    assert sorted(seen) == list(range(subject.num_layers))
+    got = torch.cat([seen[index][1] for index in sorted(seen)])
+    torch.testing.assert_close(got, expected.float(), atol=1e-5, rtol=1e-4)
+    spans = seen[0][0].spans
+    assert torch.equal(spans.visual_BN, torch.isin(alone["input_ids"], torch.tensor(ids)))
+    if family != "llava_onevision":  # its grid is not known
+        found = Distances(subject.num_layers)
+        watch(subject, found.see)
+        at = spans.visual_BN[0].nonzero().flatten()
+        among = got[:, at][:, :, at].double()
+        same = seen[0][0].places_BN3[0, at, 0]
+        among = among * (same[:, None] == same[None])
+        torch.testing.assert_close(found.sums_LD.sum(1), among.sum((1, 2)), atol=1e-5, rtol=1e-4)
+
+
+def test_answers_of_different_lengths_count_where_they_are(world):
+    """Two rows, one with one output token and one with two, by hand."""
+    sums = LastToken(1, 3)
+    valid = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    answer = torch.tensor([[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]).bool()
+    kinds = torch.zeros(2, 6, 4)
+    kinds[:, 1, 0] = kinds[:, 2, 1] = kinds[:, 3, 2] = kinds[:, 4, 3] = kinds[1, 5, 3] = kinds[1, 0, 0] = 1
+    mean = torch.rand(2, 6, 6)
+    batch = SimpleNamespace(
+        spans=SimpleNamespace(valid_BN=valid, answer_BN=answer), kinds_BN4=kinds, question_ids=("a", "b")
+    )
+    sums.see(batch, 0, mean)
+    first = [(mean[row, 3] @ kinds[row]) for row in (0, 1)]
+    expected = torch.stack([(first[0] + first[1]) / 2, mean[1, 4] @ kinds[1]])
+    torch.testing.assert_close(sums.means_LT4()[0].float(), expected)
+    assert sums.counts_T.tolist() == [2, 1, 0]
+
+
+# -- accuracy ----------------------------------------------------------------------------------------------
+
+
+def test_migration_is_made_of_these_inputs(world, full_answers, tmp_path):
+    """No image; a blank one under an exit at K; the real one under an exit at K: each by hand."""
+    subject = _subject(world, tmp_path)
+    found = get_study("migration")(subject).figures
+    layer = LAYERS // 2
+    assert found["layer"] == layer
+    fixed = VisualExit.fixed(layer)
+    blank = blanked(world.questions, subject)
+    pixels = _alone(world, blank[0])["pixel_values"]
+    # The mean colour is zero once normalised, but for rounding to 1 of 255.
+    assert pixels.abs().max() < 0.5 / 255 / min(world.asker.processor.image_processor.image_std) + 1e-6
+    assert all(load_image(b.image).size == load_image(q.image).size for b, q in zip(blank, world.questions))
+    expected = {
+        "full": full_answers,
+        "without_image": [_say(world, _alone(world, q, image=False)) for q in world.questions],
+        "blank_image": [_say(world, _alone(world, q), fixed) for q in blank],
+        "real_image": [_say(world, _alone(world, q), fixed) for q in world.questions],
+    }
+    assert len({tuple(answers) for answers in expected.values()}) == 4
+    assert [a.prediction for a in blind_answers(subject)] == expected["without_image"]
+    assert _said(tmp_path / "runs-blank" / "fixed-2") == expected["blank_image"]
+    assert _said(tmp_path / "runs" / "fixed-2") == expected["real_image"]
+    for name, answers in expected.items():
+        assert found[name]["same_answer"] == pytest.approx(_agree(answers, full_answers)), name
+        assert found[name]["correct"] == pytest.approx(_right(world, answers)), name
+    assert found["without_image"]["exit_layer"] is None
+    assert found["real_image"]["exit_layer"] == layer
+
+
+def test_controls_and_positions_are_these_runs(world, full_answers, tmp_path):
+    subject = _subject(world, tmp_path, layer=2, fastv="fastv:1:0.5")
+    rows = {one["label"]: one for one in get_study("controls")(subject).figures["rows"]}
+    low, high = 1, 3
+    drawn = RandomPolicy(low, high, 0)
+    tokens = VisualExit(reductions=[RandomTokens(2, 0)])
+    asked = [(q.id, _alone(world, q)) for q in world.questions]
+    expected = {
+        "full model": full_answers,
+        "random tokens (K = 2)": [_say(world, inputs, tokens, id_) for id_, inputs in asked],
+        "VTW, K random in 1..3": [_say(world, i, VisualExit.fixed(drawn.draw(id_))) for id_, i in asked],
+        "VTW, K = 2": [_say(world, inputs, VisualExit.fixed(2)) for _, inputs in asked],
+    }
+    assert set(rows) == {*expected, "FastV (1:0.5)"}
+    for label, answers in expected.items():
+        assert rows[label]["same_answer"] == pytest.approx(_agree(answers, full_answers)), label
+    runs = tmp_path / "runs"
+    assert _said(runs / "never+random_tokens-2-0") == expected["random tokens (K = 2)"]
+    assert _said(runs / "random-1-3-0") == expected["VTW, K random in 1..3"]
+    mean_drawn = sum(drawn.draw(id_) for id_, _ in asked) / len(asked)
+    assert rows["VTW, K random in 1..3"]["exit_layer"] == pytest.approx(mean_drawn)
+
+    rearranged = VisualExit.fixed(2, positions="rearrange")
+    moved = [_say(world, inputs, rearranged) for _, inputs in asked]
+    rows = get_study("positions")(subject).figures["rows"]
+    assert rows["rearrange"]["same_answer"] == pytest.approx(_agree(moved, full_answers))
+    assert rows["keep"]["same_answer"] == pytest.approx(_agree(expected["VTW, K = 2"], full_answers))
+    assert _said(runs / "fixed-2-rearrange") == moved != expected["VTW, K = 2"]
+
+
+def test_what_cannot_be_served_is_named(world, tmp_path):
+    subject = _subject(world, tmp_path, fastv="fastv:9:0.5")
+    found = get_study("controls")(subject)
+    assert len(found.figures["rows"]) == 4
+    assert "fastv" in found.notes[0]
+    assert "9" in found.notes[0]
+
+
+def _kl(world, questions):
+    """(L+1,) mean KL(exit || full) at the last prompt position, one run of the model for each K."""
+    total = torch.zeros(LAYERS + 1, dtype=torch.float64)
+    for question in questions:
+        inputs = _alone(world, question)
+        full = world.asker.model(**inputs).logits[0, -1].double().log_softmax(-1)
+        for k in range(LAYERS):
+            with VisualExit.fixed(k)(world.asker.model):
+                left = world.asker.model(**inputs).logits[0, -1].double().log_softmax(-1)
+            total[k] += (left.exp() * (left - full)).sum() / len(questions)
+    return total
+
+
+def test_eta_and_layers_from_one_curve(world, full_answers, tmp_path):
+    plain = _subject(world, tmp_path)
+    kl = _kl(world, plain.sampled)
+    between = float(kl[1:LAYERS].median()) * 1.01
+    subject = _subject(world, tmp_path, etas=(between, float(kl.max()) + 1, 1e-12))
+    found = get_study("eta")(subject).figures
+    torch.testing.assert_close(torch.tensor(found["kl"], dtype=torch.float64), kl, atol=1e-5, rtol=1e-3)
+    first = next(k for k in range(1, LAYERS) if float(kl[k]) <= between)
+    assert [(row["eta"], row["k"]) for row in found["rows"]] == [
+        (float(kl.max()) + 1, 1),
+        (between, first),
+        (1e-12, None),
+    ]
+    assert found["rows"][2]["outcome"] is None
+
+    def agreement(k):
+        exits = VisualExit.fixed(k)
+        return _agree([_say(world, _alone(world, q), exits) for q in world.questions], full_answers)
+
+    assert found["rows"][1]["outcome"]["same_answer"] == pytest.approx(agreement(first))
+    curve = get_study("layers")(subject).figures["curve"]
+    assert [point["k"] for point in curve] == list(range(LAYERS + 1))
+    assert [point["same_answer"] for point in curve] == pytest.approx(
+        [agreement(k) for k in range(LAYERS + 1)]
+    )
+    assert curve[-1]["same_answer"] == 1
+    assert curve[-1]["kl"] == 0
+
+
+def test_cost_is_what_the_caches_hold(world, tmp_path):
+    subject = _subject(world, tmp_path, batch_size=1, timing_batches=1, timing_repeats=1)
+    found = get_study("cost")(subject).figures["rows"]
+    full, exit_row = found["full model"], found["VTW, K = 2"]
+    shape = world.asker.model.config.text_config
+    width = 2 * 4 * shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
+    # One question a batch, so no padding: behind K the visual tokens are gone from every cache.
+    saved = full["kv_bytes_per_question"] - exit_row["kv_bytes_per_question"]
+    assert saved == pytest.approx(VISUAL * (LAYERS - 2) * width)
+    assert full["peak_bytes_over_model"] is None
+    assert full["time_to_first_token_ms"] > 0
+    assert exit_row["prefill_tflops"] < full["prefill_tflops"]
+
+
+# -- gates -------------------------------------------------------------------------------------------------
+
+
+def _gates(folder, world, seed, model=None):
+    from dyvte.backbones import fingerprint, weights_digest
+
+    model = model or world.asker.model
+    config = GateConfig(
+        num_layers=LAYERS,
+        hidden_size=32,
+        offsets=uniform_offsets(LAYERS),
+        threshold=0.4,
+        backbone={"id": "x", "fingerprint": fingerprint(model), "weights": weights_digest(model)},
+    )
+    GateStack.init(config, seed=seed).save_pretrained(folder)
+    return str(folder)
+
+
+def test_exits_and_transfer(world, full_answers, tmp_path):
+    other, _ = tiny_llava(LAYERS, seed=5)
+    own, foreign = _gates(tmp_path / "own", world, 1), _gates(tmp_path / "other", world, 2, other)
+    subject = _subject(world, tmp_path / "out", gates=(own,))
+    (found,) = get_study("exits")(subject).figures["gates"].values()
+    exits = []
+    with VisualExit.from_pretrained(own)(world.asker.model) as run:
+        for question in world.questions:
+            world.asker.model(**_alone(world, question))
+            exits.append(int(run.exit_layers[0]))
+    assert found["shares"] == pytest.approx([exits.count(k) / len(exits) for k in range(LAYERS + 1)])
+    for kind, own_shares in found["by_kind"].items():
+        chosen = [k for k, q in zip(exits, world.questions, strict=True) if q.kind == kind]
+        assert own_shares == pytest.approx(shares(chosen, LAYERS))
+
+    both = dataclasses.replace(subject, config=dataclasses.replace(subject.config, gates=(own, foreign)))
+    rows = list(get_study("transfer")(both).figures["rows"].values())
+    assert [row.get("transferred") for row in rows] == [None, False, True]
+    moved = VisualExit.from_pretrained(foreign, allow_transfer=True)
+    answers = [_say(world, _alone(world, q), moved) for q in world.questions]
+    assert rows[2]["same_answer"] == pytest.approx(_agree(answers, full_answers))
+    with pytest.raises(GateMismatchError):
+        both.ask(both.policies(f"gates:{foreign}"))
+
+
+@pytest.mark.full
+def test_gate_inputs_share_one_trace(world, tmp_path):
+    import json
+
+    import yaml
+
+    model, processor = tiny_llava(LAYERS)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    samples = [
+        {
+            "id": str(n),
+            "image": f"{n % 3}.png",
+            "conversations": [
+                {"from": "human", "value": f"<image>\nhow many {word} ?"},
+                {"from": "gpt", "value": "two"},
+            ],
+        }
+        for n, word in enumerate(["circle", "square", "triangle", "objects"] * 4)
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(samples))
+    training = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {
+            "path": str(tmp_path / "train.json"),
+            "image_folder": str(world.root / "gqa" / "images"),
+            "validation_fraction": 0.4,
+        },
+        "teacher": {"batch_size": 8, "max_new_tokens": 3},
+        "epochs": 2,
+        "batch_size": 4,
+        "output_dir": "unused",
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(training))
+    chosen = ("mean_visual", "mean_prompt+last_prompt")
+    subject = _subject(world, tmp_path / "out", training=tmp_path / "train.yaml", feature_sets=chosen)
+    rows = get_study("gate_inputs")(subject).figures["rows"]
+    assert [row["features"] for row in rows] == list(chosen)
+    folder = tmp_path / "out" / "gate_inputs"
+    assert len(list(folder.rglob("manifest.json"))) == 1  # one trace
+    for row in rows:
+        gates = folder / row["features"] / "gates"
+        config = GateConfig.from_json((gates / "gate_config.json").read_text())
+        assert config.features == tuple(row["features"].split("+"))
+        with VisualExit.from_pretrained(gates)(world.asker.model) as run:
+            exits = []
+            for question in world.questions:
+                world.asker.model(**_alone(world, question))
+                exits.append(int(run.exit_layers[0]))
+        assert row["exit_layer"] == pytest.approx(sum(exits) / len(exits))
+
+
+# -- what users can get wrong ------------------------------------------------------------------------------
+
+
+def test_wrong_settings_are_named(world, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'last_token'"):
+        check_study("last-tokens")
+    with pytest.raises(ConfigError, match="chooses its own policies"):
+        _subject(world, tmp_path, policies=("never", "fixed:2"))
+    with pytest.raises(ConfigError, match=r"layer 4: expected 1\.\.3"):
+        get_study("migration")(_subject(world, tmp_path, layer=4))
+    with pytest.raises(ConfigError, match=r"layers \[0, 7\]"):
+        get_study("layers")(_subject(world, tmp_path, layers=(0, 7)))
+    with pytest.raises(ConfigError, match="--gates"):
+        get_study("exits")(_subject(world, tmp_path))
+    with pytest.raises(ConfigError, match="--training"):
+        get_study("gate_inputs")(_subject(world, tmp_path))
+    with pytest.raises(ConfigError, match="timing_batches"):
+        get_study("cost")(_subject(world, tmp_path))
+    assert all(callable(get_study(name)) for name in STUDIES)

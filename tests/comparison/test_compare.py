@@ -1,0 +1,288 @@
+"""The comparison: on planted scenes whose answer is known, and end to end on a tiny random model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dyvte.comparison.compare import CompareConfig, compare, make_pairs
+from dyvte.comparison.router import BagOfWords
+from dyvte.comparison.scenes import TracedScenes, load_scenes
+from dyvte.comparison.traces import compare_on_traces, first_safe_layer
+from dyvte.errors import ConfigError, DataError
+from dyvte.gates import GateConfig, GateStack, uniform_offsets
+from dyvte.objectives import expected_risk
+from dyvte.teacher.trace import Trace
+from tests.helpers.fixtures import QUESTIONS, write_mini_gqa, write_mini_mme
+from tests.helpers.models import random_image, tiny_llava
+
+LAYERS, HIDDEN, LAM = 6, 16, 0.2
+
+
+def _planted(count: int, seed: int, by_image: bool) -> TracedScenes:
+    """Scenes that need a depth: decided by the image (and shown in the states), or by the wording."""
+    rng = torch.Generator().manual_seed(seed)
+    depths = torch.randint(1, LAYERS, (count,), generator=rng)
+    layers = torch.arange(LAYERS + 1)
+    risk = 3.0 * (layers < depths[:, None])
+    features = 0.1 * torch.randn(count, LAYERS, 2 * HIDDEN, generator=rng)
+    features[:, :, 0] += 2.0 * (layers[1:] >= depths[:, None]) - 1.0
+    same = (layers >= depths[:, None]).float()
+    trace = Trace(
+        risk=risk,
+        reverse_risk=risk,
+        agreement=same,
+        same_answer=same,
+        loss=risk,
+        features=features,
+        sample_ids=tuple(f"s{n}" for n in range(count)),
+        num_visual=torch.full((count,), 64),
+    )
+    questions = ["follow the arrow"] * count if by_image else [f"jump {d} times" for d in depths.tolist()]
+    return TracedScenes(trace, tuple(questions), tuple(f"image{n // 4}" for n in range(count)))
+
+
+def _trained_gates(train: TracedScenes, seed: int = 0) -> GateStack:
+    config = GateConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        offsets=uniform_offsets(LAYERS),
+        training={"objective": {"lam": LAM}, "epochs": 2.0, "seed": seed},
+    )
+    gates = GateStack.init(config, seed)
+    optimizer = torch.optim.Adam(gates.parameters(), lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        expected_risk(gates(train.trace.features), train.trace, lam=LAM).backward()
+        optimizer.step()
+    return gates
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_routers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dyvte.comparison.baselines.ROUTER_MIN_STEPS", 200)
+        yield
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Pairs and result where the image decides the depth (True), and where the wording does (False)."""
+    # planted scenes have no backbone: both kinds of routers read words
+    words = SimpleNamespace(of=lambda asker: BagOfWords.fit([*QUESTIONS, "jump 1 2 3 4 5 times"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dyvte.comparison.question_features.TextStates", words)
+        return {kind: _planted_result(tmp_path_factory.mktemp("planted"), kind) for kind in (True, False)}
+
+
+def _planted_result(folder, by_image: bool):
+    train, calibration, test = (_planted(400, seed, by_image) for seed in (1, 2, 3))
+    for seed in (0, 1):
+        _trained_gates(train, seed).save_pretrained(folder / f"seed{seed}" / "gates")
+    gates = tuple(str(folder / f"seed{seed}" / "gates") for seed in (0, 1))
+    pairs = make_pairs(SimpleNamespace(gates=gates, lam=None), None, train, calibration)
+    return pairs, compare_on_traces(calibration, test, pairs, num_draws=300)
+
+
+def test_depth_that_the_image_decides_is_beyond_the_router(planted):
+    pairs, result = planted[True]
+    assert [pair.gates.name for pair in pairs] == ["seed0", "seed1"]
+    over = result["over_seeds"]
+    assert over["at_equal_compute"]["gates"]["same_answer"]["mean"] > 0.95
+    assert over["gates_minus"]["router"]["same_answer"]["low"] > 0
+    assert over["gates_minus"]["fixed"]["risk"]["high"] < 0
+    assert over["router_over_gates"]["mean"] > 1.15
+    assert result["within_wording_share"][f"oracle(lambda={LAM})"] == pytest.approx(1.0, abs=0.01)
+    # on one wording the router is a fixed layer (or a mixture of two)
+    for name in ("risk", "same_answer"):
+        router, fixed = (over["at_equal_compute"][rule][name]["mean"] for rule in ("router", "fixed"))
+        assert router == pytest.approx(fixed, abs=0.02)
+
+
+def test_depth_that_the_wording_decides_is_the_routers_too(planted):
+    _, result = planted[False]
+    over = result["over_seeds"]
+    assert over["router_over_gates"]["mean"] == pytest.approx(1.0, abs=0.05)
+    assert over["gates_minus"]["fixed"]["same_answer"]["low"] > 0
+    assert result["within_wording_share"][f"oracle(lambda={LAM})"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_the_router_is_no_smaller_than_the_gates(planted):
+    for pair in planted[True][0]:
+        assert sum(p.numel() for p in pair.router.router.parameters()) >= pair.gates.num_parameters
+
+
+def test_curves_are_the_traces_own_means(planted):
+    _, result = planted[True]
+    test = _planted(400, 3, True)
+    assert result["curves"]["fixed"]["risk"] == pytest.approx(test.trace.risk.double().mean(0).tolist())
+    assert result["curves"]["fixed"]["compute"][-1] == 1.0
+    oracle = result["curves"]["oracle"]
+    gates = result["curves"]["gates"]["seed0"]
+    assert gates["compute"] == sorted(gates["compute"])
+    # the oracle's own trade-off bounds every rule: risk + lam * compute
+    for lam in (0.1, 1.0):
+        best = min(r + lam * c for r, c in zip(oracle["risk"], oracle["compute"]))
+        for rule in ("gates", "router"):
+            curve = result["curves"][rule]["seed0"]
+            assert all(r + lam * c >= best - 0.02 for r, c in zip(curve["risk"], curve["compute"]))
+
+
+def test_first_safe_layer():
+    same = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
+    assert first_safe_layer(same).tolist() == [3, 4, 1]
+
+
+# --- end to end ---------------------------------------------------------------------------------------------
+
+
+def _write_split(root, split: str, count: int) -> None:
+    (root / "images" / split).mkdir(parents=True)
+    records = []
+    for n in range(count):
+        name = f"{split}/{n // 2}.png"
+        if n % 2 == 0:
+            random_image(_image_seed(split, n)).save(root / "images" / name)
+        turns = [{"from": "human", "value": f"<image>\n{QUESTIONS[n % 3]}"}, {"from": "gpt", "value": "red"}]
+        records.append({"id": f"{split}_{n}", "image": name, "conversations": turns})
+    (root / f"{split}.json").write_text(json.dumps(records))
+
+
+def _image_seed(split: str, n: int) -> int:
+    return 1000 * ("train", "calibration", "test").index(split) + n
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny backbone on disk, traced splits, benchmarks, gates of two seeds."""
+    from dyvte.backbones import load_backbone
+    from dyvte.data import open_conversations, select
+    from dyvte.teacher import Teacher, TeacherConfig, write_traces
+
+    root = tmp_path_factory.mktemp("world")
+    model, processor = tiny_llava(4, 32)
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    teacher = Teacher(*load_backbone(root / "model"), TeacherConfig(template="chat", max_new_tokens=4))
+    for split, count in (("train", 36), ("calibration", 30), ("test", 24)):
+        _write_split(root, split, count)
+        selection = select(open_conversations(root / f"{split}.json"))
+        write_traces(root / f"trace-{split}", teacher, selection)
+    for seed in (0, 1):
+        config = GateConfig(
+            num_layers=4,
+            hidden_size=32,
+            offsets=uniform_offsets(4),
+            threshold=0.35,
+            training={"objective": {"lam": 0.1}, "epochs": 2.0},
+        )
+        GateStack.init(config, seed).save_pretrained(root / f"gates-{seed}")
+    write_mini_gqa(root / "gqa")
+    write_mini_mme(root / "mme")
+    return root
+
+
+def _config(world, output, **changes):
+    settings = CompareConfig(
+        model=str(world / "model"),
+        gates=(str(world / "gates-0"), str(world / "gates-1")),
+        output=output,
+        image_folder=world / "images",
+        gqa=world / "gqa",
+        mme=world / "mme",
+        question_suffix="",
+        template="chat",
+        batch_size=16,
+        max_new_tokens=4,
+        timing_batches=0,
+        num_draws=100,
+        **{f"data_{s}": world / f"{s}.json" for s in ("train", "calibration", "test")},
+        **{f"traces_{s}": world / f"trace-{s}" for s in ("train", "calibration", "test")},
+    )
+    return dataclasses.replace(settings, **changes)
+
+
+@pytest.fixture(scope="module")
+def compared(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compared")
+    return compare(_config(world, output)), output
+
+
+def test_rivals_spend_what_the_gates_spend(compared):
+    result, _ = compared
+    for name, benchmark in result["benchmarks"].items():
+        count = 24 if name == "gqa" else 12
+        for seed in result["gates"]:
+            spent = {
+                rule: benchmark["runs"][f"{rule}-{seed}"]["visual_compute"]
+                for rule in ("gates", "vtw-mixture", "router")
+            }
+            # whole questions are drawn, so half a question of slack
+            assert spent["vtw-mixture"] == pytest.approx(spent["gates"], abs=0.51 / count)
+            assert spent["router"] == pytest.approx(spent["gates"], abs=0.51 / count)
+
+
+def test_the_table_and_its_files(compared):
+    result, output = compared
+    rows = {row["policy"]: row for row in result["table"]}
+    full = rows["full model"]
+    assert (full["same_answer"], full["mean_exit_layer"], full["visual_compute"]) == (1.0, 4.0, 1.0)
+    assert list(rows)[-3:] == [
+        "VTW at the gates' budget (mixture of two K)",
+        "question-only router",
+        "DyVTE gates",
+    ]
+    text = (output / "comparison.md").read_text()
+    assert all(policy in text for policy in rows)
+    for file in ("comparison.png", "comparison.svg", "comparison.json", "config.yaml"):
+        assert (output / file).stat().st_size > 100
+    assert json.loads((output / "comparison.json").read_text())["table"] == result["table"]
+
+
+def test_answers_depend_on_the_exit_layer_alone(compared):
+    result, output = compared
+    curves = result["benchmarks"]["gqa"]["curves"]
+    assert set(curves["lookup_agreement"].values()) == {1.0}
+    for seed in result["gates"]:
+        assert curves["gates"][seed]["same_answer"][-1] == 1.0
+    sweep = output / "runs" / "gqa-sweep"
+    scores = [json.loads((sweep / f"fixed-{k}" / "scores.json").read_text()) for k in range(4)]
+    same = [one["same_answer_as_never"] for one in scores]
+    assert curves["fixed"]["same_answer"][:4] == pytest.approx(same)
+
+
+def test_again_gives_the_same_without_asking(world, compared, monkeypatch):
+    result, output = compared
+    monkeypatch.setattr("dyvte.evaluation.runner.answer", lambda *args: pytest.fail("asked again"))
+    assert json.loads(json.dumps(compare(_config(world, output)))) == json.loads(json.dumps(result))
+
+
+def test_vtw_row_when_none_qualifies(compared):
+    result, _ = compared
+    vtw = result["vtw"]
+    assert len(vtw["kl"]) == 5
+    below = [k for k in range(1, 4) if vtw["kl"][k] <= 0.003]
+    assert vtw["k"] == (below[0] if below else None)
+    if vtw["k"] is None:
+        assert any("none qualifies" in row["policy"] for row in result["table"])
+
+
+def test_errors(world, tmp_path):
+    with pytest.raises(DataError, match="are not in"):
+        load_scenes(world / "trace-test", world / "train.json", world / "images")
+    with pytest.raises(ConfigError, match="no gates given"):
+        _config(world, tmp_path, gates=())
+    fixed = tmp_path / "fixed"
+    fixed.mkdir()
+    config = GateConfig(num_layers=4, hidden_size=32, mode="fixed", fallback=2)
+    (fixed / "gate_config.json").write_text(config.to_json())
+    with pytest.raises(ConfigError, match="describes a fixed exit"):
+        compare(_config(world, tmp_path / "out", gates=(str(fixed),)))
+    bare = tmp_path / "bare"
+    GateStack.init(GateConfig(num_layers=4, hidden_size=32)).save_pretrained(bare)
+    with pytest.raises(ConfigError, match="does not record the lam"):
+        compare(_config(world, tmp_path / "out", gates=(str(bare),)))

@@ -1,0 +1,236 @@
+"""Plans judged from traces against the model run with that very policy and those reductions."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import dyvte
+from dyvte.backbones import describe
+from dyvte.comparison.plan_compare import compare_plans, mix_for
+from dyvte.comparison.plan_search import PlanSearch, combinations
+from dyvte.comparison.plans import JudgedPlan, Plan, PlanJudge, choose, folder_name, front
+from dyvte.costs.prefill import decoder_shape
+from dyvte.errors import CalibrationError
+from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack
+from dyvte.reductions import parse_reductions
+from dyvte.teacher.plain import predicted_logits
+from dyvte.teacher.reduced import Turn, answer_logits, trace_reduced_exits
+from tests.reductions.test_reductions import LAYERS
+from tests.teacher.test_reduced import answered
+
+TEXTS = ["fastv:2:0.5", "ffn:0.5", "neighbours:1+fastv:1:0.5"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_plan_is_judged_as_the_model_does_under_it(text):
+    model, inputs, answer_BN, _, _ = answered("llava")
+    backbone, reductions = describe(model), parse_reductions(text)
+    config = GateConfig(num_layers=LAYERS, hidden_size=32, architecture="compact", gate_hidden_size=8)
+    gates = GateStack.init(config, seed=5)
+    trace, _ = trace_reduced_exits(model, inputs, answer_BN, reductions)
+    for one in reductions:
+        one.check_backbone(backbone)
+    judge = PlanJudge(text, reductions, trace, decoder_shape(model.config), gates, DEFAULT_FEATURES)
+    # rows of text only have no place in a plan's compute
+    turn = Turn.of(inputs, answer_BN)
+    before_BN = torch.cat([answer_BN[:, 1:], torch.zeros_like(answer_BN[:, :1])], 1)
+    full_BAV, _ = predicted_logits(model, inputs, before_BN)
+    learned = judge.learned(12)
+    exits_seen = set()
+    for judged in [*judge.fixed(), *learned]:
+        plan = judged.plan
+        if plan.threshold is not None:
+            exits = dyvte.VisualExit(gates, threshold=plan.threshold, reductions=reductions)
+        else:
+            exits = dyvte.VisualExit(fallback=plan.exit_layer, reductions=reductions)
+        logits_BAV = answer_logits(model, turn, exits)
+        with exits(model) as run:
+            model(**turn.prompt)
+        for row in (0, 2):
+            real = turn.is_answer_BA[row]
+            log_full = full_BAV[row][real].log_softmax(-1)
+            log_exit = logits_BAV[row][real].log_softmax(-1)
+            risk = (log_full.exp() * (log_full - log_exit)).sum(-1).mean()
+            torch.testing.assert_close(judged.risk_B[row], risk, rtol=1e-3, atol=1e-6)
+            same = bool((log_full.argmax(-1) == log_exit.argmax(-1)).all())
+            assert bool(judged.same_answer_B[row]) == same
+        exits_seen.add(tuple(run.exit_layers.tolist()))
+        # the layers that visual tokens went through, counted by the runtime
+        share = float(run.records[0].visual_tokens_BL.sum() / (LAYERS * run.records[0].num_visual_B.sum()))
+        if "ffn" not in text and "neighbours" not in text:
+            assert judged.compute == pytest.approx(share, rel=1e-6)
+        else:
+            assert judged.compute < share
+    assert len(learned) > 3
+    assert len(exits_seen) > 3
+    bare = PlanJudge(text, reductions, trace, decoder_shape(model.config))
+    assert bare.learned() == []
+    with pytest.raises(CalibrationError, match="needs gates"):
+        bare.judge(Plan(text, threshold=0.5))
+
+
+@torch.no_grad()
+def test_gates_stay_closed_where_traces_have_no_label():
+    model, inputs, answer_BN, _, _ = answered("llava")
+    gates = GateStack.init(GateConfig(num_layers=LAYERS, hidden_size=32), seed=5)
+    shape = decoder_shape(model.config)
+    for exits in ([2, LAYERS], [LAYERS]):
+        trace, _ = trace_reduced_exits(model, inputs, answer_BN, parse_reductions("ffn:0.5"), exits=exits)
+        judge = PlanJudge("none", [], trace, shape, gates, DEFAULT_FEATURES)
+        found = judge.learned(9)
+        shares = {round(one.compute * LAYERS, 6) for one in found}
+        assert shares <= {2.0, 3.0, 4.0}  # all leave after 2, one of the two does, none does
+        assert bool(found) == (exits == [2, LAYERS])
+
+
+# -- choosing -----------------------------------------------------------------------------------------------
+def random_plans(seed: int) -> list[JudgedPlan]:
+    draw = random.Random(seed)
+    texts = ["none", "fastv:2:0.5", "ffn:0.5", "neighbours:2+ffn:0.5", "fastv:2:0.5+ffn:0.5"]
+    plans = [
+        Plan(text, **where)
+        for text in texts
+        for where in ({}, *({"exit_layer": k} for k in (1, 2, 3)), {"threshold": 0.3}, {"threshold": 0.7})
+    ]
+    # few values, so that there are ties
+    return [
+        JudgedPlan(plan, draw.randint(1, 12) / 12, torch.tensor([draw.randint(0, 6) / 2.0]), torch.ones(1))
+        for plan in plans
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_choice_and_front_by_brute_force(seed):
+    judged = random_plans(seed)
+    for budget in (0.05, 0.25, 0.5, 1.0):
+        found = choose(judged, budget)
+        within = [one for one in judged if one.compute <= budget + 1e-9]
+        if not within:
+            assert found is None
+            continue
+        assert found in within
+        assert all((found.risk, found.compute) <= (one.risk, one.compute) for one in within)
+    best = front(judged)
+    for one in judged:
+        beaten = any(
+            (other.compute <= one.compute and other.risk < one.risk)
+            or (other.compute < one.compute and other.risk <= one.risk)
+            for other in judged
+        )
+        equals = [(b.compute, b.risk) for b in best].count((one.compute, one.risk))
+        assert equals == (0 if beaten else 1)
+    assert all(a.compute < b.compute and a.risk > b.risk for a, b in itertools.pairwise(best))
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind"),
+    [
+        (Plan("none"), "never"),
+        (Plan("none", 3), "fixed"),
+        (Plan("none", threshold=0.5), "gates"),
+        (Plan("fastv:2:0.5"), "FastV"),
+        (Plan("fastv:2:0.5", 3), "combined"),
+        (Plan("ffn:0.5"), "YOPO"),
+        # YOPO's own fourth strategy, lazy layer dropping
+        (Plan("neighbours:2+ffn:0.5", 3), "YOPO"),
+        (Plan("neighbours:2+ffn:0.5", threshold=0.5), "combined"),
+        (Plan("neighbours:2+fastv:2:0.5"), "combined"),
+    ],
+)
+def test_each_plan_is_of_one_method_or_combined(plan, kind):
+    assert plan.kind == kind
+
+
+def test_the_table_names_choice_and_single_method_for_each_budget():
+    judged = random_plans(3)
+    text = PlanSearch(tuple(judged), (0.5, 0.01), 1).table()
+    rows = [line for line in text.splitlines() if "%" in line]
+    assert len(rows) == 4
+    assert rows[0].split("|")[3].strip() == choose(judged, 0.5).plan.policy
+    singles = [one for one in judged if one.plan.kind != "combined"]
+    assert rows[1].split("|")[3].strip() == choose(singles, 0.5).plan.policy
+    assert "none is cheap enough" in rows[2]
+
+
+@pytest.mark.parametrize("profile", [None, "some/folder"])
+def test_combinations_differ_and_can_be_traced_side_by_side(profile):
+    found = combinations(10, profile, num_heads=4)
+    assert len(found) == len(set(found)) == len({folder_name(text) for text in found})
+    assert found[0] == "none"
+    assert any("fastv" in text and "neighbours" in text for text in found)
+    assert all(("heads" in text) <= (profile is not None) for text in found)
+
+
+# -- comparing held out -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(12))
+def test_the_mixture_for_a_budget_is_the_best_of_all_pairs(seed):
+    judged = random_plans(seed)
+    for budget in (0.05, 0.2, 0.37, 0.5, 0.81, 1.0):
+        best = float("inf")
+        for a, b in itertools.product(judged, repeat=2):
+            if a.compute <= budget <= b.compute:
+                share = 0.0 if a.compute == b.compute else (budget - a.compute) / (b.compute - a.compute)
+                best = min(best, a.risk + share * (b.risk - a.risk))
+        # an unspent rest is no fault: the least risk may be cheaper than the budget
+        best = min([best, *(one.risk for one in judged if one.compute <= budget)])
+        found = mix_for(judged, budget)
+        if best == float("inf"):
+            assert found is None
+            continue
+        on_these = found.judged({one.plan: one for one in judged}.__getitem__)
+        assert on_these.risk == pytest.approx(best, abs=1e-6)
+        assert on_these.compute <= budget + 1e-9
+
+
+class Shown:
+    """Stands in for a judge: risk and compute of every plan are given."""
+
+    def __init__(self, text, figures):
+        self.text, self.figures = text, figures
+
+    def fixed(self):
+        return [self.judge(plan) for plan in self.figures]
+
+    def learned(self):
+        return []
+
+    def judge(self, plan):
+        compute, risk_B = self.figures[plan]
+        return JudgedPlan(plan, compute, risk_B, torch.ones(len(risk_B)))
+
+
+def test_a_comparison_chooses_on_one_set_and_judges_on_the_other():
+    flat = torch.ones(40)
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 0.01
+    never, fixed = Plan("none"), Plan("none", 2)
+    yopo, both = Plan("ffn:0.5", 2), Plan("ffn:0.5", threshold=0.5)
+    calibration = [
+        Shown("none", {never: (1.0, flat * 0), fixed: (0.5, flat)}),
+        Shown("ffn:0.5", {yopo: (0.3, flat * 2), both: (0.3, flat * 0.5)}),
+    ]
+    test = [
+        Shown("none", {never: (1.0, flat * 0), fixed: (0.52, flat * 3 + noise)}),
+        Shown("ffn:0.5", {yopo: (0.3, flat * 2), both: (0.31, flat * 1.5)}),
+    ]
+    ids = [str(index // 2) for index in range(40)]
+    found = compare_plans([calibration], [test], [0.5, 0.3, 0.1], ids, draws=200)
+    assert found.at(0.5, "fixed K").risk == pytest.approx(3.0, abs=0.01)
+    assert found.at(0.3, "fixed K") is None
+    # at 0.5 a mixture of `both` and never is best on calibration: 2/7 never
+    mixed = found.at(0.5, "any combination")
+    assert mixed.risk == pytest.approx(1.5 * 5 / 7, rel=1e-6)
+    assert mixed.compute == pytest.approx(0.31 * 5 / 7 + 2 / 7, rel=1e-6)
+    assert found.verdict(0.5) == "better"
+    gap = found.differences[0.3, "YOPO"]
+    assert gap.difference == pytest.approx(-0.5, abs=1e-6)
+    assert gap.num_images == 20
+    assert found.verdict(0.1) == "not reached"
+    rows = [line for line in found.table().splitlines() if "10%" in line]
+    assert all("out of reach" in row for row in rows)
+    with pytest.raises(CalibrationError, match="lack a combination"):
+        compare_plans([calibration], [test[:1]], [0.5], ids)

@@ -1,0 +1,296 @@
+"""Rivals and curves against brute force and against tasks whose answer is known."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from dyvte.calibration.decisions import visual_compute
+from dyvte.comparison.operating_points import (
+    Mixture,
+    OperatingPoints,
+    chosen_by_id,
+    compute_to_reach,
+    mixture_at,
+)
+from dyvte.comparison.router import (
+    BagOfWords,
+    QuestionRouter,
+    RouterSettings,
+    fixed_points,
+    lower_hull,
+    oracle_exits,
+    oracle_points,
+    router_exits,
+    router_points,
+    router_steps,
+    router_threshold,
+    train_router,
+    train_routers,
+    within_wording_share,
+)
+from dyvte.errors import DataError
+from dyvte.gates import exit_layers
+from dyvte.objectives import expected_risk
+from dyvte.teacher.trace import Trace
+
+LAYERS = 6
+
+
+def _best_pair(values, budget: float) -> float:
+    """Least mean value of any mixture of two fixed K whose mean K is ``budget``."""
+    best = np.inf
+    for low, high in itertools.combinations_with_replacement(range(len(values)), 2):
+        if low <= budget <= high:
+            share = 0.0 if low == high else (budget - low) / (high - low)
+            best = min(best, values[low] + share * (values[high] - values[low]))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hull_is_the_best_mixture_of_two_fixed_layers(seed):
+    values = np.random.default_rng(seed).random(LAYERS + 1)
+    trace = torch.from_numpy(values)[None].repeat(4, 1)
+    points = fixed_points(trace, torch.full((4,), 64))
+    for budget in np.linspace(0, 1, 31):
+        mixture = points.at_compute(float(budget))
+        assert points.mixed_compute(mixture) == pytest.approx(budget)
+        got = points.mixed_values(trace, mixture).mean().item()
+        assert got == pytest.approx(_best_pair(values, budget * LAYERS))
+
+
+def test_upper_hull_for_figures_that_should_be_large():
+    values = np.random.default_rng(9).random(LAYERS + 1)
+    points = fixed_points(torch.from_numpy(values)[None], torch.tensor([1]), smaller_is_better=False)
+    assert [int(k) for k in points.settings_S] == lower_hull(-values)
+
+
+def test_oracle_equals_enumeration_and_ties_go_to_the_smaller_layer():
+    risk = torch.tensor([[9.0, 1.0, 0.5, 0.0], [9.0, 0.0, 0.0, 0.0], [9.0, 3.0, 2.0, 1.0]])
+    # lam 3: a layer costs 1. Row 0: 2, 2.5, 3. Row 1: 1, 2, 3. Row 2: 4, 4, 4 (tie)
+    assert oracle_exits(risk, 3.0).tolist() == [1, 1, 1]
+    assert oracle_exits(risk, 0.0).tolist() == [3, 1, 3]
+    rng = torch.Generator().manual_seed(0)
+    risk = torch.rand(50, LAYERS + 1, generator=rng)
+    for lam in (0.0, 0.3, 2.0):
+        cost = [[risk[b, k].item() + lam * k / LAYERS for k in range(1, LAYERS + 1)] for b in range(50)]
+        assert oracle_exits(risk, lam).tolist() == [1 + int(np.argmin(row)) for row in np.array(cost)]
+
+
+def test_no_rule_beats_the_oracle_at_its_price():
+    rng = torch.Generator().manual_seed(1)
+    risk = torch.rand(40, LAYERS + 1, generator=rng).sort(1, descending=True).values
+    visual = torch.full((40,), 8)
+    points = oracle_points(risk, visual, [0.05, 0.5, 5.0])
+    assert np.all(np.diff(points.compute_S) >= 0)
+    for lam, compute, value in zip(points.settings_S, points.compute_S, points.means_S(risk), strict=True):
+        for _ in range(20):
+            exits = torch.randint(1, LAYERS + 1, (40,), generator=rng)
+            rival = risk[torch.arange(40), exits].mean().item() + lam * visual_compute(exits, visual, LAYERS)
+            assert value + lam * compute <= rival + 1e-6
+
+
+def test_within_wording_share():
+    questions = ["a"] * 50 + ["b"] * 50
+    by_wording = torch.tensor([2] * 50 + [5] * 50)
+    assert within_wording_share(by_wording, questions) == 0.0
+    by_image = torch.tensor([2, 5] * 50)
+    assert within_wording_share(by_image, questions) == pytest.approx(1.0, rel=0.03)
+    # half and half: exits 1, 3 under "a" and 3, 5 under "b": within 1, between 1
+    mixed = torch.tensor([1, 3] * 25 + [3, 5] * 25)
+    assert within_wording_share(mixed, questions) == pytest.approx(0.5, rel=0.03)
+    assert np.isnan(within_wording_share(torch.tensor([1, 2]), ["a", "b"]))
+
+
+def test_the_share_is_not_pulled_down_by_few_samples_per_wording():
+    exits = torch.randint(1, 9, (6000,), generator=torch.Generator().manual_seed(2))
+    questions = [str(n // 2) for n in range(6000)]
+    assert within_wording_share(exits, questions) == pytest.approx(1.0, abs=0.05)
+
+
+def test_bag_of_words():
+    bag = BagOfWords.fit(["Is it red?", "it is it"])
+    assert bag.words == ("?", "is", "it", "red")
+    assert bag(["it it blue is"]).tolist() == [[0, 1, 2, 0, 1]]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.3, 0.55, 0.999, 1.0])
+def test_router_rule_equals_enumeration(threshold):
+    log_p = torch.randn(40, LAYERS, generator=torch.Generator().manual_seed(3)).log_softmax(-1)
+    expected = []
+    for row in log_p.double().exp().tolist():
+        sums = itertools.accumulate(row[:-1])
+        expected.append(next((k for k, s in enumerate(sums, start=1) if s >= threshold), LAYERS))
+    if threshold == 1.0:
+        expected = [LAYERS] * 40
+    assert router_exits(_cumulative(log_p), threshold).tolist() == expected
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.55, 0.9])
+def test_layerwise_router_leaves_by_the_rule_of_gates(threshold):
+    router = QuestionRouter(torch.zeros(4), torch.ones(4), LAYERS, 16, layerwise=True)
+    features = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        expected = exit_layers(router(features), threshold)
+    assert router_exits(router.readiness(features), threshold).tolist() == expected.tolist()
+
+
+def test_router_threshold_is_the_largest_that_meets_the_budget():
+    log_p = _cumulative(torch.randn(30, LAYERS, generator=torch.Generator().manual_seed(4)).log_softmax(-1))
+    visual = torch.randint(4, 60, (30,), generator=torch.Generator().manual_seed(5))
+    for budget in (0.3, 0.5, 0.77):
+        threshold = router_threshold(log_p, visual, budget)
+        assert visual_compute(router_exits(log_p, threshold), visual, LAYERS) <= budget
+        spent = [
+            visual_compute(router_exits(log_p, t), visual, LAYERS)
+            for t in np.linspace(threshold, 1, 4000)[1:]
+            if not torch.equal(router_exits(log_p, t), router_exits(log_p, threshold))
+        ]
+        assert min(spent) > budget
+    assert router_threshold(log_p, visual, 1.0) == 1.0
+
+
+def _cumulative(log_p: torch.Tensor) -> torch.Tensor:
+    return log_p.double().exp().cumsum(1)
+
+
+def _trace(risk: torch.Tensor) -> Trace:
+    other = torch.zeros_like(risk)
+    return Trace(
+        risk=risk,
+        reverse_risk=other,
+        agreement=other,
+        same_answer=other,
+        loss=other,
+        features=torch.zeros(len(risk), risk.shape[1] - 1, 2),
+        sample_ids=tuple(map(str, range(len(risk)))),
+        num_visual=torch.ones(len(risk), dtype=torch.long),
+    )
+
+
+def _needed_depth(depths: torch.Tensor) -> torch.Tensor:
+    """Risk 1 before the needed depth, 0 from it on."""
+    return (torch.arange(LAYERS + 1) < depths[:, None]).float()
+
+
+@pytest.mark.parametrize("span", [1.0, 30.0])
+def test_router_learns_depth_that_follows_from_the_wording(span):
+    depth_of = {"what colour": 2, "how many": 3, "which digit": 5}
+    questions = list(depth_of) * 100
+    risk = _needed_depth(torch.tensor([depth_of[q] for q in questions]))
+    bag = BagOfWords.fit(questions)
+    router = train_router(bag(questions), _trace(risk), RouterSettings(lam=0.5, span=span, epochs=100))
+    exits = router_exits(router.readiness(bag(list(depth_of))), 0.5)
+    assert exits.tolist() == [2, 3, 5]
+
+
+@pytest.mark.parametrize("span", [1.0, 30.0])
+def test_router_cannot_learn_depth_that_the_image_decides(span):
+    rng = torch.Generator().manual_seed(6)
+    risk = _needed_depth(torch.randint(1, LAYERS, (400,), generator=rng))
+    questions = ["follow the arrow"] * 400
+    bag = BagOfWords.fit(questions)
+    router = train_router(bag(questions), _trace(risk), RouterSettings(lam=0.5, span=span, epochs=100))
+    readiness = router.readiness(bag(questions))
+    points = router_points("router", readiness, torch.ones(400), [0.1, 0.5, 0.9])
+    assert all(len(exits_B.unique()) == 1 for exits_B in points.exits_SB)
+
+
+def test_router_size_and_determinism():
+    features, risk = torch.randn(64, 10), torch.rand(64, LAYERS + 1)
+    settings = RouterSettings(lam=0.1, epochs=2, min_parameters=5000, seed=3)
+    state = torch.get_rng_state()
+    one, two = (train_router(features, _trace(risk), settings) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sum(p.numel() for p in one.parameters()) >= 5000
+    assert torch.equal(one(features), two(features))
+
+
+def test_routers_trained_together_are_those_trained_alone():
+    rng = torch.Generator().manual_seed(12)
+    features, risk = torch.randn(96, 7, generator=rng), torch.rand(96, LAYERS + 1, generator=rng)
+    tried = [
+        RouterSettings(lam=0.1, span=span, epochs=3, batch_size=32, learning_rate=rate, seed=5)
+        for span in (1.0, 50.0)
+        for rate in (1e-3, 1e-2)
+    ]
+    steps = []
+    together = train_routers(features, _trace(risk), tried, steps.append)
+    for settings, router in zip(tried, together, strict=True):
+        alone = _plain_training(features, _trace(risk), settings)
+        torch.testing.assert_close(router(features), alone(features), rtol=1e-3, atol=1e-4)
+    assert sum(steps) == router_steps(96, tried[0]) == 9
+    assert not torch.allclose(together[0](features), together[1](features), atol=1e-2)
+    with pytest.raises(DataError, match="same seed"):
+        train_routers(features, _trace(risk), [tried[0], RouterSettings(lam=0.1, seed=6)])
+
+
+def _plain_training(features, trace, settings):
+    """One router by itself, by its own forward."""
+    torch.manual_seed(settings.seed)
+    scale = features.std(0, correction=0)
+    router = QuestionRouter(features.mean(0), scale, LAYERS, 32, layerwise=settings.span > 1)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    batches = [rows for _ in range(settings.epochs) for rows in torch.randperm(96).split(32)]
+    for step, rows in enumerate(batches):
+        logits, part = router(features[rows]), trace.rows(rows)
+        if settings.span > 1:
+            loss = expected_risk(logits, part, lam=settings.lam, span=settings.span)
+        else:
+            price = settings.lam * torch.arange(1, LAYERS + 1) / LAYERS
+            loss = (logits.softmax(-1) * (part.risk[:, 1:] + price)).sum(1).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 + np.cos(np.pi * step / len(batches))) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return router
+
+
+def test_mixtures_meet_any_compute_between():
+    points = OperatingPoints(
+        "rule", (0.0, 1.0), torch.tensor([[1] * 8, [5] * 8]), torch.full((8,), 64), LAYERS
+    )
+    mixture = points.at_compute(0.5)
+    assert (mixture.lower, mixture.upper, mixture.weight) == (0, 1, pytest.approx(0.5))
+    assert points.mixed_compute(mixture) == pytest.approx(0.5)
+    values = torch.arange(LAYERS + 1.0).repeat(8, 1)
+    assert points.mixed_values(values, mixture).tolist() == pytest.approx([3.0] * 8)
+    ids = [f"q{n}" for n in range(8)]
+    drawn = points.draw(mixture, ids, seed=1)
+    assert sorted(drawn.tolist()) == [1] * 4 + [5] * 4
+    assert points.draw(mixture, ids[::-1], seed=1).tolist() == drawn.tolist()[::-1]
+    assert points.at_compute(0.01) == Mixture(0, 0, 0.0)
+    assert points.at_compute(0.99) == Mixture(1, 1, 0.0)
+
+
+def test_mixture_skips_equal_points():
+    compute = np.array([0.2, 0.4, 0.4, 0.8])
+    assert mixture_at(compute, 0.4).weight == 0.0
+    assert mixture_at(compute, 0.6) == Mixture(2, 3, pytest.approx(0.5))
+
+
+def test_draws_differ_by_seed_and_keep_their_share():
+    ids = [str(n) for n in range(101)]
+    one, two = chosen_by_id(ids, 0.3, 0), chosen_by_id(ids, 0.3, 1)
+    assert one.sum() == two.sum() == 30
+    assert not np.array_equal(one, two)
+
+
+def test_compute_to_reach():
+    compute, value = np.array([0.2, 0.4, 0.6, 1.0]), np.array([0.5, 0.9, 0.8, 1.0])
+    assert compute_to_reach(compute, value, 0.7) == pytest.approx(0.3)
+    assert compute_to_reach(compute, value, 0.9) == pytest.approx(0.4)
+    assert compute_to_reach(compute, value, 0.95) == pytest.approx(0.8)
+    assert compute_to_reach(compute, value, 0.1) == pytest.approx(0.2)
+    assert np.isnan(compute_to_reach(compute, value, 1.1))
+
+
+def test_errors():
+    with pytest.raises(DataError, match="do not fit"):
+        OperatingPoints("rule", (1.0,), torch.ones(2, 3), torch.ones(3), LAYERS)
+    with pytest.raises(DataError, match="3 questions but 2"):
+        train_router(torch.ones(3, 2), _trace(torch.ones(2, 4)), RouterSettings(lam=0.1))

@@ -1,0 +1,244 @@
+"""Reductions beside policies, several processes, and batches: the same answers whoever asks them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import threading
+
+import pytest
+
+from dyvte.backbones import get_template
+from dyvte.errors import ConfigError
+from dyvte.evaluation.generation import Asker, answer, encode_questions
+from dyvte.evaluation.ranks import Ranks
+from dyvte.evaluation.run_log import PARTIAL_FILE, AnswerLog, pack_layers, unpack_layers
+from dyvte.evaluation.runner import EvalConfig, run_policies
+from dyvte.evaluation.settings import parse_policies, with_reductions
+from dyvte.tasks.base import get_benchmark
+from tests.helpers.fixtures import write_mini_gqa
+from tests.helpers.models import tiny_llava
+
+LAYERS = 4
+FILES = ("predictions.jsonl", "exits.jsonl", "testdev_balanced_predictions.json")
+
+
+@pytest.fixture(scope="module")
+def asker():
+    model, processor = tiny_llava(LAYERS)
+    return Asker(model, processor, get_template("chat", processor), max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_mini_gqa(tmp_path_factory.mktemp("data") / "gqa")
+
+
+def _config(data, output, **changes):
+    settings = EvalConfig(
+        model="tiny",
+        benchmark="gqa",
+        data=data,
+        output=output,
+        question_suffix="",
+        batch_size=5,
+        max_new_tokens=4,
+        timing_batches=0,
+    )
+    return dataclasses.replace(settings, **changes)
+
+
+def _run(asker, config, policies=("never", "fixed:2"), reductions=("none",), ranks=None):
+    benchmark = get_benchmark("gqa")
+    named = with_reductions(parse_policies(policies), reductions)
+    found = run_policies(asker, benchmark, benchmark.load(config.data), named, config, ranks=ranks)
+    return {result.name: result for result in found}
+
+
+def test_every_policy_runs_with_every_reduction(asker, data, tmp_path):
+    results = _run(asker, _config(data, tmp_path), reductions=("none", "fastv:1:0.5", "random_tokens:2:7"))
+    assert list(results) == [
+        *("never", "fixed-2", "never+fastv-1-0.5", "fixed-2+fastv-1-0.5"),
+        *("never+random_tokens-2-7", "fixed-2+random_tokens-2-7"),
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == set(results)
+    # 16 visual tokens: FastV leaves 8 from layer 2 on
+    compute = {name: result.scores["visual_compute"] for name, result in results.items()}
+    assert compute["never+fastv-1-0.5"] == (16 + 3 * 8) / 64
+    assert compute["fixed-2+fastv-1-0.5"] == (16 + 8) / 64
+    assert compute["fixed-2"] == compute["fixed-2+random_tokens-2-7"] == 0.5
+    fastv = results["never+fastv-1-0.5"]
+    assert fastv.scores["run"]["policy"] == "never"
+    assert fastv.scores["run"]["reduction"] == "fastv:1:0.5"
+    assert fastv.scores["mean_exit_layer"] == LAYERS
+    assert fastv.scores["score_row_flops_per_question"] > 0
+    assert 0.5 < compute["never+random_tokens-2-7"] < 1
+    for given in results["never+random_tokens-2-7"].answers:
+        visual_L, text_L = unpack_layers(given.visual_tokens), unpack_layers(given.text_tokens)
+        # as many tokens leave as there were visual ones, of all kinds
+        assert visual_L[2] + text_L[2] == given.num_text
+    only = results["fixed-2"].scores
+    assert only["run"]["reduction"] == "none"
+    assert only["same_answer_as_never"] is not None
+
+
+def test_a_reduction_is_part_of_what_a_folder_holds(asker, data, tmp_path):
+    _run(asker, _config(data, tmp_path), ["never"], ["fastv:1:0.5"])
+    (tmp_path / "never+fastv-1-0.5").rename(tmp_path / "never")
+    with pytest.raises(ConfigError, match=r"another reduction: 'fastv:1:0.5', now 'none'"):
+        _run(asker, _config(data, tmp_path), ["never"])
+    with pytest.raises(ConfigError, match=r"reduction 'fastv:1:0.5' is given twice"):
+        with_reductions(parse_policies(["never"]), ["fastv:1:0.5", "fastv:1:0.50"])
+
+
+def test_answers_of_a_batch_are_those_of_batch_one(asker, data, tmp_path):
+    """Exits, reductions and padding included."""
+    reductions = ("none", "fastv:1:0.5")
+    many = _run(asker, _config(data, tmp_path / "many", batch_size=11), ("never", "random:0-4"), reductions)
+    one = _run(asker, _config(data, tmp_path / "one", batch_size=1), ("never", "random:0-4"), reductions)
+    for name, result in many.items():
+        pairs = list(zip(result.answers, one[name].answers, strict=True))
+        assert [a.prediction for a, _ in pairs] == [b.prediction for _, b in pairs]
+        assert [(a.exit_layer, a.visual_tokens, a.text_tokens) for a, _ in pairs] == [
+            (b.exit_layer, b.visual_tokens, b.text_tokens) for _, b in pairs
+        ]
+
+
+def test_a_batch_of_questions_without_images(asker):
+    from dyvte.tasks.base import Question
+
+    questions = [Question(id=i, image=None, text="how many ?", answer="", image_id=i, kind="") for i in "ab"]
+    batch = encode_questions(asker, questions, [q.text for q in questions])
+    given = answer(asker, batch, parse_policies(["fixed:1"])[0].exits())
+    for one in given:
+        assert (one.exit_layer, one.num_visual, one.visual_tokens) == (-1, 0, ((0, LAYERS),))
+        assert one.text_tokens == ((one.num_text, LAYERS),)
+        # keys and values of 2 heads of 8 in every layer, fp32
+        assert one.kv_bytes == LAYERS * one.num_text * 2 * 2 * 8 * 4
+
+
+class _Threads:
+    """Ranks that are threads of this process, each with its own copy of the model."""
+
+    def __init__(self, world_size):
+        self.barrier = threading.Barrier(world_size)
+        self.world_size = world_size
+
+    def rank(self, rank):
+        shared = self.barrier
+
+        class Rank(Ranks):
+            def barrier(self):
+                shared.wait(60)
+
+            def first_alone(self, work):
+                found = work() if self.first else None
+                shared.wait(60)
+                return found
+
+        return Rank(rank, self.world_size)
+
+
+def _run_in_threads(asker, config, world_size):
+    threads = _Threads(world_size)
+    results, errors = {}, []
+
+    def work(rank):
+        own = dataclasses.replace(asker, model=copy.deepcopy(asker.model))
+        try:
+            results[rank] = _run(own, config, ranks=threads.rank(rank))
+        except BaseException as error:
+            errors.append(error)
+            threads.barrier.abort()
+
+    running = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join(120)
+    return results, errors
+
+
+def test_processes_share_the_batches_and_merge_in_order(asker, data, tmp_path):
+    _run(asker, _config(data, tmp_path / "alone"))
+    results, errors = _run_in_threads(asker, _config(data, tmp_path / "three"), 3)
+    assert not errors
+    assert [list(results[rank]) for rank in range(3)] == [["never", "fixed-2"], [], []]
+    for name in ("never", "fixed-2"):
+        for file in FILES:
+            assert (tmp_path / "three" / name / file).read_bytes() == (
+                tmp_path / "alone" / name / file
+            ).read_bytes()
+        assert not list((tmp_path / "three" / name).glob("answers.partial*"))
+
+
+def test_a_killed_process_loses_nothing_for_any_number_that_goes_on(asker, data, tmp_path, monkeypatch):
+    _run(asker, _config(data, tmp_path / "alone"))
+    own, lock = threading.local(), threading.Lock()
+
+    def until_killed(*args):
+        own.asked = getattr(own, "asked", 0) + 1
+        if own.asked > 2:
+            raise KeyboardInterrupt
+        return answer(*args)
+
+    config = _config(data, tmp_path / "killed")
+    monkeypatch.setattr("dyvte.evaluation.runner.answer", until_killed)
+    _, errors = _run_in_threads(asker, config, 2)
+    assert [type(error) for error in errors] == [KeyboardInterrupt, KeyboardInterrupt]
+    folder = tmp_path / "killed" / "never"
+    partial = sorted(path.name for path in folder.glob("answers.partial*"))
+    assert partial == ["answers.partial.1.jsonl", PARTIAL_FILE]
+    # the kill tore the last line of one of them
+    torn = folder / partial[0]
+    torn.write_bytes(torn.read_bytes()[:-9])
+    kept = []
+
+    def noting(*args):
+        with lock:
+            kept.append(args[1].question_ids)
+        return answer(*args)
+
+    monkeypatch.setattr("dyvte.evaluation.runner.answer", noting)
+    _, errors = _run_in_threads(asker, config, 3)
+    assert not errors
+    # two policies on five batches; two answers from each process before, one of those torn
+    assert len(kept) == 10 - 4 + 1
+    for name in ("never", "fixed-2"):
+        for file in FILES:
+            assert (tmp_path / "killed" / name / file).read_bytes() == (
+                tmp_path / "alone" / name / file
+            ).read_bytes()
+
+
+def test_first_alone_without_a_launcher():
+    assert Ranks().first_alone(lambda: 3) == 3
+    assert list(Ranks(1, 3).share(range(8))) == [1, 4, 7]
+
+
+def test_an_old_run_is_named_not_misread(tmp_path):
+    AnswerLog(tmp_path, {"a": 1}, [["q1"]])
+    (tmp_path / "predictions.jsonl").write_text('{"question_id": "q1", "prediction": "x"}\n')
+    (tmp_path / "exits.jsonl").write_text('{"question_id": "q1", "exit_layer": 3}\n')
+    from dyvte.errors import DataError
+
+    with pytest.raises(DataError, match=r"do not fit together.*--overwrite"):
+        AnswerLog(tmp_path, {"a": 1}, [["q1"]])
+
+
+def test_layers_are_packed_without_loss():
+    tokens = [576, 576, 288, 288, 288, 0]
+    assert pack_layers(tokens) == ((576, 2), (288, 3), (0, 1))
+    assert unpack_layers(pack_layers(tokens)) == tokens
+
+
+def test_scores_say_how_the_run_was_made(asker, data, tmp_path):
+    result = _run(asker, _config(data, tmp_path, seed=3), ["fixed:1"])["fixed-1"]
+    scores = json.loads((result.folder / "scores.json").read_text())
+    assert scores["config"]["seed"] == scores["run"]["seed"] == 3
+    assert {"dyvte", "torch", "transformers"} <= scores["run"].keys()
+    assert set(scores["prefill"]) == {"vtw", "fastv", "pyramiddrop"}
+    rows = [json.loads(line) for line in (result.folder / "exits.jsonl").read_text().splitlines()]
+    assert rows[0]["visual_tokens"] == [[16, 1], [0, 3]]
+    assert scores["visual_token_layers_per_question"] == 16
