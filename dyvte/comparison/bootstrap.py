@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dyvte.errors import DataError
+from dyvte.tasks.statistics import group_index as group_index
 
 _CHUNK_DRAWS = 256
 
@@ -40,13 +41,6 @@ class PairedDifference:
     def clear(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
-
-
-def group_index(image_ids: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Index of each sample's image, in order of first appearance, and the number of images."""
-    index: dict[str, int] = {}
-    groups_B = np.fromiter((index.setdefault(i, len(index)) for i in image_ids), dtype=np.int64)
-    return groups_B, len(index)
 
 
 def paired_bootstrap(

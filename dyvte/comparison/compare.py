@@ -249,7 +249,7 @@ def _benchmark_result(
         },
         "gates_minus": {
             name: score_difference(
-                runs.benchmark.name, runs.questions, gates, hits, num_draws=config.num_draws, seed=config.seed
+                runs.benchmark, runs.questions, gates, hits, num_draws=config.num_draws, seed=config.seed
             ).to_dict()
             for name, hits in rivals.items()
         },

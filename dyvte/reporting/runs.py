@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dyvte.comparison.bootstrap import PairedDifference
-from dyvte.comparison.significance import accuracy_statistic, mme_statistic, score_difference
+from dyvte.comparison.significance import score_difference
 from dyvte.config import load_config
 from dyvte.errors import DataError, ScoreError
 from dyvte.evaluation.generation import questions_digest
@@ -110,8 +110,8 @@ class Section:
 
     @property
     def title(self) -> str:
-        """Name of the benchmark, upper case."""
-        return self.benchmark.name.upper()
+        """Name of the benchmark as its authors write it."""
+        return self.benchmark.title
 
     @property
     def full(self) -> ReportedRun | None:
@@ -127,12 +127,11 @@ class Section:
         return sorted(counts, key=lambda kind: (-counts[kind], kind))
 
     def value(self, run: ReportedRun) -> float | None:
-        """The score that intervals are of: accuracy in percent; for MME the sum of all subtasks."""
+        """The score that intervals are of: the benchmark's statistic, each unit drawn once."""
         if run.hits is None:
             return None
-        make = mme_statistic if self.benchmark.name == "mme" else accuracy_statistic
-        num_images = len({question.image_id for question in self.questions})
-        return float(make(self.questions, run.hits)(np.ones((1, num_images)))[0])
+        num_units = len({question.image_id for question in self.questions})
+        return float(self.benchmark.statistic(self.questions, run.hits)(np.ones((1, num_units)))[0])
 
 
 def read_sections(
@@ -213,7 +212,7 @@ def _section(folders: Sequence[Path], data: Mapping[str, Path], num_draws: int, 
         questions,
         runs,
         {},
-        "points, sum of subtasks" if benchmark.name == "mme" else "accuracy, %",
+        benchmark.score_name,
         config.num_frames,
     )
     if section.full is not None:
@@ -246,7 +245,7 @@ def _against(section: Section, run: ReportedRun, num_draws: int, seed: int) -> A
     if run.hits is None or full.hits is None:
         return Against(None, None, same, None, None)
     difference = score_difference(
-        section.benchmark.name, section.questions, [run.hits], [full.hits], num_draws=num_draws, seed=seed
+        section.benchmark, section.questions, [run.hits], [full.hits], num_draws=num_draws, seed=seed
     )
     kept = difference.mean_a / difference.mean_b if difference.mean_b else None
     pairs = list(zip(run.hits, full.hits, strict=True))

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+
 from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.tasks.readers.tables import PackedImage
 from dyvte.tasks.readers.videos import Video
+from dyvte.tasks.statistics import Statistic
 
 DIALECTS = ("original", "lmms", "vlmevalkit")
 """Whose rule reads an answer: the benchmark's own tool, lmms-eval, or VLMEvalKit."""
@@ -87,8 +90,11 @@ class Benchmark(Protocol):
     """Interface of a benchmark; :mod:`dyvte.tasks.common` does most of it."""
 
     name: str
+    title: str
     expected_tree: str
     dialects: tuple[str, ...]
+    unit: str
+    score_name: str
 
     def load(self, root: Path, limit: int | None = None, *, images: bool = True) -> list[Question]:
         """Read the questions below ``root``; ``limit`` keeps about that many, whole images where paired;
@@ -114,6 +120,14 @@ class Benchmark(Protocol):
 
     def headline(self, scores: Mapping[str, Any]) -> str:
         """The figure of a table cell."""
+        ...
+
+    def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
+        """The score as a function of how often each unit was drawn."""
+        ...
+
+    def strata(self, questions: Sequence[Question]) -> np.ndarray:
+        """(G,) stratum of every unit, within which it is drawn."""
         ...
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dyvte.errors import DataError, ScoreError
 from dyvte.tasks.base import (
     DIALECTS,
@@ -28,6 +30,7 @@ from dyvte.tasks.base import (
     require_all,
     unique_ids,
 )
+from dyvte.tasks.statistics import Statistic, mean_statistic, unit_strata
 
 Source = Callable[[Path], list[Question] | None]
 """Questions below a root, or None where the root is not of that format."""
@@ -39,7 +42,8 @@ class StandardBenchmark:
     """A benchmark but for its formats (:meth:`sources`) and its rule (:meth:`hits`).
 
     Class attributes: ``name`` on the command line, ``title`` in messages, ``dialects`` that exist for it,
-    ``suffix`` that LLaVA appends to its questions, ``expected_tree`` shown for a folder of no known format.
+    ``suffix`` that LLaVA appends to its questions, ``expected_tree`` shown for a folder of no known format,
+    ``unit`` that was drawn independently, ``score_name`` of what :meth:`statistic` gives.
     """
 
     name = ""
@@ -48,6 +52,8 @@ class StandardBenchmark:
     dialects: tuple[str, ...] = DIALECTS
     suffix = SHORT_ANSWER_SUFFIX
     submission_name = "submission.json"
+    unit = "image"
+    score_name = "accuracy, %"
 
     def sources(self) -> Sequence[Source]:
         """Readers of the formats, in the order in which they are tried."""
@@ -117,6 +123,29 @@ class StandardBenchmark:
                 f"Write {self.title}'s submission file and have it scored where the answers are"
             )
         return self.hits(questions, predictions, dialect)
+
+    def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
+        """The score of the headline as a function of how often each unit was drawn.
+
+        Parameters
+        ----------
+        questions, hits
+            As :meth:`correct` takes and gives them.
+
+        Returns
+        -------
+        Statistic
+            Maps weights (R, G) over the units, in order of first appearance of ``image_id``, to (R,) scores.
+        """
+        return mean_statistic([q.image_id for q in questions], hits)
+
+    def stratum(self, question: Question) -> str:
+        """The part of the benchmark within which the question's unit is drawn; "" for one draw over all."""
+        return ""
+
+    def strata(self, questions: Sequence[Question]) -> np.ndarray:
+        """(G,) index of every unit's stratum: units are drawn within theirs, so that none comes out empty."""
+        return unit_strata([q.image_id for q in questions], [self.stratum(q) for q in questions])
 
     def check(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> None:
         """Raise unless the dialect exists and every question has a prediction."""

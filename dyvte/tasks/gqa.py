@@ -30,6 +30,7 @@ from dyvte.tasks.base import (
 )
 from dyvte.tasks.common import StandardBenchmark
 from dyvte.tasks.readers.files import find_file, find_folder, need, table_rows
+from dyvte.tasks.statistics import Statistic, mean_statistic
 
 QUESTIONS_FILE = "testdev_balanced_questions.json"
 LLAVA_FILE = "llava_gqa_testdev_balanced.jsonl"
@@ -136,6 +137,11 @@ class GQA(StandardBenchmark):
         for part in ("structural", "semantic", "detailed", "steps", "words"):
             scores[f"per_{part}"] = _breakdown(balanced, hits, part)
         return scores
+
+    def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
+        """Accuracy over the balanced questions."""
+        balanced = [q.details.get("balanced", True) for q in questions]
+        return mean_statistic([q.image_id for q in questions], hits, balanced)
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Read a submission (``[{"questionId", "prediction"}]``) or raw answers (jsonl)."""

@@ -32,6 +32,7 @@ from dyvte.tasks.base import LETTER_SUFFIX, Predictions, Question, percent
 from dyvte.tasks.common import StandardBenchmark, breakdown
 from dyvte.tasks.readers.files import need, table_rows
 from dyvte.tasks.readers.xlsx import write_xlsx
+from dyvte.tasks.statistics import Statistic, all_right, mean_statistic
 
 _ROTATION = 1_000_000
 
@@ -41,6 +42,7 @@ class MMBench(StandardBenchmark):
 
     name = "mmbench"
     title = "MMBench"
+    unit = "question"
     suffix = LETTER_SUFFIX
     submission_name = "mmbench_submission.xlsx"
     expected_tree = (
@@ -107,6 +109,11 @@ class MMBench(StandardBenchmark):
             "per_category": breakdown([q.kind for q in main.values()], all_right),
             "per_l2_category": breakdown([q.details["row"]["l2-category"] for q in main.values()], all_right),
         }
+
+    def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
+        """Circular accuracy: a question is right where all its rotations are."""
+        units = [q.image_id for q in questions]
+        return mean_statistic(list(dict.fromkeys(units)), all_right(units, hits).tolist())
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
         """Write the workbook for MMBench's server: index, question, options, answer, prediction."""

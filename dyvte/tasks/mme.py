@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dyvte.errors import DataError, ScoreError
 from dyvte.tasks.answers.yes_no import yes_no_words
 from dyvte.tasks.base import (
@@ -38,6 +40,7 @@ from dyvte.tasks.readers.mme_release import (
     subtask_images,
     subtask_names,
 )
+from dyvte.tasks.statistics import Statistic, all_right, group_index
 
 LLAVA_FILE = "llava_mme.jsonl"
 _ROOT_LEVELS = (
@@ -55,6 +58,7 @@ class MME(StandardBenchmark):
 
     name = "mme"
     title = "MME"
+    score_name = "points, sum of subtasks"
     expected_tree = (
         "  <root>/                      (an extra MME_Benchmark/ level is fine)\n"
         "    existence/                 (flat subtask)\n"
@@ -167,6 +171,22 @@ class MME(StandardBenchmark):
             "missing_subtasks": [name for name in SUBTASKS if name not in subtasks],
             "per_subtask": subtasks,
         }
+
+    def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
+        """Sum over subtasks of acc + acc+ in percent: perception and cognition together."""
+        units = [q.image_id for q in questions]
+        groups_B, num_units = group_index(units)
+        acc_G = np.bincount(groups_B, weights=np.asarray(hits, dtype=np.float64), minlength=num_units) / 2
+        score_G = acc_G + all_right(units, hits)
+        subtasks_G = self.strata(questions)
+        member_GT = subtasks_G[:, None] == np.arange(subtasks_G.max() + 1)
+        return lambda weights_RG: (
+            100.0 * ((weights_RG * score_G) @ member_GT / (weights_RG @ member_GT)).sum(1)
+        )
+
+    def stratum(self, question: Question) -> str:
+        """The subtask: none comes out empty."""
+        return question.kind
 
     def headline(self, scores: Mapping[str, Any]) -> str:
         """Perception / cognition with one decimal."""

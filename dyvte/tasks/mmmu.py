@@ -72,6 +72,7 @@ class MMMU(StandardBenchmark):
 
     name = "mmmu"
     title = "MMMU"
+    unit = "question"
     submission_name = "total_val_output.json"
     expected_tree = (
         "  <root>/<Subject>/validation-*.parquet      (release: 30 folders)\n"

@@ -18,6 +18,7 @@ from dyvte.tasks.answers.yes_no import yes_no_words
 from dyvte.tasks.base import Predictions, Question, name_some, percent, predictions_from_rows, read_jsonl
 from dyvte.tasks.common import StandardBenchmark, number_or_text, strip_suffix, write_jsonl
 from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, need, table_rows
+from dyvte.tasks.statistics import Statistic, mean_over_parts
 
 CATEGORIES = ("random", "popular", "adversarial")
 
@@ -135,6 +136,16 @@ class POPE(StandardBenchmark):
             "per_category": per_category,
             "missing_categories": [name for name in CATEGORIES if name not in present],
         }
+
+    def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
+        """Mean over categories of accuracy; a question of several counts in each."""
+        entries = [
+            (q.image_id, hit, category)
+            for q, hit in zip(questions, hits, strict=True)
+            for category in q.details["categories"]
+        ]
+        units, values, categories = zip(*entries, strict=True)
+        return mean_over_parts(units, values, categories)
 
     def headline(self, scores: Mapping[str, Any]) -> str:
         """Mean F1 / accuracy with one decimal."""

@@ -39,6 +39,8 @@ class TGIFQA(StandardBenchmark):
 
     name = "tgifqa"
     title = "TGIF-QA"
+    unit = "video"
+    score_name = "exact match, %"
     dialects = ("original",)
     submission_name = "tgifqa_results.jsonl"
     expected_tree = (

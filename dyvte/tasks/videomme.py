@@ -43,6 +43,7 @@ class VideoMME(StandardBenchmark):
 
     name = "videomme"
     title = "Video-MME"
+    unit = "video"
     suffix = LETTER_SUFFIX
     submission_name = "videomme_results.json"
     expected_tree = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dyvte.comparison.significance import accuracy_statistic, image_strata, mme_statistic, score_difference
+from dyvte.comparison.significance import score_difference
 from dyvte.tasks.base import Predictions, Question, get_benchmark
 
 SUBTASKS = ("count", "color", "code_reasoning")
@@ -52,24 +52,27 @@ def test_mme_statistic_equals_scoring_repeated_images():
     hits = rng.random(len(questions)) < 0.6
     weights = rng.integers(1, 4, size=(6, 15)).astype(float)
     expected = [_repeated(questions, hits, row) for row in weights]
-    assert mme_statistic(questions, list(hits))(weights) == pytest.approx(expected)
-    assert image_strata(questions).tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert get_benchmark("mme").statistic(questions, list(hits))(weights) == pytest.approx(expected)
+    assert get_benchmark("mme").strata(questions).tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
 def test_accuracy_statistic_weighs_questions():
     questions = _mme(1)
     hits = [True, False, True, True, False, False]
     weights = np.array([[1.0, 1.0, 1.0], [2.0, 1.0, 0.0]])
-    assert accuracy_statistic(questions, hits)(weights) == pytest.approx([50.0, 100 * 4 / 6])
+    assert get_benchmark("gqa").statistic(questions, hits)(weights) == pytest.approx([50.0, 100 * 4 / 6])
 
 
 def test_difference_is_of_means_over_seeds():
     rng = np.random.default_rng(1)
     questions = _mme()
     a, b = rng.random((3, 30)) < 0.8, rng.random((2, 30)) < 0.4
-    for benchmark, make in (("mme", mme_statistic), ("gqa", accuracy_statistic)):
+    for name in ("mme", "gqa"):
+        benchmark = get_benchmark(name)
         ones = np.ones((1, 15))
-        mean_a, mean_b = (np.mean([make(questions, list(h))(ones)[0] for h in hits]) for hits in (a, b))
+        mean_a, mean_b = (
+            np.mean([benchmark.statistic(questions, list(h))(ones)[0] for h in hits]) for hits in (a, b)
+        )
         found = score_difference(benchmark, questions, list(a), list(b), num_draws=200)
         assert found.difference == pytest.approx(mean_a - mean_b)
         assert found.low < found.difference < found.high
