@@ -10,7 +10,7 @@ import dyvte
 PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
-    *["errors", "files", "formatting", "plotting", "config", "spans", "gates", "policies"],
+    *["errors", "registry", "files", "formatting", "plotting", "config", "spans", "gates", "policies"],
     *["backbones", "reductions", "runtime", "costs"],
     *[
         "data",

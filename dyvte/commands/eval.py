@@ -27,8 +27,8 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte eval``; those left out keep the configuration's value."""
     from dyvte.commands.options import add_asking, add_questions
-    from dyvte.policies import USAGE
-    from dyvte.reductions import REGISTRY
+    from dyvte.policies import POLICIES
+    from dyvte.reductions import REDUCTIONS
 
     add_questions(parser)
     parser.add_argument("--output", help="each policy with each reduction gets a folder below")
@@ -37,15 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="policies",
         metavar="POLICY",
-        help=f"when visual tokens leave: {USAGE}; may be given several times",
+        help=f"when visual tokens leave: {' | '.join(POLICIES.usages())}; may be given several times",
     )
     parser.add_argument(
         "--reduction",
         action="append",
         dest="reductions",
         metavar="REDUCTION",
-        help="what is spent on them before: none (default), such as fastv:2:0.5 or random_tokens:16, or "
-        f"several joined by '+'; may be given several times. Known: {', '.join(REGISTRY)}",
+        help=f"what is spent on them before: none (default) | {' | '.join(REDUCTIONS.usages())}, or several "
+        "joined by '+'; may be given several times",
     )
     add_asking(parser)
 

@@ -68,7 +68,7 @@ class EvalConfig(AskingConfig):
     output: Path
     """Each policy with each reduction gets a folder below."""
     policies: tuple[str, ...] = ("never",)
-    """When visual tokens leave, in the forms of `dyvte.policies.USAGE`."""
+    """When visual tokens leave, in the forms of `dyvte.policies.POLICIES`."""
     reductions: tuple[str, ...] = (NO_REDUCTION,)
     """What is spent on them before, in the forms of `dyvte.reductions`, several joined by "+", or none; every
     policy is run with every entry."""

@@ -48,7 +48,7 @@ class NamedPolicy:
 
 
 def parse_policies(texts: Sequence[str], seed: int = 0) -> list[NamedPolicy]:
-    """Policies from their command line forms, see `dyvte.policies.USAGE`.
+    """Policies from their command line forms, see `dyvte.policies.POLICIES`.
 
     Raises
     ------

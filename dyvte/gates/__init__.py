@@ -1,5 +1,6 @@
 """The gates: what they read, how they are stored, and the one place of the decision rule."""
 
+from dyvte.gates.architectures import ARCHITECTURES
 from dyvte.gates.config import GateConfig
 from dyvte.gates.features import (
     DEFAULT_FEATURES,
@@ -23,6 +24,7 @@ from dyvte.gates.rule import (
 from dyvte.gates.stack import GateStack, load_checkpoint
 
 __all__ = [
+    "ARCHITECTURES",
     "CLOSED",
     "DEFAULT_FEATURES",
     "FEATURES",

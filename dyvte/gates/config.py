@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dyvte.errors import CheckpointError, ConfigError
+from dyvte.gates.architectures import ARCHITECTURES
 from dyvte.gates.features import DEFAULT_FEATURES, check_features
 from dyvte.gates.rule import check_rule, is_open
 
 CONFIG_FILE = "gate_config.json"
-ARCHITECTURES = ("reference", "compact", "shared")
-DEFAULT_WIDTH = {"reference": 2048, "compact": 16, "shared": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +24,9 @@ class GateConfig:
     num_layers, hidden_size
         L and D of the backbone.
     architecture
-        "reference": Linear(F, h), erf GELU, Linear(h, 2), no biases (DyVTE, Eq. 1). "compact": each
-        feature part RMS-normalised, Linear(F, h), GELU, Linear(h, 1), with biases. "shared": as compact, but
-        one Linear(F, h) serves all layers; each layer scales and shifts its h outputs before GELU and has a
-        Linear(h, 1) of its own.
+        What a gate is made of, by its name in `dyvte.gates.architectures`.
     gate_hidden_size
-        h; 0 means the architecture's own (2048, 16 and 64).
+        h; 0 means the architecture's own.
     features
         What the gates read, in this order; see `dyvte.gates.prompt_features`.
     offsets
@@ -60,8 +56,7 @@ class GateConfig:
     dyvte_version: str = ""
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ConfigError(f"gate architecture {self.architecture!r}: expected one of {ARCHITECTURES}")
+        architecture = ARCHITECTURES.get(self.architecture)
         if self.num_layers < 1 or self.hidden_size < 1:
             raise ConfigError(
                 f"num_layers {self.num_layers} and hidden_size {self.hidden_size}: expected positive integers"
@@ -73,7 +68,7 @@ class GateConfig:
         set_field = object.__setattr__
         set_field(self, "features", check_features(self.features))
         set_field(self, "offsets", offsets)
-        set_field(self, "gate_hidden_size", self.gate_hidden_size or DEFAULT_WIDTH[self.architecture])
+        set_field(self, "gate_hidden_size", self.gate_hidden_size or architecture.width)
         if not self.dyvte_version:
             from dyvte import __version__
 

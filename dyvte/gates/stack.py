@@ -7,72 +7,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dyvte.errors import CheckpointError, ConfigError
+from dyvte.gates.architectures import ARCHITECTURES
 from dyvte.gates.config import GateConfig
 from dyvte.gates.files import read_checkpoint, write_checkpoint
 
 _REFERENCE_KEY = re.compile(r"(?:^|\.)visual_gates_router\.(\d+)\.(w[12])\.weight$")
-
-
-class _ReferenceGate(nn.Module):
-    def __init__(self, feature_size: int, width: int) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(feature_size, width, bias=False)
-        self.w2 = nn.Linear(width, 2, bias=False)
-
-    def forward(self, features_BF: Tensor) -> Tensor:
-        both_B2 = self.w2(F.gelu(self.w1(features_BF.to(self.w1.weight.dtype)))).float()
-        return both_B2[..., 1] - both_B2[..., 0]
-
-
-class _CompactGate(nn.Module):
-    def __init__(self, feature_size: int, width: int, num_parts: int) -> None:
-        super().__init__()
-        self.num_parts = num_parts
-        self.w1 = nn.Linear(feature_size, width)
-        self.w2 = nn.Linear(width, 1)
-
-    def forward(self, features_BF: Tensor) -> Tensor:
-        normed_BF = _normed(features_BF, self.num_parts)
-        return self.w2(F.gelu(self.w1(normed_BF.to(self.w1.weight.dtype)))).float().squeeze(-1)
-
-
-class _Trunk(nn.Module):
-    """What the gates of a shared stack have in common."""
-
-    def __init__(self, feature_size: int, width: int, num_parts: int) -> None:
-        super().__init__()
-        self.num_parts = num_parts
-        self.w1 = nn.Linear(feature_size, width)
-
-    def forward(self, features_BF: Tensor) -> Tensor:
-        return self.w1(_normed(features_BF, self.num_parts).to(self.w1.weight.dtype))
-
-
-class _SharedGate(nn.Module):
-    """A layer's own part: scale and shift of the trunk's units, and the output weights."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.zeros(width))
-        self.shift = nn.Parameter(torch.zeros(width))
-        self.w2 = nn.Linear(width, 1)
-
-    def forward(self, inner_Bh: Tensor) -> Tensor:
-        return self.w2(F.gelu(inner_Bh * (1 + self.gain) + self.shift)).float().squeeze(-1)
-
-
-def _normed(features_BF: Tensor, num_parts: int) -> Tensor:
-    """Each part of the features divided by its root mean square, float32."""
-    parts = features_BF.float().unflatten(-1, (num_parts, -1))
-    return F.rms_norm(parts, parts.shape[-1:], eps=1e-6).flatten(-2)
 
 
 class GateStack(nn.Module):
@@ -86,13 +32,11 @@ class GateStack(nn.Module):
         super().__init__()
         self.config = config
         size, width, num_parts = config.feature_size, config.gate_hidden_size, len(config.features)
-        makers: dict[str, Callable[[], nn.Module]] = {
-            "reference": lambda: _ReferenceGate(size, width),
-            "compact": lambda: _CompactGate(size, width, num_parts),
-            "shared": lambda: _SharedGate(width),
-        }
-        self.trunk = _Trunk(size, width, num_parts) if config.architecture == "shared" else None
-        self.gates = nn.ModuleList(makers[config.architecture]() for _ in range(config.num_layers))
+        architecture = ARCHITECTURES.get(config.architecture)
+        self.trunk = architecture.trunk(size, width, num_parts)
+        self.gates = nn.ModuleList(
+            architecture.gate(size, width, num_parts) for _ in range(config.num_layers)
+        )
 
     @staticmethod
     def init(config: GateConfig, seed: int = 0) -> GateStack:

@@ -35,7 +35,7 @@ class PluginConfig(AskingConfig):
     max_new_tokens: int = 1024
     """Where a task does not say; 1024 is what the harnesses' own models take."""
     policy: str = "never"
-    """When visual tokens leave, in the forms of `dyvte.policies.USAGE`."""
+    """When visual tokens leave, in the forms of `dyvte.policies.POLICIES`."""
     reduction: str = NO_REDUCTION
     """What is spent on them before, in the forms of `dyvte.reductions`."""
     exits: Path | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dyvte.gates import DEFAULT_FEATURES
+from dyvte.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Plan:
 
 
 class Policy:
-    """Base of all policies; a subclass gives `name`, `usage`, `parse` and `start`.
+    """Base of all policies; a subclass gives `name`, `usage`, `parse` and `start`, and is registered.
 
     Attributes
     ----------
@@ -100,6 +101,9 @@ class Policy:
     def start(self, rows: Rows) -> Plan:
         """The plan for one prefill."""
         raise NotImplementedError
+
+
+POLICIES: Registry[type[Policy]] = Registry("policy", "dyvte.policies")
 
 
 def spread(values_P: Tensor, num_rows: int) -> Tensor | None:

@@ -6,9 +6,10 @@ import torch
 
 from dyvte.errors import ConfigError
 from dyvte.gates import check_rule
-from dyvte.policies.base import Plan, Policy, Rows
+from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 
 
+@POLICIES.register
 class FixedPolicy(Policy):
     """Every row leaves after layer `exit_layer` (0..L); None means L."""
 

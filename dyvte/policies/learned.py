@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.gates import ExitRule, GateStack, check_rule, load_checkpoint
-from dyvte.policies.base import Plan, Policy, Rows
+from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 from dyvte.policies.fixed import FixedPolicy
 
 
@@ -48,6 +48,7 @@ class GatePlan(Plan):
         self.rule.asking_B &= ~rows_B
 
 
+@POLICIES.register
 class LearnedPolicy(Policy):
     """A row leaves at the first layer whose gate fires; see `dyvte.gates.ExitRule`."""
 

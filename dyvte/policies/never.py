@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from dyvte.errors import ConfigError
-from dyvte.policies.base import Plan, Policy, Rows
+from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 
 
+@POLICIES.register
 class NeverPolicy(Policy):
     """Every row has exit layer L."""
 

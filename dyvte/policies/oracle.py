@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from dyvte.errors import ConfigError
-from dyvte.policies.base import Plan, Policy, Rows, spread
+from dyvte.policies.base import POLICIES, Plan, Policy, Rows, spread
 
 
+@POLICIES.register
 class OraclePolicy(Policy):
     """Each row leaves after its given layer.
 

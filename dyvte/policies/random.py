@@ -9,9 +9,10 @@ import torch
 
 from dyvte.errors import ConfigError
 from dyvte.gates import check_rule
-from dyvte.policies.base import Plan, Policy, Rows
+from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 
 
+@POLICIES.register
 class RandomPolicy(Policy):
     """Uniform in low..high, both included; a function of (seed, sample id), so batches do not matter."""
 

@@ -6,10 +6,19 @@ reductions combine with any policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import cast
 
 from dyvte.errors import ConfigError
-from dyvte.reductions.base import Neighbourhood, Reduction, ReductionPlan, TokenRows, VisualWork, merged
+from dyvte.reductions.base import (
+    REDUCTIONS,
+    Neighbourhood,
+    Reduction,
+    ReductionPlan,
+    TokenRows,
+    VisualWork,
+    merged,
+)
 from dyvte.reductions.fastv import FastV
 from dyvte.reductions.ffn import SparseFFN
 from dyvte.reductions.heads import InactiveHeads
@@ -18,17 +27,8 @@ from dyvte.reductions.neighbours import Neighbours
 from dyvte.reductions.profile import VisualProfile
 from dyvte.reductions.random_tokens import RandomTokens
 
-# Each entry: a maker that takes the text after the first colon.
-REGISTRY: dict[str, Callable[[str], Reduction]] = {
-    "fastv": FastV.parse,
-    "ffn": SparseFFN.parse,
-    "heads": InactiveHeads.parse,
-    "neighbours": Neighbours.parse,
-    "random_tokens": RandomTokens.parse,
-}
-
 __all__ = [
-    "REGISTRY",
+    "REDUCTIONS",
     "FastV",
     "InactiveHeads",
     "Neighbourhood",
@@ -50,23 +50,14 @@ __all__ = [
 
 
 def parse_reduction(text: str) -> Reduction:
-    """A reduction from its command line form.
-
-    ``fastv:K:R``, ``neighbours:RADIUS[:causal]``, ``heads:FOLDER:N``, ``ffn:SHARE[:FOLDER]``,
-    ``random_tokens:K[:SEED]``.
+    """A reduction from its command line form, such as ``fastv:2:0.5``; ``REDUCTIONS.usages()`` are all.
 
     Raises
     ------
     ConfigError
-        If the name is unknown or its argument malformed.
+        If the name is unknown (the nearest is named) or its argument malformed.
     """
-    name, _, argument = text.partition(":")
-    if name not in REGISTRY:
-        raise ConfigError(
-            f"reduction {text!r}: expected one of fastv:K:R, neighbours:RADIUS[:causal], heads:FOLDER:N, "
-            "ffn:SHARE[:FOLDER], random_tokens:K[:SEED]"
-        )
-    return REGISTRY[name](argument)
+    return cast(Reduction, REDUCTIONS.parse(text))
 
 
 def parse_reductions(text: str) -> tuple[Reduction, ...]:

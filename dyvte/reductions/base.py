@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dyvte.backbones import Backbone
 from dyvte.errors import ConfigError
+from dyvte.registry import Registry
 from dyvte.spans import Spans
 
 
@@ -121,15 +122,28 @@ class ReductionPlan:
 
 
 class Reduction:
-    """Base of all reductions; a subclass gives `name` and `start`.
+    """Base of all reductions; a subclass gives `name`, `usage`, `parse` and `start`, and is registered.
 
     Its ``repr`` names all that it does: results, traces and gates are told apart by it.
+
+    Attributes
+    ----------
+    name
+        What it is called on the command line, before the first colon.
+    usage
+        Its whole command line form, for help and errors.
     """
 
     name = ""
+    usage = ""
 
     needs_grid = False
     """Must the places of visual tokens on their images be known?"""
+
+    @classmethod
+    def parse(cls, argument: str) -> Reduction:
+        """Make the reduction from the text after the first colon; ConfigError where it is malformed."""
+        raise NotImplementedError
 
     def check(self, num_layers: int) -> None:
         """Raise where this reduction cannot serve a backbone of L layers."""
@@ -144,6 +158,9 @@ class Reduction:
     def start(self, rows: TokenRows) -> ReductionPlan:
         """The plan for one prefill."""
         raise NotImplementedError
+
+
+REDUCTIONS: Registry[type[Reduction]] = Registry("reduction", "dyvte.reductions")
 
 
 def check_layer(name: str, layer: int, num_layers: int) -> None:

@@ -10,7 +10,15 @@ import re
 from torch import Tensor
 
 from dyvte.errors import ConfigError
-from dyvte.reductions.base import Reduction, ReductionPlan, TokenRows, check_layer, floor_share, top_share
+from dyvte.reductions.base import (
+    REDUCTIONS,
+    Reduction,
+    ReductionPlan,
+    TokenRows,
+    check_layer,
+    floor_share,
+    top_share,
+)
 
 
 class FastVPlan(ReductionPlan):
@@ -33,6 +41,7 @@ class FastVPlan(ReductionPlan):
         return (carried_BN & ~self.visual_BN) | top_share(scores_BN, visual_BN, 1 - self.ratio)
 
 
+@REDUCTIONS.register
 class FastV(Reduction):
     """After layer K the share R of the visual tokens leaves: those that the last prompt token looks at least.
 
@@ -54,6 +63,7 @@ class FastV(Reduction):
     """
 
     name = "fastv"
+    usage = "fastv:K:R"
 
     def __init__(self, layer: int, ratio: float) -> None:
         if not 0 <= ratio <= 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyvte.backbones import Backbone
 from dyvte.errors import ConfigError, GateMismatchError, UnsupportedBackboneError
-from dyvte.reductions.base import Reduction, ReductionPlan, TokenRows, VisualWork, digest
+from dyvte.reductions.base import REDUCTIONS, Reduction, ReductionPlan, TokenRows, VisualWork, digest
 from dyvte.reductions.profile import VisualProfile
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -30,6 +30,7 @@ class SparseFFNPlan(ReductionPlan):
         return VisualWork(neurons=self._neurons[k - 1])
 
 
+@REDUCTIONS.register
 class SparseFFN(Reduction):
     """Visual tokens go through floor(share * M) of a layer's M neurons.
 
@@ -43,6 +44,7 @@ class SparseFFN(Reduction):
     """
 
     name = "ffn"
+    usage = "ffn:SHARE[:FOLDER]"
 
     def __init__(self, share: float, profile: VisualProfile | None = None) -> None:
         if not 0 <= share <= 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyvte.backbones import Backbone
 from dyvte.errors import ConfigError, GateMismatchError
-from dyvte.reductions.base import Reduction, ReductionPlan, TokenRows, VisualWork, digest
+from dyvte.reductions.base import REDUCTIONS, Reduction, ReductionPlan, TokenRows, VisualWork, digest
 from dyvte.reductions.profile import VisualProfile
 
 
@@ -28,6 +28,7 @@ class HeadsPlan(ReductionPlan):
         return VisualWork(heads=None if heads_H.all() else heads_H)
 
 
+@REDUCTIONS.register
 class InactiveHeads(Reduction):
     """Visual queries are computed in active heads only; the others contribute nothing for visual tokens.
 
@@ -38,6 +39,7 @@ class InactiveHeads(Reduction):
     """
 
     name = "heads"
+    usage = "heads:FOLDER:N"
 
     def __init__(self, active_LH: Tensor) -> None:
         if active_LH.dim() != 2 or active_LH.dtype != torch.bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dyvte.errors import ConfigError
-from dyvte.reductions.base import Neighbourhood, Reduction, ReductionPlan, TokenRows, VisualWork
+from dyvte.reductions.base import REDUCTIONS, Neighbourhood, Reduction, ReductionPlan, TokenRows, VisualWork
 
 
 class NeighboursPlan(ReductionPlan):
@@ -19,6 +19,7 @@ class NeighboursPlan(ReductionPlan):
         return self._work
 
 
+@REDUCTIONS.register
 class Neighbours(Reduction):
     """A visual token attends to the visual tokens within `radius` rows and columns on its own image.
 
@@ -40,6 +41,7 @@ class Neighbours(Reduction):
     """
 
     name = "neighbours"
+    usage = "neighbours:RADIUS[:causal]"
     needs_grid = True
 
     def __init__(self, radius: int = 2, causal: bool = False) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyvte.errors import ConfigError
-from dyvte.reductions.base import Reduction, ReductionPlan, TokenRows, check_layer
+from dyvte.reductions.base import REDUCTIONS, Reduction, ReductionPlan, TokenRows, check_layer
 
 
 class RandomTokensPlan(ReductionPlan):
@@ -37,6 +37,7 @@ class RandomTokensPlan(ReductionPlan):
         return kept_BN
 
 
+@REDUCTIONS.register
 class RandomTokens(Reduction):
     """After layer K as many random tokens leave as the row carries visual ones, of all kinds.
 
@@ -49,6 +50,7 @@ class RandomTokens(Reduction):
     """
 
     name = "random_tokens"
+    usage = "random_tokens:K[:SEED]"
 
     def __init__(self, layer: int, seed: int = 0) -> None:
         self.layer, self.seed = layer, seed

@@ -153,7 +153,7 @@ def test_search_plan_refuses_what_it_cannot_do(world: Path, tmp_path: Path, caps
     with pytest.raises(SystemExit):
         main(asked)
     assert "--output" in capsys.readouterr().err
-    for text, reason in (("fastv:9:0.5", r"1..3"), ("fast:2", "expected one of"), ("ffn:2", "0..1")):
+    for text, reason in (("fastv:9:0.5", r"1..3"), ("fast:2", "did you mean 'fastv'"), ("ffn:2", "0..1")):
         assert main([*asked, "--output", str(tmp_path / "out"), "--reduction", text]) == 2
         assert reason in capsys.readouterr().err
     assert main([*asked[:-1], "1.5", "--output", str(tmp_path / "out")]) == 2

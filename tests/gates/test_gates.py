@@ -8,6 +8,7 @@ import torch
 
 from dyvte.errors import CheckpointError, ConfigError
 from dyvte.gates import (
+    ARCHITECTURES,
     FEATURES,
     GateConfig,
     GateStack,
@@ -274,7 +275,7 @@ def test_a_gate_that_is_not_used_gets_no_gradient():
     assert shared.trunk.w1.weight.grad.any()
 
 
-@pytest.mark.parametrize("architecture", ["compact", "shared", "reference"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES.names())
 def test_checkpoint_round_trip(tmp_path, architecture):
     config = GateConfig(
         num_layers=3,

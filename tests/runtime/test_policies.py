@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dyvte import VisualExit
-from dyvte.policies import REGISTRY, parse_policy
+from dyvte.policies import POLICIES, parse_policy
 from tests.helpers.batches import QUESTIONS, VISUAL_ID, batch, llava
 from tests.helpers.reference import greedy_cached, greedy_reference
 from tests.runtime.test_gates import features_by_hand, make_gates
@@ -60,7 +60,7 @@ def write(path, content):
 
 
 def test_every_policy_has_its_row():
-    assert sorted(MATRIX) == sorted(REGISTRY)
+    assert sorted(MATRIX) == sorted(POLICIES)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,0 +1,55 @@
+"""What an architecture is: how one gate is made, and what all gates of a stack share.
+
+Shapes: B rows, F gate features, h gate width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dyvte.registry import Registry
+
+
+class Architecture:
+    """Base of all architectures; a subclass gives `name`, `width` and `gate`, and is registered.
+
+    Attributes
+    ----------
+    name
+        What ``gate_config.json``, configurations and the command line call it.
+    width
+        h where none is asked for.
+    """
+
+    name = ""
+    width = 0
+
+    @staticmethod
+    def trunk(feature_size: int, width: int, num_parts: int) -> nn.Module | None:
+        """What the gates of a stack share, from (..., F) features to what a gate reads; None: nothing.
+
+        Parameters
+        ----------
+        feature_size
+            F.
+        width
+            h.
+        num_parts
+            Of how many parts of equal size the features consist.
+        """
+        return None
+
+    @staticmethod
+    def gate(feature_size: int, width: int, num_parts: int) -> nn.Module:
+        """One layer's gate, from (B, F) features, or the trunk's output, to (B,) float32 logits."""
+        raise NotImplementedError
+
+
+ARCHITECTURES: Registry[type[Architecture]] = Registry("gate architecture", "dyvte.gates.architectures")
+
+
+def normed(features_BF: Tensor, num_parts: int) -> Tensor:
+    """Each part of the features divided by its root mean square, float32."""
+    parts = features_BF.float().unflatten(-1, (num_parts, -1))
+    return F.rms_norm(parts, parts.shape[-1:], eps=1e-6).flatten(-2)
