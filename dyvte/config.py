@@ -1,6 +1,8 @@
 """Strict configuration: YAML and command-line overrides into frozen dataclasses.
 
-A configuration class is an ordinary ``@dataclass(frozen=True, kw_only=True)``, possibly holding others.
+A configuration class is an ordinary ``@dataclass(frozen=True, kw_only=True)``, possibly holding others. A
+field with ``metadata={"choices": registry}`` takes a name of that :class:`~dyvte.registry.Registry`; one with
+``metadata={"registry": registry}`` holds one of its dataclasses, which the key ``name`` below it chooses.
 Unknown keys, wrong types and values that the class itself refuses (``ValueError`` in ``__post_init__``) all
 end as one :class:`~dyvte.errors.ConfigError` that names the key by its dotted path.
 """
@@ -8,7 +10,6 @@ end as one :class:`~dyvte.errors.ConfigError` that names the key by its dotted p
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import types
@@ -21,6 +22,7 @@ import yaml
 
 from dyvte.errors import ConfigError
 from dyvte.files import write_atomically
+from dyvte.registry import Registry, nearest
 
 Config = TypeVar("Config")
 
@@ -138,8 +140,8 @@ def _build(cls: type[Config], values: Any, *, prefix: str, origin: str) -> Confi
                 f"{origin}: unknown key {_dotted(prefix, key)!r}{_nearest(str(key), fields, prefix)}"
             )
     arguments = {
-        name: _convert(hints[name], values[name], key=_dotted(prefix, name), origin=origin)
-        for name in fields
+        name: _convert_field(field, hints[name], values[name], key=_dotted(prefix, name), origin=origin)
+        for name, field in fields.items()
         if name in values
     }
     missing = [
@@ -164,10 +166,55 @@ def _dotted(prefix: str, key: Any) -> str:
 
 
 def _nearest(key: str, fields: Mapping[str, Any], prefix: str) -> str:
-    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+    near = nearest(key, fields)
     if near:
-        return f"; did you mean {_dotted(prefix, near[0])!r}?"
+        return f"; did you mean {_dotted(prefix, near)!r}?"
     return f"; known keys here: {', '.join(fields)}"
+
+
+def _convert_field(field: dataclasses.Field, hint: Any, value: Any, *, key: str, origin: str) -> Any:
+    """The value as the field's type, looked up in the field's registry if it has one."""
+    registry = field.metadata.get("registry")
+    if registry is not None:
+        return _build_choice(registry, field.default_factory().name, value, prefix=key, origin=origin)
+    converted = _convert(hint, value, key=key, origin=origin)
+    if choices := field.metadata.get("choices"):
+        _named(choices, converted, key=key, origin=origin)
+    return converted
+
+
+def _named(registry: Registry[Any], name: Any, *, key: str, origin: str) -> Any:
+    try:
+        return registry.get(name)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {key}: {error}") from error
+
+
+def _build_choice(registry: Registry[Any], default: str, values: Any, *, prefix: str, origin: str) -> Any:
+    """One of the registry's dataclasses, from values that name it.
+
+    Files of earlier versions hold the settings of every choice: those of others are passed over where they
+    are at their defaults.
+    """
+    if not isinstance(values, Mapping):
+        return _build(registry.get(default), {} if values is None else values, prefix=prefix, origin=origin)
+    name = values.get("name", default)
+    cls = _named(registry, name, key=_dotted(prefix, "name"), origin=origin)
+    defaults = {
+        other: {field.name: field.default for field in dataclasses.fields(registry.get(other))}
+        for other in registry
+    }
+    own = {}
+    for key, value in values.items():
+        owners = [other for other, known in defaults.items() if key in known]
+        if name in owners or not owners:
+            own[key] = value
+        elif all(value != defaults[other][key] for other in owners):
+            raise ConfigError(
+                f"{origin}: {_dotted(prefix, key)} belongs to the {registry.kind} {' and '.join(owners)}, "
+                f"not to {name}"
+            )
+    return _build(cls, own, prefix=prefix, origin=origin)
 
 
 def _convert(hint: Any, value: Any, *, key: str, origin: str) -> Any:

@@ -10,6 +10,7 @@ import pytest
 
 from dyvte.config import dump_config, load_config, to_dict
 from dyvte.errors import ConfigError
+from dyvte.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +107,69 @@ def test_paths_in_a_file_are_relative_to_the_file_and_overrides_are_not(tmp_path
     assert to_dict(Paths(data=Path("d"))) == {"model": "x", "data": str(Path.cwd() / "d")}
     hub = write(tmp_path, "model: owner/name\ndata: /abs/x.json\n")
     assert load_config(Paths, hub) == Paths(model="owner/name", data=Path("/abs/x.json"))
+
+
+CURVES: Registry = Registry("curve", "tests.test_config_curves")
+
+
+class Curve:
+    name = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line(Curve):
+    name: Literal["line"] = "line"
+    slope: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circle(Curve):
+    name: Literal["circle"] = "circle"
+    radius: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.radius <= 0:
+            raise ValueError(f"radius must be positive, found {self.radius}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    pen: str = field(default="line", metadata={"choices": CURVES})
+    curve: Curve = field(default_factory=Line, metadata={"registry": CURVES})
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CURVES, "_items", {"line": Line, "circle": Circle})
+    monkeypatch.setattr(CURVES, "_is_complete", True)
+
+
+@pytest.mark.usefixtures("curves")
+def test_a_section_is_the_choice_that_it_names(tmp_path: Path) -> None:
+    assert load_config(Drawing).curve == Line()
+    assert load_config(Drawing, None, ["curve.slope=3"]).curve == Line(slope=3.0)
+    cfg = load_config(Drawing, write(tmp_path, "pen: circle\ncurve: {name: circle, radius: 1}\n"))
+    assert cfg == Drawing(pen="circle", curve=Circle(radius=1.0))
+    dump_config(cfg, tmp_path / "out.yaml")
+    assert load_config(Drawing, tmp_path / "out.yaml") == cfg
+    assert to_dict(cfg)["curve"] == {"name": "circle", "radius": 1.0}
+    # as files were written when a section held the settings of all its choices
+    assert load_config(Drawing, None, ["curve={name: circle, slope: 1.0}"]).curve == Circle()
+
+
+@pytest.mark.usefixtures("curves")
+@pytest.mark.parametrize(
+    ("override", "needle"),
+    [
+        ("pen=lime", r"pen: unknown curve 'lime' \(did you mean 'line'"),
+        ("curve.name=circel", r"curve.name: unknown curve 'circel' \(did you mean 'circle'"),
+        ("curve={name: line, radius: 3}", "curve.radius belongs to the curve circle, not to line"),
+        ("curve.radius=3", "curve.radius belongs to the curve circle, not to line"),
+        ("curve={name: circle, radius: 0}", "curve: radius must be positive"),
+        ("curve={name: circle, radiu: 1}", "did you mean 'curve.radius'"),
+        ("curve=3", "curve: expected a group of settings"),
+    ],
+)
+def test_refused_choices(override: str, needle: str) -> None:
+    with pytest.raises(ConfigError, match=needle):
+        load_config(Drawing, None, [override])

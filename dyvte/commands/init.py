@@ -11,9 +11,12 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte init``."""
+    from dyvte.gates import ARCHITECTURES
+    from dyvte.objectives import OBJECTIVES
+
     parser.add_argument("--model", required=True, help="backbone: folder or hub id")
     parser.add_argument("--output", required=True, help="folder for gate_config.json and gates.safetensors")
-    parser.add_argument("--architecture", choices=("compact", "shared", "reference"), default="shared")
+    parser.add_argument("--architecture", choices=ARCHITECTURES.names(), default="shared")
     parser.add_argument(
         "--features",
         help="what they read, comma-separated: mean_prompt, last_prompt, mean_visual, last_visual "
@@ -22,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate-hidden-size", type=int, default=0, help="width; 0: the architecture's own")
     parser.add_argument(
         "--objective",
-        choices=("expected_risk", "safe_label", "reference_label"),
+        choices=OBJECTIVES.names(),
         default="expected_risk",
         help="what they will be trained with: expected_risk starts with all exits equally likely",
     )
@@ -37,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from dyvte.backbones import describe_config
     from dyvte.errors import ConfigError
     from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack, uniform_offsets
+    from dyvte.objectives import OBJECTIVES
 
     output = Path(args.output)
     if (output / "gate_config.json").exists() and not args.overwrite:
@@ -48,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         architecture=args.architecture,
         gate_hidden_size=args.gate_hidden_size,
         features=tuple(args.features.split(",")) if args.features else DEFAULT_FEATURES,
-        offsets=uniform_offsets(shape.num_layers) if args.objective == "expected_risk" else (),
+        offsets=uniform_offsets(shape.num_layers) if OBJECTIVES.get(args.objective).starts_uniform else (),
         backbone={"id": str(args.model), "model_type": shape.model_type, "fingerprint": shape.fingerprint},
         training={"initialised": "xavier_uniform", "seed": args.seed},
     )

@@ -6,12 +6,41 @@ Shape letters: B samples, L decoder layers, S prices.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dyvte.gates import CLOSED, exit_probabilities
+from dyvte.objectives.base import OBJECTIVES, Objective
 from dyvte.teacher.trace import Trace
+
+
+@OBJECTIVES.register
+@dataclass(frozen=True, kw_only=True)
+class ExpectedRisk(Objective):
+    """Expected risk plus a price of visual compute, exactly, over many prices; see :func:`expected_risk`."""
+
+    name: Literal["expected_risk"] = "expected_risk"
+    lam: float = 0.1
+    """Price in nats of the visual tokens in all layers, at threshold 0.5."""
+    span: float = 100.0
+    """Thresholds learn for prices of their own, lam / span to lam * span; 1: lam alone."""
+
+    starts_uniform: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.span < 1:
+            raise ValueError(f"span must be at least 1, found {self.span}")
+        if self.lam < 0:
+            raise ValueError(f"lam must not be negative, found {self.lam}")
+
+    def prepared(self, train: Trace) -> Callable[..., Tensor]:
+        """The loss; nothing need be known beforehand."""
+        return partial(expected_risk, lam=self.lam, span=self.span)
 
 
 def expected_risk(

@@ -8,13 +8,32 @@ Shape letters: B samples, L decoder layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dyvte.objectives.base import OBJECTIVES, Objective
 from dyvte.teacher.trace import Trace
 
 MIN_AGREEMENT = 0.99
 LOSS_SCALE = 1.03
+
+
+@OBJECTIVES.register
+@dataclass(frozen=True, kw_only=True)
+class ReferenceLabel(Objective):
+    """Cross-entropy on the label rule of DyVTE's reference code; see :func:`reference_label`."""
+
+    name: Literal["reference_label"] = "reference_label"
+    one_layer_per_step: bool = False
+    """Train one random gate per step, as the reference does; else all."""
+
+    def prepared(self, train: Trace) -> Callable[..., Tensor]:
+        """The loss; nothing need be known beforehand."""
+        return reference_label
 
 
 def reference_labels(trace: Trace) -> Tensor:

@@ -5,11 +5,38 @@ Shape letters: B samples, L decoder layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dyvte.objectives.base import OBJECTIVES, Objective
 from dyvte.teacher.trace import Trace
+
+
+@OBJECTIVES.register
+@dataclass(frozen=True, kw_only=True)
+class SafeLabel(Objective):
+    """Cross-entropy on "every later exit is harmless too"; see :func:`safe_label`."""
+
+    name: Literal["safe_label"] = "safe_label"
+    epsilon: float = 0.01
+    """Risk in nats below which an exit is harmless."""
+    balance: bool = True
+    """Let exit and stay labels count alike in every layer."""
+
+    def __post_init__(self) -> None:
+        if self.epsilon <= 0:
+            raise ValueError(f"epsilon must be positive, found {self.epsilon}")
+
+    def prepared(self, train: Trace) -> Callable[..., Tensor]:
+        """The loss; how often each label occurs is taken from all training samples."""
+        balance_2L = class_balance(safe_labels(train, self.epsilon)) if self.balance else None
+        return partial(safe_label, epsilon=self.epsilon, balance_2L=balance_2L)
 
 
 def safe_labels(trace: Trace, epsilon: float) -> Tensor:

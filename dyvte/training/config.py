@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dyvte.gates import ARCHITECTURES
+from dyvte.objectives import OBJECTIVES, ExpectedRisk, Objective
 from dyvte.teacher.teacher import TeacherConfig
 from dyvte.training.lora.config import LoraConfig
 
@@ -98,38 +100,12 @@ class GatesConfig:
 
     init_from: Path | None = None
     """A folder made by ``dyvte init`` or an earlier training; null: new gates."""
-    architecture: Literal["compact", "shared", "reference"] = "shared"
+    architecture: str = field(default="shared", metadata={"choices": ARCHITECTURES})
     """Architecture of new gates."""
     hidden_size: int = 0
     """Width of new gates; 0: the architecture's own."""
     features: tuple[str, ...] = ()
     """What new gates read, out of ``teacher.features``; empty: all of it. A sweep needs one trace only."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """What the gates minimise; see :mod:`dyvte.objectives`."""
-
-    name: Literal["expected_risk", "reference_label", "safe_label"] = "expected_risk"
-    """The objective."""
-    lam: float = 0.1
-    """expected_risk: price in nats of the visual tokens in all layers, at threshold 0.5."""
-    span: float = 100.0
-    """expected_risk: thresholds learn for prices of their own, lam / span to lam * span; 1: lam alone."""
-    epsilon: float = 0.01
-    """safe_label: risk in nats below which an exit is harmless."""
-    balance: bool = True
-    """safe_label: let exit and stay labels count alike in every layer."""
-    one_layer_per_step: bool = False
-    """reference_label: train one random gate per step, as the reference does; else all."""
-
-    def __post_init__(self) -> None:
-        if self.span < 1:
-            raise ValueError(f"span must be at least 1, found {self.span}")
-        if self.lam < 0 or self.epsilon <= 0:
-            raise ValueError(f"lam must be >= 0 and epsilon > 0, found {self.lam} and {self.epsilon}")
-        if self.one_layer_per_step and self.name != "reference_label":
-            raise ValueError("one_layer_per_step belongs to the objective reference_label")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +166,8 @@ class TrainConfig:
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     gates: GatesConfig = field(default_factory=GatesConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: Objective = field(default_factory=ExpectedRisk, metadata={"registry": OBJECTIVES})
+    """What the gates minimise: ``name``, and that objective's own settings."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

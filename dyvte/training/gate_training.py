@@ -112,8 +112,8 @@ def make_gates(
 ) -> GateStack:
     """New gates for the run, or those it starts from.
 
-    New gates for ``expected_risk`` get offsets that make all exits equally likely at the start; label
-    objectives need none. Gates at layers that are not among ``exits`` (None: all are) are closed.
+    New gates get offsets that make all exits equally likely where the objective starts so. Gates at layers
+    that are not among ``exits`` (None: all are) are closed.
 
     Raises
     ------
@@ -121,7 +121,6 @@ def make_gates(
         If the gates to start from have another shape, or belong to another backbone.
     """
     if cfg.gates.init_from is None:
-        spread = cfg.objective.name == "expected_risk"
         closed = close_gates((0.0,) * num_layers, exits) if exits is not None else ()
         config = GateConfig(
             num_layers=num_layers,
@@ -129,7 +128,7 @@ def make_gates(
             architecture=cfg.gates.architecture,
             gate_hidden_size=cfg.gates.hidden_size,
             features=cfg.gates.features or cfg.teacher.features,
-            offsets=uniform_offsets(num_layers, exits) if spread else closed,
+            offsets=uniform_offsets(num_layers, exits) if cfg.objective.starts_uniform else closed,
             backbone=dict(backbone),
         )
         return GateStack.init(config, seed=cfg.seed)

@@ -5,17 +5,14 @@ Shape letters: B samples, L decoder layers, F gate features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dyvte.gates import GateStack
-from dyvte.objectives import get_objective, safe_labels
-from dyvte.objectives.safe_label import class_balance
 from dyvte.teacher.trace import Trace
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Training
@@ -52,7 +49,7 @@ class GateTraining(Training):
         # Nothing is left to leave after the last layer: its gate is never asked.
         self.gates.gates[-1].requires_grad_(False)
         super().__init__(cfg, _Gates(self.gates), len(train), who)
-        self.objective = self._objective()
+        self.objective = cfg.objective.prepared(train)
 
     def gathered(self) -> dict[str, Tensor]:
         """The gates' weights on the CPU, whatever the ZeRO stage; all processes must call this."""
@@ -99,14 +96,3 @@ class GateTraining(Training):
             if k not in layers:
                 for parameter in gate.parameters():
                     parameter.grad = None
-
-    def _objective(self) -> Callable[..., Tensor]:
-        settings = self.cfg.objective
-        function = get_objective(settings.name)
-        if settings.name == "expected_risk":
-            return partial(function, lam=settings.lam, span=settings.span)
-        if settings.name == "safe_label":
-            labels_BL = safe_labels(self.train, settings.epsilon)
-            balance = class_balance(labels_BL) if settings.balance else None
-            return partial(function, epsilon=settings.epsilon, balance_2L=balance)
-        return function

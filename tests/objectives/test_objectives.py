@@ -13,8 +13,11 @@ from torch.nn.functional import cross_entropy
 from dyvte.errors import ConfigError
 from dyvte.gates import GateConfig, GateStack, exit_layers, uniform_offsets
 from dyvte.objectives import (
+    OBJECTIVES,
+    ExpectedRisk,
+    ReferenceLabel,
+    SafeLabel,
     expected_risk,
-    get_objective,
     reference_label,
     reference_labels,
     safe_label,
@@ -222,6 +225,25 @@ def test_class_balance_makes_both_classes_count_alike() -> None:
 
 
 def test_registry() -> None:
-    assert get_objective("expected_risk") is expected_risk
-    with pytest.raises(ConfigError, match="expected_risk"):
-        get_objective("expected")
+    assert [OBJECTIVES.get(name).name for name in OBJECTIVES] == list(OBJECTIVES)
+    with pytest.raises(ConfigError, match="did you mean 'expected_risk'"):
+        OBJECTIVES.get("expected")
+
+
+def test_the_configured_loss_is_the_function_with_its_settings() -> None:
+    trace = make_trace(9, 5)
+    logits = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+    train = make_trace(40, 5, seed=8)
+    balance = class_balance(safe_labels(train, 0.3))
+    expected = {
+        "expected_risk": (ExpectedRisk(lam=0.2, span=3.0), expected_risk(logits, trace, lam=0.2, span=3.0)),
+        "reference_label": (ReferenceLabel(), reference_label(logits, trace)),
+        "safe_label": (SafeLabel(epsilon=0.3), safe_label(logits, trace, epsilon=0.3, balance_2L=balance)),
+    }
+    assert sorted(expected) == list(OBJECTIVES)
+    for name, (objective, loss) in expected.items():
+        assert objective.name == name
+        assert torch.equal(objective.prepared(train)(logits, trace), loss)
+    alone = SafeLabel(epsilon=0.3, balance=False).prepared(train)(logits, trace)
+    assert torch.equal(alone, safe_label(logits, trace, epsilon=0.3))
+    assert not torch.equal(alone, expected["safe_label"][1])
