@@ -11,7 +11,7 @@ PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
     *["errors", "registry", "files", "formatting", "plotting", "config", "spans", "gates", "policies"],
-    *["backbones", "reductions", "runtime", "costs"],
+    *["backbones", "decoder", "reductions", "runtime", "costs"],
     *[
         "data",
         "teacher",

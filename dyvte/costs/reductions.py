@@ -28,7 +28,7 @@ def visual_factors(reductions: Sequence[Reduction], shape: DecoderShape, num_vis
     Parameters
     ----------
     reductions
-        Those that a backbone has accepted (`Reduction.check_backbone` was called).
+        Those of the backbone.
     num_visual
         Visual tokens of a sample: of those on one square image, neighbours are a share.
     """
@@ -69,4 +69,5 @@ def _heads(work: VisualWork) -> float:
 def _neurons(work: VisualWork, size: int) -> float:
     if work.neurons is None:
         return 1.0
-    return (work.neurons if isinstance(work.neurons, int) else len(work.neurons)) / size
+    neurons = work.neurons.of(size)
+    return (neurons if isinstance(neurons, int) else len(neurons)) / size

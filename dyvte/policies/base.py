@@ -106,7 +106,7 @@ class Policy:
 POLICIES: Registry[type[Policy]] = Registry("policy", "dyvte.policies")
 
 
-def spread(values_P: Tensor, num_rows: int) -> Tensor | None:
+def for_rows(values_P: Tensor, num_rows: int) -> Tensor | None:
     """One value per prompt to one per row: with beams or return sequences row i is prompt i // expansion."""
     if len(values_P) == 0 or num_rows % len(values_P):
         return None

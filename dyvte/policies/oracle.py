@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dyvte.errors import ConfigError
-from dyvte.policies.base import POLICIES, Plan, Policy, Rows, spread
+from dyvte.policies.base import POLICIES, Plan, Policy, Rows, for_rows
 
 
 @POLICIES.register
@@ -56,7 +56,7 @@ class OraclePolicy(Policy):
             if missing := [i for i in rows.sample_ids if i not in given]:
                 raise ConfigError(f"the oracle has no exit layer for samples {missing[:5]}")
             return Plan(torch.tensor([int(given[i]) for i in rows.sample_ids]))
-        exits_B = spread(torch.as_tensor(given, dtype=torch.int64).cpu(), len(rows.num_visual_B))
+        exits_B = for_rows(torch.as_tensor(given, dtype=torch.int64).cpu(), len(rows.num_visual_B))
         if exits_B is None:
             raise ConfigError(f"{len(given)} exit layers for a batch of {len(rows.num_visual_B)} rows")
         return Plan(exits_B.clone())

@@ -49,6 +49,28 @@ class Neighbourhood:
 
 
 @dataclass(frozen=True)
+class Neurons:
+    """Neurons of an FFN of any size that are computed: the share ``floor(share * M)`` of its M.
+
+    Attributes
+    ----------
+    share
+        0..1.
+    order_M
+        (M,) int64 indices, the best first; None: the first ones are taken.
+    """
+
+    share: float
+    order_M: Tensor | None = None
+
+    def of(self, num_neurons: int) -> int | Tensor:
+        """The first so many, or (m,) ascending indices."""
+        count = int(num_neurons * self.share + 1e-9)
+        # In order, so that slices of weights are read in order.
+        return count if self.order_M is None else self.order_M[:count].sort().values
+
+
+@dataclass(frozen=True)
 class VisualWork:
     """What one layer does for visual tokens; None: all that the stock layer does. Text is never affected.
 
@@ -59,12 +81,12 @@ class VisualWork:
     heads
         (H,) bool on the CPU: query heads that are computed for them; the others contribute nothing.
     neurons
-        Neurons of the FFN that are computed for them: the first so many, or (m,) int64 indices.
+        Neurons of the FFN that are computed for them.
     """
 
     window: Neighbourhood | None = None
     heads: Tensor | None = None
-    neurons: int | Tensor | None = None
+    neurons: Neurons | None = None
 
     @property
     def is_stock(self) -> bool:
@@ -80,7 +102,7 @@ def merged(works: Sequence[VisualWork]) -> VisualWork:
     ConfigError
         If two of them say different things of the same part.
     """
-    given: dict[str, Neighbourhood | Tensor | int] = {}
+    given: dict[str, Neighbourhood | Tensor | Neurons] = {}
     for work in works:
         for name in ("window", "heads", "neurons"):
             value = getattr(work, name)

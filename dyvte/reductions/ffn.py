@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from dyvte.backbones import Backbone
 from dyvte.errors import ConfigError, GateMismatchError, UnsupportedBackboneError
-from dyvte.reductions.base import REDUCTIONS, Reduction, ReductionPlan, TokenRows, VisualWork, digest
+from dyvte.reductions.base import (
+    REDUCTIONS,
+    Neurons,
+    Reduction,
+    ReductionPlan,
+    TokenRows,
+    VisualWork,
+    digest,
+)
 from dyvte.reductions.profile import VisualProfile
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -22,7 +30,7 @@ GATED_PARTS = {*PROJECTIONS, "act_fn"}
 class SparseFFNPlan(ReductionPlan):
     """Each layer its own neurons."""
 
-    def __init__(self, neurons: list[int | Tensor | None]) -> None:
+    def __init__(self, neurons: list[Neurons | None]) -> None:
         self._neurons = neurons
 
     def visual_work(self, k: int) -> VisualWork:
@@ -50,7 +58,8 @@ class SparseFFN(Reduction):
         if not 0 <= share <= 1:
             raise ConfigError(f"ffn computes a share of the neurons: expected 0..1, got {share}")
         self.share, self.profile = share, profile
-        self._sizes: list[int] = []
+        if profile is not None:
+            self._order_LM = profile.importance_LM.argsort(dim=1, descending=True, stable=True)
 
     def __repr__(self) -> str:
         ranked = "" if self.profile is None else f":ranked@{digest(self.profile.importance_LM)}"
@@ -92,19 +101,11 @@ class SparseFFN(Reduction):
                 "this visual profile ranks no neurons: it was measured where the FFN was no plain gated one; "
                 "measure it anew with `dyvte calibrate --reduction yopo`"
             )
-        self._sizes = sizes
 
     def start(self, rows: TokenRows) -> SparseFFNPlan:
         """The plan for one prefill."""
-        neurons: list[int | Tensor | None] = []
-        for index, size in enumerate(self._sizes):
-            count = int(size * self.share + 1e-9)
-            if count == size:
-                neurons.append(None)
-            elif self.profile is None:
-                neurons.append(count)
-            else:
-                # In order, so that slices of weights are read in order.
-                order = self.profile.importance_LM[index].argsort(descending=True, stable=True)
-                neurons.append(order[:count].sort().values)
-        return SparseFFNPlan(neurons)
+        if self.share == 1:
+            return SparseFFNPlan([None] * rows.num_layers)
+        if self.profile is None:
+            return SparseFFNPlan([Neurons(self.share)] * rows.num_layers)
+        return SparseFFNPlan([Neurons(self.share, order_M) for order_M in self._order_LM])

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyvte.decoder import Picker, Window
+from dyvte.decoder.attention import attention_of, use_attention
+from dyvte.decoder.caches import Given, Tee
+from dyvte.decoder.masks import cut_square
 from dyvte.errors import UnsupportedBackboneError
-from dyvte.runtime.attention_module import attention_of, use_attention
-from dyvte.runtime.cache import Capture
-from dyvte.runtime.picking import Picker
 from dyvte.runtime.streams import Stream
-from dyvte.runtime.windows import Window
 
 
 class LastRow:
@@ -77,11 +77,11 @@ class LastRow:
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = list(inspect.signature(module.forward).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        return (), {**kwargs, "past_key_values": _Tee(kwargs.get("past_key_values"))}
+        return (), {**kwargs, "past_key_values": Tee(kwargs.get("past_key_values"))}
 
     @torch.no_grad()
     def _answer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen: _Tee = kwargs["past_key_values"]
+        seen: Tee = kwargs["past_key_values"]
         if seen.keys is None:
             raise _refusal(self.layer, "its attention does not hand its keys to the cache")
         hidden_RTD = kwargs["hidden_states"]
@@ -90,7 +90,7 @@ class LastRow:
         pick = Picker(rows, tokens, torch.arange(rows), last_R1, hidden_RTD.device)
         given = {name: pick(value, remember=False) for name, value in kwargs.items()}
         given["attention_mask"] = self._mask(kwargs.get("attention_mask"), last_R1, hidden_RTD)
-        given["past_key_values"] = _Held(seen.keys, seen.values)
+        given["past_key_values"] = Given(seen.keys, seen.values)
         weights = self._weights(module, given)
         if not isinstance(weights, Tensor) or weights.shape[-1] < tokens:
             raise _refusal(self.layer, "its attention does not return its weights")
@@ -111,9 +111,7 @@ class LastRow:
         """(R or 1, 1, 1, T) additive."""
         lowest = torch.finfo(hidden_RTD.dtype).min
         if isinstance(given, Tensor) and given.dim() == 4:
-            given = given.expand(len(last_R1), -1, -1, -1)
-            index = last_R1.to(given.device)[:, None, None].expand(-1, given.shape[1], -1, given.shape[3])
-            row = given.gather(2, index)
+            row = cut_square(given, last_R1, None)
             if row.dtype != torch.bool:
                 return row
             return torch.zeros_like(row, dtype=hidden_RTD.dtype).masked_fill(~row, lowest)
@@ -128,36 +126,6 @@ class LastRow:
             return None
         hidden = ~seen_RT.to(hidden_RTD.device)[:, None, None]
         return torch.zeros_like(hidden, dtype=hidden_RTD.dtype).masked_fill(hidden, lowest)
-
-
-class _Tee(Capture):
-    """Remembers the K/V on their way to the cache."""
-
-    def __init__(self, cache: Any) -> None:
-        super().__init__()
-        self._cache = cache
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Remember and hand on."""
-        super().update(key_states, value_states)
-        if self._cache is None:
-            return key_states, value_states
-        return self._cache.update(key_states, value_states, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_cache"], name)
-
-
-class _Held(Capture):
-    """A cache that already holds the token that is asked about."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """What is held, in place of the one token."""
-        return self.keys, self.values
 
 
 def _refusal(layer: nn.Module, reason: str) -> UnsupportedBackboneError:

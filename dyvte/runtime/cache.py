@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from dyvte.decoder import Window
 from dyvte.errors import ExitRuntimeError
-from dyvte.runtime.windows import Window
 
 # New columns come in blocks, so that the buffer is not copied at every decode step.
 BLOCK = 64
@@ -233,23 +233,6 @@ class ExitLayer(DynamicLayer):
         if self.columns.slots_KB is None:
             self.keys, self.values = _pick(self.keys, rows, 0), _pick(self.values, rows, 0)
         self.columns = self.columns.select(rows, self.length)
-
-
-class Capture:
-    """Stands in for the cache while one stream of a prefill runs: remembers the K/V, stores nothing."""
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Remember and pass on."""
-        self.keys, self.values = key_states, value_states
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """A prefill has no past."""
-        return 0
 
 
 _SERVED = {DynamicLayer, DynamicSlidingWindowLayer, ExitLayer}

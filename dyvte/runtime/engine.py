@@ -5,7 +5,6 @@ Shapes: B rows, N tokens of this forward pass, D hidden size, L decoder layers.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dyvte.backbones import Backbone
+from dyvte.decoder import Layout, Window
 from dyvte.policies import Policy, Rows
 from dyvte.reductions import Reduction, TokenRows
 from dyvte.runtime.cache import ExitLayer
@@ -22,8 +22,6 @@ from dyvte.runtime.prefill import Prefill
 from dyvte.runtime.records import Run
 from dyvte.runtime.replay import Replay
 from dyvte.runtime.stack import Stack
-from dyvte.runtime.streams import Layout
-from dyvte.runtime.windows import Window
 
 
 class Engine:
@@ -46,23 +44,15 @@ class Engine:
         self._masks: dict[tuple[int, Window | None], tuple[Any, Tensor | None]] = {}
         self._new_valid_BQ: Tensor | None = None
 
-    def wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The replacement of a layer's forward."""
-        names = list(inspect.signature(forward).parameters)
-
-        def exit_forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.prefill is None and not _is_exit_layer(kwargs.get("past_key_values"), index) and not args:
-                return forward(hidden_states, **kwargs)
-            # Some families pass the mask by position.
-            kwargs.update(zip(names[1:], args, strict=False))
-            if self.prefill is not None:
-                return self.prefill.run_layer(index, forward, hidden_states, kwargs)
-            if _is_exit_layer(kwargs.get("past_key_values"), index):
-                self._expect(kwargs["past_key_values"].layers[index], hidden_states, kwargs)
-            return forward(hidden_states, **kwargs)
-
-        exit_forward._dyvte_engine = self  # type: ignore[attr-defined]
-        return exit_forward
+    def run_layer(
+        self, index: int, forward: Callable[..., Any], hidden_BND: Tensor, kwargs: dict[str, Any]
+    ) -> Any:
+        """What runs in place of a layer's forward."""
+        if self.prefill is not None:
+            return self.prefill.run_layer(index, forward, hidden_BND, kwargs)
+        if _is_exit_layer(kwargs.get("past_key_values"), index):
+            self._expect(kwargs["past_key_values"].layers[index], hidden_BND, kwargs)
+        return forward(hidden_BND, **kwargs)
 
     def start_prefill(
         self, layout: Layout, sample_ids: list[str], plain: bool, places_BN3: Tensor | None = None

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyvte.backbones import Backbone
+from dyvte.decoder import Layout, Window
 from dyvte.errors import ConfigError, ExitRuntimeError, UnsupportedBackboneError
-from dyvte.runtime.windows import Window
-
-if TYPE_CHECKING:
-    from dyvte.runtime.streams import Layout
 
 CHOICES = ("keep", "rearrange")
 # Rotary embeddings whose angles depend on the longest position of the batch, not on the token's own alone.

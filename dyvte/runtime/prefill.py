@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyvte.decoder import Layout, hidden_of
+from dyvte.decoder.caches import Capture
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.gates import prompt_features, reads_visual
 from dyvte.policies import Plan
 from dyvte.reductions import ReductionPlan, VisualWork, merged
 from dyvte.runtime.attention_row import LastRow
-from dyvte.runtime.cache import Capture, ExitLayer, layer_bytes, put_layer, records_past
+from dyvte.runtime.cache import ExitLayer, layer_bytes, put_layer, records_past
 from dyvte.runtime.masks import causal_mask, window_needs_mask
 from dyvte.runtime.packing import Packing
 from dyvte.runtime.positions import close_up, dropped_before
 from dyvte.runtime.records import PrefillRecord
 from dyvte.runtime.replay import Replay
 from dyvte.runtime.stack import Stack
-from dyvte.runtime.streams import Layout, Partition, Stream
+from dyvte.runtime.streams import Partition, Stream
 from dyvte.runtime.visual_work import LighterLayer, VisualTokens
 
 
@@ -89,7 +91,7 @@ class Prefill:
                 output = self._run_streams(partition, index, forward, hidden_BND, kwargs, around)
         k = index + 1
         if self.plan.asks(k):
-            self._ask(k, _hidden(output))
+            self._ask(k, hidden_of(output))
         gone_B = self._reduce(k, carried_BN, rows)
         if replay is not None:
             replay.add(output, self.kept_BN, gone_B, rows is not None, self.cache, index)
@@ -212,7 +214,7 @@ class Prefill:
             if stream is part.visual:
                 # Text runs as it always does.
                 around.close()
-            stream.scatter(out_BND, _hidden(output))
+            stream.scatter(out_BND, hidden_of(output))
         # Under gradient checkpointing a layer drops its cache, as in the stock model.
         if captures[-1] is not None and captures[-1].keys is not None:
             self._store(part, index, captures)
@@ -291,7 +293,7 @@ class Prefill:
                     # No row carries visual tokens any more.
                     continue
                 if scores_BN is None:
-                    scores_BN = rows.stream.spread(rows.scores_RT, -torch.inf)
+                    scores_BN = rows.stream.at_places(rows.scores_RT, -torch.inf)
             kept_BN = one.keep(k, carried_BN, scores_BN)
             # The row's next token is read from its last one, whatever it is.
             kept_BN[torch.arange(self.layout.batch), self.layout.last_B] = True
@@ -303,7 +305,3 @@ class Prefill:
         gone_B = self.layout.has_image_B & ~has_visual_B
         self.plan.settle(gone_B, k)
         return gone_B
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

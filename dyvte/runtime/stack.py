@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dyvte.backbones import Backbone
+from dyvte.decoder import layer_windows
 from dyvte.runtime.positions import check_rearrange
 from dyvte.runtime.visual_work import Weights
-from dyvte.runtime.windows import layer_windows
 
 
 class Stack:

@@ -12,26 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyvte.runtime.picking import Picker
-from dyvte.spans import Spans
-
-
-class Layout:
-    """Token masks of one prefill, on the host."""
-
-    def __init__(self, spans: Spans) -> None:
-        self.spans = spans
-        self.batch, self.tokens = spans.valid_BN.shape
-        self.text_BN = spans.valid_BN & ~spans.visual_BN
-        self.num_visual_B = spans.visual_BN.sum(1)
-        self.num_prompt_B = spans.prompt_BN.sum(1)
-        # Index of each row's last real token: its next token is read there.
-        self.last_B = self.tokens - 1 - spans.valid_BN.flip(1).to(torch.uint8).argmax(1)
-
-    @property
-    def has_image_B(self) -> Tensor:
-        """(B,) bool."""
-        return self.num_visual_B > 0
+from dyvte.decoder import Layout, Picker, Slots
 
 
 class Stream:
@@ -58,19 +39,16 @@ class Stream:
         self.length = int(num_R.max()) if compact else layout.tokens
         self.is_uniform = bool((num_R == self.length).all())
         if compact:
-            # Stable: carried tokens first, in order.
-            order_RN = torch.argsort((~carried_RN).to(torch.uint8), dim=1, stable=True)
-            self.order_RT = order_RN[:, : self.length]
-            self.real_RT = torch.arange(self.length) < num_R[:, None]
+            slots = Slots.of(carried_RN)
+            self.order_RT, self.real_RT = slots.index, slots.valid
         else:
             self.order_RT = torch.arange(layout.tokens).expand(self.num_rows, -1)
             self.real_RT = carried_RN
         self.rows = rows_R.to(device)
         self._device = device
-        positions_RT = torch.where(self.real_RT, self.order_RT, self.order_RT[:, :1]) if compact else None
-        self._pick = Picker(layout.batch, layout.tokens, rows_R, positions_RT, device)
+        self._pick = Picker(layout.batch, layout.tokens, rows_R, self.order_RT if compact else None, device)
         if compact:
-            self._put = (positions_RT + rows_R[:, None] * layout.tokens)[self.real_RT].to(device)
+            self._put = (self.order_RT + rows_R[:, None] * layout.tokens)[self.real_RT].to(device)
             self._put_from = None if self.is_uniform else _indices(self.real_RT, device)
         # Made once by the engine, in a tuple because None is an answer.
         self.causal_mask: tuple[Tensor | None] | None = None
@@ -101,7 +79,7 @@ class Stream:
         """The stream's part of a 2D or 4D mask; pad columns of a compact stream are hidden."""
         return self._pick.mask(mask, self.real_RT if self.is_compact else None)
 
-    def spread(self, values_RT: Tensor, fill: float) -> Tensor:
+    def at_places(self, values_RT: Tensor, fill: float) -> Tensor:
         """(R, T) values of the stream's tokens at their places in the batch, (B, N)."""
         out_BN = values_RT.new_full((self._pick.batch, self._pick.tokens), fill)
         take = _indices(self.real_RT, self._device)
@@ -145,8 +123,8 @@ class Partition:
         # Where positions are closed up: what to take off the ids of later tokens.
         self.shift_B = None
         if dropped_BN is not None and self.text is not None:
-            order_RT = torch.where(self.text.real_RT, self.text.order_RT, self.text.order_RT[:, :1])
-            self.text.dropped_RT = dropped_BN[self.text.rows_R].gather(1, order_RT).to(device)
+            dropped_RT = dropped_BN[self.text.rows_R].gather(1, self.text.order_RT)
+            self.text.dropped_RT = dropped_RT.to(device)
             self.shift_B = (dropped_BN[:, -1] * in_text_B).to(device)
 
     def is_of(self, carried_BN: Tensor, in_text_B: Tensor, device: torch.device) -> bool:

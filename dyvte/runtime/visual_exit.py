@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.backbones import Backbone, describe, fingerprint, visual_places, weights_digest
+from dyvte.decoder import Layout, wrap_layers
 from dyvte.errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualTokensError
 from dyvte.gates import GateConfig, GateStack, check_rule, load_checkpoint
 from dyvte.policies import FixedPolicy, LearnedPolicy, Policy
@@ -22,7 +23,6 @@ from dyvte.runtime.engine import Engine
 from dyvte.runtime.positions import check_choice
 from dyvte.runtime.records import Run
 from dyvte.runtime.replay import Replay
-from dyvte.runtime.streams import Layout
 from dyvte.runtime.vision_calls import VisionCalls
 from dyvte.spans import find_spans, visual_mask
 
@@ -160,9 +160,6 @@ class ExitSession:
             stored = self.exits.gates.config
             as_calibrated = self.exits.threshold == stored.threshold
             warn_of_others(stored, self.exits.reductions, as_calibrated=as_calibrated)
-        for layer in backbone.layers:
-            if hasattr(layer.__dict__.get("forward"), "_dyvte_engine"):
-                raise ExitRuntimeError("this model is inside a dyvte block already: leave that one first")
         self.exits.policy.to(next(backbone.decoder.parameters()).device)
         self.run = Run(transferred)
         self.backbone = backbone
@@ -186,11 +183,8 @@ class ExitSession:
 
     # -- hooks -----------------------------------------------------------------------------------------
     def _install(self) -> None:
-        for index, layer in enumerate(self.backbone.layers[: self.backbone.num_layers]):
-            own = layer.__dict__.get("forward")
-            wrapped = self.engine.wrap(index, layer.forward)
-            layer.forward = wrapped
-            self._undo.append(lambda layer=layer, own=own, wrapped=wrapped: _restore(layer, own, wrapped))
+        layers = self.backbone.layers[: self.backbone.num_layers]
+        self._undo.append(wrap_layers(layers, self.engine.run_layer))
         for depth, module in enumerate(self.backbone.path):
             signature = inspect.signature(module.forward)
             handle = module.register_forward_pre_hook(self._noting(depth, signature), with_kwargs=True)
@@ -359,19 +353,6 @@ def _holds_images(value: Any) -> bool:
     if isinstance(value, dict):
         return any(item is not None for item in value.values())
     return value is not None
-
-
-def _restore(layer: nn.Module, own: Any, wrapped: Any) -> None:
-    if layer.__dict__.get("forward") is not wrapped:
-        warnings.warn(
-            "another tool replaced a decoder layer's forward inside the block; its version stays",
-            stacklevel=3,
-        )
-        return
-    if own is None:
-        del layer.forward
-    else:
-        layer.forward = own
 
 
 def _check_backbone(config: GateConfig | None, backbone: Backbone, allow_transfer: bool) -> bool:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dyvte.decoder import replace_forward
+from dyvte.decoder.attention import attention_of, use_attention
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.reductions import Neighbourhood, VisualWork
-from dyvte.runtime.attention_module import attention_of, use_attention
 from dyvte.runtime.streams import Stream
 from dyvte.runtime.tiles import Tiles
 
-_NAME = "dyvte_visual_work"
 # Attention options that the functions here do not know.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
@@ -154,14 +154,10 @@ class LighterLayer:
 
     # -- attention -------------------------------------------------------------------------------------
     def _swap_attention(self) -> None:
-        from transformers import AttentionInterface
-
         module = attention_of(self.layer)
         if module is None:
             raise _refusal(self.layer, "it has no attention module `self_attn` with a config")
-        # The registry is transformers' own way to a function; what it does is in the module's config.
-        AttentionInterface.register(_NAME, _attend)
-        self._undo.append(use_attention(module, _NAME, _dyvte_attention=self._attention))
+        self._undo.append(use_attention(module, self._attention))
         if self.work.heads is not None:
             self._swap_projections(module)
 
@@ -239,8 +235,8 @@ class LighterLayer:
                 ),
             )
 
-        self._replace(q_proj, project)
-        self._replace(o_proj, merge)
+        self._undo.append(replace_forward(q_proj, project))
+        self._undo.append(replace_forward(o_proj, merge))
 
     # -- FFN -------------------------------------------------------------------------------------------
     def _swap_ffn(self) -> None:
@@ -250,7 +246,8 @@ class LighterLayer:
             raise _refusal(self.layer, "its FFN is adapted, quantised or offloaded")
         stock = ffn.forward
         device, weights = ffn.down_proj.weight.device, self.weights
-        part = slice(neurons) if isinstance(neurons, int) else _part(neurons, device)
+        index = neurons.of(ffn.down_proj.in_features)
+        part = slice(index) if isinstance(index, int) else _part(index, device)
 
         def sparse(flat: Tensor) -> Tensor:
             gate, up = (
@@ -263,7 +260,7 @@ class LighterLayer:
         def forward(hidden_RTD: Tensor) -> Tensor:
             return self._apart(hidden_RTD, stock, sparse)
 
-        self._replace(ffn, forward)
+        self._undo.append(replace_forward(ffn, forward))
 
     # -- common ----------------------------------------------------------------------------------------
     def _apart(
@@ -279,15 +276,6 @@ class LighterLayer:
         out.index_copy_(0, text, done)
         out.index_copy_(0, visual, of_visual(flat.index_select(0, visual)))
         return out.view(*states_RTD.shape[:2], -1)
-
-    def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
-        own = module.__dict__.get("forward")
-        module.forward = forward
-        if own is None:
-            self._undo.append(lambda: module.__dict__.pop("forward", None))
-        else:
-            # Another tool's, such as accelerate's.
-            self._undo.append(lambda: setattr(module, "forward", own))
 
 
 class Weights:
@@ -324,10 +312,6 @@ def _part(index: Tensor, device: torch.device) -> slice | Tensor:
         return slice(0)
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index.to(device)
-
-
-def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module.config._dyvte_attention(module, *args, **kwargs)
 
 
 def _is_plain(module: Any) -> bool:

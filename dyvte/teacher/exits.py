@@ -137,7 +137,7 @@ def trace_checked(
         labels_R = inputs["input_ids"][answer_BN.to(inputs["input_ids"].device)][at].to(logits_KRV.device)
         full_RV = logits_KRV[-1]
         if reference_BAV is not None:
-            full_RV = reference_BAV[streams.layout.predict.valid][at]
+            full_RV = reference_BAV[streams.slots.predict.valid][at]
         visual_ids = torch.tensor(streams.backbone.visual_token_ids, device=logits_KRV.device)
         return compare(logits_KRV, full_RV, labels_R, visual_ids)
 
@@ -146,10 +146,10 @@ def trace_checked(
         model, inputs, measure, predict_BN=predict_BN, answer_BN=answer_BN, sample_ids=ids, **how
     )
     values = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
-    valid_BA, num_columns = streams.layout.predict.valid, streams.backbone.num_layers + 1
+    valid_BA, num_columns = streams.slots.predict.valid, streams.backbone.num_layers + 1
     trace = Trace(
         **{
-            name: spread(rows_KB.T, streams.exits, num_columns)
+            name: in_columns(rows_KB.T, streams.exits, num_columns)
             for name, rows_KB in per_row(values, valid_BA).items()
         },
         features=torch.stack(streams.features_BF, 1),
@@ -184,7 +184,7 @@ def exit_logits(
         **how,
     )
     logits_KRV = torch.cat(parts, 1)
-    valid_BA = streams.layout.predict.valid
+    valid_BA = streams.slots.predict.valid
     logits_KBAV = logits_KRV.new_zeros(len(streams.exits), *valid_BA.shape, logits_KRV.shape[-1])
     logits_KBAV[:, valid_BA] = logits_KRV
     return ExitLogits(
@@ -282,7 +282,7 @@ def per_row(values: Mapping[str, Tensor], valid_BA: Tensor) -> dict[str, Tensor]
     return {name: rows[name] for name in COLUMNS}
 
 
-def spread(values_BK: Tensor, exits: Sequence[int], num_columns: int) -> Tensor:
+def in_columns(values_BK: Tensor, exits: Sequence[int], num_columns: int) -> Tensor:
     """(B, L+1) columns by exit layer; NaN where an exit has no label."""
     columns = values_BK.new_full((len(values_BK), num_columns), torch.nan)
     columns[:, list(exits)] = values_BK

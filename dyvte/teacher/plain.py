@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.backbones import Backbone, describe
-from dyvte.teacher.layout import Slots
+from dyvte.decoder import Slots
 
 
 def predicted_logits(

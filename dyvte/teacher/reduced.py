@@ -24,7 +24,7 @@ from dyvte.reductions import Reduction
 from dyvte.runtime import VisualExit
 from dyvte.runtime.replay import Replay
 from dyvte.spans import visual_mask
-from dyvte.teacher.exits import compare, per_row, positions_before, spread
+from dyvte.teacher.exits import compare, in_columns, per_row, positions_before
 from dyvte.teacher.plain import forward_inputs, predicted_logits
 from dyvte.teacher.trace import Trace
 
@@ -108,7 +108,7 @@ def trace_reduced_exits(
     visual_BN = visual_mask(inputs["input_ids"], backbone.visual_token_ids)
     trace = Trace(
         **{
-            name: spread(rows_KB.T, exits, backbone.num_layers + 1)
+            name: in_columns(rows_KB.T, exits, backbone.num_layers + 1)
             for name, rows_KB in per_row(values, valid_BA).items()
         },
         features=probe.features_BLF(),

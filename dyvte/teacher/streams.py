@@ -13,7 +13,6 @@ L layers, K exits (the full model is the last).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,23 +22,14 @@ from torch import Tensor, nn
 
 from dyvte.backbones import Backbone
 from dyvte.backbones.sizes import decoder_shape
-from dyvte.errors import ExitRuntimeError, UnsupportedBackboneError
+from dyvte.decoder import Picker, Slots, layer_windows, wrap_layers
+from dyvte.decoder.caches import Capture, Given, Prefixed, keys_and_values
+from dyvte.decoder.masks import cut_mask
+from dyvte.errors import UnsupportedBackboneError
 from dyvte.gates import DEFAULT_FEATURES, check_features, prompt_features, reads_visual
 from dyvte.spans import Spans
-from dyvte.teacher.caches import Given, Prefixed, Recorder, keys_and_values
-from dyvte.teacher.layout import (
-    Layout,
-    Slots,
-    cut_mask,
-    mask_of_streams,
-    repeat_streams,
-    take_slots,
-)
 from dyvte.teacher.memory import PassPlan, PassSizes, plan_pass
-
-_MISSING = object()
-# The attribute by which dyvte's wrappers of a layer's forward know each other.
-_MARK = "_dyvte_engine"
+from dyvte.teacher.slots import StreamSlots, repeat_streams
 
 
 class ExitStreams:
@@ -49,7 +39,7 @@ class ExitStreams:
     ----------
     exits:
         Exit layers of the pass, ascending; the last is L, the full model.
-    layout, plan:
+    slots, plan:
         Where suffix and predicted positions lie, and how the pass is cut up; set when the first layer runs.
     features_BF:
         One entry per layer that has run: what the gate after it reads.
@@ -57,7 +47,7 @@ class ExitStreams:
         After the last layer: its states at all predicted positions, rows one after the other.
     """
 
-    layout: Layout
+    slots: StreamSlots
     plan: PassPlan
     states_KRD: Tensor
 
@@ -84,7 +74,7 @@ class ExitStreams:
     # --- what the wrapped layers call ---
 
     def run_layer(
-        self, layer: nn.Module, index: int, original: Callable[..., Any], hidden_BND: Tensor, **kwargs: Any
+        self, index: int, original: Callable[..., Any], hidden_BND: Tensor, kwargs: dict[str, Any]
     ) -> Any:
         """One decoder layer (0-based) on the full stream and on the exit streams started so far."""
         last = index == self.backbone.num_layers - 1
@@ -93,16 +83,16 @@ class ExitStreams:
         if index == 0:
             self._start(hidden_BND, kwargs)
         if index in self.exits:
-            self._streams.append(self.layout.suffix.take(hidden_BND))
-        if last and self._can_be_cut(layer):
+            self._streams.append(self.slots.suffix.take(hidden_BND))
+        if last and self._can_be_cut(self.backbone.layers[index]):
             full_BTD = self._run_last(original, hidden_BND, kwargs)
         else:
             full_BND = self._run_whole(original, hidden_BND, kwargs)
             if not last:
                 return self._handed_on(full_BND)
-            full_BTD = self.layout.suffix.take(full_BND)
-            self._streams = [self.layout.predict_suffix.take(stream) for stream in self._streams]
-        predict = self.layout.predict_suffix
+            full_BTD = self.slots.suffix.take(full_BND)
+            self._streams = [self.slots.predict_suffix.take(stream) for stream in self._streams]
+        predict = self.slots.predict_suffix
         states = [states_BAD[predict.valid] for states_BAD in (*self._streams, predict.take(full_BTD))]
         self.states_KRD = torch.stack(states)
         self._streams, self._masks = [], {}
@@ -149,7 +139,10 @@ class ExitStreams:
     # --- the layers ---
 
     def _start(self, hidden_BND: Tensor, kwargs: dict[str, Any]) -> None:
-        self.layout = Layout.build(self.spans, self.predict_BN, kwargs.get("attention_mask"))
+        self.slots = StreamSlots.build(self.spans, self.predict_BN, kwargs.get("attention_mask"))
+        num_tokens = hidden_BND.shape[1]
+        self._of_suffix = Picker.of(self.slots.suffix, num_tokens)
+        self._of_predict = Picker.of(self.slots.predict, num_tokens)
         self.plan = plan_pass(
             self._sizes(hidden_BND),
             budget=self._budget,
@@ -159,11 +152,11 @@ class ExitStreams:
 
     def _run_whole(self, original: Callable[..., Any], hidden_BND: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """A layer on all tokens of all streams; (B, N, D) of the full stream."""
-        layout, rows, num_tokens = self.layout, *hidden_BND.shape[:2]
-        recorder = Recorder()
+        rows = len(hidden_BND)
+        recorder = Capture()
         full_BND = self._hidden(original(hidden_BND, **{**kwargs, "past_key_values": recorder}))
         keys, values = self._prefix_of(recorder.keys), self._prefix_of(recorder.values)
-        own = _at(layout.suffix, kwargs, num_tokens)
+        own = self._of_suffix(_without_mask(kwargs))
         own["attention_mask"] = self._mask(kwargs.get("attention_mask"))
         for chunk, repeated in self._chunks(rows):
             arguments = {name: repeated(value) for name, value in own.items()}
@@ -176,21 +169,22 @@ class ExitStreams:
     def _run_last(self, original: Callable[..., Any], hidden_BND: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The last layer on the tokens that are read; (B, T, D) of the full stream, and leaves streams at
         the predicted positions."""
-        layout, rows, num_tokens = self.layout, *hidden_BND.shape[:2]
+        slots, rows, num_tokens = self.slots, *hidden_BND.shape[:2]
         mask = kwargs.get("attention_mask")
         order_BN = torch.arange(num_tokens, device=hidden_BND.device).expand(rows, -1)
         everything = Slots(order_BN, self.spans.valid_BN)
         keys, values = keys_and_values(original, hidden_BND, **kwargs)
-        suffix = _at(layout.suffix, kwargs, num_tokens)
-        read = {**suffix, "attention_mask": cut_mask(mask, layout.suffix, everything, self.implementation)}
+        kwargs = _without_mask(kwargs)
+        suffix = self._of_suffix(kwargs)
+        read = {**suffix, "attention_mask": cut_mask(mask, slots.suffix, everything, self.implementation)}
         read["past_key_values"] = Given(keys, values)
-        full_BTD = self._hidden(original(layout.suffix.take(hidden_BND), **read))
+        full_BTD = self._hidden(original(slots.suffix.take(hidden_BND), **read))
         self.features_BF.append(self._features(None, full_BTD))
 
         prefix_keys, prefix_values = self._prefix_of(keys), self._prefix_of(values)
         suffix["attention_mask"] = self._mask(mask)
-        predicted = _at(layout.predict, kwargs, num_tokens)
-        predicted["attention_mask"] = cut_mask(mask, layout.predict, layout.keys, self.implementation)
+        predicted = self._of_predict(kwargs)
+        predicted["attention_mask"] = cut_mask(mask, slots.predict, slots.keys, self.implementation)
         for chunk, repeated in self._chunks(rows):
             part = self._streams[chunk]
             arguments = {name: repeated(value) for name, value in suffix.items()}
@@ -199,7 +193,7 @@ class ExitStreams:
             arguments["past_key_values"] = Given(
                 torch.cat((repeated(prefix_keys), keys), -2), torch.cat((repeated(prefix_values), values), -2)
             )
-            queries = torch.cat([layout.predict_suffix.take(stream) for stream in part])
+            queries = torch.cat([slots.predict_suffix.take(stream) for stream in part])
             self._streams[chunk] = self._hidden(original(queries, **arguments)).split(rows)
         return full_BTD
 
@@ -219,12 +213,12 @@ class ExitStreams:
             yield slice(start, start + count), lambda value, count=count: repeat_streams(value, count, rows)
 
     def _prefix_of(self, keys: Tensor) -> Tensor:
-        return self.layout.prefix.take(keys.transpose(1, 2)).transpose(1, 2)
+        return self.slots.prefix.take(keys.transpose(1, 2)).transpose(1, 2)
 
     def _mask(self, mask: Any) -> Any:
         # Layers share a few mask objects; the mask itself is kept so that its id stays its own.
         if id(mask) not in self._masks:
-            made = mask_of_streams(mask, self.layout, self.implementation)
+            made = cut_mask(mask, self.slots.suffix, self.slots.keys, self.implementation)
             self._masks[id(mask)] = (mask, made)
         return self._masks[id(mask)][1]
 
@@ -232,7 +226,7 @@ class ExitStreams:
         """What the gate after this layer reads, from all tokens or from the suffix alone."""
         if full_BND is not None and reads_visual(self.features):
             return prompt_features(full_BND, self.spans.prompt_BN, self.spans.visual_BN, self.features)
-        suffix = self.layout.suffix
+        suffix = self.slots.suffix
         prompt_BT = suffix.take(self.spans.prompt_BN) & suffix.valid
         states_BTD = suffix.take(full_BND) if full_BND is not None else full_BTD
         return prompt_features(states_BTD, prompt_BT, names=self.features)
@@ -248,9 +242,9 @@ class ExitStreams:
         return PassSizes(
             rows=rows,
             tokens=tokens,
-            prefix=self.layout.prefix.index.shape[1],
-            suffix=self.layout.suffix.index.shape[1],
-            predicted=int(self.layout.predict.valid.sum()),
+            prefix=self.slots.prefix.index.shape[1],
+            suffix=self.slots.suffix.index.shape[1],
+            predicted=int(self.slots.predict.valid.sum()),
             exits=len(self.exits),
             num_layers=self.backbone.num_layers,
             hidden=hidden,
@@ -309,20 +303,12 @@ def all_exits(
     streams = ExitStreams(backbone, spans, predict_BN, exits, features, exits_per_chunk, memory_budget)
     layers = list(backbone.layers)[: backbone.num_layers]
     if "flash" in streams.implementation:
-        _check_windows(layers, predict_BN.shape[1])
-    before = [layer.__dict__.get("forward", _MISSING) for layer in layers]
-    if any(hasattr(forward, _MARK) for forward in before):
-        raise ExitRuntimeError("this model is inside a dyvte block already: leave that one before tracing it")
+        _check_windows(backbone, predict_BN.shape[1])
+    give_back = wrap_layers(layers, streams.run_layer)
     try:
-        for index, layer in enumerate(layers):
-            layer.forward = _wrapped(layer, index, streams)
         yield streams
     finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is _MISSING:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = forward
+        give_back()
 
 
 def check_exits(exits: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
@@ -341,13 +327,8 @@ def check_exits(exits: Sequence[int] | None, num_layers: int) -> tuple[int, ...]
     return found
 
 
-def _at(slots: Slots, kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
-    """A layer's arguments at some slots; the mask is another matter."""
-    return {
-        name: take_slots(name, value, slots, num_tokens)
-        for name, value in kwargs.items()
-        if name != "attention_mask"
-    }
+def _without_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "attention_mask"}
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -355,28 +336,14 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _check_windows(layers: list[nn.Module], num_tokens: int) -> None:
+def _check_windows(backbone: Backbone, num_tokens: int) -> None:
     """Flash attention counts a window in keys, and an exit stream has fewer of them than its positions
     span."""
-    windows = [getattr(getattr(layer, "self_attn", None), "sliding_window", None) for layer in layers]
-    if any(window and window < num_tokens for window in windows):
+    windows = layer_windows(backbone.decoder.config, backbone.num_layers)
+    short = [window.size for window in windows if window is not None and window.size < num_tokens]
+    if short:
         raise UnsupportedBackboneError(
-            f"flash attention cannot express a sliding window of {min(filter(None, windows))} over "
+            f"flash attention cannot express a sliding window of {min(short)} over "
             f"{num_tokens} tokens that visual tokens have left: load the backbone with "
             "attn_implementation='sdpa' or 'eager'"
         )
-
-
-def _wrapped(layer: nn.Module, index: int, streams: ExitStreams) -> Callable[..., Any]:
-    original = layer.forward
-    signature = inspect.signature(original)
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args:  # some families pass the mask by position
-            bound = signature.bind_partial(hidden_states, *args, **kwargs).arguments
-            kwargs = {**bound.pop("kwargs", {}), **bound}
-            kwargs.pop(next(iter(signature.parameters)))
-        return streams.run_layer(layer, index, original, hidden_states, **kwargs)
-
-    setattr(forward, _MARK, streams)
-    return forward

@@ -5,9 +5,9 @@ import torch
 from transformers import DynamicCache
 
 import dyvte
+from dyvte.decoder import Window, layer_windows
 from dyvte.errors import ExitRuntimeError
 from dyvte.policies import OraclePolicy
-from dyvte.runtime.windows import Window, layer_windows
 from tests.helpers.families import ATTENTION, FAMILIES
 from tests.helpers.reference import exit_by_masks
 from tests.helpers.zoo.gemma_like import WINDOW

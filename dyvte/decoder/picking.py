@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyvte.decoder.masks import cut_square, hide_keys
+from dyvte.decoder.slots import Slots
+
 
 class Picker:
     """Picks R rows, and T tokens of each, from tensors that have a (B or 1, N) pair of axes somewhere.
@@ -19,9 +22,11 @@ class Picker:
     batch, tokens
         B and N.
     rows_R
-        Rows to pick, on the host.
+        Rows to pick, on the host or on `device`.
     positions_RT
-        Tokens to pick from each, on the host; None: all N.
+        Tokens to pick from each, likewise; None: all N.
+    device
+        Where the tensors are.
     """
 
     def __init__(
@@ -34,6 +39,12 @@ class Picker:
             self._positions_RT = positions_RT.to(device)
             self._take = (positions_RT + rows_R[:, None] * tokens).flatten().to(device)
         self._cache: dict[Any, tuple[Any, Any]] = {}
+
+    @staticmethod
+    def of(slots: Slots, tokens: int) -> Picker:
+        """Picks the tokens of these slots, of all rows."""
+        rows_B = torch.arange(len(slots.index), device=slots.index.device)
+        return Picker(len(rows_B), tokens, rows_B, slots.index, slots.index.device)
 
     def __call__(self, value: Any, *, remember: bool = True) -> Any:
         """The picked part of a tensor, or of all tensors of a tuple, list or dict; others as they are."""
@@ -56,19 +67,11 @@ class Picker:
         if key not in self._cache:
             picked = mask.index_select(0, self._rows) if mask.shape[0] == self.batch else mask
             if self._positions_RT is not None:
-                picked = self._square(picked)
+                picked = cut_square(picked, self._positions_RT, self._positions_RT)
                 if real_RT is not None and not real_RT.all():
-                    hidden = False if picked.dtype == torch.bool else torch.finfo(picked.dtype).min
-                    picked = picked.masked_fill(~real_RT.to(picked.device)[:, None, None, :], hidden)
+                    picked = hide_keys(picked, real_RT)
             self._cache[key] = (mask, picked)
         return self._cache[key][1]
-
-    def _square(self, mask: Tensor) -> Tensor:
-        num_rows, length = self._positions_RT.shape
-        mask = mask.expand(num_rows, -1, -1, -1)
-        index = self._positions_RT[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-        mask = mask.gather(2, index)
-        return mask.gather(3, self._positions_RT[:, None, None, :].expand(-1, mask.shape[1], length, -1))
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         axis = self._token_axis(tensor)

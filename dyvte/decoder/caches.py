@@ -1,0 +1,103 @@
+"""Stand-ins for a layer's cache: by them one layer's keys and values are read, and handed over.
+
+Keys and values are (rows, heads, tokens, head size), as transformers' caches hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Capture:
+    """Remembers the keys and values it is given, and stores nothing.
+
+    Attributes
+    ----------
+    keys, values
+        Those of the last update; None before.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Remember and give back."""
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, *_: Any) -> int:
+        """No token came before."""
+        return 0
+
+
+class Tee(Capture):
+    """Remembers the keys and values on their way to a cache, which may be None."""
+
+    def __init__(self, cache: Any) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Remember and hand on."""
+        super().update(key_states, value_states)
+        if self._cache is None:
+            return key_states, value_states
+        return self._cache.update(key_states, value_states, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_cache"], name)
+
+
+class Prefixed:
+    """Puts keys and values of earlier tokens before those it is given."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Earlier tokens, then these."""
+        return torch.cat((self.keys, key_states), dim=-2), torch.cat((self.values, value_states), dim=-2)
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Number of earlier tokens."""
+        return self.keys.shape[-2]
+
+
+class Given:
+    """Answers every update with keys and values that are known already, those of the new tokens included."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """All tokens'."""
+        return self.keys, self.values
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Nothing is appended, so nothing came before."""
+        return 0
+
+
+class _Captured(Exception):
+    """Ends a layer's forward once its keys and values are known."""
+
+
+class _Interrupting(Capture):
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        super().update(key_states, value_states)
+        raise _Captured
+
+
+def keys_and_values(forward: Callable[..., Any], hidden_BND: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer's input, without its attention, output projection and MLP."""
+    cache = _Interrupting()
+    try:
+        forward(hidden_BND, **{**kwargs, "past_key_values": cache})
+    except _Captured:
+        return cache.keys, cache.values
+    raise RuntimeError("a decoder layer ran without giving its keys and values to a cache")
