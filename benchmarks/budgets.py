@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from gate_training import Bench, bench_arguments, hidden_size, mean_risk
 from tqdm import tqdm
 
+from dyvte.calibration.operating_points import fixed_points
 from dyvte.comparison.baselines import (
     GateContender,
     best_router,
@@ -25,8 +26,8 @@ from dyvte.comparison.baselines import (
 from dyvte.comparison.budget_plot import plot_budgets
 from dyvte.comparison.budgets import BUDGETS, Rule, budget_markdown, budget_report
 from dyvte.comparison.question_features import router_features
-from dyvte.comparison.router import fixed_points, oracle_points, router_steps
-from dyvte.comparison.scenes import TracedScenes, gate_logits
+from dyvte.comparison.router import oracle_points, router_steps
+from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.traces import ORACLE_LAMS
 from dyvte.evaluation.latency import machine
 from dyvte.evaluation.runner import EvalConfig, load_asker
@@ -37,8 +38,7 @@ REFERENCE = "objective.name=reference_label"
 
 def gates_rule(name: str, gates: Sequence[GateContender], test: TracedScenes) -> Rule:
     """Gates of all seeds on the test scenes."""
-    visual_B = test.trace.num_visual
-    return Rule.of(name, *(one.points(gate_logits(one.gates, test), visual_B) for one in gates))
+    return Rule.of(name, *(one.points_on(test) for one in gates))
 
 
 def our_gates(bench: Bench, calibration: TracedScenes) -> list[GateContender]:

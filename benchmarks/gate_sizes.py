@@ -22,7 +22,7 @@ from torch import Tensor
 from dyvte.comparison.baselines import GateContender
 from dyvte.comparison.bootstrap import paired_bootstrap
 from dyvte.comparison.budgets import BUDGETS, Rule
-from dyvte.comparison.scenes import TracedScenes, gate_logits
+from dyvte.comparison.scenes import TracedScenes
 from dyvte.evaluation.latency import machine
 from dyvte.formatting import markdown_table
 from dyvte.gates import GateConfig, GateStack
@@ -61,8 +61,7 @@ def reference_gates(bench: Bench, width: int, calibration: TracedScenes) -> list
 
 def judged(gates: Sequence[GateContender], test: TracedScenes) -> dict[str, Tensor]:
     """Risk and same answer on the test scenes, each (C, R, B): budgets, seeds, samples."""
-    visual_B = test.trace.num_visual
-    rule = Rule.of("", *(one.points(gate_logits(one.gates, test), visual_B) for one in gates))
+    rule = Rule.of("", *(one.points_on(test) for one in gates))
     return {
         metric: torch.stack([rule.values_RB(getattr(test.trace, metric), budget) for budget in BUDGETS])
         for metric in ("risk", "same_answer")

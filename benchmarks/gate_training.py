@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dyvte.comparison.baselines import GateContender, load_gates
-from dyvte.comparison.scenes import TracedScenes, gate_logits, load_scenes
+from dyvte.comparison.scenes import TracedScenes, load_scenes
 from dyvte.config import load_config
 from dyvte.teacher import TraceStore
 from dyvte.training.config import TrainConfig
@@ -94,7 +94,7 @@ def mean_risk(gates: Sequence[GateContender], scenes: TracedScenes, budgets: Seq
     """Risk on the (calibration) scenes, mean over budgets and seeds: what settings are chosen by."""
     total = 0.0
     for one in gates:
-        points = one.points(gate_logits(one.gates, scenes), scenes.trace.num_visual)
+        points = one.points_on(scenes)
         for budget in budgets:
             total += float(points.mixed_values(scenes.trace.risk, points.at_compute(budget)).mean())
     return total / (len(gates) * len(budgets))

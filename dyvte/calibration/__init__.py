@@ -10,11 +10,12 @@ from dyvte.calibration.apply import (
     write_fixed_layer,
 )
 from dyvte.calibration.compute import threshold_for_compute
-from dyvte.calibration.decisions import at_exit, visual_compute
+from dyvte.calibration.operating_points import at_exit, gate_logits
 from dyvte.calibration.plot import check_plot, plot_search
 from dyvte.calibration.profile import measure_profile
 from dyvte.calibration.risk import RiskThreshold, threshold_for_risk
 from dyvte.calibration.vtw import LayerSearch, search_exit_layer
+from dyvte.costs.visual import visual_compute
 
 __all__ = [
     "Calibration",
@@ -24,6 +25,7 @@ __all__ = [
     "calibrate_compute",
     "calibrate_risk",
     "check_plot",
+    "gate_logits",
     "measure_profile",
     "plot_search",
     "search_exit_layer",

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dyvte.backbones import check_image_padding
 from dyvte.calibration.compute import threshold_for_compute
-from dyvte.calibration.decisions import at_exit, visual_compute
+from dyvte.calibration.operating_points import at_exit, gate_logits
 from dyvte.calibration.risk import threshold_for_risk
+from dyvte.costs.visual import visual_compute
 from dyvte.errors import CalibrationError, GateMismatchError
 from dyvte.gates import GateConfig, GateStack, exit_layers, load_checkpoint, save_config
 from dyvte.gates.config import CONFIG_FILE
@@ -139,12 +139,6 @@ def bounded_loss(trace: Trace, loss: str) -> Tensor:
     if kind != "risk" or not c > 0:
         raise CalibrationError(f"loss {loss!r}: expected 'same_answer' or 'risk:C' with C > 0 in nats")
     return trace.risk.clamp(min=0, max=c) / c
-
-
-def gate_logits(gates: GateStack, trace: Trace) -> Tensor:
-    """(B, L) float32 logits on the CPU."""
-    with torch.no_grad():
-        return torch.cat([gates(part.to(gates.device)).cpu() for part in trace.features.split(1024)])
 
 
 def check_store(config: GateConfig, store: TraceStore) -> None:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from dyvte.calibration.decisions import visual_compute
+from dyvte.costs.visual import visual_compute
 from dyvte.errors import CalibrationError
 from dyvte.gates import exit_layers
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyvte.calibration.compute import threshold_at
-from dyvte.calibration.decisions import at_exit
+from dyvte.calibration.operating_points import at_exit
 from dyvte.calibration.pvalues import P_VALUES, smallest_alpha
 from dyvte.gates import exit_layers
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dyvte.calibration import threshold_for_compute, visual_compute
-from dyvte.comparison.operating_points import OperatingPoints, mixture_at
+from dyvte.calibration.operating_points import OperatingPoints, gate_logits, mixed, mixture_at
 from dyvte.comparison.router import (
     NEVER,
     QuestionRouter,
@@ -28,7 +28,7 @@ from dyvte.comparison.router import (
     router_threshold,
     train_routers,
 )
-from dyvte.comparison.scenes import TracedScenes, gate_logits
+from dyvte.comparison.scenes import TracedScenes
 from dyvte.errors import CalibrationError, ConfigError
 from dyvte.gates import GateStack, exit_layers, load_checkpoint
 
@@ -65,6 +65,10 @@ class GateContender:
         exits_SB = torch.stack([self.exits(logits_BL, t) for t in self.curve_thresholds])
         return OperatingPoints(self.name, self.curve_thresholds, exits_SB, num_visual_B, logits_BL.shape[1])
 
+    def points_on(self, scenes: TracedScenes) -> OperatingPoints:
+        """The threshold curve on traced scenes."""
+        return self.points(gate_logits(self.gates, scenes.trace, scenes.features), scenes.trace.num_visual)
+
     def operating_point(self, logits_BL: Tensor, num_visual_B: Tensor) -> OperatingPoints:
         """The one point of the stored threshold."""
         exits_1B = self.exits(logits_BL)[None]
@@ -86,8 +90,7 @@ class RouterContender:
     def calibration_risk(self, budget: float) -> float:
         """Risk on the calibration scenes at a visual compute, by mixing neighbouring thresholds."""
         compute_S, risk_S = self.calibration_curve
-        at = mixture_at(compute_S, budget)
-        return float(risk_S[at.lower] + at.weight * (risk_S[at.upper] - risk_S[at.lower]))
+        return mixed(risk_S, mixture_at(compute_S, budget))
 
     def points(self, questions: Sequence[str], num_visual_B: Tensor) -> OperatingPoints:
         """The threshold curve on other questions."""
@@ -130,7 +133,7 @@ def load_gates(folder: str | Path, name: str, calibration: TracedScenes) -> Gate
         raise ConfigError(
             f"{folder}: gates for {config.num_layers} layers, traces of {calibration.num_layers} layers"
         )
-    logits_BL = gate_logits(gates, calibration)
+    logits_BL = gate_logits(gates, calibration.trace, calibration.features)
     num_visual_B = calibration.trace.num_visual
     thresholds = set()
     for budget in budget_grid(config.num_layers):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dyvte.calibration import visual_compute
+from dyvte.calibration.operating_points import OperatingPoints, compute_to_reach
 from dyvte.comparison.bootstrap import paired_bootstrap
-from dyvte.comparison.operating_points import OperatingPoints, compute_to_reach
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.traces import first_safe_layer, spread
 from dyvte.formatting import markdown_table

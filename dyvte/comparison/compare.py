@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import dyvte
 from dyvte.backbones import encode
-from dyvte.calibration import search_exit_layer
+from dyvte.calibration import gate_logits, search_exit_layer
 from dyvte.comparison.baselines import (
     VtwChoice,
     best_router,
@@ -207,9 +207,7 @@ def choose_vtw(
 
 def _kept(pair: Pair, calibration: TracedScenes) -> float:
     """Same-answer rate of gates on the calibration scenes at their stored threshold."""
-    from dyvte.comparison.scenes import gate_logits
-
-    logits_BL = gate_logits(pair.gates.gates, calibration)
+    logits_BL = gate_logits(pair.gates.gates, calibration.trace, calibration.features)
     points = pair.gates.operating_point(logits_BL, calibration.trace.num_visual)
     return float(points.means_S(calibration.trace.same_answer)[0])
 

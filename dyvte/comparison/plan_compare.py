@@ -8,7 +8,6 @@ Shapes: B samples.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyvte.calibration.operating_points import lower_hull, mixture_at
 from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
 from dyvte.comparison.plans import JudgedPlan, Plan, PlanJudge, front
 from dyvte.errors import CalibrationError
@@ -58,17 +58,8 @@ class Mix:
 
 def hull(judged: Sequence[JudgedPlan]) -> list[JudgedPlan]:
     """Corners of the lower convex hull of (compute, risk), from the cheapest to the one of least risk."""
-    corners: list[JudgedPlan] = []
-    for one in front(judged):
-        while len(corners) > 1 and not _is_below(corners[-2], corners[-1], one):
-            corners.pop()
-        corners.append(one)
-    return corners
-
-
-def _is_below(left: JudgedPlan, middle: JudgedPlan, right: JudgedPlan) -> bool:
-    share = (middle.compute - left.compute) / (right.compute - left.compute)
-    return middle.risk < left.risk + share * (right.risk - left.risk)
+    best = front(judged)
+    return [best[index] for index in lower_hull([p.compute for p in best], [p.risk for p in best])]
 
 
 def mix_for(judged: Sequence[JudgedPlan], budget: float) -> Mix | None:
@@ -76,10 +67,8 @@ def mix_for(judged: Sequence[JudgedPlan], budget: float) -> Mix | None:
     corners = hull(judged)
     if not corners or corners[0].compute > budget + 1e-9:
         return None
-    for low, high in itertools.pairwise(corners):
-        if high.compute > budget:
-            return Mix(low, high, max(0.0, (budget - low.compute) / (high.compute - low.compute)))
-    return Mix(corners[-1], corners[-1], 0.0)
+    at = mixture_at([corner.compute for corner in corners], budget)
+    return Mix(corners[at.lower], corners[at.upper], at.weight)
 
 
 @dataclass(frozen=True)

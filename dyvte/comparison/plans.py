@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyvte.calibration import at_exit
+from dyvte.calibration import at_exit, gate_logits
 from dyvte.costs.prefill import DecoderShape, visual_share
 from dyvte.costs.reductions import tokens_left, visual_factors
 from dyvte.errors import CalibrationError
-from dyvte.gates import GateStack, exit_layers, select_features
+from dyvte.gates import GateStack, exit_layers
 from dyvte.reductions import Reduction
 from dyvte.teacher import Trace
 
@@ -121,9 +121,7 @@ class PlanJudge:
         self._logits_BL, self._min_layer = None, 1
         if gates is not None:
             self._min_layer = gates.config.min_layer
-            with torch.no_grad():
-                features = select_features(trace.features.float(), stored, gates.config.features)
-                self._logits_BL = gates(features)
+            self._logits_BL = gate_logits(gates, trace, stored)
             # As in training: gates at exits that the traces do not label stay closed.
             closed = sorted(set(range(1, trace.num_layers)) - set(trace.exits))
             self._logits_BL[:, [k - 1 for k in closed]] = -torch.inf

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dyvte.comparison.router import lower_hull
+from dyvte.calibration.operating_points import lower_hull
 from dyvte.plotting import new_figure
 
 COLORS = {"fixed": "#4d4d4d", "router": "#1f77b4", "gates": "#d62728", "oracle": "#2ca02c"}
@@ -48,7 +48,7 @@ def _panel(axes: Any, curves: dict[str, Any], metric: str, title: str) -> None:
     fixed = curves["fixed"]
     compute, values = 100 * np.array(fixed["compute"]), scale * np.array(fixed[metric])
     axes.plot(compute, values, "o", color=COLORS["fixed"], ms=4, label=LABELS["fixed"])
-    corners = lower_hull(values if metric == "risk" else -values)
+    corners = lower_hull(compute, values if metric == "risk" else -values)
     _line(
         axes, compute[corners], values[corners], color=COLORS["fixed"], lw=1.2, label="best mixture of two K"
     )

@@ -16,46 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dyvte.calibration.decisions import visual_compute
-from dyvte.comparison.operating_points import OperatingPoints
+from dyvte.calibration.operating_points import OperatingPoints
+from dyvte.costs.visual import visual_compute
 from dyvte.errors import DataError
 from dyvte.gates import uniform_offsets
 from dyvte.objectives.expected_risk import expected_risk
 from dyvte.teacher.trace import Trace
 
 NEVER = 1.0
-
-
-def lower_hull(values_L1: Sequence[float] | np.ndarray) -> list[int]:
-    """Corners K of the lower convex hull of the points (K, values[K]), K = 0..L, both ends included.
-
-    A mixture of two neighbouring corners is the least mean value that fixed layers reach at their mean K. K
-    without a value (nan: an exit that thinned traces do not label) are passed over.
-    """
-    corners: list[int] = []
-    for k in range(len(values_L1)):
-        if math.isnan(values_L1[k]):
-            continue
-        while len(corners) >= 2 and _above_chord(values_L1, corners[-2], corners[-1], k):
-            corners.pop()
-        corners.append(k)
-    return corners
-
-
-def _above_chord(values: Sequence[float] | np.ndarray, left: int, middle: int, right: int) -> bool:
-    chord = values[left] + (values[right] - values[left]) * (middle - left) / (right - left)
-    return bool(values[middle] >= chord)
-
-
-def fixed_points(
-    calibration_values_BL1: Tensor, num_visual_B: Tensor, *, smaller_is_better: bool = True
-) -> OperatingPoints:
-    """Fixed K along the hull found on calibration samples, applied to other samples."""
-    means_L1 = calibration_values_BL1.double().mean(0).numpy()
-    corners = lower_hull(means_L1 if smaller_is_better else -means_L1)
-    exits_SB = torch.tensor(corners)[:, None].expand(len(corners), len(num_visual_B))
-    num_layers = calibration_values_BL1.shape[1] - 1
-    return OperatingPoints("fixed K", tuple(map(float, corners)), exits_SB, num_visual_B, num_layers)
 
 
 def oracle_exits(risk_BL1: Tensor, lam: float) -> Tensor:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyvte.calibration.operating_points import OperatingPoints, fixed_points
 from dyvte.comparison.baselines import GateContender
-from dyvte.comparison.operating_points import OperatingPoints
 from dyvte.comparison.probe import probe_gates
-from dyvte.comparison.router import fixed_points, oracle_points
+from dyvte.comparison.router import oracle_points
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.traces import ORACLE_LAMS, Pair
 from dyvte.evaluation.generation import Asker

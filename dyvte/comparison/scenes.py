@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from dyvte.data import open_conversations
 from dyvte.errors import DataError
-from dyvte.gates import DEFAULT_FEATURES, GateStack, select_features
+from dyvte.gates import DEFAULT_FEATURES
 from dyvte.tasks.base import name_some
 from dyvte.teacher.store import TraceStore
 from dyvte.teacher.trace import Trace
-
-_LOGIT_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -65,19 +61,6 @@ def load_scenes(traces: Path, data: Path, image_folder: Path) -> TracedScenes:
         image_ids=tuple(image_ids[row] for row in rows),
         features=store.manifest.features,
     )
-
-
-def gate_logits(gates: GateStack, scenes: TracedScenes) -> Tensor:
-    """(B, L) float32 logits of all gates on traced features."""
-    import torch
-
-    with torch.no_grad():
-        wanted = gates.config.features
-        parts = [
-            gates(select_features(part, scenes.features, wanted).float())
-            for part in scenes.trace.features.split(_LOGIT_CHUNK)
-        ]
-    return torch.cat(parts)
 
 
 def distinct_share(questions: Sequence[str]) -> float:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyvte.calibration.operating_points import OperatingPoints, compute_to_reach, fixed_points, gate_logits
 from dyvte.comparison.baselines import GateContender, RouterContender
 from dyvte.comparison.bootstrap import paired_bootstrap
-from dyvte.comparison.operating_points import OperatingPoints, compute_to_reach
-from dyvte.comparison.router import fixed_points, oracle_exits, oracle_points, within_wording_share
-from dyvte.comparison.scenes import TracedScenes, distinct_share, gate_logits
+from dyvte.comparison.router import oracle_exits, oracle_points, within_wording_share
+from dyvte.comparison.scenes import TracedScenes, distinct_share
 
 # metric -> whether less is better
 METRICS = {"risk": True, "same_answer": False, "agreement": False}
@@ -82,7 +82,7 @@ def _one_seed(
     seed: int,
 ) -> dict[str, Any]:
     num_visual_B = test.trace.num_visual
-    logits_BL = gate_logits(pair.gates.gates, test)
+    logits_BL = gate_logits(pair.gates.gates, test.trace, test.features)
     gates_curve = pair.gates.points(logits_BL, num_visual_B)
     router_curve = pair.router.points(test.questions, num_visual_B)
     at = pair.gates.operating_point(logits_BL, num_visual_B)

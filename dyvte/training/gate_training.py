@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 from dyvte import __version__
+from dyvte.calibration import gate_logits
 from dyvte.config import to_dict
 from dyvte.data import Selection
 from dyvte.errors import GateMismatchError
 from dyvte.gates import GateConfig, GateStack, close_gates, exit_layers, uniform_offsets
 from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
-from dyvte.teacher import Trace, TraceStore
+from dyvte.teacher import TraceStore
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Plan
 from dyvte.training.loop import GateTraining
@@ -173,8 +174,7 @@ def _finish(
     gates.eval().save_pretrained(cfg.output_dir / "gates")
 
     judged = training.validation if training.validation is not None else training.train
-    with torch.no_grad():
-        train_logits, logits = _logits(gates, training.train), _logits(gates, judged)
+    train_logits, logits = gate_logits(gates, training.train), gate_logits(gates, judged)
     summary = {
         "gates": str(cfg.output_dir / "gates"),
         "judged_on": "held-out samples" if training.validation is not None else "training samples",
@@ -191,10 +191,6 @@ def _finish(
     temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return TrainResult(cfg.output_dir / "gates", summary)
-
-
-def _logits(gates: GateStack, trace: Trace) -> torch.Tensor:
-    return torch.cat([gates(part) for part in trace.features.split(1024)])
 
 
 def _record(cfg: TrainConfig, plan: Plan, selection: Selection, store: TraceStore) -> dict[str, Any]:

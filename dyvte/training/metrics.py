@@ -5,7 +5,6 @@ Shape letters: B samples, L decoder layers.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyvte.calibration import at_exit, threshold_for_compute, visual_compute
-from dyvte.comparison.router import lower_hull
+from dyvte.calibration.operating_points import fixed_points
 from dyvte.errors import CalibrationError
 from dyvte.gates import exit_layers
 from dyvte.teacher.trace import Trace
@@ -77,14 +76,8 @@ def budget_rows(
 
 def fixed_at(chosen_on_BL1: Tensor, judged_BL1: Tensor, compute: float) -> float:
     """Mean judged value of the best mixture of two fixed K that spends ``compute`` of the full model."""
-    corners = lower_hull(chosen_on_BL1.double().mean(0).tolist())
-    means = judged_BL1.double().mean(0)
-    mean_k = compute * (judged_BL1.shape[1] - 1)
-    for left, right in itertools.pairwise(corners):
-        if left <= mean_k <= right:
-            weight = (mean_k - left) / (right - left)
-            return float((1 - weight) * means[left] + weight * means[right])
-    return float(means[-1])
+    points = fixed_points(chosen_on_BL1, torch.ones(len(judged_BL1)))
+    return float(points.mixed_values(judged_BL1, points.at_compute(compute)).mean())
 
 
 def budget_table(rows: Sequence[dict[str, float]]) -> str:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from dyvte.calibration.operating_points import OperatingPoints, fixed_points
 from dyvte.comparison.budget_plot import plot_budgets
 from dyvte.comparison.budgets import BUDGETS, Rule, budget_markdown, budget_report, verdict
-from dyvte.comparison.operating_points import OperatingPoints
-from dyvte.comparison.router import fixed_points, oracle_points
+from dyvte.comparison.router import oracle_points
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.teacher.trace import Trace
 

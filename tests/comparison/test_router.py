@@ -1,4 +1,4 @@
-"""Rivals and curves against brute force and against tasks whose answer is known."""
+"""Baselines against brute force and against tasks whose answer is known."""
 
 from __future__ import annotations
 
@@ -8,20 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dyvte.calibration.decisions import visual_compute
-from dyvte.comparison.operating_points import (
-    Mixture,
-    OperatingPoints,
-    chosen_by_id,
-    compute_to_reach,
-    mixture_at,
-)
 from dyvte.comparison.router import (
     BagOfWords,
     QuestionRouter,
     RouterSettings,
-    fixed_points,
-    lower_hull,
     oracle_exits,
     oracle_points,
     router_exits,
@@ -32,40 +22,13 @@ from dyvte.comparison.router import (
     train_routers,
     within_wording_share,
 )
+from dyvte.costs.visual import visual_compute
 from dyvte.errors import DataError
 from dyvte.gates import exit_layers
 from dyvte.objectives import expected_risk
 from dyvte.teacher.trace import Trace
 
 LAYERS = 6
-
-
-def _best_pair(values, budget: float) -> float:
-    """Least mean value of any mixture of two fixed K whose mean K is ``budget``."""
-    best = np.inf
-    for low, high in itertools.combinations_with_replacement(range(len(values)), 2):
-        if low <= budget <= high:
-            share = 0.0 if low == high else (budget - low) / (high - low)
-            best = min(best, values[low] + share * (values[high] - values[low]))
-    return best
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_hull_is_the_best_mixture_of_two_fixed_layers(seed):
-    values = np.random.default_rng(seed).random(LAYERS + 1)
-    trace = torch.from_numpy(values)[None].repeat(4, 1)
-    points = fixed_points(trace, torch.full((4,), 64))
-    for budget in np.linspace(0, 1, 31):
-        mixture = points.at_compute(float(budget))
-        assert points.mixed_compute(mixture) == pytest.approx(budget)
-        got = points.mixed_values(trace, mixture).mean().item()
-        assert got == pytest.approx(_best_pair(values, budget * LAYERS))
-
-
-def test_upper_hull_for_figures_that_should_be_large():
-    values = np.random.default_rng(9).random(LAYERS + 1)
-    points = fixed_points(torch.from_numpy(values)[None], torch.tensor([1]), smaller_is_better=False)
-    assert [int(k) for k in points.settings_S] == lower_hull(-values)
 
 
 def test_oracle_equals_enumeration_and_ties_go_to_the_smaller_layer():
@@ -250,47 +213,6 @@ def _plain_training(features, trace, settings):
     return router
 
 
-def test_mixtures_meet_any_compute_between():
-    points = OperatingPoints(
-        "rule", (0.0, 1.0), torch.tensor([[1] * 8, [5] * 8]), torch.full((8,), 64), LAYERS
-    )
-    mixture = points.at_compute(0.5)
-    assert (mixture.lower, mixture.upper, mixture.weight) == (0, 1, pytest.approx(0.5))
-    assert points.mixed_compute(mixture) == pytest.approx(0.5)
-    values = torch.arange(LAYERS + 1.0).repeat(8, 1)
-    assert points.mixed_values(values, mixture).tolist() == pytest.approx([3.0] * 8)
-    ids = [f"q{n}" for n in range(8)]
-    drawn = points.draw(mixture, ids, seed=1)
-    assert sorted(drawn.tolist()) == [1] * 4 + [5] * 4
-    assert points.draw(mixture, ids[::-1], seed=1).tolist() == drawn.tolist()[::-1]
-    assert points.at_compute(0.01) == Mixture(0, 0, 0.0)
-    assert points.at_compute(0.99) == Mixture(1, 1, 0.0)
-
-
-def test_mixture_skips_equal_points():
-    compute = np.array([0.2, 0.4, 0.4, 0.8])
-    assert mixture_at(compute, 0.4).weight == 0.0
-    assert mixture_at(compute, 0.6) == Mixture(2, 3, pytest.approx(0.5))
-
-
-def test_draws_differ_by_seed_and_keep_their_share():
-    ids = [str(n) for n in range(101)]
-    one, two = chosen_by_id(ids, 0.3, 0), chosen_by_id(ids, 0.3, 1)
-    assert one.sum() == two.sum() == 30
-    assert not np.array_equal(one, two)
-
-
-def test_compute_to_reach():
-    compute, value = np.array([0.2, 0.4, 0.6, 1.0]), np.array([0.5, 0.9, 0.8, 1.0])
-    assert compute_to_reach(compute, value, 0.7) == pytest.approx(0.3)
-    assert compute_to_reach(compute, value, 0.9) == pytest.approx(0.4)
-    assert compute_to_reach(compute, value, 0.95) == pytest.approx(0.8)
-    assert compute_to_reach(compute, value, 0.1) == pytest.approx(0.2)
-    assert np.isnan(compute_to_reach(compute, value, 1.1))
-
-
 def test_errors():
-    with pytest.raises(DataError, match="do not fit"):
-        OperatingPoints("rule", (1.0,), torch.ones(2, 3), torch.ones(3), LAYERS)
     with pytest.raises(DataError, match="3 questions but 2"):
         train_router(torch.ones(3, 2), _trace(torch.ones(2, 4)), RouterSettings(lam=0.1))
