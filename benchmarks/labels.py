@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
-from dyvte.costs.prefill import vision_tower_flops
 from dyvte.costs.teacher import SampleShape, mean_reference_step_flops, teacher_flops
+from dyvte.costs.vision import vision_tower_flops
 from dyvte.objectives import reference_labels
 from dyvte.teacher import thinned_exits, trace_exits
 from dyvte.teacher.memory import GIB

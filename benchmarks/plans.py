@@ -20,9 +20,9 @@ from common import write_json
 from gate_training import Bench, bench_arguments
 
 from dyvte.backbones import Backbone, describe
+from dyvte.backbones.sizes import decoder_shape
 from dyvte.comparison.plan_compare import compare_plans, plot_comparison
 from dyvte.comparison.plans import PlanJudge, folder_name
-from dyvte.costs.prefill import decoder_shape
 from dyvte.evaluation.latency import machine
 from dyvte.gates import GateStack
 from dyvte.reductions import parse_reductions

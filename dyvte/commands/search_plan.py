@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from dyvte.backbones import describe
+    from dyvte.backbones.sizes import decoder_shape
     from dyvte.comparison.plan_search import combinations, search_plans
     from dyvte.comparison.plans import traces_of
-    from dyvte.costs.prefill import decoder_shape
     from dyvte.errors import ConfigError
     from dyvte.gates import GateStack
     from dyvte.reductions import parse_reductions

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.backbones import Backbone
+from dyvte.backbones.sizes import decoder_shape
 from dyvte.comparison.plans import JudgedPlan, PlanJudge, choose, front, traces_of
-from dyvte.costs.prefill import decoder_shape
 from dyvte.files import write_atomically
 from dyvte.formatting import markdown_table
 from dyvte.gates import GateStack

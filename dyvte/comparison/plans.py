@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyvte.backbones.sizes import DecoderShape
 from dyvte.calibration import at_exit, gate_logits
-from dyvte.costs.prefill import DecoderShape, visual_share
 from dyvte.costs.reductions import tokens_left, visual_factors
+from dyvte.costs.visual import visual_share
 from dyvte.errors import CalibrationError
 from dyvte.gates import GateStack, exit_layers
 from dyvte.reductions import Reduction

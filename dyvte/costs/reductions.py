@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dyvte.costs.prefill import FULL_PRICE, DecoderShape, VisualFactors
+from dyvte.backbones.sizes import DecoderShape
+from dyvte.costs.prefill import FULL_PRICE, VisualFactors
 from dyvte.reductions import Neighbourhood, Reduction, TokenRows, VisualWork, merged
 from dyvte.spans import find_spans
 

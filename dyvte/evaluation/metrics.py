@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from dyvte.backbones.sizes import decoder_shape
-from dyvte.costs import prefill as cost
+from dyvte.costs.prefill import head_flops, mean_prefill_costs, score_row_flops
 from dyvte.costs.reductions import visual_factors
+from dyvte.costs.vision import vision_tower_flops
+from dyvte.costs.visual import visual_share
 from dyvte.errors import DataError
 from dyvte.evaluation.run_log import Answer, unpack_layers
 from dyvte.reductions import Reduction
@@ -41,19 +44,20 @@ def cost_figures(
     text_BL = [unpack_layers(answer.text_tokens) for answer in answers]
     num_visual_B, num_text_B = [a.num_visual for a in answers], [a.num_text for a in answers]
     tokens_BL = [[v + t for v, t in zip(*rows, strict=True)] for rows in zip(visual_BL, text_BL, strict=True)]
-    score_flops_B = cost.score_row_flops(shape, tokens_BL, [a.score_layers for a in answers])
+    score_flops_B = score_row_flops(shape, tokens_BL, [a.score_layers for a in answers])
     factors = visual_factors(reductions, shape, _mean([answer.num_visual for answer in seeing]))
+    prefill = mean_prefill_costs(shape, text_BL, visual_BL, num_text_B, num_visual_B, factors)
     counts = Counter(answer.exit_layer for answer in answers)
     return {
         "num_layers": shape.num_layers,
         "mean_exit_layer": sum(answer.exit_layer for answer in seeing) / len(seeing),
         "exit_layer_counts": {str(k): counts[k] for k in sorted(counts)},
-        "visual_compute": cost.visual_share(shape, visual_BL, num_visual_B, factors),
+        "visual_compute": visual_share(shape, visual_BL, num_visual_B, factors),
         "visual_token_layers_per_question": _mean([a.visual_token_layers for a in answers]),
-        "prefill": cost.mean_prefill_tflops(shape, text_BL, visual_BL, num_text_B, num_visual_B, factors),
+        "prefill": {name: asdict(one) for name, one in prefill.items()},
         "score_row_flops_per_question": _mean(score_flops_B),
         "vision_tower_flops_per_image": _vision_tower(config, seeing),
-        "output_head_flops_per_token": cost.head_flops(shape),
+        "output_head_flops_per_token": head_flops(shape),
         "kv_bytes_per_question": _mean([answer.kv_bytes for answer in answers]),
         "mean_visual_tokens": _mean(num_visual_B),
         "mean_text_tokens": _mean(num_text_B),
@@ -68,9 +72,9 @@ def _vision_tower(config: Any, answers: Sequence[Answer]) -> float | None:
         return None
     merge = getattr(vision, "spatial_merge_size", None)
     if not isinstance(merge, int):
-        return cost.vision_tower_flops(vision)
+        return vision_tower_flops(vision)
     patches = round(_mean([answer.num_visual for answer in answers]) * merge**2)
-    return cost.vision_tower_flops(vision, patches)
+    return vision_tower_flops(vision, patches)
 
 
 def same_answer(answers: Sequence[Answer], reference: Sequence[Answer]) -> float:

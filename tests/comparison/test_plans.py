@@ -10,10 +10,10 @@ import torch
 
 import dyvte
 from dyvte.backbones import describe
+from dyvte.backbones.sizes import decoder_shape
 from dyvte.comparison.plan_compare import compare_plans, mix_for
 from dyvte.comparison.plan_search import PlanSearch, combinations
 from dyvte.comparison.plans import JudgedPlan, Plan, PlanJudge, choose, folder_name, front
-from dyvte.costs.prefill import decoder_shape
 from dyvte.errors import CalibrationError
 from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack
 from dyvte.reductions import parse_reductions

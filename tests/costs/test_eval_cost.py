@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dyvte
 from dyvte.backbones import get_template
-from dyvte.costs.prefill import decoder_shape, layer_flops, score_row_flops
+from dyvte.backbones.sizes import decoder_shape
+from dyvte.costs.prefill import layer_flops, score_row_flops
 from dyvte.evaluation.generation import Asker, answer, encode_questions
 from dyvte.evaluation.run_log import unpack_layers
 from dyvte.evaluation.settings import parse_policies, with_reductions

@@ -8,18 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dyvte.backbones.sizes import DecoderShape, decoder_shape
 from dyvte.costs.prefill import (
-    DecoderShape,
     VisualFactors,
-    decoder_shape,
     head_flops,
     layer_flops,
-    mean_prefill_tflops,
+    mean_prefill_costs,
     prefill_flops,
     score_row_flops,
-    vision_tower_flops,
-    visual_share,
 )
+from dyvte.costs.vision import vision_tower_flops
+from dyvte.costs.visual import visual_share
 from dyvte.errors import ConfigError, UnsupportedBackboneError
 
 VICUNA_7B = DecoderShape(4096, 32, 32, 128, (11008,) * 32, 32000)
@@ -101,12 +100,12 @@ def test_rows_without_image_cost_their_text_whatever_the_exit():
 def test_mean_is_over_samples():
     text_BL = [[60] * 32] * 2
     visual_BL = [[576] * 16 + [0] * 16, [576] * 32]
-    means = mean_prefill_tflops(VICUNA_7B, text_BL, visual_BL, [60, 60], [576, 576])
+    means = mean_prefill_costs(VICUNA_7B, text_BL, visual_BL, [60, 60], [576, 576])
     halves = [_tflops(VICUNA_7B, 60, 576, k) for k in (16, 32)]
-    assert means["vtw"]["tflops"] == pytest.approx(sum(halves) / 2)
-    assert means["vtw"]["tflops_full"] == pytest.approx(halves[1])
+    assert means["vtw"].tflops == pytest.approx(sum(halves) / 2)
+    assert means["vtw"].tflops_full == pytest.approx(halves[1])
     # visual tokens alone: half their layers for half the samples
-    assert means["pyramiddrop"]["ratio"] == pytest.approx(0.75)
+    assert means["pyramiddrop"].ratio == pytest.approx(0.75)
 
 
 def _config(**changes):

@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dyvte
 from dyvte.backbones import describe
-from dyvte.costs.prefill import decoder_shape, layer_flops, visual_share
+from dyvte.backbones.sizes import decoder_shape
+from dyvte.costs.prefill import layer_flops
 from dyvte.costs.reductions import tokens_left, visual_factors, window_share
+from dyvte.costs.visual import visual_share
 from dyvte.evaluation.runner import EvalConfig, evaluate
 from dyvte.reductions import (
     FastV,
