@@ -10,20 +10,24 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dyvte.errors import CheckpointError
+from dyvte.errors import CheckpointError, DataError
 from dyvte.files import write_atomically
-from dyvte.gates import DEFAULT_FEATURES, select_features
+from dyvte.gates import DEFAULT_FEATURES
+from dyvte.teacher.freeze_grid import FreezeGrid, stream_layers
 from dyvte.teacher.trace import Trace
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 ALL_EXITS = "all"
+NO_FREEZES = "none"
+GRID = "grid."
+"""Before the names of a grid's tensors in a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,12 @@ class Manifest:
         """Exit layers that the traces label."""
         text = self.fingerprint.get("exits", ALL_EXITS)
         return tuple(range(self.num_layers + 1)) if text == ALL_EXITS else tuple(map(int, text.split(",")))
+
+    @property
+    def freezes(self) -> tuple[int, ...]:
+        """Freeze layers that the traces label; none where they have no grid."""
+        text = self.fingerprint.get("freezes", NO_FREEZES)
+        return () if text == NO_FREEZES else tuple(map(int, text.split(",")))
 
     @property
     def num_shards(self) -> int:
@@ -135,9 +145,10 @@ class TraceStore:
 
     def check(self, fingerprint: Mapping[str, str]) -> None:
         """Raise CheckpointError naming every field in which the store differs from ``fingerprint``."""
-        # Stores from before exits could be thinned label all of them and do not say so.
-        mine = {"exits": ALL_EXITS, **self.manifest.fingerprint}
-        fingerprint = {"exits": ALL_EXITS, **fingerprint}
+        # Stores from before exits could be thinned label all of them and do not say so; those without a grid
+        # say nothing of it either.
+        unsaid = {"exits": ALL_EXITS, "freezes": NO_FREEZES}
+        mine, fingerprint = {**unsaid, **self.manifest.fingerprint}, {**unsaid, **fingerprint}
         differing = [name for name in {**mine, **fingerprint} if mine.get(name) != fingerprint.get(name)]
         if differing:
             listed = "; ".join(
@@ -158,18 +169,34 @@ class TraceStore:
         return not self.missing()
 
     def write(self, index: int, shard: Shard) -> None:
-        """Write one shard, atomically."""
+        """Write one shard, atomically.
+
+        Raises
+        ------
+        DataError
+            If the trace's freeze grid is not of the manifest's freeze layers or has labels out of place.
+        """
         from safetensors.torch import save
 
+        trace, grid = shard.trace, shard.trace.grid
+        if trace.freezes != self.manifest.freezes:
+            raise DataError(
+                f"{self.folder}: a trace of freeze layers {trace.freezes or 'none'} for a store of "
+                f"{self.manifest.freezes or 'none'}"
+            )
+        if grid is not None:
+            grid.check(trace.exits, trace.tensors())
         record = {
-            "sample_ids": shard.trace.sample_ids,
+            "sample_ids": trace.sample_ids,
             "image_ids": shard.image_ids,
             "dropped": shard.dropped,
             "notes": shard.notes,
         }
         # One key only: safetensors writes several in no fixed order, and equal shards should be equal bytes.
         metadata = {"dyvte": json.dumps(record)}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.trace.tensors().items()}
+        frozen = grid.tensors() if grid is not None else {}
+        named = {**trace.tensors(), **{GRID + name: tensor for name, tensor in frozen.items()}}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
         _write(self._path(index), save(tensors, metadata=metadata))
 
     def read(self, index: int) -> Shard:
@@ -196,8 +223,7 @@ class TraceStore:
         """
         parts = [shard.trace for shard in self.shards() if len(shard.trace)]
         if features is not None:
-            stored = self.manifest.features
-            parts = [replace(p, features=select_features(p.features, stored, features)) for p in parts]
+            parts = [part.select(self.manifest.features, features) for part in parts]
         return Trace.cat(parts)
 
     def image_ids(self) -> tuple[str, ...]:
@@ -215,6 +241,14 @@ class TraceStore:
             for name, count in shard.notes.items():
                 total[name] = total.get(name, 0) + count
         return total
+
+    def _trace_of(self, ids: tuple[str, ...], tensors: dict[str, Tensor]) -> Trace:
+        """A shard's trace from its tensors by name."""
+        plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(GRID)}
+        frozen = {n.removeprefix(GRID): tensor for n, tensor in tensors.items() if n.startswith(GRID)}
+        freezes = self.manifest.freezes
+        grid = FreezeGrid(**frozen, freeze_layers=freezes) if frozen or freezes else None
+        return Trace(sample_ids=ids, exits=self.manifest.exits, grid=grid, **plain)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
@@ -237,12 +271,12 @@ class TraceStore:
                 record = json.loads(file.metadata()["dyvte"])
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Shard(
-                trace=Trace(sample_ids=tuple(record["sample_ids"]), exits=self.manifest.exits, **tensors),
+                trace=self._trace_of(tuple(record["sample_ids"]), tensors),
                 image_ids=tuple(record["image_ids"]),
                 dropped=tuple(record["dropped"]),
                 notes=record["notes"],
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, DataError) as error:
             raise CheckpointError(f"{path}: not a readable trace shard ({error})") from error
 
 
@@ -251,9 +285,25 @@ def exits_text(exits: Sequence[int], num_layers: int) -> str:
     return ALL_EXITS if len(exits) == num_layers + 1 else ",".join(map(str, exits))
 
 
-def empty_trace(num_layers: int, feature_size: int, dtype: torch.dtype, exits: tuple[int, ...] = ()) -> Trace:
+def freezes_text(freezes: Sequence[int]) -> str:
+    """Traced freeze layers as a fingerprint holds them; a store without a grid has no such entry."""
+    return ",".join(map(str, freezes)) or NO_FREEZES
+
+
+def empty_trace(
+    num_layers: int,
+    feature_size: int,
+    dtype: torch.dtype,
+    exits: tuple[int, ...] = (),
+    freezes: tuple[int, ...] = (),
+) -> Trace:
     """A trace of no samples, for a shard all of whose samples were dropped."""
     column = torch.zeros(0, num_layers + 1)
+    grid = None
+    if freezes:
+        labels = torch.zeros(0, len(freezes), num_layers + 1)
+        behind = torch.zeros(0, len(stream_layers(freezes, num_layers)), feature_size, dtype=dtype)
+        grid = FreezeGrid(*(labels,) * 5, behind.new_zeros(0, feature_size), behind, freezes)
     return Trace(
         risk=column,
         reverse_risk=column,
@@ -264,6 +314,7 @@ def empty_trace(num_layers: int, feature_size: int, dtype: torch.dtype, exits: t
         sample_ids=(),
         num_visual=torch.zeros(0, dtype=torch.long),
         exits=exits,
+        grid=grid,
     )
 
 

@@ -25,24 +25,7 @@ from dyvte.objectives import (
 )
 from dyvte.objectives.safe_label import class_balance
 from dyvte.teacher.trace import Trace
-
-
-def make_trace(rows: int, layers: int, seed: int = 0, features: int = 4) -> Trace:
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    risk, reverse = uniform(rows, layers + 1), uniform(rows, layers + 1)
-    risk[:, -1] = reverse[:, -1] = 0
-    agreement = (uniform(rows, layers + 1) > 0.4).float()
-    agreement[:, -1] = 1
-    loss = 1 + 0.1 * uniform(rows, layers + 1)
-    return Trace(
-        risk=risk, reverse_risk=reverse, agreement=agreement, same_answer=agreement.floor(), loss=loss,
-        features=torch.randn(rows, layers, features, generator=generator),
-        sample_ids=tuple(map(str, range(rows))), num_visual=torch.full((rows,), 9),
-    )  # fmt: skip
+from tests.helpers.traces import make_trace
 
 
 def test_expected_risk_equals_walking_through_the_gates() -> None:
