@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+_NAMED_AT_MOST = 5
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -23,3 +25,10 @@ def percentage(share: float | None) -> str:
 def number(value: float | None, digits: int = 2) -> str:
     """A figure with fixed decimals; a dash where there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def name_some(items: Iterable[str]) -> str:
+    """The first few items and how many more there are."""
+    items = list(items)
+    text = ", ".join(items[:_NAMED_AT_MOST])
+    return text if len(items) <= _NAMED_AT_MOST else f"{text} and {len(items) - _NAMED_AT_MOST} more"

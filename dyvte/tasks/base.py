@@ -1,21 +1,33 @@
-"""What every benchmark is: questions from disk, a prompt per question, and a pure scorer of predictions."""
+"""What every benchmark is: questions from disk, a prompt per question, and a pure scorer of predictions.
+
+A benchmark is one file: a registered subclass of :class:`Benchmark` (or
+:class:`~dyvte.tasks.choices.ChoiceBenchmark`) that says which formats there are, what a row of its table
+means, and what an answer is worth.
+"""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
 from dyvte.errors import ConfigError, DataError, ScoreError
-from dyvte.tasks.readers.tables import PackedImage
-from dyvte.tasks.readers.videos import Video
-from dyvte.tasks.statistics import Statistic
+from dyvte.formatting import name_some
+from dyvte.registry import Registry
+from dyvte.tasks.readers.files import fit, is_file, shards_below, tables_below
+from dyvte.tasks.readers.predictions import read_answers, read_submitted
+from dyvte.tasks.readers.rows import Row
+from dyvte.tasks.readers.rows import read_jsonl as read_jsonl
+from dyvte.tasks.readers.tables import read_table
+from dyvte.tasks.records import Predictions as Predictions
+from dyvte.tasks.records import Question as Question
+from dyvte.tasks.records import count_unknown, require_all, unique_ids
+from dyvte.tasks.statistics import Statistic, mean_statistic, unit_strata
+from dyvte.tasks.writing import write_json
 
 DIALECTS = ("original", "lmms", "vlmevalkit")
 """Whose rule reads an answer: the benchmark's own tool, lmms-eval, or VLMEvalKit."""
@@ -26,149 +38,282 @@ SHORT_ANSWER_SUFFIX = "\nAnswer the question using a single word or phrase."
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 """What LLaVA's evaluation appends to multiple-choice questions."""
 
-ImageSource: TypeAlias = Path | PackedImage
-"""An image file, or an image inside a table (parquet, TSV)."""
+NOT_GRADED = "not graded"
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_NAMED_AT_MOST = 5
+Source: TypeAlias = Callable[[Path], "list[Question] | None"]
+"""Questions below a root, or None where the root is not of that format."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One question about one image, several images or a video.
+class Benchmark:
+    """A benchmark but for its formats (:meth:`sources`, :meth:`table_question`) and its rule (:meth:`hits`).
 
     Attributes
     ----------
-    id : str
-        Unique within the benchmark; kept as text (GQA ids have leading zeros).
-    image : Path or PackedImage, or None
-        The first image; None for a question about a video.
-    text : str
-        The question as the benchmark states it, options included, without what evaluations append.
-    answer : str or None
-        Gold answer as stored; None on a split whose answers are not public.
-    image_id : str
-        The unit of dependence: questions with the same ``image_id`` are resampled together.
-    kind : str
-        Question type or subtask, for breakdowns.
-    details : Mapping
-        What only this benchmark's scorer needs.
-    more_images : tuple
-        Further images, in the order of the question's placeholders.
-    video : Video or None
+    name : str
+        On the command line.
+    title : str
+        As its authors write it.
+    expected_tree : str
+        Shown for a folder of no known format.
+    tables : tuple of str
+        File names of VLMEvalKit's table, as patterns in which letter case does not count; the first that
+        fits is taken. One with the benchmark's name in it, so that a file of one's own can be read.
+    shards : tuple of str
+        Patterns of the parquet files of a Hugging Face split; all files of the first that fits are read.
+    columns : tuple of tuple of str
+        What a table must have: of each tuple one column.
+    dialects : tuple of str
+        Whose rules exist for it.
+    suffix : str
+        What LLaVA appends to its questions.
+    submission_name : str
+        Of the file that its own tool or server takes.
+    unit : str
+        What was drawn independently: the questions of one ``image_id`` are about one of these.
+    score_name : str
+        What :meth:`statistic` gives, and its unit.
     """
 
-    id: str
-    image: ImageSource | None
-    text: str
-    answer: str | None
-    image_id: str
-    kind: str
-    details: Mapping[str, Any] = field(default_factory=dict)
-    more_images: tuple[ImageSource, ...] = ()
-    video: Video | None = None
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    expected_tree: ClassVar[str] = ""
+    tables: ClassVar[tuple[str, ...]] = ()
+    shards: ClassVar[tuple[str, ...]] = ()
+    columns: ClassVar[tuple[tuple[str, ...], ...]] = (("question",),)
+    dialects: ClassVar[tuple[str, ...]] = DIALECTS
+    suffix: ClassVar[str] = SHORT_ANSWER_SUFFIX
+    submission_name: ClassVar[str] = "submission.json"
+    unit: ClassVar[str] = "image"
+    score_name: ClassVar[str] = "accuracy, %"
 
-    @property
-    def images(self) -> tuple[ImageSource, ...]:
-        """All images, in order; empty for a question about a video."""
-        return () if self.image is None else (self.image, *self.more_images)
+    # --- questions --------------------------------------------------------------------------------------
 
+    def sources(self) -> Sequence[Source]:
+        """Readers of the formats, in the order in which they are tried; here the table alone."""
+        return (self.table,)
 
-@dataclass(frozen=True)
-class Predictions:
-    """Answers by question id.
+    def table(self, root: Path) -> list[Question] | None:
+        """The questions of VLMEvalKit's TSV or of a Hugging Face parquet split."""
+        files = self._own_tables(root)[:1] or shards_below(root, self.shards)
+        if not files:
+            return None
+        base = root if root.is_dir() else root.parent
+        rows = read_table(files)
+        if rows:
+            self._check_columns(rows[0], files[0])
+        found = (self.table_question(row, number, base) for number, row in enumerate(rows, start=1))
+        return [question for question in found if question is not None]
 
-    ``converted`` is True when the texts come from a benchmark's submission file, where the official
-    tool compares them as they stand; False for a model's raw answers.
-    """
+    def _own_tables(self, root: Path) -> list[Path]:
+        """TSV files that bear the benchmark's name, and no other's better; the best first."""
+        fits = {path: fit(path.name, self.tables) for path in tables_below(root)}
+        own = [path for path, own_fit in fits.items() if own_fit and own_fit >= _best_fit(path.name)]
+        return sorted(own, key=lambda path: (-fits[path], path.name))
 
-    texts: Mapping[str, str]
-    converted: bool = False
+    def _check_columns(self, row: Row, path: Path) -> None:
+        for names in self.columns:
+            if not any(name in row for name in names):
+                raise DataError(
+                    f"{path} is no table of {self.title}: it has no column {' or '.join(map(repr, names))}, "
+                    f"only {', '.join(map(repr, row))}"
+                )
 
+    def table_question(self, row: Row, number: int, base: Path) -> Question | None:
+        """The question of a table's row; None for one that is left out.
 
-class Benchmark(Protocol):
-    """Interface of a benchmark; :mod:`dyvte.tasks.common` does most of it."""
-
-    name: str
-    title: str
-    expected_tree: str
-    dialects: tuple[str, ...]
-    unit: str
-    score_name: str
+        Parameters
+        ----------
+        row
+            Its image cells are packed, see :func:`~dyvte.tasks.readers.files.table_images`.
+        number
+            Of the row, from 1.
+        base
+            Folder of the table.
+        """
+        raise NotImplementedError
 
     def load(self, root: Path, limit: int | None = None, *, images: bool = True) -> list[Question]:
-        """Read the questions below ``root``; ``limit`` keeps about that many, whole images where paired;
-        without ``images`` their files need not be there."""
-        ...
+        """Read the questions.
+
+        Parameters
+        ----------
+        root
+            A folder of one of the formats, or the question file itself.
+        limit
+            Keep about that many questions.
+        images
+            Check that the images and videos of the questions kept are there; scoring needs none.
+
+        Raises
+        ------
+        DataError
+            No known format (the expected trees are shown), another benchmark's table, a record that is not as
+            it should be (named), duplicate ids, gold answers that are partly absent, missing images.
+        """
+        root = Path(root)
+        if not root.exists():
+            raise self.layout_error(root, "the folder does not exist")
+        for source in self.sources():
+            questions = source(root)
+            if questions is not None:
+                break
+        else:
+            raise self.layout_error(root, f"no question file of a known format{_other_tables(root)}")
+        if not questions:
+            raise self.layout_error(root, "the question file holds no question")
+        unique_ids(questions, root)
+        without = [q.id for q in questions if q.answer is None]
+        if without and len(without) < len(questions):
+            raise DataError(f"{root}: {len(without)} questions have no gold answer: {name_some(without)}")
+        kept = self.limited(questions, limit)
+        if images:
+            _refuse_missing_files(kept, root)
+        return kept
+
+    def layout_error(self, root: Path, problem: str) -> DataError:
+        """The error for a folder that is not the benchmark's layout: shows what was looked for."""
+        return DataError(f"{root} is not {self.title} data: {problem}.\nExpected:\n{self.expected_tree}")
+
+    def limited(self, questions: list[Question], limit: int | None) -> list[Question]:
+        """The first ``limit`` questions."""
+        return questions[:limit]
 
     def prompt(self, question: Question, suffix: str | None = None) -> str:
         """Text asked of the model, without image placeholder; ``suffix`` None is what LLaVA appends."""
-        ...
+        return question.text + (self.suffix if suffix is None else suffix)
+
+    # --- scores -----------------------------------------------------------------------------------------
+
+    def hits(
+        self, questions: Sequence[Question], predictions: Predictions, dialect: str
+    ) -> list[bool] | list[float]:
+        """What each question is worth; all are there and all have a gold answer."""
+        raise NotImplementedError
 
     def correct(
         self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"
     ) -> list[bool] | list[float]:
         """Whether each question, in order, is answered rightly under ``dialect``; a share where answers can
-        be partly right."""
-        ...
+        be partly right.
+
+        Raises
+        ------
+        ConfigError
+            The dialect does not exist.
+        ScoreError
+            Questions without a prediction or without a gold answer.
+        """
+        self.check(questions, predictions, dialect)
+        without = [q.id for q in questions if q.answer is None]
+        if without:
+            raise ScoreError(
+                f"{len(without)} of {len(questions)} questions have no gold answer: {name_some(without)}. "
+                f"Write {self.title}'s submission file and have it scored where the answers are"
+            )
+        return self.hits(questions, predictions, dialect)
+
+    def check(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> None:
+        """Raise unless the dialect exists and every question has a prediction."""
+        check_dialect(dialect, self.dialects, self.title)
+        require_all(questions, predictions)
 
     def score(
         self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"
     ) -> dict[str, Any]:
-        """Scores, JSON-ready."""
-        ...
+        """Scores, JSON-ready: counts and :meth:`metrics`.
+
+        On a split without public answers: ``graded`` is False and there is no metric.
+        """
+        self.check(questions, predictions, dialect)
+        scores: dict[str, Any] = {
+            "benchmark": self.name,
+            "dialect": dialect,
+            "num_questions": len(questions),
+            "num_unknown_predictions": count_unknown(questions, predictions),
+        }
+        if all(q.answer is None for q in questions):
+            return {**scores, **ungraded("the answers of this split are not public")}
+        hits = self.correct(questions, predictions, dialect)
+        return {**scores, **self.metrics(questions, hits, predictions, dialect)}
+
+    def metrics(
+        self,
+        questions: Sequence[Question],
+        hits: Sequence[bool] | Sequence[float],
+        predictions: Predictions,
+        dialect: str,
+    ) -> dict[str, Any]:
+        """What :meth:`score` reports beside the counts: accuracy in percent, over all and per kind."""
+        return {"accuracy": percent(hits), "per_kind": breakdown([q.kind for q in questions], hits)}
 
     def headline(self, scores: Mapping[str, Any]) -> str:
-        """The figure of a table cell."""
-        ...
+        """The text of a table cell: accuracy with one decimal."""
+        return NOT_GRADED if scores.get("graded") is False else f"{scores['accuracy']:.1f}"
 
     def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
-        """The score as a function of how often each unit was drawn."""
-        ...
+        """The score of the headline as a function of how often each unit was drawn.
+
+        Parameters
+        ----------
+        questions, hits
+            As :meth:`correct` takes and gives them.
+
+        Returns
+        -------
+        Statistic
+            Maps weights (R, G) over the units, in order of first appearance of ``image_id``, to (R,) scores.
+        """
+        return mean_statistic([q.image_id for q in questions], hits)
+
+    def stratum(self, question: Question) -> str:
+        """The part of the benchmark within which the question's unit is drawn; "" for one draw over all."""
+        return ""
 
     def strata(self, questions: Sequence[Question]) -> np.ndarray:
-        """(G,) stratum of every unit, within which it is drawn."""
-        ...
+        """(G,) index of every unit's stratum: units are drawn within theirs, so that none comes out empty."""
+        return unit_strata([q.image_id for q in questions], [self.stratum(q) for q in questions])
+
+    # --- predictions ------------------------------------------------------------------------------------
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read raw answers (jsonl) or this benchmark's submission format."""
-        ...
+        """Read raw answers (jsonl, or VLMEvalKit's table or workbook) or this benchmark's submission file
+        (json).
+
+        Raises
+        ------
+        ScoreError, DataError
+            The file is not of these forms; it and the row are named.
+        """
+        path = Path(path)
+        if path.suffix.lower() == ".json":
+            return self.read_submission(path, questions)
+        return read_answers(path)
+
+    def read_submission(self, path: Path, questions: Sequence[Question]) -> Predictions:
+        """Read what :meth:`write_submission` writes: here a list of ``{"question_id", "answer"}``."""
+        return read_submitted(path, "question_id", "answer", "prediction")
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
-        """Write the file or folder that the benchmark's own tool takes."""
-        ...
+        """Write the file or folder that the benchmark's own tool or server takes."""
+        return write_json(Path(folder) / self.submission_name, self.submission(questions, predictions))
+
+    def submission(self, questions: Sequence[Question], predictions: Predictions) -> Any:
+        """The content of the submission file."""
+        return [{"question_id": q.id, "answer": predictions.texts[q.id].strip()} for q in questions]
 
 
-_BENCHMARKS = {
-    "gqa": "GQA",
-    "mme": "MME",
-    "pope": "POPE",
-    "scienceqa": "ScienceQA",
-    "ai2d": "AI2D",
-    "mmbench": "MMBench",
-    "mmmu": "MMMU",
-    "seed": "SEED",
-    "textvqa": "TextVQA",
-    "vqav2": "VQAv2",
-    "mmvet": "MMVet",
-    "videomme": "VideoMME",
-    "tgifqa": "TGIFQA",
-}
-"""Name, which is also the module in :mod:`dyvte.tasks`, and class."""
+TASKS: Registry[type[Benchmark]] = Registry("benchmark", "dyvte.tasks")
+"""The benchmarks by name."""
 
 
 def benchmark_names() -> tuple[str, ...]:
     """Names that :func:`get_benchmark` takes."""
-    return tuple(_BENCHMARKS)
+    return TASKS.names()
 
 
 def check_benchmark(name: str) -> None:
     """Raise ConfigError, naming the nearest name, unless ``name`` is a benchmark."""
-    if name in _BENCHMARKS:
-        return
-    near = difflib.get_close_matches(str(name).lower().replace("-", "").replace("_", ""), _BENCHMARKS, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ConfigError(f"unknown benchmark {name!r}{hint}; known: {', '.join(_BENCHMARKS)}")
+    TASKS.get(name)
 
 
 def get_benchmark(name: str) -> Benchmark:
@@ -179,9 +324,7 @@ def get_benchmark(name: str) -> Benchmark:
     ConfigError
         Unknown name; the nearest one is named.
     """
-    check_benchmark(name)
-    module = importlib.import_module(f"dyvte.tasks.{name}")
-    return getattr(module, _BENCHMARKS[name])()
+    return TASKS.get(name)()
 
 
 def check_dialect(dialect: str, known: Sequence[str] = DIALECTS, benchmark: str = "") -> None:
@@ -194,117 +337,60 @@ def check_dialect(dialect: str, known: Sequence[str] = DIALECTS, benchmark: str 
         )
 
 
-def name_some(items: Iterable[str]) -> str:
-    """The first few items and how many more there are."""
-    items = list(items)
-    shown = ", ".join(items[:_NAMED_AT_MOST])
-    return shown if len(items) <= _NAMED_AT_MOST else f"{shown} and {len(items) - _NAMED_AT_MOST} more"
-
-
-def layout_error(benchmark: str, root: Path, problem: str, expected_tree: str) -> DataError:
-    """The error for a folder that is not the benchmark's layout: shows what was looked for."""
-    return DataError(f"{root} is not {benchmark} data: {problem}.\nExpected:\n{expected_tree}")
-
-
-def unique_ids(questions: Sequence[Question], where: Path) -> None:
-    """Raise DataError naming ids that occur twice."""
-    seen: set[str] = set()
-    twice = [q.id for q in questions if q.id in seen or seen.add(q.id)]
-    if twice:
-        raise DataError(f"{where}: {len(twice)} duplicate question ids: {name_some(twice)}")
-
-
-def require_all(questions: Sequence[Question], predictions: Predictions) -> None:
-    """Raise ScoreError naming questions without a prediction: the denominator never shrinks silently."""
-    missing = [q.id for q in questions if q.id not in predictions.texts]
-    if missing:
-        raise ScoreError(
-            f"{len(missing)} of {len(questions)} questions have no prediction: {name_some(missing)}. "
-            "Every question must be answered; an empty answer counts as an answer"
-        )
-
-
-def count_unknown(questions: Sequence[Question], predictions: Predictions) -> int:
-    """How many predictions belong to none of the questions (ignored, as the official tools do)."""
-    known = {q.id for q in questions}
-    return sum(1 for question_id in predictions.texts if question_id not in known)
-
-
-def read_json(path: Path, unique_keys: bool = False) -> Any:
-    """Parse a JSON file.
-
-    Raises
-    ------
-    DataError
-        Unreadable, not JSON, or (with ``unique_keys``) an object that states a key twice.
-    """
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if unique_keys and len(result) != len(items):
-            seen: set[str] = set()
-            twice = [key for key, _ in items if key in seen or seen.add(key)]
-            raise DataError(f"{path}: {len(twice)} duplicate question ids: {name_some(twice)}")
-        return result
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    """Parse a JSON-lines file; lines end at ``\\n`` only (answers may hold U+2028 and its like)."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-    return rows
-
-
-def predictions_from_rows(
-    rows: Sequence[Any], path: Path, id_key: str, text_keys: Sequence[str], converted: bool
-) -> Predictions:
-    """Collect ``row[id_key] -> row[first present text key]``.
-
-    Raises
-    ------
-    ScoreError
-        A row without id or text, or an id that occurs twice.
-    """
-    texts: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping) or id_key not in row:
-            raise ScoreError(f"{path}, row {number}: no {id_key!r}")
-        text = next((row[key] for key in text_keys if key in row), None)
-        if not isinstance(text, str):
-            raise ScoreError(f"{path}, row {number}: no text under {' or '.join(map(repr, text_keys))}")
-        question_id = str(row[id_key])
-        if question_id in texts:
-            raise ScoreError(f"{path}, row {number}: a second prediction for question {question_id!r}")
-        texts[question_id] = text
-    return Predictions(texts, converted)
-
-
-def read_raw_predictions(path: Path) -> Predictions:
-    """Read jsonl answers: our ``predictions.jsonl`` or LLaVA's answers file (``question_id``, ``text``)."""
-    return predictions_from_rows(
-        read_jsonl(path), path, "question_id", ("prediction", "text"), converted=False
-    )
+def ungraded(why: str) -> dict[str, Any]:
+    """The part of the scores that says there are none."""
+    return {"graded": False, "why": why}
 
 
 def percent(hits: Sequence[bool] | Sequence[float]) -> float:
     """Mean of hits in percent; 0 for none, as the official tools print."""
     return 100.0 * sum(hits) / len(hits) if hits else 0.0
+
+
+def breakdown(kinds: Sequence[Any], hits: Sequence[bool] | Sequence[float]) -> dict[str, Any]:
+    """Accuracy in percent and number of questions for every kind, in order of first appearance."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for kind, hit in zip(kinds, hits, strict=True):
+        groups[str(kind)].append(hit)
+    return {kind: {"accuracy": percent(own), "num_questions": len(own)} for kind, own in groups.items()}
+
+
+def strip_suffix(text: str) -> str:
+    """A LLaVA question without what its authors appended."""
+    for suffix in (SHORT_ANSWER_SUFFIX, LETTER_SUFFIX):
+        text = text.removesuffix(suffix)
+    return text.strip()
+
+
+def _best_fit(name: str) -> int:
+    """How well a TSV's name fits the benchmark that it fits best."""
+    return max(fit(name, TASKS.get(task).tables) for task in TASKS)
+
+
+def _other_tables(root: Path) -> str:
+    """Which tables are there, and whose they are."""
+    said = []
+    for path in tables_below(root):
+        best = _best_fit(path.name)
+        owners = [TASKS.get(task).title for task in TASKS if best and fit(path.name, TASKS.get(task).tables) == best]
+        said.append(f"{path.name} is {f'the table of {owners[0]}' if owners else 'not named after a benchmark'}")
+    return f" ({name_some(said)})" if said else ""
+
+
+def _refuse_missing_files(questions: Sequence[Question], root: Path) -> None:
+    """Raise DataError naming images and videos that are not there."""
+    base = root if root.is_dir() else root.parent
+    without = [q.id for q in questions if q.image is None and q.video is None]
+    if without:
+        raise DataError(
+            f"{root}: {len(without)} questions have no image: {name_some(without)}. They can be scored, but "
+            "not asked"
+        )
+    paths = {path: None for q in questions for path in q.images if isinstance(path, Path)}
+    missing = [str(os.path.relpath(path, base)) for path in paths if not is_file(path)]
+    if missing:
+        raise DataError(f"{base} lacks {len(missing)} images: {name_some(missing)}")
+    videos = {q.video: None for q in questions if q.video is not None}
+    lost = [video.name for video in videos if not video.path.exists()]
+    if lost:
+        raise DataError(f"{base} lacks {len(lost)} videos or folders of frames: {name_some(lost)}")

@@ -1,13 +1,14 @@
 """Tables with images inside: VLMEvalKit's TSV (base64) and Hugging Face parquet (bytes).
 
-Rows are plain dictionaries. Image cells become :class:`PackedImage`: where the bytes are, read when an image
-is asked for, so that a table of many gigabytes costs no memory.
+Image cells become :class:`PackedImage`: where the bytes are, read when an image is asked for, so that a table
+of many gigabytes costs no memory.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Any
 
 from dyvte.data import EmbeddedImage
 from dyvte.errors import ConfigError, DataError
-
-Row = dict[str, Any]
+from dyvte.tasks.readers.rows import Row, shown
 
 _LONGEST_REFERENCE = 64  # VLMEvalKit: a shorter image cell is the index of the row that holds the image
-_EMPTY = ("", "nan", "NaN")
+_ABSENT = frozenset(
+    ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A")
+    + ("NA", "NULL", "NaN", "None", "n/a", "nan", "null")
+)
+"""What pandas, by which VLMEvalKit reads its tables, takes for an empty cell."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class PackedImage:
 
     def _read_parquet(self) -> bytes | None:
         group, index = self.at
-        cell = _parquet_file(self.file).read_row_group(group, columns=[self.column])
+        cell = _row_group(_parquet_file(self.file), self.file, group, [self.column])
         value = cell.column(0)[index].as_py()
         value = value[self.item] if isinstance(value, list) else value
         return None if value is None else value["bytes"]
@@ -83,17 +87,38 @@ def read_table(paths: Sequence[Path]) -> list[Row]:
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """Rows of a parquet file; columns of images (``{bytes, path}``) become PackedImage, or a list of them."""
+    """Rows of a parquet file; columns of images (``{bytes, path}``) become PackedImage, or a list of them.
+
+    Raises
+    ------
+    DataError
+        No parquet file, or a damaged one.
+    """
     file = _parquet_file(path)
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     packed = {leaf.split(".")[0] for leaf in leaves if leaf.split(".")[-1] == "bytes"}
     wanted = [leaf for leaf in leaves if leaf.split(".")[-1] != "bytes"]
+    number = 0
     for group in range(file.num_row_groups):
-        rows = file.read_row_group(group, columns=wanted).to_pylist()
-        for index, row in enumerate(rows):
+        for index, values in enumerate(_row_group(file, path, group, wanted, as_rows=True)):
+            number += 1
+            row = Row(values, f"{path}, row {number}")
             for column in packed:
                 row[column] = _packed_cell(row.get(column), path, column, group, index)
             yield row
+
+
+def _row_group(
+    file: Any, path: Path, group: int, columns: Sequence[str], *, as_rows: bool = False
+) -> Any:
+    """One row group, as a table or as a list of dictionaries."""
+    import pyarrow as pa
+
+    try:
+        table = file.read_row_group(group, columns=list(columns))
+        return table.to_pylist() if as_rows else table
+    except (OSError, ValueError, MemoryError, OverflowError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: row group {group} is damaged: {error}") from error
 
 
 def _packed_cell(cell: Any, path: Path, column: str, group: int, index: int) -> Any:
@@ -117,31 +142,38 @@ def _parquet_file(path: Path) -> Any:
         ) from error
     try:
         return pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, MemoryError, OverflowError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def read_tsv(path: Path) -> Iterator[Row]:
+def read_tsv(path: Path, *, keep_words: bool = False) -> Iterator[Row]:
     """Rows of a tab-separated file with a header; empty cells are None, the ``image`` column is packed.
+
+    Parameters
+    ----------
+    keep_words
+        Leave "None", "NA" and their like as they stand: in a table of answers they are words. VLMEvalKit, and
+        so this reader of its tables, takes them for empty cells.
 
     Raises
     ------
     DataError
         Unreadable, a row of another width, or an image cell that points to no image.
     """
+    absent = frozenset(("",)) if keep_words else _ABSENT
     records = _tsv_records(path)
     header = [cell for cell, _, _ in next(records, [])]
     rows: list[Row] = []
     for number, record in enumerate(records, start=2):
         if len(record) != len(header):
             raise DataError(f"{path}, record {number}: {len(record)} columns, expected {len(header)}")
-        row: Row = {}
+        row = Row({}, f"{path}, record {number}")
         for name, (cell, offset, length) in zip(header, record, strict=True):
-            row[name] = None if cell in _EMPTY else cell
+            row[name] = None if cell in absent else cell
             if name == "image" and row[name] is not None and len(cell) > _LONGEST_REFERENCE:
                 row[name] = _packed_text(cell, path, number, offset, length)
         rows.append(row)
-    _follow_references(rows, path)
+    _follow_references(rows)
     return iter(rows)
 
 
@@ -158,17 +190,15 @@ def _packed_text(cell: str, path: Path, number: int, offset: int, length: int) -
     return images
 
 
-def _follow_references(rows: Sequence[Row], path: Path) -> None:
-    images = {
-        str(row.get("index")): row.get("image") for row in rows if not isinstance(row.get("image"), str)
-    }
+def _follow_references(rows: Sequence[Row]) -> None:
+    images = {row.get("index"): row["image"] for row in rows if not isinstance(row.get("image"), str | None)}
     for row in rows:
         if isinstance(row.get("image"), str):
             target = images.get(row["image"])
             if target is None:
-                raise DataError(
-                    f"{path}: the image of row {row.get('index')} is neither base64 nor the index of a row "
-                    f"with an image: {row['image']!r}"
+                raise row.error(
+                    f"the image of row {row.get('index')} is neither base64 nor the index of a row with an "
+                    f"image: {shown(row['image'])}"
                 )
             row["image"] = target
 
@@ -179,6 +209,8 @@ def _tsv_records(path: Path) -> Iterator[list[tuple[str, int, int]]]:
         with path.open("rb") as stream:
             while line := stream.readline():
                 start = stream.tell() - len(line)
+                if start == 0:
+                    start, line = _without_mark(line)
                 record, line = _record(line, start, stream)
                 if line.strip():
                     yield record
@@ -186,6 +218,11 @@ def _tsv_records(path: Path) -> Iterator[list[tuple[str, int, int]]]:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _without_mark(line: bytes) -> tuple[int, bytes]:
+    """Where the text of the first line starts, and that text: a byte order mark is none."""
+    return (len(BOM_UTF8), line[len(BOM_UTF8) :]) if line.startswith(BOM_UTF8) else (0, line)
 
 
 def _record(line: bytes, start: int, stream: Any) -> tuple[list[tuple[str, int, int]], bytes]:

@@ -1,0 +1,87 @@
+"""What multiple-choice benchmarks share: options under their letters, gold letters, reading the chosen one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from dyvte.tasks.answers.choices import LETTERS, with_options
+from dyvte.tasks.base import LETTER_SUFFIX, Benchmark, Predictions, Question
+from dyvte.tasks.readers.rows import Row, is_blank
+
+Options = Mapping[str, str]
+"""Options by letter. A blank one keeps its letter and is not here."""
+
+
+class ChoiceBenchmark(Benchmark):
+    """A benchmark whose answers are letters; a subclass says how a tool reads one (:meth:`read`)."""
+
+    suffix: ClassVar[str] = LETTER_SUFFIX
+
+    def read(self, text: str, question: Question, dialect: str) -> str | None:
+        """The letter that the tool of ``dialect`` finds in an answer; what is no letter equals none."""
+        raise NotImplementedError
+
+    def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
+        """Read letter equals gold."""
+        return [self.read(predictions.texts[q.id], q, dialect) == q.answer for q in questions]
+
+
+def lettered_options(row: Row, *keys: str) -> dict[str, str]:
+    """The options of a row, from the columns A, B, ... or from a list under one of ``keys``.
+
+    Raises
+    ------
+    DataError
+        No options, more than there are letters, or all of them blank.
+    """
+    listed = row.value(*keys)
+    if listed is not None:
+        options = listed_options(row, row.texts(*keys))
+    else:
+        options = {letter: row.text(letter) for letter in LETTERS if not is_blank(row.get(letter))}
+    if not options:
+        raise row.error("a multiple-choice question without options")
+    return options
+
+
+def listed_options(row: Row, texts: Sequence[str | None]) -> dict[str, str]:
+    """Options by letter from a list in which the blank ones are None."""
+    if len(texts) > len(LETTERS):
+        raise row.error(f"{len(texts)} options, but only {len(LETTERS)} letters")
+    return {letter: text for letter, text in zip(LETTERS, texts, strict=False) if text is not None}
+
+
+def gold_letter(row: Row, options: Options, key: str = "answer") -> str | None:
+    """The gold answer, a letter; None where the row has none.
+
+    Raises
+    ------
+    DataError
+        It is no letter of an option that is there.
+    """
+    answer = row.text(key, default=None)
+    return None if answer is None else checked_letter(row, answer.strip(), options)
+
+
+def gold_index(row: Row, options: Options, key: str = "answer") -> str:
+    """The letter of a gold answer that is the index of an option, from 0."""
+    index = row.integer(key)
+    return checked_letter(row, LETTERS[index] if 0 <= index < len(LETTERS) else str(index), options)
+
+
+def checked_letter(row: Row, letter: str, options: Options) -> str:
+    """The letter, if there is such an option."""
+    if letter not in options:
+        raise row.error(f"gold answer {letter!r} is none of the options {', '.join(options)}")
+    return letter
+
+
+def choice_text(question: str, options: Options) -> str:
+    """The question, then one line ``A. option`` each, as LLaVA asks."""
+    return with_options(question, options)
+
+
+def choice_details(options: Options, **more: Any) -> dict[str, Any]:
+    """The details of a multiple-choice question."""
+    return {"options": options, **more}

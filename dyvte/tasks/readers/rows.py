@@ -1,0 +1,254 @@
+"""Records of question files whose getters say which file, record and field is not as it should be."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dyvte.errors import DataError
+from dyvte.formatting import name_some
+
+_REQUIRED: Any = object()
+_NOT_GIVEN = "nothing"
+
+
+class Row(dict[str, Any]):
+    """One record; ``where`` names its file and place. A NaN, as tables store what is absent, is absent."""
+
+    __slots__ = ("where",)
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+    def error(self, problem: str) -> DataError:
+        """The error that names this record."""
+        return DataError(f"{self.where}: {problem}")
+
+    def value(self, *keys: str) -> Any:
+        """What stands under the first of the keys that has a value; None where none has."""
+        for key in keys:
+            value = super().get(key)
+            if not is_absent(value):
+                return value
+        return None
+
+    def need(self, *keys: str) -> Any:
+        """As :meth:`value`; raises DataError where none of the keys has a value."""
+        value = self.value(*keys)
+        if value is None:
+            raise self.error(f"no {' or '.join(map(repr, keys))}")
+        return value
+
+    def text(self, *keys: str, default: Any = _REQUIRED) -> Any:
+        """A text; numbers are texts too where a table or a careless writer stored them so.
+
+        Raises
+        ------
+        DataError
+            Absent without a ``default``, neither text nor number, or a text with half a character (a lone
+            surrogate, which no file and no tokenizer takes).
+        """
+        value = self.value(*keys)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.error(f"no {' or '.join(map(repr, keys))}")
+            return default
+        return self._as_text(value, keys)
+
+    def identity(self, *keys: str, default: Any = _REQUIRED) -> str:
+        """An id as text: 7, 7.0 and "7" are "7", and "007" stays."""
+        value = self.value(*keys)
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))
+        return str(self.text(*keys, default=default))
+
+    def integer(self, *keys: str) -> int:
+        """A whole number, also where it is stored as text."""
+        value = self.need(*keys)
+        try:
+            if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+                raise ValueError
+            return int(value)
+        except (TypeError, ValueError, OverflowError):
+            raise self.error(f"{_named(keys)} is {shown(value)}, expected a whole number") from None
+
+    def texts(self, *keys: str) -> list[str | None]:
+        """A list of texts, or the Python text of one (MMMU and VLMEvalKit store lists as text); blank items
+        are None."""
+        value = self.need(*keys)
+        if isinstance(value, str):
+            try:
+                value = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                raise self.error(f"{_named(keys)} is {shown(value)}, expected a list") from None
+        if not isinstance(value, list | tuple):
+            raise self.error(f"{_named(keys)} is {shown(value)}, expected a list")
+        return [None if is_blank(item) else self._as_text(item, keys) for item in value]
+
+    def rows(self, key: str) -> list[Row]:
+        """A list of records within this one."""
+        return rows_of(self.need(key), f"{self.where}, {key!r}")
+
+    def child(self, key: str) -> Row:
+        """A record within this one, empty where it is absent."""
+        value = self.value(key)
+        if value is None:
+            return Row({}, f"{self.where}, {key!r}")
+        if not isinstance(value, Mapping):
+            raise self.error(f"{key!r} is {shown(value)}, expected an object")
+        return Row(value, f"{self.where}, {key!r}")
+
+    def _as_text(self, value: Any, keys: Sequence[str]) -> str:
+        if isinstance(value, str):
+            if not is_whole_text(value):
+                raise self.error(f"{_named(keys)} holds half a character (a lone surrogate): {ascii(value)}")
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        raise self.error(f"{_named(keys)} is {shown(value)}, expected text")
+
+
+def is_absent(value: Any) -> bool:
+    """None, or the NaN that tables store for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_blank(value: Any) -> bool:
+    """Absent, or a text without anything to see."""
+    return is_absent(value) or (isinstance(value, str) and not value.strip())
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether a text can be written: it holds no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A value in a message, not too long."""
+    if value is None:
+        return "null"
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _named(keys: Sequence[str]) -> str:
+    return " or ".join(map(repr, keys))
+
+
+def rows_of(content: Any, where: str | Path) -> list[Row]:
+    """The records of a list.
+
+    Raises
+    ------
+    DataError
+        No list, or an item that is no object.
+    """
+    if not isinstance(content, list | tuple):
+        raise DataError(f"{where}: expected a list of objects, found {shown(content)}")
+    rows = []
+    for number, item in enumerate(content, start=1):
+        if not isinstance(item, Mapping):
+            raise DataError(f"{where}, row {number}: expected an object, found {shown(item)}")
+        rows.append(Row(item, f"{where}, row {number}"))
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, with or without a byte order mark, line ends as they are.
+
+    Raises
+    ------
+    DataError
+        Unreadable, or other bytes.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_json(path: Path, unique_keys: bool = False) -> Any:
+    """Parse a JSON file.
+
+    Raises
+    ------
+    DataError
+        Unreadable, not JSON, or (with ``unique_keys``) an object that states a key twice.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            seen: set[str] = set()
+            twice = [key for key, _ in items if key in seen or seen.add(key)]
+            raise DataError(f"{path}: {len(twice)} duplicate question ids: {name_some(twice)}")
+        return result
+
+    return _parsed(read_text(path), str(path), pairs if unique_keys else None)
+
+
+def read_rows(path: Path, key: str | None = None) -> list[Row]:
+    """The records of a JSON list, which stands under ``key`` where one is given."""
+    content = read_json(path)
+    if key is None:
+        return rows_of(content, path)
+    if not isinstance(content, Mapping) or not isinstance(content.get(key), list):
+        raise DataError(f'{path}: expected {{"{key}": [...]}}, found {shown(content)}')
+    return rows_of(content[key], path)
+
+
+def read_entries(path: Path) -> dict[str, Row]:
+    """The records of a JSON object, by key; a key must not be stated twice.
+
+    Raises
+    ------
+    DataError
+        No object, an empty one, or values that are no objects.
+    """
+    content = read_json(path, unique_keys=True)
+    if not isinstance(content, dict) or not content:
+        raise DataError(f"{path} is not a dictionary of questions: found {shown(content)}")
+    for key, value in content.items():
+        if not isinstance(value, Mapping):
+            raise DataError(f"{path}, question {shown(key)}: expected an object, found {shown(value)}")
+    return {key: Row(value, f"{path}, question {key}") for key, value in content.items()}
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """The records of a JSON-lines file; lines end at ``\\n`` only (answers may hold U+2028 and its like).
+
+    Raises
+    ------
+    DataError
+        Unreadable, or a line that is no JSON object.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        content = _parsed(line, where, None)
+        if not isinstance(content, Mapping):
+            raise DataError(f"{where}: expected an object, found {shown(content)}")
+        rows.append(Row(content, where))
+    return rows
+
+
+def _parsed(text: str, where: str, pairs: Any) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}") from error

@@ -1,0 +1,98 @@
+"""What a benchmark is made of: questions, and predictions by question id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from dyvte.errors import DataError, ScoreError
+from dyvte.formatting import name_some
+from dyvte.tasks.readers.tables import PackedImage
+from dyvte.tasks.readers.videos import Video
+
+ImageSource: TypeAlias = Path | PackedImage
+"""An image file, or an image inside a table (parquet, TSV)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One question about one image, several images or a video.
+
+    Attributes
+    ----------
+    id : str
+        Unique within the benchmark; kept as text (GQA ids have leading zeros).
+    image : Path or PackedImage, or None
+        The first image; None for a question about a video, and where only scoring was asked for.
+    text : str
+        The question as the benchmark states it, options included, without what evaluations append.
+    answer : str or None
+        Gold answer as stored; None on a split whose answers are not public.
+    image_id : str
+        The unit of dependence: questions with the same ``image_id`` are resampled together.
+    kind : str
+        Question type or subtask, for breakdowns.
+    details : Mapping
+        What only this benchmark's scorer needs.
+    more_images : tuple
+        Further images, in the order of the question's placeholders.
+    video : Video or None
+    """
+
+    id: str
+    image: ImageSource | None
+    text: str
+    answer: str | None
+    image_id: str
+    kind: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    more_images: tuple[ImageSource, ...] = ()
+    video: Video | None = None
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """All images, in order; empty for a question about a video."""
+        return () if self.image is None else (self.image, *self.more_images)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Answers by question id.
+
+    ``converted`` is True when the texts come from a benchmark's submission file, where the official
+    tool compares them as they stand; False for a model's raw answers.
+    """
+
+    texts: Mapping[str, str]
+    converted: bool = False
+
+
+def unique_ids(questions: Sequence[Question], where: Path) -> None:
+    """Raise DataError naming ids that occur twice."""
+    twice = repeated(q.id for q in questions)
+    if twice:
+        raise DataError(f"{where}: {len(twice)} duplicate question ids: {name_some(twice)}")
+
+
+def repeated(items: Iterable[str]) -> list[str]:
+    """The items that were there before, once for each repetition."""
+    seen: set[str] = set()
+    return [item for item in items if item in seen or seen.add(item)]
+
+
+def require_all(questions: Sequence[Question], predictions: Predictions) -> None:
+    """Raise ScoreError naming questions without a prediction: the denominator never shrinks silently."""
+    missing = [q.id for q in questions if q.id not in predictions.texts]
+    if missing:
+        raise ScoreError(
+            f"{len(missing)} of {len(questions)} questions have no prediction: {name_some(missing)}. "
+            "Every question must be answered; an empty answer counts as an answer"
+        )
+
+
+def count_unknown(questions: Sequence[Question], predictions: Predictions) -> int:
+    """How many predictions belong to none of the questions (ignored, as the official tools do)."""
+    known = {q.id for q in questions}
+    return sum(1 for question_id in predictions.texts if question_id not in known)
