@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dyvte.data import open_conversations
 from dyvte.errors import DataError
+from dyvte.formatting import name_some
 from dyvte.gates import DEFAULT_FEATURES
-from dyvte.tasks.base import name_some
 from dyvte.teacher.store import TraceStore
 from dyvte.teacher.trace import Trace
 

@@ -24,7 +24,8 @@ from dyvte.evaluation.metrics import same_answer
 from dyvte.evaluation.run_log import RUN_FILE, SCORES_FILE, Answer, read_answers, texts
 from dyvte.evaluation.runner import CONFIG_FILE, FULL_MODEL, EvalConfig, prompts_of
 from dyvte.evaluation.settings import NO_REDUCTION
-from dyvte.tasks.base import Benchmark, Predictions, Question, get_benchmark, name_some
+from dyvte.formatting import name_some
+from dyvte.tasks.base import Benchmark, Predictions, Question, get_benchmark
 
 _SECTION_KEYS = ("benchmark", "questions_sha256", "backbone_weights", "max_new_tokens")
 

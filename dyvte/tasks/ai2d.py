@@ -10,31 +10,22 @@ with the labels replaced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from dyvte.errors import DataError
-from dyvte.tasks.answers.choices import (
-    LETTERS,
-    lettered,
-    lmms_exact,
-    options_of,
-    parse_list,
-    vlmevalkit_letter,
-    with_options,
-)
-from dyvte.tasks.base import LETTER_SUFFIX, Predictions, Question, read_json
-from dyvte.tasks.common import StandardBenchmark
-from dyvte.tasks.readers.files import ImageFolder, find_folder, need, table_rows
+from dyvte.tasks.answers.choices import Options, lmms_exact, vlmevalkit_letter, with_options
+from dyvte.tasks.base import TASKS, Question
+from dyvte.tasks.choices import ChoiceBenchmark, gold_index, gold_letter, lettered_options
+from dyvte.tasks.readers.files import ImageFolder, find_folder, table_images
+from dyvte.tasks.readers.rows import Row, read_json, read_text, rows_of
+from dyvte.tasks.records import ImageSource
 
 
-class AI2D(StandardBenchmark):
+@TASKS.register
+class AI2D(ChoiceBenchmark):
     """The test split."""
 
     name = "ai2d"
     title = "AI2D"
-    suffix = LETTER_SUFFIX
     submission_name = "ai2d_answers.json"
     expected_tree = (
         "  <root>/                          release\n"
@@ -45,78 +36,63 @@ class AI2D(StandardBenchmark):
         "  or <root>/data/test-*.parquet\n"
         "  or <root>/AI2D_TEST.tsv"
     )
+    tables = ("AI2D_TEST.tsv", "*ai2d*.tsv")
+    shards = ("data/test-*.parquet", "*.parquet")
+    columns = (("question",), ("answer",), ("options", "A"))
 
     def sources(self):
         """The release, tables."""
-        return self._release, self._table
+        return self._release, self.table
 
     def _release(self, root: Path) -> list[Question] | None:
         ids = root / "ai2d_test_ids.csv"
         if not ids.is_file() or not (root / "questions").is_dir():
             return None
         plain = ImageFolder(root / "images")
-        lettered_images = ImageFolder(find_folder(root, "abc_images", "images"))
+        lettered = ImageFolder(find_folder(root, "abc_images", "images"))
         questions = []
-        for image_id in ids.read_text(encoding="utf-8").split():
-            path = root / "questions" / f"{image_id.removesuffix('.png')}.png.json"
+        for image_id in read_text(ids).split():
+            path = root / "questions" / f"{Path(image_id).name.removesuffix('.png')}.png.json"
             if not path.is_file():
                 continue  # not every test image has questions
-            content = read_json(path)
-            for text, entry in content.get("questions", {}).items():
-                need(entry, ("answerTexts", "correctAnswer", "questionId"), path, len(questions))
-                folder = lettered_images if entry.get("abcLabel") else plain
-                image = folder[content["imageName"]]
-                options, answer = entry["answerTexts"], int(entry["correctAnswer"])
-                kind = "letters" if entry.get("abcLabel") else "text"
-                row = (entry["questionId"], image, content["imageName"], text, options, answer, kind)
-                questions.append(_question(*row))
+            (content,) = rows_of([read_json(path)], path)
+            name = content.text("imageName", default="")
+            for text in content.child("questions"):
+                entry = content.child("questions").child(text)
+                folder = lettered if entry.value("abcLabel") else plain
+                kind = "letters" if entry.value("abcLabel") else "text"
+                row = Row({**entry, "question": text, "answer": entry.integer("correctAnswer")}, entry.where)
+                image = folder.of(content, content.text("imageName"))
+                questions.append(_question(row, entry.identity("questionId"), image, name, kind))
         return questions
 
-    def _table(self, root: Path) -> list[Question] | None:
-        rows = table_rows(root, ("AI2D_TEST.tsv", "AI2D*.tsv", "*.tsv"), ("data/test-*.parquet", "*.parquet"))
-        if rows is None:
-            return None
-        questions = []
-        for number, row in enumerate(rows):
-            need(row, ("image", "question", "answer"), root, number)
-            options, answer = _choices(row, number)
-            identity = row.get("index", row.get("id", number))
-            image = row["image"]
-            questions.append(_question(identity, image, image.name, row["question"], options, answer, ""))
-        return questions
+    def table_question(self, row: Row, number: int, base: Path) -> Question:
+        """Parquet lists the options and the index of the right one, the TSV has columns and a letter."""
+        images = table_images(row, base)
+        identity = row.identity("index", "id", default=str(number - 1))
+        return _question(row, identity, images[0] if images else None, images[0].name if images else identity)
 
-    def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
-        """Read letter equals gold."""
-        return [
-            read_answer(predictions.texts[q.id], q.details["options"], dialect) == q.answer for q in questions
-        ]
+    def read(self, text: str, question: Question, dialect: str) -> str | None:
+        """See :func:`read_answer`."""
+        return read_answer(text, question.details["options"], dialect)
 
 
-def read_answer(text: str, options: Sequence[str], dialect: str) -> str | None:
+def read_answer(text: str, options: Options, dialect: str) -> str | None:
     """The letter a tool finds; what is no letter equals none."""
     if dialect == "vlmevalkit":
-        return vlmevalkit_letter(text.strip(), lettered(options))
-    return lmms_exact(text).upper() if dialect == "lmms" else text.strip()
+        return vlmevalkit_letter(text, options)
+    return lmms_exact(text.strip()).upper() if dialect == "lmms" else text.strip()
 
 
-def _choices(row: Mapping[str, Any], number: int) -> tuple[list[str], int]:
-    """Options and index of the right one: parquet lists them, the TSV has columns and a letter."""
-    if "options" in row:
-        return parse_list(row["options"], f"question {number}"), int(row["answer"])
-    return options_of(row), LETTERS.index(str(row["answer"]).strip())
-
-
-def _question(
-    identity: Any, image: Any, image_id: str, text: str, options: Sequence[str], answer: int, kind: str
-) -> Question:
-    if not 0 <= answer < len(options):
-        raise DataError(f"question {identity}: gold answer {answer} is none of {len(options)} options")
+def _question(row: Row, identity: str, image: ImageSource | None, image_id: str, kind: str = "") -> Question:
+    options = lettered_options(row, "options", "answerTexts")
+    listed = row.value("options", "answerTexts") is not None
     return Question(
-        id=str(identity),
+        id=identity,
         image=image,
-        text=with_options(text, options),
-        answer=LETTERS[answer],
-        image_id=str(image_id),
+        text=with_options(row.text("question"), options),
+        answer=gold_index(row, options) if listed else gold_letter(row, options),
+        image_id=image_id,
         kind=kind,
-        details={"options": list(options)},
+        details={"options": options},
     )

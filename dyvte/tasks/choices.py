@@ -1,16 +1,13 @@
-"""What multiple-choice benchmarks share: options under their letters, gold letters, reading the chosen one."""
+"""What multiple-choice benchmarks share: options by letter, gold letters, reading the chosen one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
-from dyvte.tasks.answers.choices import LETTERS, with_options
+from dyvte.tasks.answers.choices import LETTERS, Options
 from dyvte.tasks.base import LETTER_SUFFIX, Benchmark, Predictions, Question
 from dyvte.tasks.readers.rows import Row, is_blank
-
-Options = Mapping[str, str]
-"""Options by letter. A blank one keeps its letter and is not here."""
 
 
 class ChoiceBenchmark(Benchmark):
@@ -73,15 +70,5 @@ def gold_index(row: Row, options: Options, key: str = "answer") -> str:
 def checked_letter(row: Row, letter: str, options: Options) -> str:
     """The letter, if there is such an option."""
     if letter not in options:
-        raise row.error(f"gold answer {letter!r} is none of the options {', '.join(options)}")
+        raise row.error(f"gold answer {letter!r} is none of {len(options)} options ({', '.join(options)})")
     return letter
-
-
-def choice_text(question: str, options: Options) -> str:
-    """The question, then one line ``A. option`` each, as LLaVA asks."""
-    return with_options(question, options)
-
-
-def choice_details(options: Options, **more: Any) -> dict[str, Any]:
-    """The details of a multiple-choice question."""
-    return {"options": options, **more}

@@ -7,7 +7,6 @@ tools do.
 
 from __future__ import annotations
 
-import json
 import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,22 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError, ScoreError
-from dyvte.tasks.base import (
+from dyvte.formatting import name_some
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, percent
+from dyvte.tasks.readers.files import (
     IMAGE_EXTENSIONS,
-    Predictions,
-    Question,
-    count_unknown,
-    layout_error,
-    name_some,
-    percent,
-    predictions_from_rows,
-    read_json,
-    read_jsonl,
-    read_raw_predictions,
+    find_file,
+    find_folder,
+    shards_below,
+    table_images,
 )
-from dyvte.tasks.common import StandardBenchmark
-from dyvte.tasks.readers.files import find_file, find_folder, need, table_rows
+from dyvte.tasks.readers.predictions import read_answers, read_submitted
+from dyvte.tasks.readers.rows import Row, read_entries, read_jsonl
+from dyvte.tasks.readers.tables import read_table
+from dyvte.tasks.records import ImageSource, count_unknown
 from dyvte.tasks.statistics import Statistic, mean_statistic
+from dyvte.tasks.writing import write_json
 
 QUESTIONS_FILE = "testdev_balanced_questions.json"
 LLAVA_FILE = "llava_gqa_testdev_balanced.jsonl"
@@ -39,7 +37,8 @@ _IMAGE_FOLDERS = ("images", "data/images", "allImages/images")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class GQA(StandardBenchmark):
+@TASKS.register
+class GQA(Benchmark):
     """Test-dev balanced, in GQA's own layout or as a table."""
 
     name = "gqa"
@@ -53,53 +52,51 @@ class GQA(StandardBenchmark):
         "  or <root>/testdev_balanced_instructions/*.parquet and testdev_balanced_images/*.parquet\n"
         "  or <root>/GQA_TestDev_Balanced.tsv     (no question types in it)"
     )
+    tables = ("GQA_TestDev_Balanced.tsv", "*gqa*.tsv")
+    columns = (("question",), ("answer",))
 
     def sources(self):
-        """Tables; then the release, whose reader says what is missing from it."""
-        return self._parquet, self._table, self._release
+        """Parquet, the TSV; then the release, whose reader says what is missing from it."""
+        return self._parquet, self.table, self._release
 
     def _parquet(self, root: Path) -> list[Question] | None:
-        rows = table_rows(root, (), ("testdev_balanced_instructions/*.parquet",))
-        pictures = table_rows(root, (), ("testdev_balanced_images/*.parquet",))
-        if rows is None or pictures is None:
+        """Questions and images are two splits."""
+        if root.is_file():
             return None
-        images = {str(row["id"]): row["image"] for row in pictures}
-        entries = [(str(row["id"]), row) for row in rows]
+        shards = shards_below(root, ("testdev_balanced_instructions/*.parquet",))
+        image_shards = shards_below(root, ("testdev_balanced_images/*.parquet",))
+        if not shards:
+            return None
+        images = {row.identity("id"): row.get("image") for row in read_table(image_shards)}
+        entries = [(row.identity("id"), row) for row in read_table(shards)]
         _refuse_bad_entries(entries, root / "testdev_balanced_instructions")
-        without = sorted({str(entry["imageId"]) for _, entry in entries} - images.keys())
-        if without:
+        without = sorted({row.identity("imageId") for _, row in entries} - images.keys())
+        if without and image_shards:
             raise DataError(f"{root}: the image table lacks {len(without)} images: {name_some(without)}")
-        return [_question(identity, entry, images[str(entry["imageId"])]) for identity, entry in entries]
+        return [_question(identity, row, images.get(row.identity("imageId"))) for identity, row in entries]
 
-    def _table(self, root: Path) -> list[Question] | None:
-        rows = table_rows(root, ("GQA_TestDev_Balanced.tsv", "GQA*.tsv"), ())
-        if rows is None:
-            return None
-        questions = []
-        for number, row in enumerate(rows, start=1):
-            need(row, ("index", "image", "question", "answer"), root, number)
-            entry = {**row, "imageId": row["image"].name, "types": {}}
-            questions.append(_question(str(row["index"]), entry, row["image"]))
-        return questions
+    def table_question(self, row: Row, number: int, base: Path) -> Question:
+        """The TSV has no types; its images are its own."""
+        images = table_images(row, base)
+        identity = row.identity("index", default=str(number))
+        name = images[0].name if images else identity
+        entry = Row({**row, "imageId": name, "types": None}, row.where)
+        return _question(identity, entry, images[0] if images else None)
 
-    def _release(self, root: Path) -> list[Question]:
+    def _release(self, root: Path) -> list[Question] | None:
         path = find_file(root, *(f"{folder}/{QUESTIONS_FILE}" for folder in _QUESTION_FOLDERS))
         if path is None:
-            raise layout_error("GQA", root, f"no {QUESTIONS_FILE}", self.expected_tree)
+            return None
         folder = find_folder(root, *_IMAGE_FOLDERS)
-        entries = read_json(path, unique_keys=True)
-        if not isinstance(entries, dict) or not entries:
-            raise layout_error(
-                "GQA", root, f"{path.name} is not a dictionary of questions", self.expected_tree
-            )
-        chosen = _chosen_by_llava(find_file(root, LLAVA_FILE), entries, path)
+        chosen = _chosen_by_llava(find_file(root, LLAVA_FILE), read_entries(path), path)
         _refuse_bad_entries(chosen, path)
         files = _image_files(folder)
-        return [
-            _question(question_id, entry, folder / files.get(image_id, f"{image_id.replace('/', ':')}.jpg"))
-            for question_id, entry in chosen
-            for image_id in (str(entry["imageId"]),)
-        ]
+        questions = []
+        for question_id, entry in chosen:
+            image_id = entry.identity("imageId")
+            file = files.get(image_id, f"{image_id.replace('/', ':')}.jpg")
+            questions.append(_question(question_id, entry, folder / file))
+        return questions
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
         """Read answer equals gold."""
@@ -144,18 +141,14 @@ class GQA(StandardBenchmark):
         return mean_statistic([q.image_id for q in questions], hits, balanced)
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read a submission (``[{"questionId", "prediction"}]``) or raw answers (jsonl)."""
+        """Read a submission (``[{"questionId", "prediction"}]``) or raw answers."""
         path = Path(path)
-        if path.suffix != ".json":
-            return read_raw_predictions(path)
-        rows = read_json(path)
-        if not isinstance(rows, list):
-            raise ScoreError(f'{path}: expected a list of {{"questionId", "prediction"}}')
-        return predictions_from_rows(rows, path, "questionId", ("prediction",), converted=True)
+        if path.suffix.lower() == ".json":
+            return read_submitted(path, "questionId", "prediction")
+        return read_answers(path)
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
         """Write ``testdev_balanced_predictions.json`` for the official ``eval.py``."""
-        path = Path(folder) / "testdev_balanced_predictions.json"
         rows = [
             {
                 "questionId": q.id,
@@ -163,36 +156,24 @@ class GQA(StandardBenchmark):
             }
             for q in questions
         ]
-        path.write_text(json.dumps(rows), encoding="utf-8")
-        return path
+        return write_json(Path(folder) / "testdev_balanced_predictions.json", rows)
 
 
 def _image_files(folder: Path) -> dict[str, str]:
     """Image id -> file name; ids are matched against the folder's own listing, so none can point outside."""
-    files: dict[str, str] = {}
     if not folder.is_dir():
-        return files
-    for path in sorted(
-        folder.iterdir(),
-        key=lambda p: (
-            IMAGE_EXTENSIONS.index(p.suffix.lower())
-            if p.suffix.lower() in IMAGE_EXTENSIONS
-            else len(IMAGE_EXTENSIONS)
-        ),
-    ):
-        if path.suffix.lower() in IMAGE_EXTENSIONS:
-            files.setdefault(path.stem, path.name)
-    return files
+        return {}
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+    # the first kind of file wins: it is entered last
+    names.sort(key=lambda name: -IMAGE_EXTENSIONS.index(Path(name).suffix.lower()))
+    return {Path(name).stem: name for name in names}
 
 
-def _chosen_by_llava(path: Path | None, entries: Mapping[str, Any], where: Path) -> list[tuple[str, Any]]:
+def _chosen_by_llava(path: Path | None, entries: Mapping[str, Row], where: Path) -> list[tuple[str, Row]]:
     """GQA's entries of the questions in LLaVA's file, in its order; all where there is no such file."""
     if path is None:
         return list(entries.items())
-    ids = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        need(row, ("question_id",), path, number)
-        ids.append(str(row["question_id"]))
+    ids = [row.identity("question_id") for row in read_jsonl(path)]
     without = [question_id for question_id in ids if question_id not in entries]
     if without:
         raise DataError(
@@ -201,40 +182,38 @@ def _chosen_by_llava(path: Path | None, entries: Mapping[str, Any], where: Path)
     return [(question_id, entries[question_id]) for question_id in ids]
 
 
-def _refuse_bad_entries(entries: Sequence[tuple[str, Any]], path: Path) -> None:
-    needed = ("question", "imageId", "answer", "types")
-    for key in needed:
-        lacking = [i for i, entry in entries if not isinstance(entry, dict) or key not in entry]
+def _refuse_bad_entries(entries: Sequence[tuple[str, Row]], path: Path) -> None:
+    for key in ("question", "imageId", "answer"):
+        lacking = [identity for identity, entry in entries if entry.value(key) is None]
         if lacking:
             what = "gold answer" if key == "answer" else repr(key)
             raise DataError(f"{path}: {len(lacking)} questions have no {what}: {name_some(lacking)}")
 
 
-def _question(question_id: str, entry: Mapping[str, Any], image: Any) -> Question:
-    image_id = str(entry["imageId"])
-    types = entry["types"] or {}
+def _question(question_id: str, entry: Row, image: ImageSource | None) -> Question:
+    types = entry.child("types")
+    text = entry.text("question")
     return Question(
-        id=str(question_id),
+        id=question_id,
         image=image,
-        text=entry["question"],
-        answer=entry["answer"],
-        image_id=image_id,
-        kind=types.get("detailed") or types.get("structural") or "",
+        text=text,
+        answer=entry.text("answer"),
+        image_id=entry.identity("imageId"),
+        kind=types.text("detailed", "structural", default=""),
         details={
-            "balanced": bool(entry.get("isBalanced", True)),
-            "group": (entry.get("groups") or {}).get("global"),
-            "structural": types.get("structural"),
-            "semantic": types.get("semantic"),
-            "detailed": types.get("detailed"),
-            "words": len(entry["question"].split()),
-            "steps": _num_steps(entry.get("semantic") or ()),
+            "balanced": entry.value("isBalanced") in (None, True, 1, "true", "True"),
+            "group": entry.child("groups").text("global", default=None),
+            **{part: types.text(part, default=None) for part in ("structural", "semantic", "detailed")},
+            "words": len(text.split()),
+            "steps": _num_steps(entry),
         },
     )
 
 
-def _num_steps(program: Sequence[Mapping[str, Any]]) -> int:
+def _num_steps(entry: Row) -> int:
     """Reasoning steps as ``eval.py`` counts them: existence and naming are not steps."""
     trivial = ("exist", "query: name", "choose name")
+    program = entry.rows("semantic") if entry.value("semantic") is not None else []
     steps = (f"{step.get('operation')}: {step.get('argument')}" for step in program)
     return sum(1 for step in steps if not any(word in step for word in trivial))
 

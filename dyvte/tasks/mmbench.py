@@ -15,65 +15,81 @@ server is written.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError
+from dyvte.formatting import name_some
 from dyvte.tasks.answers.choices import (
-    lettered,
+    Options,
     lmms_letter,
     mmbench_letter,
-    options_of,
     vlmevalkit_letter,
     with_options,
 )
-from dyvte.tasks.base import LETTER_SUFFIX, Predictions, Question, percent
-from dyvte.tasks.common import StandardBenchmark, breakdown
-from dyvte.tasks.readers.files import need, table_rows
+from dyvte.tasks.base import TASKS, Predictions, Question, breakdown, percent
+from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, lettered_options
+from dyvte.tasks.readers.files import table_images
+from dyvte.tasks.readers.rows import Row
 from dyvte.tasks.readers.xlsx import write_xlsx
 from dyvte.tasks.statistics import Statistic, all_right, mean_statistic
 
 _ROTATION = 1_000_000
 
 
-class MMBench(StandardBenchmark):
+@TASKS.register
+class MMBench(ChoiceBenchmark):
     """MMBench-EN, dev (scored here) and test (submission only)."""
 
     name = "mmbench"
     title = "MMBench"
     unit = "question"
-    suffix = LETTER_SUFFIX
     submission_name = "mmbench_submission.xlsx"
     expected_tree = (
         "  <root>/mmbench_dev_20230712.tsv     (LLaVA's), MMBench_DEV_EN.tsv or MMBench_TEST_EN.tsv\n"
         "  or <root>/en/dev-*.parquet          (or data/)"
     )
 
-    def sources(self):
-        """Tables only: the release is one."""
-        return (self._table,)
+    tables = ("MMBench_DEV_EN*.tsv", "mmbench_dev_2*.tsv", "*mmbench*.tsv")
+    shards = ("en/dev-*.parquet", "data/dev-*.parquet", "dev-*.parquet", "en/test-*.parquet", "*.parquet")
+    columns = (("index",), ("question",), ("A",), ("B",))
 
-    def _table(self, root: Path) -> list[Question] | None:
-        tsv = ("MMBench_DEV_EN*.tsv", "mmbench_dev_2*.tsv", "MMBench_TEST_EN*.tsv", "mmbench_test_en*.tsv")
-        parquet = (
-            "en/dev-*.parquet",
-            "data/dev-*.parquet",
-            "dev-*.parquet",
-            "en/test-*.parquet",
-            "*.parquet",
-        )
-        rows = table_rows(root, (*tsv, "*.tsv"), parquet)
-        if rows is None:
-            return None
-        questions = []
-        for number, row in enumerate(rows, start=1):
-            need(row, ("index", "question", "image", "A"), root, number)
-            questions.append(
-                _question({**row, "l2-category": row.get("l2-category", row.get("L2-category"))})
-            )
-        _refuse_lost_rotations(questions, root)
+    def table(self, root: Path) -> list[Question] | None:
+        """Also refuses rotations whose question is not there."""
+        questions = super().table(root)
+        there = {q.id for q in questions or ()}
+        lost = sorted({q.details["group"] for q in questions or ()} - there)
+        if lost:
+            raise DataError(f"{root}: rotations of questions that are not there: {name_some(lost)}")
         return questions
+
+    def table_question(self, row: Row, number: int, base: Path) -> Question:
+        """One rotation of a question. The parquet writes "nan" for an option that is not there."""
+        named = Row({key: None if value == "nan" else value for key, value in row.items()}, row.where)
+        index = named.integer("index")
+        options = lettered_options(named)
+        hint = named.text("hint", default="")
+        question = named.text("question")
+        text = with_options(f"{hint}\n{question}" if _says_something(hint) else question, options)
+        group = str(named.integer("g_index") if named.value("g_index") is not None else index % _ROTATION)
+        images = table_images(named, base)
+        return Question(
+            id=str(index),
+            image=images[0] if images else None,
+            text=text,
+            answer=gold_letter(named, options),
+            image_id=group,
+            kind=named.text("category", default=""),
+            details={
+                "options": options,
+                # lmms-eval compares answers with these words too
+                "written": {letter: str(row[letter]) for letter in "ABCD" if row.value(letter) is not None},
+                "group": group,
+                "question": question,
+                "l2-category": named.value("l2-category", "L2-category"),
+            },
+        )
 
     def limited(self, questions: list[Question], limit: int | None) -> list[Question]:
         """The first ``limit`` rows, then every rotation of the questions among them."""
@@ -82,13 +98,12 @@ class MMBench(StandardBenchmark):
         groups = {q.details["group"] for q in questions[:limit]}
         return [q for q in questions if q.details["group"] in groups]
 
-    def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
-        """Each row by itself: read letter equals gold."""
-        return [
-            read_answer(predictions.texts[q.id], q.details["options"], dialect) == q.answer for q in questions
-        ]
+    def read(self, text: str, question: Question, dialect: str) -> str | None:
+        """See :func:`read_answer`; each rotation by itself."""
+        options = question.details["options" if dialect == "vlmevalkit" else "written"]
+        return read_answer(text, options, dialect)
 
-    def figures(
+    def metrics(
         self, questions: Sequence[Question], hits: Sequence[bool], predictions: Predictions, dialect: str
     ) -> dict[str, Any]:
         """Circular accuracy in percent, and that of the unrotated rows (``vanilla_accuracy``)."""
@@ -103,11 +118,9 @@ class MMBench(StandardBenchmark):
             "circular": any(len(own) > 1 for own in groups.values()),
             "vanilla_accuracy": percent([by_id[group] for group in main]),
             "num_circular_groups": len(main),
-            "num_unread": sum(
-                read_answer(predictions.texts[q.id], q.details["options"], dialect) is None for q in questions
-            ),
+            "num_unread": sum(self.read(predictions.texts[q.id], q, dialect) is None for q in questions),
             "per_category": breakdown([q.kind for q in main.values()], all_right),
-            "per_l2_category": breakdown([q.details["row"]["l2-category"] for q in main.values()], all_right),
+            "per_l2_category": breakdown([q.details["l2-category"] for q in main.values()], all_right),
         }
 
     def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
@@ -117,53 +130,23 @@ class MMBench(StandardBenchmark):
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
         """Write the workbook for MMBench's server: index, question, options, answer, prediction."""
-        columns = ["index", "question", "A", "B", "C", "D"]
-        rows: list[list[Any]] = [[*columns, "answer", "prediction"]]
+        rows: list[list[Any]] = [["index", "question", *"ABCD", "answer", "prediction"]]
         for q in questions:
-            cells = [q.details["row"].get(column) for column in columns]
-            rows.append([int(q.id), *map(_text, cells[1:]), q.answer, predictions.texts[q.id].strip()])
+            options = [q.details["options"].get(letter) for letter in "ABCD"]
+            prediction = predictions.texts[q.id].strip()
+            rows.append([int(q.id), q.details["question"], *options, q.answer, prediction])
         return write_xlsx(Path(folder) / self.submission_name, rows)
 
 
-def read_answer(text: str, options: Sequence[str], dialect: str) -> str | None:
+def read_answer(text: str, options: Options, dialect: str) -> str | None:
     """The letter a tool finds, None where it finds none."""
-    chosen = lettered(options)
     if dialect == "vlmevalkit":
-        return vlmevalkit_letter(text.strip(), chosen)
-    letter = mmbench_letter(text.strip(), chosen)
+        return vlmevalkit_letter(text, options)
+    letter = mmbench_letter(text.strip(), options)
     if letter is None and dialect == "lmms":
-        return lmms_letter(text.strip(), list(chosen)) or None
+        return lmms_letter(text.strip(), list(options)) or None
     return letter
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def _refuse_lost_rotations(questions: Sequence[Question], where: Path) -> None:
-    there = {q.id for q in questions}
-    lost = sorted({q.details["group"] for q in questions} - there)
-    if lost:
-        raise DataError(f"{where}: rotations of questions that are not there: {', '.join(lost[:5])}")
-
-
-def _question(row: Mapping[str, Any]) -> Question:
-    index = int(row["index"])
-    options = options_of(row)
-    hint = row.get("hint")
-    hint = None if hint is None or str(hint).lower() in ("nan", "none", "") else hint
-    text = with_options(f"{hint}\n{row['question']}" if hint else row["question"], options)
-    group = str(int(row["g_index"]) if row.get("g_index") is not None else index % _ROTATION)
-    answer = row.get("answer")
-    if answer is not None and answer not in lettered(options):
-        raise DataError(f"question {index}: gold answer {answer!r} is none of {len(options)} options")
-    kept = ("index", "question", "A", "B", "C", "D", "l2-category")
-    return Question(
-        id=str(index),
-        image=row["image"],
-        text=text,
-        answer=answer,
-        image_id=group,
-        kind=str(row.get("category") or ""),
-        details={"options": options, "group": group, "row": {key: row.get(key) for key in kept}},
-    )
+def _says_something(hint: str) -> bool:
+    return hint.strip().lower() not in ("", "nan", "none")

@@ -17,29 +17,26 @@ from typing import Any
 import numpy as np
 
 from dyvte.errors import DataError, ScoreError
+from dyvte.files import write_atomically
+from dyvte.formatting import name_some
 from dyvte.tasks.answers.yes_no import yes_no_words
-from dyvte.tasks.base import (
-    Predictions,
-    Question,
-    count_unknown,
-    layout_error,
-    name_some,
-    percent,
-    read_jsonl,
-    read_raw_predictions,
-)
-from dyvte.tasks.common import StandardBenchmark, joined_by_prompt, strip_suffix
-from dyvte.tasks.readers.files import find_file, need, table_rows
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, percent, strip_suffix
+from dyvte.tasks.readers.files import find_file, table_images
 from dyvte.tasks.readers.mme_release import (
     COGNITION,
     PERCEPTION,
     SUBTASKS,
     file_name,
+    image_key,
+    plain_question,
     read_pair,
     read_results,
     subtask_images,
     subtask_names,
 )
+from dyvte.tasks.readers.predictions import joined_by_prompt, read_answers
+from dyvte.tasks.readers.rows import Row, read_jsonl
+from dyvte.tasks.records import count_unknown
 from dyvte.tasks.statistics import Statistic, all_right, group_index
 
 LLAVA_FILE = "llava_mme.jsonl"
@@ -49,11 +46,11 @@ _ROOT_LEVELS = (
     "MME_Benchmark_release_version",
     "MME_Benchmark_release_version/MME_Benchmark",
 )
-_YES_NO_REQUEST = re.compile(r"\s*Please answer yes or no\.\s*$")
 _LINE_BREAKS = re.compile(r"[\t\r\n]+")
 
 
-class MME(StandardBenchmark):
+@TASKS.register
+class MME(Benchmark):
     """The release layout (flat subtasks, split subtasks, or both) or a table."""
 
     name = "mme"
@@ -73,23 +70,16 @@ class MME(StandardBenchmark):
         f"  subtasks: {', '.join(SUBTASKS)}"
     )
 
+    tables = ("MME.tsv", "*mme*.tsv")
+    shards = ("data/test-*.parquet", "test-*.parquet")
+    columns = (("question",), ("answer",), ("category",))
+
     def sources(self):
-        """Tables; then the release, whose reader says what is missing from it."""
-        return self._table, self._release
-
-    def load(self, root: Path, limit: int | None = None, *, images: bool = True) -> list[Question]:
-        """Read every subtask present; ``limit`` keeps the first ``limit // 2`` images, spread over subtasks.
-
-        Raises
-        ------
-        DataError
-            Another layout (the expected tree is shown), a subtask nobody knows, an image without exactly two
-            questions, a gold answer that is not Yes or No, missing images.
-        """
-        return super().load(root, limit, images=images)
+        """Tables; then the release."""
+        return self.table, self._release
 
     def limited(self, questions: list[Question], limit: int | None) -> list[Question]:
-        """Whole images, spread over the subtasks."""
+        """The first ``limit // 2`` images, spread over the subtasks."""
         if limit is None:
             return questions
         by_subtask: dict[str, dict[str, list[Question]]] = defaultdict(lambda: defaultdict(list))
@@ -98,8 +88,10 @@ class MME(StandardBenchmark):
         kept = _spread([list(images.values()) for images in by_subtask.values()], limit // 2)
         return [question for subtask in kept for pair in subtask for question in pair]
 
-    def _release(self, root: Path) -> list[Question]:
-        folder = self._data_folder(root if root.is_dir() else root.parent)
+    def _release(self, root: Path) -> list[Question] | None:
+        folder = _data_folder(root if root.is_dir() else root.parent)
+        if folder is None:
+            return None
         questions = [
             question
             for name in subtask_names(folder)
@@ -108,25 +100,38 @@ class MME(StandardBenchmark):
         ]
         return _chosen_by_llava(find_file(root, LLAVA_FILE, f"../{LLAVA_FILE}"), questions)
 
-    def _table(self, root: Path) -> list[Question] | None:
-        rows = table_rows(root, ("MME.tsv", "MME*.tsv"), ("data/test-*.parquet", "test-*.parquet"))
-        if rows is None:
-            return None
-        questions = [_table_question(row, number, root) for number, row in enumerate(rows, start=1)]
-        problem = _odd_pairs(questions)
+    def table(self, root: Path) -> list[Question] | None:
+        """Also refuses images without exactly two questions."""
+        questions = super().table(root)
+        problem = _odd_pairs(questions or [])
         if problem:
             raise DataError(f"{root}: {problem}")
         return questions
 
-    def _data_folder(self, root: Path) -> Path:
-        for candidate in (root / level for level in _ROOT_LEVELS):
-            if candidate.is_dir() and any(subtask_names(candidate)):
-                return candidate
-        raise layout_error("MME", root, "no subtask folder with question files", self.expected_tree)
+    def table_question(self, row: Row, number: int, base: Path) -> Question:
+        """Parquet names the image in ``question_id``, the TSV in ``image_path``."""
+        subtask, answer = row.text("category"), row.text("answer").strip().capitalize()
+        if subtask not in SUBTASKS or answer not in ("Yes", "No"):
+            raise row.error(
+                f"expected a subtask of MME and Yes or No, found {subtask!r} and {row['answer']!r}"
+            )
+        images = table_images(row, base)
+        named = row.text("question_id", "image_path", default=images[0].name if images else None)
+        if named is None:
+            raise row.error("neither 'question_id' nor 'image_path' nor 'image' says which image it is about")
+        image_id = f"{subtask}/{named.rsplit('/', 1)[-1]}"
+        return Question(
+            id=row.identity("index", default=f"{image_id}#{number}"),
+            image=images[0] if images else None,
+            text=row.text("question"),
+            answer=answer,
+            image_id=image_id,
+            kind=subtask,
+        )
 
     def prompt(self, question: Question, suffix: str | None = None) -> str:
         """The question without " Please answer yes or no.", then the suffix (LLaVA's way)."""
-        return _plain(question.text) + (self.suffix if suffix is None else suffix)
+        return plain_question(question.text) + (self.suffix if suffix is None else suffix)
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
         """Read answer equals gold; images must have both of their questions."""
@@ -193,13 +198,15 @@ class MME(StandardBenchmark):
         return f"{scores['perception']:.1f} / {scores['cognition']:.1f}"
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read raw answers (jsonl; LLaVA's are joined by image and question) or a folder of official
-        ``<subtask>.txt`` results."""
+        """Read raw answers (LLaVA's are joined by image and question) or a folder of ``<subtask>.txt``
+        results, the official tool's or those of LLaVA's converter."""
         path = Path(path)
         if path.is_dir():
             return read_results(path, questions)
-        joined = joined_by_prompt(path, questions, lambda q: (q.image_id, _plain(q.text)))
-        return joined if joined is not None else read_raw_predictions(path)
+        joined = None
+        if path.suffix.lower() == ".jsonl":
+            joined = joined_by_prompt(path, questions, _key, _asked)
+        return joined if joined is not None else read_answers(path)
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
         """Write ``mme_results/<subtask>.txt`` (file, question, gold, answer) for ``calculation.py``.
@@ -207,14 +214,13 @@ class MME(StandardBenchmark):
         Tabs and line breaks inside an answer would break that format: each run of them becomes one space.
         """
         results = Path(folder) / "mme_results"
-        results.mkdir(parents=True, exist_ok=True)
         lines: dict[str, list[str]] = defaultdict(list)
         for q in questions:
             answer = predictions.texts[q.id]
             answer = answer if predictions.converted else _one_line(answer)
             lines[q.kind].append(f"{file_name(q)}\t{q.text}\t{q.answer}\t{answer}\n")
         for name, rows in lines.items():
-            (results / f"{name}.txt").write_text("".join(rows), encoding="utf-8", newline="\n")
+            write_atomically(results / f"{name}.txt", "".join(rows))
         return results
 
 
@@ -240,8 +246,21 @@ def _one_line(text: str) -> str:
     return _LINE_BREAKS.sub(" ", text.strip())
 
 
-def _plain(text: str) -> str:
-    return _YES_NO_REQUEST.sub("", text)
+def _key(question: Question) -> tuple[str, str]:
+    return image_key(question.image_id), plain_question(question.text)
+
+
+def _asked(image: str, prompt: str) -> tuple[str, str]:
+    """Image and question of a row of LLaVA's files."""
+    return image_key(image), plain_question(strip_suffix(prompt))
+
+
+def _data_folder(root: Path) -> Path | None:
+    """The folder that holds the subtasks."""
+    for candidate in (root / level for level in _ROOT_LEVELS):
+        if candidate.is_dir() and any(subtask_names(candidate)):
+            return candidate
+    return None
 
 
 def _odd_pairs(questions: Sequence[Question]) -> str:
@@ -257,38 +276,18 @@ def _chosen_by_llava(path: Path | None, questions: list[Question]) -> list[Quest
     """The questions of LLaVA's file, in its order; all where there is no such file."""
     if path is None:
         return questions
-    known = {(q.image_id, _plain(q.text).lower()): q for q in questions}
+    known = {(image, text.lower()): q for q in questions for image, text in (_key(q),)}
     chosen, without = [], []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        need(row, ("question_id", "text"), path, number)
-        question = known.get((str(row["question_id"]), strip_suffix(row["text"]).lower()))
-        chosen.append(question)
+    for row in read_jsonl(path):
+        image, text = _asked(row.text("question_id"), row.text("text"))
+        question = known.get((image, text.lower()))
         if question is None:
-            without.append(str(row["question_id"]))
+            without.append(row.text("question_id"))
+        else:
+            chosen.append(question)
     if without:
         raise DataError(f"{path}: {len(without)} questions have no gold answer: {name_some(without)}")
     return chosen
-
-
-def _table_question(row: Mapping[str, Any], number: int, where: Path) -> Question:
-    """Parquet names the image in ``question_id``, the TSV in ``image_path``."""
-    need(row, ("image", "question", "answer", "category"), where, number)
-    subtask, answer = str(row["category"]), str(row["answer"]).strip().capitalize()
-    if subtask not in SUBTASKS or answer not in ("Yes", "No"):
-        raise DataError(
-            f"{where}, question {number}: expected a subtask of MME and Yes or No, "
-            f"found {subtask!r} and {row['answer']!r}"
-        )
-    file_name = str(row.get("question_id") or row.get("image_path") or row["image"].name).rsplit("/", 1)[-1]
-    image_id = f"{subtask}/{file_name}"
-    return Question(
-        id=str(row["index"]) if row.get("index") is not None else f"{image_id}#{number}",
-        image=row["image"],
-        text=row["question"],
-        answer=answer,
-        image_id=image_id,
-        kind=subtask,
-    )
 
 
 def _subtask_score(images: Sequence[Sequence[bool]], unread: int) -> dict[str, Any]:

@@ -19,30 +19,28 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyvte.errors import DataError
-from dyvte.tasks.answers.choices import (
-    LETTERS,
-    lettered,
-    options_of,
-    parse_list,
-    vlmevalkit_letter,
-    with_options,
-)
+from dyvte.tasks.answers.choices import LETTERS, Options, lettered, vlmevalkit_letter, with_options
 from dyvte.tasks.answers.mmmu_open import gold_forms, is_right, read_open
 from dyvte.tasks.base import (
     LETTER_SUFFIX,
     SHORT_ANSWER_SUFFIX,
+    TASKS,
+    Benchmark,
     Predictions,
     Question,
+    breakdown,
     percent,
-    read_json,
 )
-from dyvte.tasks.common import StandardBenchmark, breakdown
-from dyvte.tasks.readers.files import need, table_rows
+from dyvte.tasks.choices import checked_letter, lettered_options
+from dyvte.tasks.readers.files import table_images
+from dyvte.tasks.readers.predictions import checked, read_by_id
+from dyvte.tasks.readers.rows import Row, is_blank
+from dyvte.tasks.readers.tables import PackedImage
+from dyvte.tasks.records import ImageSource
 
 SEED = 42
 """Of the official tool."""
@@ -67,7 +65,8 @@ _IMAGE_MARK = re.compile(r"<image (\d+)>")
 _ID = re.compile(r"[^_]+_(.+)_\d+")
 
 
-class MMMU(StandardBenchmark):
+@TASKS.register
+class MMMU(Benchmark):
     """The validation split."""
 
     name = "mmmu"
@@ -80,22 +79,13 @@ class MMMU(StandardBenchmark):
         "  or <root>/MMMU_DEV_VAL.tsv"
     )
 
-    def sources(self):
-        """Tables only: the release is parquet."""
-        return (self._table,)
+    tables = ("MMMU_DEV_VAL.tsv", "*mmmu*.tsv")
+    shards = ("data/validation-*.parquet", "validation-*.parquet", "*/validation-*.parquet")
+    columns = (("question",), ("answer",), ("options", "A"))
 
-    def _table(self, root: Path) -> list[Question] | None:
-        patterns = ("data/validation-*.parquet", "validation-*.parquet", "*/validation-*.parquet")
-        rows = table_rows(root, ("MMMU_DEV_VAL.tsv", "*.tsv"), patterns)
-        if rows is None:
-            return None
-        questions = []
-        for number, row in enumerate(rows, start=1):
-            if row.get("split", "validation") != "validation":
-                continue
-            need(row, ("question", "answer"), root, number)
-            questions.append(_question(row, number))
-        return questions
+    def table_question(self, row: Row, number: int, base: Path) -> Question | None:
+        """A question of the validation split; the TSV holds others too."""
+        return _question(row, number, base) if row.value("split") in (None, "validation") else None
 
     def prompt(self, question: Question, suffix: str | None = None) -> str:
         """Open questions ask for a word or phrase, the others for a letter."""
@@ -119,7 +109,7 @@ class MMMU(StandardBenchmark):
             graded[q.id] = _right(q, predictions.texts[q.id], draw)
         return [graded[q.id] for q in questions]
 
-    def figures(
+    def metrics(
         self, questions: Sequence[Question], hits: Sequence[bool], predictions: Predictions, dialect: str
     ) -> dict[str, Any]:
         """Accuracy over questions in percent, by subject and domain, and what chance has a part in."""
@@ -145,13 +135,10 @@ class MMMU(StandardBenchmark):
 
     def read_submission(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Answers by id."""
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise DataError(f"{path}: expected answers by question id")
-        return Predictions({str(key): str(text) for key, text in content.items()})
+        return checked(read_by_id(path), path)
 
 
-def read_letter(text: str, options: Sequence[str]) -> str | None:
+def read_letter(text: str, options: Options) -> str | None:
     """``parse_multi_choice_response`` without its random choice: the option an answer states, None for none.
 
     Of the letters in brackets, else before a blank, else before a full stop, else (in answers of more than
@@ -160,16 +147,15 @@ def read_letter(text: str, options: Sequence[str]) -> str | None:
     for mark in ",.!?;:'":
         text = text.strip(mark)
     padded = f" {text} "
-    letters = LETTERS[: len(options)]
     for shape, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        found = [letter for letter in letters if shape.format(letter) in padded]
+        found = [letter for letter in options if shape.format(letter) in padded]
         if found:
             return max(found, key=lambda letter: padded.rfind(place.format(letter)))
     if len(padded.split()) > 5:
         lowered = padded.lower()
-        found = [letter for letter, option in lettered(options).items() if option.lower() in lowered]
+        found = [letter for letter, option in options.items() if option.lower() in lowered]
         if found:
-            return max(found, key=lambda letter: lowered.rfind(lettered(options)[letter].lower()))
+            return max(found, key=lambda letter: lowered.rfind(options[letter].lower()))
     return None
 
 
@@ -180,57 +166,62 @@ def _right(question: Question, text: str, draw: random.Random) -> tuple[bool, bo
     letter = read_letter(text.strip(), options)
     if letter is not None:
         return letter in question.details["gold"], False
-    return draw.choice(list(LETTERS[: len(options)])) in question.details["gold"], True
+    return draw.choice(list(options)) in question.details["gold"], True
 
 
 def _vlmevalkit_right(question: Question, text: str) -> bool:
     options = question.details["options"]
     if options:
-        return vlmevalkit_letter(text.strip(), lettered(options)) == question.answer
-    return vlmevalkit_letter(text.strip(), lettered([str(question.answer), "Other Answers"])) == "A"
+        return vlmevalkit_letter(text, options) == question.answer
+    return vlmevalkit_letter(text, lettered([str(question.answer), "Other Answers"])) == "A"
 
 
-def _question(row: Mapping[str, Any], number: int) -> Question:
-    identity = str(row.get("id") or row.get("index") or number)
-    if "options" in row:
-        open_question = row.get("question_type", "multiple-choice") != "multiple-choice"
-        options = [] if open_question else parse_list(row["options"], f"question {identity}")
-    else:
-        options = options_of(row)
-    images = _images(row, identity, options)
+def _question(row: Row, number: int, base: Path) -> Question:
+    identity = row.identity("id", "index", default=str(number))
+    options = {} if _is_open(row) else lettered_options(row, "options")
+    images = _images(row, options, base)
     subject = _ID.fullmatch(identity)
-    kind = subject.group(1) if subject else str(row.get("category") or row.get("subject") or "")
-    gold = _gold(row["answer"])
-    if options and not set(gold) <= set(LETTERS[: len(options)]):
-        raise DataError(
-            f"question {identity}: gold answer {row['answer']!r} is none of {len(options)} options"
-        )
+    gold = _gold(row)
+    if options:
+        gold = [checked_letter(row, letter, options) for letter in gold]
     return Question(
         id=identity,
-        image=images[0],
-        text=with_options(row["question"], options),
-        answer=str(row["answer"]),
+        image=images[0] if images else None,
+        text=with_options(row.text("question"), options),
+        answer=row.text("answer"),
         image_id=identity,
-        kind=kind,
+        kind=subject.group(1) if subject else row.text("category", "subject", default=""),
         details={"options": options, "gold": gold},
         more_images=tuple(images[1:]),
     )
 
 
-def _gold(answer: Any) -> list[str]:
+def _is_open(row: Row) -> bool:
+    """Whether a question asks for a word: so its type says, and in the TSV that no option is there at all."""
+    if row.value("question_type") is not None:
+        return row.text("question_type") != "multiple-choice"
+    return "options" not in row and all(is_blank(row.get(letter)) for letter in LETTERS)
+
+
+def _gold(row: Row) -> list[str]:
     """Right answers: MMMU stores several as the text of a list."""
-    text = str(answer)
-    return parse_list(text, "answer") if text.startswith("[") and text.endswith("]") else [text]
+    text = row.text("answer")
+    if text.startswith("[") and text.endswith("]"):
+        return [one for one in row.texts("answer") if one is not None]
+    return [text]
 
 
-def _images(row: Mapping[str, Any], identity: str, options: Sequence[str]) -> list[Any]:
-    """The images that question and options refer to, by number; the TSV lists them in that order."""
-    if row.get("image") is not None:
-        images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    else:
-        text = "\n".join([row["question"], *options])
-        numbers = sorted({int(n) for n in _IMAGE_MARK.findall(text)})
-        images = [row.get(f"image_{n}") for n in numbers]
-    if not images or any(image is None for image in images):
-        raise DataError(f"question {identity}: an image that the question refers to is not there")
-    return images
+def _images(row: Row, options: Options, base: Path) -> list[ImageSource]:
+    """The images that question and options refer to, by number; the TSV lists them in that order. None in a
+    table without images."""
+    if "image" in row or "image_path" in row or not any(f"image_{n}" in row for n in range(1, 8)):
+        images = table_images(row, base)
+        if not images and "image" in row:
+            raise row.error("an image that the question refers to is not there")
+        return images
+    text = "\n".join([row.text("question"), *options.values()])
+    numbers = sorted({int(n) for n in _IMAGE_MARK.findall(text)})
+    found = [row.get(f"image_{n}") for n in numbers]
+    if not found or not all(isinstance(image, PackedImage) for image in found):
+        raise row.error("an image that the question refers to is not there")
+    return found

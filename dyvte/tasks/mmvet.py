@@ -12,15 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dyvte.errors import DataError, ScoreError
-from dyvte.tasks.base import Predictions, Question, name_some, percent, read_json, read_jsonl
-from dyvte.tasks.common import NOT_GRADED, StandardBenchmark, ungraded
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, need, table_rows
+from dyvte.errors import ScoreError
+from dyvte.formatting import name_some
+from dyvte.tasks.base import NOT_GRADED, TASKS, Benchmark, Predictions, Question, percent, ungraded
+from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.tasks.readers.predictions import checked, read_by_id
+from dyvte.tasks.readers.rows import Row, read_entries, read_jsonl, shown
+from dyvte.tasks.records import ImageSource
 
+CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 _GRADE = "grade:"
 
 
-class MMVet(StandardBenchmark):
+@TASKS.register
+class MMVet(Benchmark):
     """The 218 questions, graded elsewhere."""
 
     name = "mmvet"
@@ -37,25 +42,23 @@ class MMVet(StandardBenchmark):
         "  or <root>/MMVet.tsv"
     )
 
+    tables = ("MMVet.tsv", "*mmvet*.tsv", "*mm-vet*.tsv")
+    shards = ("data/test-*.parquet", "*.parquet")
+    columns = (("question",), ("capability", "category"))
+
     def sources(self):
         """The release, LLaVA's question file, tables."""
-        return self._release, self._llava, self._table
+        return self._release, self._llava, self.table
 
     def _release(self, root: Path) -> list[Question] | None:
         path = find_file(root, "mm-vet.json", "mm-vet/mm-vet.json")
         if path is None:
             return None
-        content = read_json(path, unique_keys=True)
         images = ImageFolder(find_folder(path.parent, "images"))
-        questions = []
-        for identity, entry in content.items():
-            need(entry, ("imagename", "question", "answer", "capability"), path, identity)
-            questions.append(
-                _question(
-                    identity, images[entry["imagename"]], entry["imagename"], entry, entry["capability"]
-                )
-            )
-        return questions
+        return [
+            _question(row, identity, images.of(row, row.text("imagename")), row.text("imagename"))
+            for identity, row in read_entries(path).items()
+        ]
 
     def _llava(self, root: Path) -> list[Question] | None:
         path = find_file(root, "llava-mm-vet.jsonl")
@@ -63,26 +66,18 @@ class MMVet(StandardBenchmark):
             return None
         images = ImageFolder(find_folder(path, "images", "mm-vet/images"))
         questions = []
-        for number, row in enumerate(read_jsonl(path), start=1):
-            need(row, ("question_id", "image", "text"), path, number)
-            entry = {"question": row["text"], "answer": None}
-            image = images[row["image"]]
-            questions.append(_question(f"v1_{row['question_id']}", image, row["image"], entry, []))
+        for row in read_jsonl(path):
+            name, entry = row.text("image"), Row({"question": row.value("text")}, row.where)
+            identity = f"v1_{row.identity('question_id')}"
+            questions.append(_question(entry, identity, images.of(row, name), name))
         return questions
 
-    def _table(self, root: Path) -> list[Question] | None:
-        rows = table_rows(root, ("MMVet.tsv", "*.tsv"), ("data/test-*.parquet", "*.parquet"))
-        if rows is None:
-            return None
-        questions = []
-        for number, row in enumerate(rows):
-            need(row, ("image", "question"), root, number)
-            own = str(row.get("question_id", row.get("index", number)))
-            identity = own if own.startswith("v1_") else f"v1_{own}"
-            abilities = row.get("capability") or row.get("category") or ""
-            abilities = abilities.split(",") if isinstance(abilities, str) else abilities
-            questions.append(_question(identity, row["image"], row["image"].name, row, abilities))
-        return questions
+    def table_question(self, row: Row, number: int, base: Path) -> Question:
+        """Abilities stand in one cell, separated by commas."""
+        images = table_images(row, base)
+        own = row.identity("question_id", "index", default=str(number - 1))
+        identity = own if own.startswith("v1_") else f"v1_{own}"
+        return _question(row, identity, images[0] if images else None, images[0].name if images else identity)
 
     def correct(
         self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"
@@ -133,18 +128,10 @@ class MMVet(StandardBenchmark):
 
     def read_submission(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Answers by id, or the evaluator's grades by id."""
-        content = read_json(path, unique_keys=True)
-        if not isinstance(content, dict) or not content:
-            raise DataError(f"{path}: expected answers, or the evaluator's grades, by question id")
-        texts = {}
-        for key, value in content.items():
-            if isinstance(value, Mapping):
-                need(value, ("score",), path, key)
-                runs = [float(score) for score in value["score"]]
-                texts[key] = f"{_GRADE}{sum(runs) / len(runs)}"
-            else:
-                texts[key] = str(value)
-        return Predictions(texts, converted=True)
+        content = read_by_id(path)
+        if not content:
+            raise ScoreError(f"{path}: expected answers, or the evaluator's grades, by question id")
+        return checked({key: _graded(value, path, key) for key, value in content.items()}, path, True)
 
     def submission(self, questions: Sequence[Question], predictions: Predictions) -> Any:
         """Answers by id."""
@@ -160,15 +147,37 @@ class MMVet(StandardBenchmark):
         return [float(text.removeprefix(_GRADE)) for text in texts]
 
 
-def _question(
-    identity: str, image: Any, image_id: str, entry: Mapping[str, Any], capability: Sequence[str]
-) -> Question:
+def _graded(value: Any, path: Path, key: str) -> Any:
+    """An answer as it stands; of the evaluator's grades, one for each of its runs, the mean as text."""
+    if not isinstance(value, Mapping):
+        return value
+    runs = value.get("score")
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, int | float) for run in runs):
+        raise ScoreError(f"{path}, question {key}: 'score' is {shown(runs)}, expected a list of grades")
+    return f"{_GRADE}{sum(runs) / len(runs)}"
+
+
+def _question(row: Row, identity: str, image: ImageSource | None, image_id: str) -> Question:
+    capability = _capability(row)
     return Question(
-        id=str(identity),
+        id=identity,
         image=image,
-        text=entry["question"],
-        answer=entry.get("answer"),
+        text=row.text("question"),
+        answer=row.text("answer", default=None),
         image_id=image_id,
-        kind="_".join(sorted(one.strip() for one in capability)),
-        details={"capability": tuple(one.strip() for one in capability)},
+        kind="_".join(sorted(capability)),
+        details={"capability": capability},
     )
+
+
+def _capability(row: Row) -> tuple[str, ...]:
+    """The abilities that a question asks for; none are stated in LLaVA's file."""
+    given = row.value("capability", "category")
+    if given is None:
+        return ()
+    names = given.split(",") if isinstance(given, str) else row.texts("capability", "category")
+    stripped = tuple((name or "").strip() for name in names)
+    unknown = [name for name in stripped if name not in CAPABILITIES]
+    if unknown:
+        raise row.error(f"no ability of MM-Vet: {name_some(unknown)}; known: {', '.join(CAPABILITIES)}")
+    return stripped

@@ -13,17 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dyvte.errors import DataError
+from dyvte.formatting import name_some
 from dyvte.tasks.answers.yes_no import yes_no_words
-from dyvte.tasks.base import Predictions, Question, name_some, percent, predictions_from_rows, read_jsonl
-from dyvte.tasks.common import StandardBenchmark, number_or_text, strip_suffix, write_jsonl
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, need, table_rows
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, percent, strip_suffix
+from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.tasks.readers.predictions import collected
+from dyvte.tasks.readers.rows import Row, read_jsonl
+from dyvte.tasks.records import ImageSource
 from dyvte.tasks.statistics import Statistic, mean_over_parts
+from dyvte.tasks.writing import number_or_text, write_jsonl
 
 CATEGORIES = ("random", "popular", "adversarial")
 
 
-class POPE(StandardBenchmark):
+@TASKS.register
+class POPE(Benchmark):
     """The benchmark over the categories that are present."""
 
     name = "pope"
@@ -38,29 +42,34 @@ class POPE(StandardBenchmark):
         "  or <root>/POPE.tsv"
     )
 
+    tables = ("POPE.tsv", "*pope*.tsv")
+    shards = ("data/test-*.parquet", "Full/*.parquet", "*.parquet")
+    columns = (("question",), ("answer",), ("category",))
+
     def sources(self):
         """LLaVA's question file, the release, tables."""
-        return self._llava, self._release, self._table
+        return self._llava, self._release, self.table
 
     def _llava(self, root: Path) -> list[Question] | None:
         path = find_file(root, "llava_pope_test.jsonl")
         labels = _label_files(path.parent) if path is not None else {}
-        if not labels:
+        if path is None or not labels:
             return None
-        gold = {key: row["label"] for category in labels for key, row in _rows(labels[category], category)}
+        gold = {
+            (category, row.text("image"), row.text("text")): row.value("label")
+            for category, file in labels.items()
+            for row in read_jsonl(file)
+        }
         images = ImageFolder(find_folder(path, "val2014", "images"))
         questions = []
-        for number, row in enumerate(read_jsonl(path), start=1):
-            need(row, ("question_id", "image", "text", "category"), path, number)
-            text = strip_suffix(row["text"])
-            label = gold.get((row["category"], row["image"], text))
+        for row in read_jsonl(path):
+            category, image, text = row.text("category"), row.text("image"), strip_suffix(row.text("text"))
+            label = gold.get((category, image, text))
             if label is None:
-                raise DataError(f"{path}, question {row['question_id']}: no gold answer in coco_pope_*.json")
-            questions.append(
-                _question(
-                    row["question_id"], images[row["image"]], row["image"], text, label, [row["category"]]
-                )
-            )
+                raise row.error("no gold answer in coco_pope_*.json")
+            labelled = Row({**row, "label": label}, row.where)
+            identity = row.identity("question_id")
+            questions.append(_question(labelled, identity, images.of(row, image), image, text, [category]))
         return questions
 
     def _release(self, root: Path) -> list[Question] | None:
@@ -68,41 +77,37 @@ class POPE(StandardBenchmark):
         if not labels:
             return None
         images = ImageFolder(find_folder(root, "val2014", "images", "../val2014"))
-        return [
-            _question(
-                f"{category}/{row['question_id']}",
-                images[row["image"]],
-                row["image"],
-                row["text"],
-                row["label"],
-                [category],
-            )
-            for category, path in labels.items()
-            for _, row in _rows(path, category)
-        ]
-
-    def _table(self, root: Path) -> list[Question] | None:
-        rows = table_rows(root, ("POPE.tsv", "*.tsv"), ("data/test-*.parquet", "Full/*.parquet", "*.parquet"))
-        if rows is None:
-            return None
         questions = []
-        for number, row in enumerate(rows, start=1):
-            need(row, ("image", "question", "answer", "category"), root, number)
-            categories = str(row["category"]).lower().split(",")
-            own = row.get("index", row.get("question_id", number))
-            # the parquet numbers each category from the start; the TSV holds a question once for them all
-            identity = str(own) if "index" in row else f"{categories[0]}/{own}"
-            source = row.get("image_source") or row.get("image_path") or row["image"].name
-            questions.append(
-                _question(identity, row["image"], str(source), row["question"], row["answer"], categories)
-            )
+        for category, path in labels.items():
+            for row in read_jsonl(path):
+                image, identity = row.text("image"), f"{category}/{row.identity('question_id')}"
+                file = images.of(row, image)
+                questions.append(_question(row, identity, file, image, row.text("text"), [category]))
         return questions
+
+    def table_question(self, row: Row, number: int, base: Path) -> Question:
+        """The parquet numbers each category from the start; the TSV holds a question once for them all."""
+        categories = [name.strip() for name in row.text("category").lower().split(",")]
+        own = row.identity("index", "question_id", default=str(number))
+        images = table_images(row, base)
+        source = row.text("image_source", "image_path", default=images[0].name if images else own)
+        return _question(
+            row,
+            own if row.value("index") is not None else f"{categories[0]}/{own}",
+            images[0] if images else None,
+            source,
+            row.text("question"),
+            categories,
+        )
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
         """Read answer equals gold."""
-        return [read_answer(predictions.texts[q.id], dialect) == q.answer for q in questions]
+        return [
+            read_answer(predictions.texts[q.id], dialect, predictions.converted) == q.answer
+            for q in questions
+        ]
 
-    def figures(
+    def metrics(
         self,
         questions: Sequence[Question],
         hits: Sequence[bool],
@@ -116,7 +121,7 @@ class POPE(StandardBenchmark):
         ``gold_yes_rate``.
         """
         rows = [
-            (category, q.answer, read_answer(predictions.texts[q.id], dialect))
+            (category, q.answer, read_answer(predictions.texts[q.id], dialect, predictions.converted))
             for q in questions
             for category in q.details["categories"]
         ]
@@ -152,7 +157,7 @@ class POPE(StandardBenchmark):
         return f"{scores['f1']:.1f} / {scores['accuracy']:.1f}"
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read raw answers (jsonl) or a folder of ``<category>.json`` (see :meth:`write_submission`)."""
+        """Read raw answers or a folder of ``<category>.json`` (see :meth:`write_submission`)."""
         path = Path(path)
         if not path.is_dir():
             return super().read_predictions(path, questions)
@@ -162,7 +167,7 @@ class POPE(StandardBenchmark):
             file = path / f"{category}.json"
             if not file.is_file():
                 continue
-            rows = predictions_from_rows(read_jsonl(file), file, "question_id", ("answer",), converted=True)
+            rows = collected(read_jsonl(file), ("question_id",), ("answer",), converted=True)
             for own, text in rows.texts.items():
                 texts[own if own in known else f"{category}/{own}"] = text
         return Predictions(texts, converted=True)
@@ -170,14 +175,13 @@ class POPE(StandardBenchmark):
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
         """Write ``pope_answers/<category>.json`` (lines of question and answer) for ``evaluate.py``."""
         results = Path(folder) / self.submission_name
-        results.mkdir(parents=True, exist_ok=True)
         for category in CATEGORIES:
             chosen = [q for q in questions if category in q.details["categories"]]
             rows = [
                 {
                     "question_id": number_or_text(q.id.removeprefix(f"{category}/")),
                     "question": q.text,
-                    "answer": predictions.texts[q.id],
+                    "answer": _as_written(predictions.texts[q.id], predictions.converted),
                 }
                 for q in chosen
             ]
@@ -186,20 +190,25 @@ class POPE(StandardBenchmark):
         return results
 
 
-def read_answer(text: str, dialect: str) -> str:
+def read_answer(text: str, dialect: str, converted: bool = False) -> str:
     """What a tool takes an answer for: "yes", "no", or "other" (never so by the original rule).
 
     ``original``: in the first sentence, commas dropped, one of the words "No", "not", "no" between blanks is
-    no; all else is yes, also "NO", "No!" and an empty answer. ``lmms``: the whole answer. ``vlmevalkit``:
-    exactly one of the words yes and no.
+    no; all else is yes, also "NO", "No!" and an empty answer. LLaVA writes answers without outer blanks and
+    line breaks: so they are read, unless they come from a submission file. ``lmms``: the whole answer.
+    ``vlmevalkit``: exactly one of the words yes and no.
     """
     if dialect == "vlmevalkit":
         return yes_no_words(text)
     if dialect == "lmms":
         answer = text.lower().strip()
         return answer if answer in ("yes", "no") else "other"
-    words = text.split(".")[0].replace(",", "").split(" ")
+    words = _as_written(text, converted).split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def _as_written(text: str, converted: bool) -> str:
+    return text if converted else text.strip()
 
 
 def _rates(pairs: Sequence[tuple[str, str]], dialect: str) -> dict[str, Any]:
@@ -234,31 +243,19 @@ def _label_files(root: Path) -> dict[str, Path]:
     return {category: path for category, path in found.items() if path is not None}
 
 
-def _rows(path: Path, category: str) -> list[tuple[tuple[str, str, str], dict[str, Any]]]:
-    rows = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        need(row, ("question_id", "image", "text"), path, number)
-        if row.get("label") not in ("yes", "no"):
-            raise DataError(
-                f"{path}, question {row['question_id']}: no gold answer: expected label yes or no, "
-                f"found {row.get('label')!r}"
-            )
-        rows.append(((category, row["image"], row["text"]), row))
-    return rows
-
-
 def _question(
-    question_id: Any, image: Any, image_id: str, text: str, label: str, categories: Sequence[str]
+    row: Row, identity: str, image: ImageSource | None, image_id: str, text: str, categories: Sequence[str]
 ) -> Question:
-    answer = label.strip().lower()
+    label = row.value("label", "answer")
+    answer = label.strip().lower() if isinstance(label, str) else None
     unknown = [category for category in categories if category not in CATEGORIES]
     if answer not in ("yes", "no") or unknown:
-        raise DataError(
-            f"question {question_id}: expected yes or no and categories of {', '.join(CATEGORIES)}, "
+        raise row.error(
+            f"no gold answer of POPE: expected yes or no and categories of {', '.join(CATEGORIES)}, "
             f"found {label!r} and {name_some(categories)}"
         )
     return Question(
-        id=str(question_id),
+        id=identity,
         image=image,
         text=text,
         answer=answer,

@@ -1,7 +1,7 @@
 """ScienceQA, the test questions with an image (Lu et al., 2022).
 
-Sources: ``llava/eval/eval_science_qa.py`` (``original``; the data set's own evaluation is of another model
-interface), ``lmms_eval/tasks/scienceqa/utils.py`` (``lmms``), exact matching of
+Sources: ``llava/eval/eval_science_qa.py`` on LLaVA's main branch (``original``; the data set's own evaluation
+is of another model interface), ``lmms_eval/tasks/scienceqa/utils.py`` (``lmms``), exact matching of
 ``vlmeval/utils/matching_util.py`` (``vlmevalkit``). LLaVA's tool counts a missing answer as wrong; here it is
 an error. LLaVA's question text is taken from its own file where that is present; otherwise the hint stands
 before the question as "Context: ...", as lmms-eval writes it.
@@ -10,29 +10,26 @@ before the question as "Context: ...", as lmms-eval writes it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError
-from dyvte.tasks.answers.choices import (
-    LETTERS,
-    lettered,
-    options_of,
-    vlmevalkit_letter,
-    with_options,
-)
-from dyvte.tasks.base import LETTER_SUFFIX, Predictions, Question, read_json
-from dyvte.tasks.common import StandardBenchmark, strip_suffix
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, need, table_rows
+from dyvte.tasks.answers.choices import LETTERS, Options, vlmevalkit_letter, with_options
+from dyvte.tasks.base import TASKS, Predictions, Question, strip_suffix
+from dyvte.tasks.choices import ChoiceBenchmark, gold_index, gold_letter, lettered_options
+from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.tasks.readers.predictions import checked, read_by_id
+from dyvte.tasks.readers.rows import Row, is_blank, read_entries, read_json, read_rows, shown
+from dyvte.tasks.records import ImageSource
 
 
-class ScienceQA(StandardBenchmark):
+@TASKS.register
+class ScienceQA(ChoiceBenchmark):
     """ScienceQA-IMG: text-only questions are left out."""
 
     name = "scienceqa"
     title = "ScienceQA"
-    suffix = LETTER_SUFFIX
     submission_name = "scienceqa_results.json"
     expected_tree = (
         "  <root>/                             release, and LLaVA's playground/data/eval/scienceqa\n"
@@ -42,133 +39,128 @@ class ScienceQA(StandardBenchmark):
         "  or <root>/ScienceQA-IMG/test-*.parquet (or data/)\n"
         "  or <root>/ScienceQA_TEST.tsv"
     )
+    tables = ("ScienceQA_TEST.tsv", "*scienceqa*.tsv")
+    shards = ("ScienceQA-IMG/test-*.parquet", "data/test-*.parquet", "test-*.parquet", "*.parquet")
+    columns = (("question",), ("answer",), ("choices", "A"))
 
     def sources(self):
         """The release with LLaVA's texts where they are, tables."""
-        return self._release, self._table
+        return self._release, self.table
 
     def _release(self, root: Path) -> list[Question] | None:
         path = find_file(root, "problems.json")
         if path is None:
             return None
-        problems = read_json(path)
-        splits = read_json(path.parent / "pid_splits.json")
+        problems = read_entries(path)
         texts = _llava_texts(path.parent)
         images = ImageFolder(find_folder(path, "images/test", "test", "images"))
         questions = []
-        for pid in splits["test"]:
-            problem = problems.get(pid)
-            if problem is None:
+        for pid in _test_ids(path.with_name("pid_splits.json")):
+            if pid not in problems:
                 raise DataError(f"{path} lacks problem {pid} of pid_splits.json")
-            if not problem.get("image"):
+            problem = problems[pid]
+            if is_blank(problem.get("image")):
                 continue
-            need(problem, ("question", "choices", "answer"), path, pid)
-            text = texts.get(str(pid)) if texts is not None else None
-            image = images[f"{pid}/{problem['image']}"]
-            questions.append(_question(str(pid), image, f"{pid}", problem, text))
+            image = images.of(problem, f"{pid}/{problem.text('image')}")
+            questions.append(_question(problem, pid, image, pid, texts.get(pid)))
         return questions
 
-    def _table(self, root: Path) -> list[Question] | None:
-        patterns = ("ScienceQA-IMG/test-*.parquet", "data/test-*.parquet", "test-*.parquet", "*.parquet")
-        rows = table_rows(root, ("ScienceQA_TEST.tsv", "*.tsv"), patterns)
-        if rows is None:
-            return None
-        questions = []
-        for number, row in enumerate(rows):
-            if row.get("image") is None:
-                continue
-            need(row, ("question", "answer"), root, number)
-            if "choices" not in row:
-                row = {**row, "choices": options_of(row), "answer": LETTERS.index(row["answer"])}
-            identity = str(row.get("index", row.get("id", number)))
-            questions.append(_question(identity, row["image"], row["image"].name, row, None))
-        return questions
+    def table_question(self, row: Row, number: int, base: Path) -> Question | None:
+        """Parquet lists the choices and the index of the right one, the TSV has columns and a letter."""
+        images = table_images(row, base)
+        if not images and "image" in row:
+            return None  # text only; a table without images at all says of no question that it has none
+        identity = row.identity("index", "id", default=str(number - 1))
+        return _question(row, identity, images[0] if images else None, images[0].name if images else identity)
 
-    def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
-        """Read letter equals gold."""
-        return [
-            read_answer(predictions.texts[q.id], q.details["options"], dialect) == q.answer for q in questions
-        ]
+    def read(self, text: str, question: Question, dialect: str) -> str | None:
+        """See :func:`read_answer`."""
+        return read_answer(text, question.details["options"], dialect)
 
     def submission(self, questions: Sequence[Question], predictions: Predictions) -> Any:
         """The ``results`` of LLaVA's tool: index of the chosen option by problem, -1 for unread."""
-        results = {}
-        for q in questions:
-            letter = read_answer(predictions.texts[q.id], q.details["options"], "original")
-            results[q.id] = LETTERS.index(letter) if letter in lettered(q.details["options"]) else -1
-        outputs = {q.id: predictions.texts[q.id] for q in questions}
-        return {"results": results, "outputs": outputs}
+        letters = {q.id: self.read(predictions.texts[q.id], q, "original") for q in questions}
+        results = {key: -1 if letter is None else LETTERS.index(letter) for key, letter in letters.items()}
+        return {"results": results, "outputs": {q.id: predictions.texts[q.id] for q in questions}}
 
     def read_submission(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Take the ``outputs``."""
-        content = read_json(path)
-        if not isinstance(content, dict) or not isinstance(content.get("outputs"), dict):
-            raise DataError(f'{path}: expected {{"results": ..., "outputs": {{pid: text}}}}')
-        return Predictions({str(pid): text for pid, text in content["outputs"].items()})
+        outputs = read_by_id(path).get("outputs")
+        if not isinstance(outputs, dict):
+            raise DataError(
+                f'{path}: expected {{"results": ..., "outputs": {{pid: text}}}}, found {shown(outputs)}'
+            )
+        return checked(outputs, path)
 
 
-_SENTENCES = (re.compile(r"The answer is ([A-E])\."), re.compile(r"The answer is ([A-E])"))
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")  # the last "." is any character, as in the tool
 
 
-def read_answer(text: str, options: Sequence[str], dialect: str) -> str | None:
+def read_answer(text: str, options: Options, dialect: str) -> str | None:
     """The letter a tool finds, None for none.
 
-    ``original``: the letter alone, or first in "X. ...", or in "The answer is X"; case counts, "A." alone is
-    not read. ``lmms``: the letter alone in any case, or a capital before a full stop at the start.
-    ``vlmevalkit``: see :func:`~dyvte.tasks.answers.choices.vlmevalkit_letter`.
+    ``original``: the letter alone, or first in "X. ...", or in the only "The answer is X" that something
+    follows on its line; case counts, "A." alone is not read. ``lmms``: the letter alone in any case, or a
+    capital before a full stop at the start. ``vlmevalkit``: see
+    :func:`~dyvte.tasks.answers.choices.vlmevalkit_letter`.
     """
     if dialect == "vlmevalkit":
-        return vlmevalkit_letter(text.strip(), lettered(options))
+        return vlmevalkit_letter(text, options)
+    answer = text.strip()  # LLaVA writes stripped answers, lmms-eval strips them
     if dialect == "lmms":
-        answer = text.strip()
         if len(answer) >= 2 and answer[0].isupper() and answer[1] == ".":
             return answer[0]
         return answer.upper() if len(answer) == 1 else None
-    # LLaVA writes stripped answers; its tool then makes each line break a sentence end
-    answer = text.strip().replace("\n", ". ")
     letter = _original(answer)
-    return letter if letter in LETTERS[: min(len(options), 5)] else None
+    return letter if letter in options and letter in tuple("ABCDE") else None
 
 
-def _original(answer: str) -> str:
-    if answer.strip() in tuple("ABCDE"):
-        return answer.strip()
+def _original(answer: str) -> str | None:
+    if answer in tuple("ABCDE"):
+        return answer
     if answer[:1] in tuple("ABCDE") and answer[1:3] == ". ":
         return answer[0]
-    for sentence in _SENTENCES:
-        match = sentence.search(answer)
-        if match:
-            return match.group(1)
-    return "FAILED"
+    found = _SENTENCE.findall(answer)
+    return found[0] if len(found) == 1 else None
 
 
-def _llava_texts(folder: Path) -> dict[str, str] | None:
-    """LLaVA's prompts by problem id."""
+def _test_ids(path: Path) -> list[str]:
+    splits = read_json(path)
+    ids = splits.get("test") if isinstance(splits, dict) else None
+    if not isinstance(ids, list) or not all(isinstance(one, str | int) for one in ids):
+        raise DataError(f'{path}: expected {{"test": [problem ids]}}, found {shown(splits)}')
+    return [str(one) for one in ids]
+
+
+def _llava_texts(folder: Path) -> dict[str, str]:
+    """LLaVA's prompts by problem id; empty where its file is not there."""
     path = find_file(folder, "llava_test_CQM-A.json")
     if path is None:
-        return None
-    return {
-        str(row["id"]): strip_suffix(row["conversations"][0]["value"].replace("<image>", ""))
-        for row in read_json(path)
-    }
+        return {}
+    texts = {}
+    for row in read_rows(path):
+        turns = row.rows("conversations")
+        if not turns:
+            raise row.error("'conversations' is empty")
+        texts[row.identity("id")] = strip_suffix(turns[0].text("value").replace("<image>", ""))
+    return texts
 
 
 def _question(
-    identity: str, image: Any, image_id: str, problem: Mapping[str, Any], text: str | None
+    row: Row, identity: str, image: ImageSource | None, image_id: str, text: str | None = None
 ) -> Question:
-    options = [str(choice) for choice in problem["choices"]]
+    options = lettered_options(row, "choices")
+    listed = row.value("choices") is not None
     if text is None:
-        context = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
-        text = with_options(f"{context}{problem['question']}", options)
-    answer = int(problem["answer"])
-    if not 0 <= answer < len(options):
-        raise DataError(f"question {identity}: gold answer {answer} is none of {len(options)} options")
+        hint = row.text("hint", default="")
+        context = f"Context: {hint}\n" if hint.strip() else ""
+        text = with_options(f"{context}{row.text('question')}", options)
     return Question(
         id=identity,
         image=image,
         text=text,
-        answer=LETTERS[answer],
+        answer=gold_index(row, options) if listed else gold_letter(row, options),
         image_id=image_id,
-        kind=str(problem.get("subject") or problem.get("category") or ""),
+        kind=row.text("subject", "category", default=""),
         details={"options": options},
     )

@@ -8,81 +8,72 @@ first character, case aside (``lmms_eval/tasks/seedbench/utils.py``). ``vlmevalk
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dyvte.errors import DataError
-from dyvte.tasks.answers.choices import lettered, options_of, vlmevalkit_letter, with_options
-from dyvte.tasks.base import LETTER_SUFFIX, Predictions, Question, read_json, read_jsonl
-from dyvte.tasks.common import StandardBenchmark, strip_suffix, write_jsonl
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, need, table_rows
+from dyvte.tasks.answers.choices import LETTERS, Options, vlmevalkit_letter, with_options
+from dyvte.tasks.base import TASKS, Predictions, Question, strip_suffix
+from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, lettered_options
+from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.tasks.readers.rows import Row, read_json, read_jsonl, read_rows, shown
+from dyvte.tasks.records import ImageSource
+from dyvte.tasks.writing import write_jsonl
 
-_OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
 
-
-class SEED(StandardBenchmark):
+@TASKS.register
+class SEED(ChoiceBenchmark):
     """SEED-Bench, image dimensions only."""
 
     name = "seed"
     title = "SEED-Bench"
-    suffix = LETTER_SUFFIX
     submission_name = "seed_submission.jsonl"
     expected_tree = (
         "  <root>/                             release, and LLaVA's playground/data/eval/seed_bench\n"
         "    SEED-Bench.json\n"
-        "    llava-seed-bench.jsonl            (optional: LLaVA's question texts and order)\n"
+        "    llava-seed-bench.jsonl            (optional: LLaVA's question texts)\n"
         "    SEED-Bench-image/<data_id>\n"
         "  or <root>/data/test-*.parquet\n"
         "  or <root>/SEEDBench_IMG.tsv"
     )
+    tables = ("SEEDBench_IMG.tsv", "*seed*.tsv")
+    shards = ("data/test-*.parquet", "*.parquet")
+    columns = (("question",), ("answer",), ("choice_a", "A"))
 
     def sources(self):
         """The release with LLaVA's texts where they are, tables."""
-        return self._release, self._table
+        return self._release, self.table
 
     def _release(self, root: Path) -> list[Question] | None:
         path = find_file(root, "SEED-Bench.json")
         if path is None:
             return None
-        content = read_json(path)
-        if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
-            raise DataError(f'{path}: expected {{"questions": [...], "question_type": {{...}}}}')
-        kinds = {number: kind for kind, number in content.get("question_type", {}).items()}
+        kinds = _kinds(path)
         images = ImageFolder(find_folder(path, "SEED-Bench-image", "images"), ("", ".jpg", ".png"))
         texts = _llava_texts(path.parent)
         questions = []
-        for number, entry in enumerate(content["questions"], start=1):
-            if entry.get("data_type") != "image":
+        for row in read_rows(path, "questions"):
+            if row.value("data_type") != "image":
                 continue
-            need(entry, ("question_id", "question", "answer", "data_id", "choice_a"), path, number)
-            image = images[str(entry["data_id"])]
-            kind = kinds.get(entry.get("question_type_id"), "")
-            text = texts.get(str(entry["question_id"])) if texts is not None else None
-            questions.append(_question(entry, image, str(entry["data_id"]), kind, text))
+            image_id, identity = row.identity("data_id"), row.identity("question_id")
+            kind = kinds.get(row.identity("question_type_id", default=""), "")
+            image = images.of(row, image_id)
+            questions.append(_question(row, identity, image, image_id, kind, texts.get(identity)))
         return questions
 
-    def _table(self, root: Path) -> list[Question] | None:
-        rows = table_rows(root, ("SEEDBench_IMG.tsv", "*.tsv"), ("data/test-*.parquet", "*.parquet"))
-        if rows is None:
+    def table_question(self, row: Row, number: int, base: Path) -> Question | None:
+        """Parquet has the fields of the release, the TSV has columns A to D."""
+        if row.value("data_type") not in (None, "image"):
             return None
-        questions = []
-        for number, row in enumerate(rows):
-            if row.get("data_type", "image") != "image":
-                continue
-            need(row, ("image", "question", "answer"), root, number)
-            image = row["image"][0] if isinstance(row["image"], list) else row["image"]
-            entry = {"question_id": row.get("index", number), **row}
-            kind = str(row.get("category") or row.get("question_type_id") or "")
-            image_id = str(row.get("data_id") or image.name)
-            questions.append(_question(entry, image, image_id, kind, None))
-        return questions
+        images = table_images(row, base)
+        identity = row.identity("question_id", "index", default=str(number - 1))
+        image_id = row.identity("data_id", default=images[0].name if images else identity)
+        kind = row.identity("category", "question_type_id", default="")
+        return _question(row, identity, images[0] if images else None, image_id, kind)
 
-    def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
-        """Read letter equals gold."""
-        return [
-            read_answer(predictions.texts[q.id], q.details["options"], dialect) == q.answer for q in questions
-        ]
+    def read(self, text: str, question: Question, dialect: str) -> str | None:
+        """See :func:`read_answer`."""
+        return read_answer(text, question.details["options"], dialect)
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
         """Write lines of ``{"question_id", "prediction"}`` for the leaderboard."""
@@ -90,33 +81,42 @@ class SEED(StandardBenchmark):
         return write_jsonl(Path(folder) / self.submission_name, rows)
 
 
-def read_answer(text: str, options: Sequence[str], dialect: str) -> str | None:
+def read_answer(text: str, options: Options, dialect: str) -> str | None:
     """The letter a tool finds; what is no letter equals none."""
     if dialect == "vlmevalkit":
-        return vlmevalkit_letter(text.strip(), lettered(options))
+        return vlmevalkit_letter(text, options)
     return text.strip()[:1].upper() if dialect == "lmms" else text.strip()
 
 
-def _llava_texts(folder: Path) -> dict[str, str] | None:
+def _kinds(path: Path) -> dict[str, str]:
+    """Names of the question types by number, which the file maps the other way round."""
+    content = read_json(path)
+    numbers = content.get("question_type") if isinstance(content, dict) else None
+    if not isinstance(numbers, dict | None):
+        raise DataError(f"{path}: 'question_type' is {shown(numbers)}, expected an object")
+    return {str(number): kind for kind, number in (numbers or {}).items()}
+
+
+def _llava_texts(folder: Path) -> dict[str, str]:
+    """LLaVA's prompts by question id; empty where its file is not there."""
     path = find_file(folder, "llava-seed-bench.jsonl")
     if path is None:
-        return None
-    return {str(row["question_id"]): strip_suffix(row["text"]) for row in read_jsonl(path)}
+        return {}
+    return {row.identity("question_id"): strip_suffix(row.text("text")) for row in read_jsonl(path)}
 
 
-def _question(entry: Mapping[str, Any], image: Any, image_id: str, kind: str, text: str | None) -> Question:
-    given = [entry.get(key) for key in _OPTIONS]
-    options = [str(option) for option in given if option is not None] or options_of(entry)
-    answer = str(entry["answer"]).strip().upper()
-    if answer not in lettered(options):
-        raise DataError(
-            f"question {entry['question_id']}: gold answer {answer!r} is none of {len(options)} options"
-        )
+def _question(
+    row: Row, identity: str, image: ImageSource | None, image_id: str, kind: str, text: str | None = None
+) -> Question:
+    named = {f"choice_{letter.lower()}": letter for letter in LETTERS[:4]}
+    renamed = Row({named.get(key, key): value for key, value in row.items()}, row.where)
+    options = lettered_options(renamed)
+    upper = Row({**renamed, "answer": row.text("answer").upper()}, row.where)
     return Question(
-        id=str(entry["question_id"]),
+        id=identity,
         image=image,
-        text=text or with_options(entry["question"], options),
-        answer=answer,
+        text=text or with_options(row.text("question"), options),
+        answer=gold_letter(upper, options),
         image_id=image_id,
         kind=kind,
         details={"options": options},

@@ -1,7 +1,7 @@
 """Scores as functions of how often each unit was drawn: what a bootstrap of a whole benchmark resamples.
 
 A unit is what was drawn independently: an image with all its questions, a video, a question with its
-rotations. :meth:`.common.StandardBenchmark.statistic` gives the function, ``unit`` its name.
+rotations. :meth:`dyvte.tasks.base.Benchmark.statistic` gives the function, ``unit`` its name.
 
 Shape letters: B questions, G units, R bootstrap draws, T parts.
 """

@@ -11,25 +11,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError, ScoreError
-from dyvte.tasks.answers.choices import parse_list
-from dyvte.tasks.answers.vqa import evalai_answer, leave_one_out, official_answer
-from dyvte.tasks.base import Predictions, Question, name_some, read_json, read_jsonl
-from dyvte.tasks.common import (
-    StandardBenchmark,
-    joined_by_prompt,
-    number_or_text,
-    strip_suffix,
-)
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, need, table_rows
+from dyvte.formatting import name_some
+from dyvte.tasks.answers.vqa import evalai_answer, official_answer, remembering, soft_accuracy
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, strip_suffix
+from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.tasks.readers.predictions import joined_by_prompt
+from dyvte.tasks.readers.rows import Row, read_jsonl, read_rows
+from dyvte.tasks.records import ImageSource
+from dyvte.tasks.writing import number_or_text
 
-_OCR = "\nReference OCR token:"
+_OCR = "Reference OCR token:"
 
 
-class TextVQA(StandardBenchmark):
+@TASKS.register
+class TextVQA(Benchmark):
     """The validation split."""
 
     name = "textvqa"
@@ -44,9 +44,13 @@ class TextVQA(StandardBenchmark):
         "  or <root>/TextVQA_VAL.tsv"
     )
 
+    tables = ("TextVQA_VAL.tsv", "*textvqa*.tsv")
+    shards = ("data/validation-*.parquet", "*.parquet")
+    columns = (("question",), ("answers", "answer"))
+
     def sources(self):
         """The release with LLaVA's texts where they are, tables."""
-        return self._release, self._table
+        return self._release, self.table
 
     def _release(self, root: Path) -> list[Question] | None:
         path = find_file(root, "TextVQA_0.5.1_val.json", "TextVQA_0.5.1_test.json")
@@ -56,60 +60,51 @@ class TextVQA(StandardBenchmark):
             find_folder(path, "train_images", "train_val_images/train_images", "images", "test_images"),
             (".jpg", ".png", ""),
         )
-        content = read_json(path)
-        entries = content.get("data") if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise DataError(f'{path}: expected {{"data": [...]}}')
         texts = _llava_texts(path.parent)
         questions = []
-        for number, entry in enumerate(entries, start=1):
-            need(entry, ("question_id", "question", "image_id"), path, number)
-            text = entry["question"]
+        for row in read_rows(path, "data"):
+            image_id, text = row.identity("image_id"), row.text("question")
             if texts is not None:
-                text = texts.get((entry["image_id"], text.lower()))
-                if text is None:
-                    continue  # LLaVA's file chooses the questions; _llava_texts refuses what is not there
-            image = images[entry["image_id"]]
-            questions.append(_question(entry, image, entry["image_id"], text, entry.get("answers")))
+                key = (image_id, bare_question(text).lower())
+                if key not in texts:
+                    continue  # LLaVA's file chooses the questions
+                text = texts[key]
+            questions.append(_question(row, images.of(row, image_id), image_id, text))
         if texts is not None and len(questions) < len(texts):
             raise DataError(f"{path}: {len(texts) - len(questions)} of LLaVA's questions have no gold answer")
         return questions
 
-    def _table(self, root: Path) -> list[Question] | None:
-        rows = table_rows(root, ("TextVQA_VAL.tsv", "*.tsv"), ("data/validation-*.parquet", "*.parquet"))
-        if rows is None:
-            return None
-        questions = []
-        for number, row in enumerate(rows, start=1):
-            need(row, ("image", "question"), root, number)
-            entry = {**row, "question_id": row.get("question_id", row.get("index", number))}
-            given = row.get("answers", row.get("answer"))
-            answers = None if given is None else parse_list(given, f"question {entry['question_id']}")
-            image_id = str(row.get("image_id") or row.get("image_path") or row["image"].name)
-            questions.append(_question(entry, row["image"], image_id, row["question"], answers))
-        return questions
+    def table_question(self, row: Row, number: int, base: Path) -> Question:
+        """Parquet lists the answers, the TSV holds the text of the list."""
+        images = table_images(row, base)
+        identity = row.identity("question_id", "index", default=str(number))
+        image_id = row.identity("image_id", "image_path", default=images[0].name if images else identity)
+        named = Row({**row, "question_id": identity}, row.where)
+        return _question(named, images[0] if images else None, image_id, row.text("question"))
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[float]:
         """Soft accuracy in [0, 1]."""
-        normalise = official_answer if dialect == "vlmevalkit" else evalai_answer
         if dialect == "original":
             odd = [q.id for q in questions if len(q.details["answers"]) != 10]
             if odd:
                 raise ScoreError(f"{len(odd)} questions have not ten human answers: {name_some(odd)}")
+        vlmevalkit = partial(official_answer, dialect="vlmevalkit")
+        normalise = remembering(vlmevalkit if dialect == "vlmevalkit" else evalai_answer)
         return [
-            leave_one_out(
-                normalise(predictions.texts[q.id]),
-                range(len(q.details["answers"])),
-                [normalise(answer) for answer in q.details["answers"]],
-            )
+            soft_accuracy(normalise(predictions.texts[q.id]), [*map(normalise, q.details["answers"])])
             for q in questions
         ]
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Also LLaVA's answers, whose ``question_id`` is the image's: joined by image and question."""
         path = Path(path)
-        if path.suffix == ".jsonl":
-            joined = joined_by_prompt(path, questions, lambda q: (q.image_id, q.text))
+        if path.suffix.lower() == ".jsonl":
+            joined = joined_by_prompt(
+                path,
+                questions,
+                lambda q: (q.image_id, bare_question(q.text)),
+                lambda image, prompt: (image, bare_question(prompt)),
+            )
             if joined is not None:
                 return joined
         return super().read_predictions(path, questions)
@@ -122,27 +117,33 @@ class TextVQA(StandardBenchmark):
         ]
 
 
+def bare_question(prompt: str) -> str:
+    """A question without LLaVA's request, and without its line of OCR tokens before or behind."""
+    before, _, behind = strip_suffix(prompt).partition(_OCR)
+    return before.strip() or behind.partition("\n")[2].strip()
+
+
 def _llava_texts(folder: Path) -> dict[tuple[str, str], str] | None:
     """LLaVA's question with its OCR line, by image and question."""
     path = find_file(folder, "llava_textvqa_val_v051_ocr.jsonl")
     if path is None:
         return None
     texts: dict[tuple[str, str], str] = {}
-    for number, row in enumerate(read_jsonl(path), start=1):
-        need(row, ("question_id", "text"), path, number)
-        text = strip_suffix(row["text"])
-        question = text.split(_OCR)[0].strip().lower()
-        if (str(row["question_id"]), question) in texts:
-            raise DataError(f"{path}, question {number}: image {row['question_id']} has this question twice")
-        texts[str(row["question_id"]), question] = text
+    for row in read_jsonl(path):
+        image, text = row.identity("question_id"), strip_suffix(row.text("text"))
+        question = bare_question(text).lower()
+        if (image, question) in texts:
+            raise row.error(f"image {image} has this question twice")
+        texts[image, question] = text
     return texts
 
 
-def _question(entry: Any, image: Any, image_id: str, text: str, answers: Any) -> Question:
-    answers = tuple(str(answer) for answer in answers) if answers else ()
+def _question(row: Row, image: ImageSource | None, image_id: str, text: str) -> Question:
+    given = row.texts("answers", "answer") if row.value("answers", "answer") is not None else []
+    answers = tuple(answer or "" for answer in given)
     common = Counter(answers).most_common(1)
     return Question(
-        id=str(entry["question_id"]),
+        id=row.identity("question_id"),
         image=image,
         text=text,
         answer=common[0][0] if common else None,

@@ -16,25 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError
-from dyvte.tasks.answers.vqa import official_answer
-from dyvte.tasks.base import (
-    Predictions,
-    Question,
-    percent,
-    predictions_from_rows,
-    read_json,
-    read_jsonl,
-)
-from dyvte.tasks.common import StandardBenchmark, breakdown, write_jsonl
-from dyvte.tasks.readers.files import find_file, need
+from dyvte.tasks.answers.vqa import official_answer, remembering
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, breakdown, percent
+from dyvte.tasks.readers.files import find_file
+from dyvte.tasks.readers.predictions import collected
+from dyvte.tasks.readers.rows import Row, read_jsonl, read_rows
 from dyvte.tasks.readers.tables import read_tsv
 from dyvte.tasks.readers.videos import find_video
+from dyvte.tasks.writing import write_jsonl
 
 _FOLDERS = ("frames", "mp4", "videos", "gifs", "")
 _KINDS = ("object", "number", "color", "location")
 
 
-class TGIFQA(StandardBenchmark):
+@TASKS.register
+class TGIFQA(Benchmark):
     """FrameQA, the part that video models are asked."""
 
     name = "tgifqa"
@@ -61,35 +57,37 @@ class TGIFQA(StandardBenchmark):
         path = find_file(root, "test_q.json")
         if path is None:
             return None
-        rows, answers = read_json(path), read_json(path.with_name("test_a.json"))
+        rows, answers = read_rows(path), read_rows(path.with_name("test_a.json"))
         by_id = all("question_id" in answer for answer in answers)
         if not by_id and len(answers) != len(rows):
             raise DataError(
                 f"{path.parent}: {len(rows)} questions, {len(answers)} answers, and no ids to join by"
             )
-        golds = {str(a["question_id"]): a for a in answers} if by_id else {}
-        joined = []
+        golds = {answer.identity("question_id"): answer for answer in answers} if by_id else {}
+        questions = []
         for number, row in enumerate(rows):
-            need(row, ("question_id", "question", "video_name"), path, number)
-            gold = golds.get(str(row["question_id"]), {}) if by_id else answers[number]
-            joined.append({**row, "answer": gold.get("answer"), "type": gold.get("type", row.get("type"))})
-        return _questions(joined, path.parent)
+            gold = golds.get(row.identity("question_id"), Row({}, row.where)) if by_id else answers[number]
+            found = {"answer": gold.value("answer"), "type": gold.value("type")}
+            questions.append(_question(Row({**row, **found}, row.where), path.parent))
+        return questions
 
     def _release(self, root: Path) -> list[Question] | None:
         path = find_file(root, "Test_frameqa_question.csv", "dataset/Test_frameqa_question.csv")
         if path is None:
             return None
+        named = {"gif_name": "video_name", "vid_id": "question_id"}
         rows = [
-            {**row, "video_name": row.get("gif_name"), "question_id": row.get("vid_id")}
-            for row in read_tsv(path)
+            Row({named.get(key, key): value for key, value in row.items()}, row.where)
+            for row in read_tsv(path, keep_words=True)
         ]
-        return _questions(rows, root if root.is_dir() else root.parent)
+        return [_question(row, root if root.is_dir() else root.parent) for row in rows]
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
         """Exact match of normalised answers."""
-        return [official_answer(predictions.texts[q.id]) == official_answer(str(q.answer)) for q in questions]
+        normalise = remembering(official_answer)
+        return [normalise(predictions.texts[q.id]) == normalise(str(q.answer)) for q in questions]
 
-    def figures(
+    def metrics(
         self, questions: Sequence[Question], hits: Sequence[bool], predictions: Predictions, dialect: str
     ) -> dict[str, Any]:
         """Exact match in percent, and by what is asked for."""
@@ -101,9 +99,10 @@ class TGIFQA(StandardBenchmark):
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Raw answers, or lines with ``id`` and ``pred``."""
-        rows = read_jsonl(Path(path)) if Path(path).suffix == ".jsonl" else []
-        if rows and all(isinstance(row, Mapping) and "pred" in row for row in rows):
-            return predictions_from_rows(rows, Path(path), "id", ("pred",), converted=True)
+        path = Path(path)
+        rows = read_jsonl(path) if path.suffix.lower() == ".jsonl" else []
+        if rows and all("pred" in row for row in rows):
+            return collected(rows, ("id",), ("pred",), converted=True)
         return super().read_predictions(path, questions)
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
@@ -115,22 +114,14 @@ class TGIFQA(StandardBenchmark):
         return write_jsonl(Path(folder) / self.submission_name, rows)
 
 
-def _questions(rows: Sequence[Mapping[str, Any]], base: Path) -> list[Question]:
-    folders = [base / name for name in _FOLDERS]
-    questions = []
-    for number, row in enumerate(rows):
-        need(row, ("question_id", "question", "video_name"), base, number)
-        video = find_video(folders, str(row["video_name"]))
-        kind = str(row.get("type", ""))
-        questions.append(
-            Question(
-                id=str(row["question_id"]),
-                image=None,
-                text=row["question"],
-                answer=None if row.get("answer") is None else str(row["answer"]),
-                image_id=str(row["video_name"]),
-                kind=_KINDS[int(kind)] if kind in ("0", "1", "2", "3") else kind,
-                video=video,
-            )
-        )
-    return questions
+def _question(row: Row, base: Path) -> Question:
+    name, kind = row.identity("video_name"), row.identity("type", default="")
+    return Question(
+        id=row.identity("question_id"),
+        image=None,
+        text=row.text("question"),
+        answer=row.text("answer", default=None),
+        image_id=name,
+        kind=_KINDS[int(kind)] if kind in ("0", "1", "2", "3") else kind,
+        video=find_video(row, [base / folder for folder in _FOLDERS], name),
+    )

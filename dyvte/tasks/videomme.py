@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyvte.errors import DataError
-from dyvte.tasks.answers.choices import lmms_letter, parse_list
-from dyvte.tasks.base import LETTER_SUFFIX, Predictions, Question, percent, read_json
-from dyvte.tasks.common import StandardBenchmark, breakdown
-from dyvte.tasks.readers.files import find_file, need, table_rows
+from dyvte.tasks.answers.choices import lmms_letter
+from dyvte.tasks.base import TASKS, Predictions, Question, breakdown, percent
+from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, listed_options
+from dyvte.tasks.readers.files import find_file
+from dyvte.tasks.readers.predictions import collected
+from dyvte.tasks.readers.rows import Row, read_rows
 from dyvte.tasks.readers.videos import find_video
 
 _REQUEST = (
@@ -38,13 +39,13 @@ _PREFIXES = (
 _OFFICIAL_PREFIXES = (*_PREFIXES, "The correct answer", "The correct option")
 
 
-class VideoMME(StandardBenchmark):
+@TASKS.register
+class VideoMME(ChoiceBenchmark):
     """All durations, without subtitles."""
 
     name = "videomme"
     title = "Video-MME"
     unit = "video"
-    suffix = LETTER_SUFFIX
     submission_name = "videomme_results.json"
     expected_tree = (
         "  <root>/\n"
@@ -54,35 +55,33 @@ class VideoMME(StandardBenchmark):
         "    or frames/<videoID>/0001.jpg ...        (frames extracted beforehand, in order of their numbers)"
     )
 
+    tables = ("Video-MME.tsv", "*video*mme*.tsv")
+    shards = ("videomme/test-*.parquet", "test-*.parquet", "*.parquet")
+    columns = (("question",), ("answer",), ("options", "candidates"), ("videoID", "video"))
+
     def sources(self):
         """The release's template, tables."""
-        return self._template, self._table
+        return self._template, self.table
 
     def _template(self, root: Path) -> list[Question] | None:
         path = find_file(root, "output_test_template.json")
         if path is None:
             return None
-        rows = [
-            {
-                **{key: video.get(key) for key in ("video_id", "duration", "domain", "sub_category")},
-                **question,
-            }
-            | {"videoID": _video_id(video)}
-            for video in read_json(path)
-            for question in video["questions"]
+        return [
+            _question(Row({**_about(video), **row}, row.where), str(number), path.parent)
+            for video in read_rows(path)
+            for number, row in enumerate(video.rows("questions"))
         ]
-        return _questions(rows, path)
 
-    def _table(self, root: Path) -> list[Question] | None:
-        patterns = ("videomme/test-*.parquet", "test-*.parquet", "*.parquet")
-        rows = table_rows(root, ("Video-MME.tsv", "*.tsv"), patterns)
-        return None if rows is None else _questions(rows, root)
+    def table_question(self, row: Row, number: int, base: Path) -> Question:
+        """As in the release."""
+        return _question(row, str(number - 1), base)
 
-    def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
-        """Read letter equals gold."""
-        return [read_answer(predictions.texts[q.id], dialect) == q.answer for q in questions]
+    def read(self, text: str, question: Question, dialect: str) -> str:
+        """See :func:`read_answer`."""
+        return read_answer(text, dialect)
 
-    def figures(
+    def metrics(
         self, questions: Sequence[Question], hits: Sequence[bool], predictions: Predictions, dialect: str
     ) -> dict[str, Any]:
         """Accuracy in percent, by duration, domain and task, over what the tool of the dialect counts."""
@@ -113,7 +112,7 @@ class VideoMME(StandardBenchmark):
                         "question_id": q.id,
                         "task_type": q.details["task_type"],
                         "question": q.details["question"],
-                        "options": list(q.details["options"]),
+                        "options": list(q.details["options"].values()),
                         "answer": q.answer,
                         "response": predictions.texts[q.id],
                     }
@@ -125,14 +124,8 @@ class VideoMME(StandardBenchmark):
 
     def read_submission(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Responses of the filled template."""
-        content = read_json(path)
-        try:
-            texts = {
-                str(q["question_id"]): str(q["response"]) for video in content for q in video["questions"]
-            }
-        except (TypeError, KeyError) as error:
-            raise DataError(f"{path}: expected the official template with responses: {error!r}") from error
-        return Predictions(texts, converted=True)
+        rows = [row for video in read_rows(path) for row in video.rows("questions")]
+        return collected(rows, ("question_id",), ("response",), converted=True)
 
 
 def read_answer(text: str, dialect: str) -> str:
@@ -150,42 +143,37 @@ def read_answer(text: str, dialect: str) -> str:
     return match[0] if match else ""
 
 
-def _video_id(video: Mapping[str, Any]) -> str:
-    """YouTube id, by which files are named: the template states it in the address only."""
-    return str(video.get("videoID") or str(video.get("url", "")).split("v=")[-1] or video.get("video_id"))
+def _about(video: Row) -> dict[str, Any]:
+    """What the template says of a video; the YouTube id, by which files are named, in the address only."""
+    address = video.text("url", default="")
+    named = video.text("videoID", default="") or address.split("v=")[-1] or video.identity("video_id")
+    parts = ("video_id", "duration", "domain", "sub_category")
+    return {**{key: video.value(key) for key in parts}, "videoID": named}
 
 
-def _questions(rows: Sequence[Mapping[str, Any]], where: Path) -> list[Question]:
-    base = where.parent if where.is_file() else where
-    folders = [base / name for name in _FOLDERS]
-    questions = []
-    for number, row in enumerate(rows):
-        need(row, ("question", "answer"), where, number)
-        name = str(row.get("videoID") or row.get("video") or "")
-        video = find_video(folders, name)
-        questions.append(_question(row, number, name, video))
-    return questions
-
-
-def _question(row: Mapping[str, Any], number: int, name: str, video: Any) -> Question:
-    identity = str(row.get("question_id", row.get("index", number)))
-    options = parse_list(row.get("options", row.get("candidates")), f"question {identity}")
-    answer = str(row["answer"]).strip()
-    if answer not in ("A", "B", "C", "D"):
-        raise DataError(f"question {identity}: gold answer {answer!r} is none of A, B, C, D")
+def _question(row: Row, number: str, base: Path) -> Question:
+    identity = row.identity("question_id", "index", default=number)
+    name = row.identity("videoID", "video")
+    texts = [None if _is_bare(text) else text for text in row.texts("options", "candidates")]
+    options = listed_options(row, texts)
     parts = ("duration", "domain", "sub_category", "task_type")
     return Question(
         id=identity,
         image=None,
-        text="\n".join([_REQUEST, row["question"], *options]),
-        answer=answer,
+        text="\n".join([_REQUEST, row.text("question"), *options.values()]),
+        answer=gold_letter(row, options),
         image_id=name,
-        kind=str(row.get("duration") or ""),
+        kind=row.text("duration", default=""),
         details={
-            **{part: str(row.get(part) or "") for part in parts},
-            "video_id": str(row.get("video_id") or name),
-            "question": row["question"],
-            "options": tuple(options),
+            **{part: row.text(part, default="") for part in parts},
+            "video_id": row.identity("video_id", default=name),
+            "question": row.text("question"),
+            "options": options,
         },
-        video=video,
+        video=find_video(row, [base / folder for folder in _FOLDERS], name),
     )
+
+
+def _is_bare(text: str | None) -> bool:
+    """Nothing, or a letter without an option: options carry their letters here ("A. a cat")."""
+    return text is None or re.fullmatch(r"\s*\(?[A-Z]?[.:)]?\s*", text) is not None

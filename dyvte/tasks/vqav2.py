@@ -11,28 +11,44 @@ server is written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from sys import intern
 from typing import Any
 
-from dyvte.errors import DataError
 from dyvte.tasks.answers.vqa import (
     evalai_answer,
-    leave_one_out,
     official_answer,
     one_line,
+    remembering,
+    soft_accuracy,
     without_punctuation,
 )
-from dyvte.tasks.base import Predictions, Question, percent, read_json, read_jsonl
-from dyvte.tasks.common import (
-    StandardBenchmark,
-    breakdown,
-    number_or_text,
-    strip_suffix,
-)
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, need, table_rows
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, breakdown, percent, strip_suffix
+from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.tasks.readers.rows import Row, read_jsonl, read_rows, shown
+from dyvte.tasks.records import ImageSource
+from dyvte.tasks.writing import number_or_text
 
 
-class VQAv2(StandardBenchmark):
+@dataclass(frozen=True, slots=True)
+class HumanAnswers:
+    """The human answers of a question, small enough for 214,354 of them.
+
+    Attributes
+    ----------
+    texts : tuple of str
+    records : tuple of int, or None
+        Equal numbers where all fields beside the answer are equal; None where no two are (``answer_id``).
+    """
+
+    texts: tuple[str, ...]
+    records: tuple[int, ...] | None
+
+
+@TASKS.register
+class VQAv2(Benchmark):
     """Validation (scored here) and the test splits (submission only)."""
 
     name = "vqav2"
@@ -48,9 +64,12 @@ class VQAv2(StandardBenchmark):
         "  or <root>/data/validation-*.parquet"
     )
 
+    shards = ("data/validation-*.parquet", "*.parquet")
+    columns = (("question",), ("question_id",), ("answers",))
+
     def sources(self):
         """The release, LLaVA's question file, parquet."""
-        return self._release, self._llava, self._table
+        return self._release, self._llava, self.table
 
     def _release(self, root: Path) -> list[Question] | None:
         path = find_file(
@@ -61,19 +80,19 @@ class VQAv2(StandardBenchmark):
         )
         if path is None:
             return None
-        split = path.name.split("_mscoco_")[1].removesuffix("_questions.json")
+        split = path.name.removeprefix("v2_OpenEnded_mscoco_").removesuffix("_questions.json")
         folder = split.replace("test-dev", "test")
         base = root if root.is_dir() else root.parent
-        annotations = _annotations(
+        golds = _annotations(
             find_file(base, f"v2_mscoco_{split}_annotations.json", f"*/v2_mscoco_{split}_annotations.json")
         )
         images = ImageFolder(find_folder(root, folder, f"images/{folder}", "images"))
         questions = []
-        for number, entry in enumerate(_list(path, "questions"), start=1):
-            need(entry, ("question_id", "image_id", "question"), path, number)
-            name = f"COCO_{folder}_{int(entry['image_id']):012d}.jpg"
-            gold = None if annotations is None else annotations.get(str(entry["question_id"]))
-            questions.append(_question(entry["question_id"], images[name], name, entry["question"], gold))
+        for row in read_rows(path, "questions"):
+            name, identity = f"COCO_{folder}_{row.integer('image_id'):012d}.jpg", row.identity("question_id")
+            questions.append(
+                _question(identity, images.of(row, name), name, row.text("question"), golds.get(identity))
+            )
         return questions
 
     def _llava(self, root: Path) -> list[Question] | None:
@@ -82,32 +101,32 @@ class VQAv2(StandardBenchmark):
             return None
         images = ImageFolder(find_folder(path, "test2015", "val2014", "images"))
         questions = []
-        for number, row in enumerate(read_jsonl(path), start=1):
-            need(row, ("question_id", "image", "text"), path, number)
-            image = images[row["image"]]
-            questions.append(
-                _question(row["question_id"], image, row["image"], strip_suffix(row["text"]), None)
-            )
+        for row in read_jsonl(path):
+            name, text = row.text("image"), strip_suffix(row.text("text"))
+            questions.append(_question(row.identity("question_id"), images.of(row, name), name, text, None))
         return questions
 
-    def _table(self, root: Path) -> list[Question] | None:
-        rows = table_rows(root, (), ("data/validation-*.parquet", "*.parquet"))
-        if rows is None:
-            return None
-        questions = []
-        for number, row in enumerate(rows, start=1):
-            need(row, ("image", "question", "question_id"), root, number)
-            image_id = str(row.get("image_id") or row["image"].name)
-            gold = row if row.get("answers") else None
-            questions.append(_question(row["question_id"], row["image"], image_id, row["question"], gold))
-        return questions
+    def table_question(self, row: Row, number: int, base: Path) -> Question:
+        """As the release joins question and annotation."""
+        images = table_images(row, base)
+        identity = row.identity("question_id")
+        image_id = row.identity("image_id", default=images[0].name if images else identity)
+        gold = _gold(row) if row.value("answers") else None
+        return _question(identity, images[0] if images else None, image_id, row.text("question"), gold)
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[float]:
         """Soft accuracy in [0, 1]."""
-        rule = _lmms if dialect == "lmms" else _official
-        return [rule(predictions.texts[q.id], q.details["answers"]) for q in questions]
+        prediction_of = remembering(partial(official_answer, dialect=dialect))
+        human_of = prediction_of if dialect == "lmms" else remembering(without_punctuation)
+        hits = []
+        for q in questions:
+            humans: HumanAnswers = q.details["answers"]
+            as_they_stand = dialect != "lmms" and len(set(humans.texts)) == 1
+            answers = humans.texts if as_they_stand else [human_of(text) for text in humans.texts]
+            hits.append(soft_accuracy(prediction_of(predictions.texts[q.id]), answers, humans.records))
+        return hits
 
-    def figures(
+    def metrics(
         self, questions: Sequence[Question], hits: Sequence[float], predictions: Predictions, dialect: str
     ) -> dict[str, Any]:
         """Accuracy in percent, per answer type and per question type."""
@@ -125,54 +144,64 @@ class VQAv2(StandardBenchmark):
         ]
 
 
-def _official(prediction: str, records: Sequence[Mapping[str, Any]]) -> float:
-    answers = [record["answer"] for record in records]
-    if len(set(answers)) > 1:
-        answers = [without_punctuation(answer) for answer in answers]
-    return _count(official_answer(prediction), records, answers)
-
-
-def _lmms(prediction: str, records: Sequence[Mapping[str, Any]]) -> float:
-    return _count(official_answer(prediction), records, [official_answer(r["answer"]) for r in records])
-
-
-def _count(prediction: str, records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> float:
-    humans = [{**record, "answer": answer} for record, answer in zip(records, answers, strict=True)]
-    return leave_one_out(prediction, humans, answers)
-
-
-def _list(path: Path, key: str) -> list[Any]:
-    content = read_json(path)
-    entries = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise DataError(f'{path}: expected {{"{key}": [...]}}')
-    return entries
-
-
-def _annotations(path: Path | None) -> dict[str, Mapping[str, Any]] | None:
+def _annotations(path: Path | None) -> dict[str, Mapping[str, Any]]:
+    """Golds by question id; empty where there is no file."""
+    golds: dict[str, Mapping[str, Any]] = {}
     if path is None:
+        return golds
+    for row in read_rows(path, "annotations", compact=_compact):
+        identity = row.identity("question_id")
+        if identity in golds:
+            raise row.error(f"duplicate question ids: {identity}")
+        golds[identity] = _gold(row)
+    return golds
+
+
+def _compact(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the annotations; ten answers become one small record as soon as they are read."""
+    content = dict(pairs)
+    humans = _humans(content.get("answers"))
+    return content if humans is None else {**content, "answers": humans}
+
+
+def _humans(records: Any) -> HumanAnswers | None:
+    """Answers from their records; None where these are not as they should be."""
+    if not isinstance(records, list) or not records or not all(isinstance(one, Mapping) for one in records):
         return None
-    annotations: dict[str, Mapping[str, Any]] = {}
-    for number, entry in enumerate(_list(path, "annotations"), start=1):
-        need(entry, ("question_id", "answers"), path, number)
-        if str(entry["question_id"]) in annotations:
-            raise DataError(f"{path}: duplicate question ids: {entry['question_id']}")
-        annotations[str(entry["question_id"])] = entry
-    return annotations
+    texts = [record.get("answer") for record in records]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    ids = [record.get("answer_id") for record in records]
+    if all(isinstance(one, int | str) for one in ids) and len(set(ids)) == len(ids):
+        return HumanAnswers(tuple(map(intern, texts)), None)
+    beside = [{key: value for key, value in record.items() if key != "answer"} for record in records]
+    return HumanAnswers(tuple(map(intern, texts)), tuple(map(beside.index, beside)))
+
+
+def _gold(row: Row) -> dict[str, Any]:
+    """What an annotation says of a question."""
+    given = row.need("answers")
+    humans = given if isinstance(given, HumanAnswers) else _humans(given)
+    if humans is None:
+        raise row.error(f"'answers' is {shown(given)}, expected a list of objects with 'answer'")
+    return {
+        "answer": row.text("multiple_choice_answer", default=None) or one_line(humans.texts[0]),
+        "answer_type": row.text("answer_type", default=""),
+        "question_type": row.text("question_type", default=""),
+        "humans": humans,
+    }
 
 
 def _question(
-    question_id: Any, image: Any, image_id: str, text: str, gold: Mapping[str, Any] | None
+    identity: str, image: ImageSource | None, image_id: str, text: str, gold: Mapping[str, Any] | None
 ) -> Question:
     gold = gold or {}
-    records = tuple(dict(record) for record in gold.get("answers") or ())
-    answer = gold.get("multiple_choice_answer") or (one_line(records[0]["answer"]) if records else None)
     return Question(
-        id=str(question_id),
+        id=identity,
         image=image,
         text=text,
-        answer=answer,
+        answer=gold.get("answer"),
         image_id=image_id,
-        kind=str(gold.get("answer_type", "")),
-        details={"answers": records, "question_type": str(gold.get("question_type", ""))},
+        kind=gold.get("answer_type", ""),
+        details={"answers": gold.get("humans"), "question_type": gold.get("question_type", "")},
     )

@@ -154,7 +154,9 @@ def test_prompt_appends_the_suffix(gqa, four):
 
 
 def test_wrong_folder_shows_the_expected_tree(gqa, tmp_path):
-    with pytest.raises(DataError, match=r"(?s)testdev_balanced_questions.json.*Expected:.*images/"):
+    with pytest.raises(
+        DataError, match=r"(?s)no question file.*Expected:.*testdev_balanced_questions.json.*images/"
+    ):
         gqa.load(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         gqa.load(tmp_path / "nowhere")

@@ -182,7 +182,7 @@ def test_odd_pairs_and_odd_golds_are_refused(mme, tmp_path, answers, message):
 
 
 def test_missing_image_unknown_subtask_and_wrong_folder(mme, tmp_path):
-    with pytest.raises(DataError, match=r"(?s)no subtask folder.*Expected:.*questions_answers_YN"):
+    with pytest.raises(DataError, match=r"(?s)no question file.*Expected:.*questions_answers_YN"):
         mme.load(tmp_path)
     _flat(tmp_path, "color", "1")
     (tmp_path / "color" / "2.txt").write_text("a\tYes\nb\tNo")

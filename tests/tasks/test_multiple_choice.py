@@ -16,7 +16,7 @@ from dyvte.tasks.base import Predictions, get_benchmark
 from dyvte.tasks.mmmu import read_letter
 from tests.helpers.benchmark_files import LETTERS, mmbench_rows, put_tsv, write_benchmark
 
-OPTIONS = ["a cat", "dog", "the red one", "40"]
+OPTIONS = {"A": "a cat", "B": "dog", "C": "the red one", "D": "40"}
 DIALECTS = ("original", "lmms", "vlmevalkit")
 
 
@@ -29,9 +29,14 @@ DIALECTS = ("original", "lmms", "vlmevalkit")
         ("B.", None, "B", "B"),
         ("B. dog", "B", "B", "B"),
         ("B.dog", None, "B", "B"),
-        ("B\nbecause", "B", None, "B"),
+        ("B\nbecause", None, None, "B"),
         ("The answer is B.", "B", None, "B"),
-        ("The answer is B", "B", None, "B"),
+        # LLaVA's tool wants a character behind the letter, on the same line, and one such sentence
+        ("The answer is B", None, None, "B"),
+        ("The answer is B\nor so", None, None, "B"),
+        ("The answer is B\u2028or so", "B", None, "B"),
+        ("The answer is C, no: The answer is B.", None, None, "C"),
+        ("The answer is E.", None, None, None),
         ("the answer is B", None, None, "B"),
         ("(B)", None, None, "B"),
         ("dog", None, None, "B"),
@@ -166,7 +171,13 @@ def test_the_workbook_holds_what_the_server_takes(tmp_path):
     assert rows[0] == ["index", "question", "A", "B", "C", "D", "answer", "prediction"]
     assert len(rows) == 1 + len(questions)
     first = questions[0]
-    assert rows[1] == ["0", "what color is the circle ?", *first.details["options"], "", "a < b & c 0"]
+    assert rows[1] == [
+        "0",
+        "what color is the circle ?",
+        *first.details["options"].values(),
+        "",
+        "a < b & c 0",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from tests.helpers.benchmark_files import write_benchmark
         ("There is. No dog", "yes", "other", "no"),
         ("Not sure", "yes", "other", "other"),
         ("nothing", "yes", "other", "other"),
-        ("no\u2028", "yes", "no", "no"),
+        ("no\u2028", "no", "no", "no"),
+        ("No\n", "no", "no", "no"),
+        ("No\nway", "yes", "other", "no"),
         ("Yes and no", "no", "other", "other"),
         ("", "yes", "other", "other"),
         (" No ", "no", "no", "no"),
@@ -34,6 +36,16 @@ def test_readings(answer, original, lmms, vlmevalkit):
         lmms,
         vlmevalkit,
     ]
+
+
+def test_a_submitted_answer_is_read_as_it_stands(tmp_path):
+    assert read_answer("No\n", "original", converted=True) == "yes"
+    pope = get_benchmark("pope")
+    questions = pope.load(write_benchmark(tmp_path / "a", "pope", "release"))
+    raw = Predictions({q.id: f"{q.answer.capitalize()}\n" for q in questions})
+    assert pope.score(questions, raw)["accuracy"] == 100
+    again = pope.read_predictions(pope.write_submission(tmp_path, questions, raw), questions)
+    assert pope.score(questions, again)["accuracy"] == 100
 
 
 def _questions(golds, categories=("random",)):

@@ -10,9 +10,12 @@ import pytest
 from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.evaluation.generation import pictures
 from dyvte.tasks.base import Predictions, get_benchmark
+from dyvte.tasks.readers.rows import Row
 from dyvte.tasks.readers.videos import Video, find_video, read_frames, uniform_indices
 from dyvte.tasks.videomme import read_answer
 from tests.helpers.benchmark_files import picture, put, put_frames, put_gif, write_benchmark
+
+ROW = Row({}, "rows.json, row 1")
 
 
 @pytest.mark.parametrize(
@@ -54,12 +57,12 @@ def test_videos_are_found_by_name_and_never_outside(tmp_path):
     put(tmp_path / "data" / "x.MP4", b"")
     put_frames(tmp_path / "frames" / "x", 2)
     folders = [tmp_path / "frames", tmp_path / "data"]
-    assert find_video(folders, "x") == Video(tmp_path / "frames" / "x")
-    assert find_video(folders[1:], "x") == Video(tmp_path / "data" / "x.MP4")
-    assert not find_video(folders, "y").path.exists()
+    assert find_video(ROW, folders, "x") == Video(tmp_path / "frames" / "x")
+    assert find_video(ROW, folders[1:], "x") == Video(tmp_path / "data" / "x.MP4")
+    assert not find_video(ROW, folders, "y").path.exists()
     for name in ("../frames", "", ".."):
         with pytest.raises(DataError, match="no video name"):
-            find_video(folders, name)
+            find_video(ROW, folders, name)
     (tmp_path / "frames" / "empty").mkdir()
     with pytest.raises(DataError, match="holds no frame"):
         read_frames(Video(tmp_path / "frames" / "empty"), 2)

@@ -9,6 +9,7 @@ import pytest
 from dyvte.errors import ScoreError
 from dyvte.tasks.answers.vqa import evalai_answer, official_answer
 from dyvte.tasks.base import Predictions, Question, get_benchmark
+from dyvte.tasks.vqav2 import HumanAnswers
 from tests.helpers.benchmark_files import write_benchmark
 
 DIALECTS = ("original", "lmms", "vlmevalkit")
@@ -81,7 +82,7 @@ def test_textvqa_wants_ten_answers_in_the_original_only():
 
 
 def _vqa(humans, answer, dialect="original", ids=True):
-    records = [{"answer": h, **({"answer_id": n} if ids else {})} for n, h in enumerate(humans)]
+    records = None if ids else (0,) * len(humans)
     question = Question(
         id="1",
         image=None,
@@ -89,7 +90,7 @@ def _vqa(humans, answer, dialect="original", ids=True):
         answer=humans[0],
         image_id="i",
         kind="",
-        details={"answers": tuple(records), "question_type": ""},
+        details={"answers": HumanAnswers(tuple(humans), records), "question_type": ""},
     )
     return get_benchmark("vqav2").correct([question], Predictions({"1": answer}), dialect)[0]
 

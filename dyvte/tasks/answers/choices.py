@@ -1,48 +1,29 @@
-"""Multiple choice: how options are shown, and how each tool finds the chosen letter in an answer."""
+"""Multiple choice: how options are shown, and how each tool finds the chosen letter in an answer.
+
+Options are given by letter; a blank option keeps its letter and is not there.
+"""
 
 from __future__ import annotations
 
-import ast
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from dyvte.errors import DataError
+from typing import TypeAlias
 
 LETTERS = string.ascii_uppercase
 
+Options: TypeAlias = Mapping[str, str]
+"""Texts of the options by letter."""
 
-def with_options(question: str, options: Sequence[str]) -> str:
+
+def with_options(question: str, options: Options) -> str:
     """``question``, then one line ``A. option`` each, as LLaVA asks."""
-    return "\n".join([question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, options))])
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
 
 
 def lettered(options: Sequence[str]) -> dict[str, str]:
-    """Options by letter."""
-    return dict(zip(LETTERS, options))
-
-
-def options_of(row: Mapping[str, Any]) -> list[str]:
-    """The options of a TSV row: columns A, B, ... up to the first empty one."""
-    options: list[str] = []
-    for letter in LETTERS:
-        if row.get(letter) is None:
-            break
-        options.append(str(row[letter]))
-    return options
-
-
-def parse_list(value: Any, where: str) -> list[str]:
-    """A list, or the Python text of one (MMMU and VLMEvalKit store lists as text)."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise DataError(f"{where}: expected a list, found {value!r}") from error
-    if not isinstance(value, (list, tuple)):
-        raise DataError(f"{where}: expected a list, found {value!r}")
-    return [str(item) for item in value]
+    """Options by letter, none of them blank."""
+    return dict(zip(LETTERS, options, strict=False))
 
 
 _REFUSALS = (
@@ -55,18 +36,22 @@ _API_FAILURE = "Failed to obtain answer via API"
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
-def vlmevalkit_letter(text: str, options: Mapping[str, str]) -> str | None:
+_VERBOSE_ANSWER = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
+
+
+def vlmevalkit_letter(text: str, options: Options) -> str | None:
     """What VLMEvalKit's ``exact_matching`` takes an answer for; None where its language model would be asked.
 
-    ``can_infer`` of ``vlmeval/utils/matching_util.py``: the only option letter that stands as a word, if at
-    most four words follow it ("Z", none of them, for a refusal); else the only option whose text occurs in an
-    answer of at most twice the length of all options. Its check for "A" as an article runs only in verbose
-    mode and is left out.
+    ``can_infer`` of ``vlmeval/utils/matching_util.py`` at commit d21c5e9: the only option letter that stands
+    as a word, if at most four words follow it ("Z", none of them, for a refusal); else the letter A to D
+    behind the first "answer is", in any case and with asterisks before it; else the only option whose text
+    occurs in an answer of at most twice the length of all options. The second step is not in
+    ms-vlmeval 0.0.20. The tool's check for "A" as an article runs only in verbose mode and is left out.
     """
     return _vlmevalkit_word(text, options) or _only_option_in(text, options, limited=True)
 
 
-def _vlmevalkit_word(text: str, options: Mapping[str, str]) -> str | None:
+def _vlmevalkit_word(text: str, options: Options) -> str | None:
     if _API_FAILURE in text:
         return None
     if any(refusal in text for refusal in _REFUSALS):
@@ -75,10 +60,13 @@ def _vlmevalkit_word(text: str, options: Mapping[str, str]) -> str | None:
     found = [letter for letter in options if letter in words]
     if len(found) == 1 and words.index(found[0]) > len(words) - 5:
         return found[0]
-    return "Z" if not found and "Z" in words else None
+    if not found and "Z" in words:
+        return "Z"
+    verbose = _VERBOSE_ANSWER.search(text)
+    return verbose[1].upper() if verbose and verbose[1].upper() in options else None
 
 
-def _only_option_in(text: str, options: Mapping[str, str], limited: bool) -> str | None:
+def _only_option_in(text: str, options: Options, limited: bool) -> str | None:
     lowered = text.lower()
     if limited and len(lowered) > 2 * sum(len(option) for option in options.values()):
         return None
@@ -93,7 +81,7 @@ _AFFIXES = (
 )
 
 
-def mmbench_letter(text: str, options: Mapping[str, str]) -> str | None:
+def mmbench_letter(text: str, options: Options) -> str | None:
     """The first step of MMBench's own evaluation; None where it would ask a language model.
 
     As in ``mmbench_evals.py`` of lmms-eval, which carries the evaluation of the MMBench paper: the only one

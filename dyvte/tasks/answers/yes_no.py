@@ -7,7 +7,7 @@ from dyvte.tasks.answers.vqa import without_punctuation
 
 def yes_no_words(text: str) -> str:
     """Exactly one of the words "yes" and "no" is the answer, else "other"."""
-    words = without_punctuation(text.lower()).split()
+    words = without_punctuation(text.lower(), "vlmevalkit").split()
     if ("yes" in words) == ("no" in words):
         return "other"
     return "yes" if "yes" in words else "no"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dyvte.errors import DataError, ScoreError
-from dyvte.tasks.base import IMAGE_EXTENSIONS, Predictions, Question, name_some
+from dyvte.formatting import name_some
+from dyvte.tasks.readers.files import IMAGE_EXTENSIONS
+from dyvte.tasks.readers.rows import read_text, shown
+from dyvte.tasks.records import Predictions, Question
+
+_YES_NO_REQUEST = re.compile(r"\s*Please answer yes or no\.\s*$")
 
 PERCEPTION = (
     "existence",
@@ -65,10 +71,7 @@ def subtask_images(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 def read_pair(text_file: Path, image: Path) -> list[Question]:
     """The two questions about an image."""
-    try:
-        lines = [line.strip("\r") for line in text_file.read_text(encoding="utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{text_file} is not UTF-8 text: {error}") from error
+    lines = [line.strip("\r") for line in read_text(text_file).split("\n")]
     lines = [line for line in lines if line.strip()]
     if len(lines) != 2:
         raise DataError(f"{text_file}: {len(lines)} questions, expected two (acc+ is over pairs)")
@@ -99,28 +102,42 @@ def _parse_line(line: str, number: int, text_file: Path, image: Path, subtask: s
 
 
 def file_name(question: Question) -> str:
-    """Name of the image file, by which result lines are joined."""
+    """Name of the image file, as result lines state it."""
     return question.image_id.rsplit("/", 1)[-1]
 
 
+def image_key(name: str) -> str:
+    """``subtask/stem`` of an image: LLaVA's files name ``artwork/images/x.jpg`` and, once converted,
+    ``x.txt`` what the release calls ``artwork/x.jpg``."""
+    return f"{name.split('/', 1)[0]}/{name.rsplit('/', 1)[-1].rsplit('.', 1)[0]}"
+
+
+def plain_question(text: str) -> str:
+    """A question without " Please answer yes or no.", which files put after one blank, two or none."""
+    return _YES_NO_REQUEST.sub("", text)
+
+
 def read_results(folder: Path, questions: Sequence[Question]) -> Predictions:
-    """Join official result lines by (subtask, file name, question)."""
-    ids = {(q.kind, file_name(q), q.text): q.id for q in questions}
+    """Join result lines (file, question, gold, answer) by subtask, stem of the file name and question."""
+    ids: dict[tuple[str, str], list[str]] = {}
+    for q in questions:
+        ids.setdefault((image_key(q.image_id), plain_question(q.text)), []).append(q.id)
     texts: dict[str, str] = {}
     for name in sorted({q.kind for q in questions}):
         path = folder / f"{name}.txt"
         if not path.is_file():
             raise ScoreError(f"{folder} has no results for subtask {name}: expected {path.name}")
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             if not line:
                 continue
             columns = line.split("\t")
             if len(columns) != 4:
                 raise ScoreError(f"{path}, line {number}: {len(columns)} columns, expected 4")
-            question_id = ids.get((name, columns[0], columns[1]))
-            if question_id is None:
-                raise ScoreError(f"{path}, line {number}: no such question: {columns[0]} {columns[1]!r}")
-            if question_id in texts:
-                raise ScoreError(f"{path}, line {number}: a second prediction for question {question_id!r}")
-            texts[question_id] = columns[3]
+            key = (image_key(f"{name}/{columns[0]}"), plain_question(columns[1]))
+            found = [one for one in ids.get(key, []) if one not in texts]
+            if not found:
+                known = key in ids
+                problem = "a second prediction for" if known else "no such question:"
+                raise ScoreError(f"{path}, line {number}: {problem} {columns[0]} {shown(columns[1])}")
+            texts[found[0]] = columns[3]
     return Predictions(texts, converted=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dyvte.errors import DataError
 from dyvte.formatting import name_some
 
+Pairs: TypeAlias = Callable[[list[tuple[str, Any]]], Any]
+
 _REQUIRED: Any = object()
-_NOT_GIVEN = "nothing"
+_IDS = ("question_id", "questionId", "index", "id")
 
 
 class Row(dict[str, Any]):
@@ -26,13 +28,15 @@ class Row(dict[str, Any]):
         self.where = where
 
     def error(self, problem: str) -> DataError:
-        """The error that names this record."""
-        return DataError(f"{self.where}: {problem}")
+        """The error that names this record, by its id too where it states one."""
+        known_as = self.value(*_IDS)
+        named = f" (question {known_as})" if isinstance(known_as, str | int | float) else ""
+        return DataError(f"{self.where}{named}: {problem}")
 
     def value(self, *keys: str) -> Any:
         """What stands under the first of the keys that has a value; None where none has."""
         for key in keys:
-            value = super().get(key)
+            value = self.get(key)
             if not is_absent(value):
                 return value
         return None
@@ -106,7 +110,7 @@ class Row(dict[str, Any]):
     def _as_text(self, value: Any, keys: Sequence[str]) -> str:
         if isinstance(value, str):
             if not is_whole_text(value):
-                raise self.error(f"{_named(keys)} holds half a character (a lone surrogate): {ascii(value)}")
+                raise self.error(f"{_named(keys)} holds half a character (a lone surrogate): {value!a}")
             return value
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
@@ -198,9 +202,20 @@ def read_json(path: Path, unique_keys: bool = False) -> Any:
     return _parsed(read_text(path), str(path), pairs if unique_keys else None)
 
 
-def read_rows(path: Path, key: str | None = None) -> list[Row]:
-    """The records of a JSON list, which stands under ``key`` where one is given."""
-    content = read_json(path)
+def read_rows(path: Path, key: str | None = None, compact: Pairs | None = None) -> list[Row]:
+    """The records of a JSON list.
+
+    Parameters
+    ----------
+    path
+        The file.
+    key
+        What the list stands under; None: it is the whole file.
+    compact
+        Makes an object of each list of its fields, while the file is read: for files that would be too large
+        as they stand.
+    """
+    content = _parsed(read_text(path), str(path), compact)
     if key is None:
         return rows_of(content, path)
     if not isinstance(content, Mapping) or not isinstance(content.get(key), list):
@@ -238,14 +253,14 @@ def read_jsonl(path: Path) -> list[Row]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        content = _parsed(line, where, None)
+        content = _parsed(line, where)
         if not isinstance(content, Mapping):
             raise DataError(f"{where}: expected an object, found {shown(content)}")
         rows.append(Row(content, where))
     return rows
 
 
-def _parsed(text: str, where: str, pairs: Any) -> Any:
+def _parsed(text: str, where: str, pairs: Pairs | None = None) -> Any:
     try:
         return json.loads(text, object_pairs_hook=pairs)
     except DataError:

@@ -20,8 +20,10 @@ from dyvte.tasks.readers.rows import Row, shown
 
 _LONGEST_REFERENCE = 64  # VLMEvalKit: a shorter image cell is the index of the row that holds the image
 _ABSENT = frozenset(
-    ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A")
-    + ("NA", "NULL", "NaN", "None", "n/a", "nan", "null")
+    (
+        *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>"),
+        *("N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+    )
 )
 """What pandas, by which VLMEvalKit reads its tables, takes for an empty cell."""
 
@@ -108,9 +110,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
             yield row
 
 
-def _row_group(
-    file: Any, path: Path, group: int, columns: Sequence[str], *, as_rows: bool = False
-) -> Any:
+def _row_group(file: Any, path: Path, group: int, columns: Sequence[str], *, as_rows: bool = False) -> Any:
     """One row group, as a table or as a list of dictionaries."""
     import pyarrow as pa
 

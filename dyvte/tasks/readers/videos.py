@@ -10,6 +10,7 @@ from typing import Any
 
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, DataError
+from dyvte.tasks.readers.rows import Row, shown
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -27,18 +28,27 @@ class Video:
         return self.path.name
 
 
-def find_video(folders: Sequence[Path], name: str) -> Video:
+def find_video(row: Row, folders: Sequence[Path], name: str) -> Video:
     """The first there is of ``<folder>/<name>/`` (frames) and ``<folder>/<name>.<extension>``; where there is
-    none, a video whose path does not exist."""
+    none, a video whose path does not exist.
+
+    Raises
+    ------
+    DataError
+        The name, which ``row`` gives, leads out of the folders.
+    """
     if not name or "/" in name or "\\" in name or name in (".", ".."):
-        raise DataError(f"{name!r} is no video name: expected a name without folders")
-    for folder in folders:
-        if (folder / name).is_dir():
-            return Video(folder / name)
-        for extension in VIDEO_EXTENSIONS:
-            for candidate in (folder / f"{name}{extension}", folder / f"{name}{extension.upper()}"):
-                if candidate.is_file():
-                    return Video(candidate)
+        raise row.error(f"{shown(name)} is no video name: expected a name without folders")
+    try:
+        for folder in folders:
+            if (folder / name).is_dir():
+                return Video(folder / name)
+            for extension in VIDEO_EXTENSIONS:
+                for candidate in (folder / f"{name}{extension}", folder / f"{name}{extension.upper()}"):
+                    if candidate.is_file():
+                        return Video(candidate)
+    except OSError as error:
+        raise row.error(f"{shown(name)} is no video name: {error.strerror or error}") from error
     return Video(folders[0] / name)
 
 
