@@ -21,11 +21,11 @@ from common import print_setting, setting_of, write_json
 
 from dyvte.backbones import describe_config
 from dyvte.config import from_dict
+from dyvte.distributed import join_processes
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.teacher import Trace
 from dyvte.training.config import TrainConfig
 from dyvte.training.loop import GateTraining
-from dyvte.training.processes import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 50.0
@@ -83,7 +83,7 @@ def main() -> None:
     rates, seconds = [], []
     profiler = cProfile.Profile()
     for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder, processes() as who:
+        with tempfile.TemporaryDirectory() as folder, join_processes(engine=True) as processes:
             cfg = from_dict(
                 TrainConfig,
                 {
@@ -94,7 +94,7 @@ def main() -> None:
                     "batch_size": args.batch_size,
                 },
             )
-            training = GateTraining(cfg, GateStack.init(config), trace, None, who)
+            training = GateTraining(cfg, GateStack.init(config), trace, None, processes)
             start, user = time.perf_counter(), time.process_time()
             if args.profile:
                 profiler.enable()

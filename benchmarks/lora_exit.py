@@ -25,12 +25,12 @@ sys.path.insert(0, str(ROOT))
 
 from dyvte.backbones import load_backbone  # noqa: E402
 from dyvte.config import load_config  # noqa: E402
+from dyvte.distributed import Processes  # noqa: E402
 from dyvte.runtime import VisualExit  # noqa: E402
 from dyvte.teacher import Teacher, TeacherConfig, greedy_answers  # noqa: E402
 from dyvte.training.config import TrainConfig  # noqa: E402
 from dyvte.training.lora.labels import Labelled, label  # noqa: E402
 from dyvte.training.lora.metrics import TARGETS, exit_columns, first_reaching  # noqa: E402
-from dyvte.training.processes import Processes  # noqa: E402
 from dyvte.training.tracing import progress_bar, select_samples  # noqa: E402
 
 CONFIG = ROOT / "configs" / "embedded_lora.yaml"

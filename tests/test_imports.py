@@ -10,8 +10,8 @@ import dyvte
 PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
-    *["errors", "registry", "files", "formatting", "plotting", "config", "spans", "gates", "policies"],
-    *["backbones", "decoder", "reductions", "runtime", "costs"],
+    *["errors", "registry", "files", "formatting", "plotting", "config", "distributed", "spans", "gates"],
+    *["policies", "backbones", "decoder", "reductions", "runtime", "costs"],
     *[
         "data",
         "teacher",

@@ -24,6 +24,7 @@ from dyvte.backbones import (
     weights_digest,
 )
 from dyvte.config import dump_config, to_dict
+from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import (
     Asker,
@@ -35,7 +36,6 @@ from dyvte.evaluation.generation import (
 )
 from dyvte.evaluation.latency import PLAIN, machine, measure_generation, spread_batches
 from dyvte.evaluation.metrics import cost_figures, same_answer
-from dyvte.evaluation.ranks import Ranks, joined_ranks
 from dyvte.evaluation.run_log import SCORES_FILE, Answer, AnswerLog, texts
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
 from dyvte.files import write_atomically
@@ -108,9 +108,9 @@ class PolicyResult:
     scores: dict[str, Any] = field(default_factory=dict)
 
 
-def load_asker(config: AskingConfig, local_rank: int = 0) -> Asker:
-    """The backbone of a configuration, ready to be asked; on the GPU of ``local_rank`` where there is one."""
-    device = config.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+def load_asker(config: AskingConfig, device: torch.device | None = None) -> Asker:
+    """The backbone of a configuration, ready to be asked; on ``device`` unless it names one."""
+    device = config.device or str(device or own_device())
     # half precision is slow on a CPU, and rounds differently from one batch shape to the next
     dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     model, processor = load_backbone(
@@ -132,9 +132,9 @@ def evaluate(config: EvalConfig) -> list[PolicyResult]:
     check_dialect(config.dialect, getattr(benchmark, "dialects", DIALECTS), benchmark.name)
     policies = with_reductions(parse_policies(config.policies, config.seed), config.reductions)
     questions = benchmark.load(config.data, config.limit)
-    with joined_ranks() as ranks:
-        asker = load_asker(config, ranks.local_rank)
-        return run_policies(asker, benchmark, questions, policies, config, ranks=ranks)
+    with join_processes() as processes:
+        asker = load_asker(config, processes.device)
+        return run_policies(asker, benchmark, questions, policies, config, processes=processes)
 
 
 def prompts_of(benchmark: Benchmark, questions: Sequence[Question], suffix: str | None) -> list[str]:
@@ -151,14 +151,14 @@ def run_policies(
     config: EvalConfig,
     *,
     description: str | None = None,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
 ) -> list[PolicyResult]:
     """Ask, time, score and write; a finished or half-finished run below ``config.output`` is taken up.
 
     The policies take turns on each encoded batch. Of several processes, the first returns the results and the
     others an empty list.
     """
-    ranks = ranks or Ranks()
+    processes = processes or Processes()
     prompts = prompts_of(benchmark, questions, config.question_suffix)
     plan = plan_batches(asker, prompts, config.batch_size)
     check_policies(asker, policies)
@@ -172,16 +172,16 @@ def run_policies(
                 _identity_of(named, identity),
                 ids,
                 overwrite=config.overwrite,
-                rank=ranks.rank,
+                rank=processes.rank,
             )
             for named in policies
         ]
 
     # The first process tidies up what a kill left; only then may the others look.
-    logs = ranks.first_alone(open_logs) or open_logs()
-    ranks.barrier()
-    _ask_missing(asker, questions, prompts, plan, policies, logs, description or benchmark.name, ranks)
-    ranks.barrier()
+    logs = processes.first_alone(open_logs) or open_logs()
+    processes.barrier()
+    _ask_missing(asker, questions, prompts, plan, policies, logs, description or benchmark.name, processes)
+    processes.barrier()
 
     def conclude() -> list[PolicyResult]:
         timing = _timing(asker, questions, prompts, plan, policies, logs, config)
@@ -198,7 +198,7 @@ def run_policies(
             results.append(_write(benchmark, questions, PolicyResult(named.name, log.folder, given, scores)))
         return results
 
-    return ranks.first_alone(conclude) or []
+    return processes.first_alone(conclude) or []
 
 
 def check_policies(asker: Asker, policies: Sequence[NamedPolicy]) -> None:
@@ -227,17 +227,17 @@ def _ask_missing(
     policies: Sequence[NamedPolicy],
     logs: Sequence[AnswerLog],
     description: str,
-    ranks: Ranks,
+    processes: Processes,
 ) -> None:
     """Ask this process's share of what is missing; the first shows how far it is with its own."""
     from tqdm import tqdm
 
     missing = [set(log.missing()) for log in logs]
-    wanted = ranks.share(sorted(set().union(*missing)))
+    wanted = processes.share(sorted(set().union(*missing)))
     total = sum(len(plan[index]) for index in wanted for one in missing if index in one)
-    if ranks.world_size > 1:
-        description = f"{description} (1 of {ranks.world_size} processes)"
-    hidden = total == 0 or not ranks.first
+    if processes.world_size > 1:
+        description = f"{description} (1 of {processes.world_size} processes)"
+    hidden = total == 0 or not processes.first
     exits = [named.exits() for named in policies]
     with tqdm(total=total, desc=description, unit="answer", disable=hidden) as progress:
         for batch in encoded_batches(asker, questions, prompts, plan, wanted):

@@ -14,6 +14,7 @@ from typing import Any
 
 from dyvte.backbones import takes_videos
 from dyvte.config import from_dict
+from dyvte.distributed import own_device
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import Asker, AskingConfig, answer, encode_rendered, greedy
 from dyvte.evaluation.run_log import Answer
@@ -82,7 +83,7 @@ class Answering:
         self.policy: NamedPolicy = with_reductions(
             parse_policies((config.policy,), config.seed), (config.reduction,)
         )[0]
-        self.asker: Asker = load_asker(config, local_rank)
+        self.asker: Asker = load_asker(config, own_device(local_rank))
         check_policies(self.asker, (self.policy,))
 
     @cached_property

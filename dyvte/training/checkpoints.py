@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dyvte.distributed import Processes
 from dyvte.errors import CheckpointError, ConfigError
-from dyvte.training.processes import Processes
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -38,26 +38,26 @@ class RunState:
 class Checkpoints:
     """The checkpoints of one run, in ``folder``."""
 
-    def __init__(self, folder: Path, keep: int, who: Processes) -> None:
-        self.folder, self.keep, self.who = folder, keep, who
+    def __init__(self, folder: Path, keep: int, processes: Processes) -> None:
+        self.folder, self.keep, self.processes = folder, keep, processes
 
     def save(self, engine: Any, state: RunState) -> Path:
         """Write a checkpoint; all processes must call this. Older ones beyond ``keep`` are removed."""
         name = f"{_PREFIX}{state.step:08d}"
         writing = self.folder / f".writing-{name}"
-        if self.who.first:
+        if self.processes.first:
             shutil.rmtree(writing, ignore_errors=True)
-        self.who.barrier()
+        self.processes.barrier()
         try:
             engine.save_checkpoint(str(self.folder), tag=writing.name, save_latest=False)
-            if self.who.first:
+            if self.processes.first:
                 self._publish(writing, self.folder / name, state)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise CheckpointError(
                 f"{self.folder}: the checkpoint of step {state.step} cannot be written ({error}); is the "
                 "disk full? Earlier checkpoints are untouched: make room and start the same command again"
             ) from error
-        self.who.barrier()
+        self.processes.barrier()
         return self.folder / name
 
     def latest(self) -> tuple[Path, RunState] | None:
@@ -71,7 +71,7 @@ class Checkpoints:
 
     def agreed(self) -> tuple[Path, RunState] | None:
         """:meth:`latest` as the first process finds it, on every process; all processes must call this."""
-        return self.who.from_first(self.latest() if self.who.first else None)
+        return self.processes.from_first(self.latest() if self.processes.first else None)
 
     def load(self, engine: Any, path: Path) -> None:
         """Put a checkpoint's gates, optimiser and schedule into the engine; all processes must call this."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyvte.distributed import Processes, import_deepspeed
 from dyvte.errors import TrainingError
 from dyvte.training.checkpoints import Checkpoints, RunState, check_resumable
 from dyvte.training.config import TrainConfig
-from dyvte.training.processes import Processes, import_deepspeed
 from dyvte.training.schedule import SampleOrder, lr_factor, total_steps
 from dyvte.training.zero import engine_config, stage_of
 
@@ -61,14 +61,14 @@ class Training:
     trained = "weights"
     """What is trained, for messages."""
 
-    def __init__(self, cfg: TrainConfig, module: nn.Module, num_samples: int, who: Processes) -> None:
-        self.cfg, self.module, self.who = cfg, module, who
-        self.plan = Plan.of(cfg, num_samples, who.world_size)
+    def __init__(self, cfg: TrainConfig, module: nn.Module, num_samples: int, processes: Processes) -> None:
+        self.cfg, self.module, self.processes = cfg, module, processes
+        self.plan = Plan.of(cfg, num_samples, processes.world_size)
         self.order = SampleOrder(num_samples, cfg.seed)
-        settings = engine_config(cfg, who.world_size)
+        settings = engine_config(cfg, processes.world_size)
         self.zero_stage = stage_of(settings)
         self.engine = self._start_engine(settings)
-        self.checkpoints = Checkpoints(cfg.output_dir / "checkpoints", cfg.checkpoint.keep, who)
+        self.checkpoints = Checkpoints(cfg.output_dir / "checkpoints", cfg.checkpoint.keep, processes)
 
     def micro_step(self, step: int, micro: int) -> AbstractContextManager[tuple[Tensor, Sequence[str]]]:
         """Loss and sample ids of this process's micro-step; the backward pass runs inside the block."""
@@ -87,7 +87,7 @@ class Training:
 
     def position(self, step: int, micro: int) -> int:
         """Where in the stream of all samples this process's micro-step begins."""
-        place = (micro * self.who.world_size + self.who.rank) * self.cfg.batch_size
+        place = (micro * self.processes.world_size + self.processes.rank) * self.cfg.batch_size
         return step * self.plan.global_batch + place
 
     def resume(self) -> int:
@@ -123,7 +123,7 @@ class Training:
             seen += plan.global_batch
             if done % cfg.tracking.log_every == 0 or done == plan.steps:
                 rate = seen / (time.perf_counter() - began)
-                figures = {"loss": self.who.mean(loss), "learning_rate": self._learning_rate()}
+                figures = {"loss": self.processes.mean(loss), "learning_rate": self._learning_rate()}
                 report(done, {**figures, "epoch": done / plan.steps_per_epoch, "samples_per_second": rate})
             if self.validates and (done % plan.steps_per_epoch == 0 or done == plan.steps):
                 report(done, self.validate())
@@ -151,7 +151,7 @@ class Training:
 
     def _check_finite(self, loss: Tensor, step: int, sample_ids: Sequence[str]) -> None:
         mine = bool(torch.isfinite(loss))
-        if self.who.all_true(mine):
+        if self.processes.all_true(mine):
             return
         if mine:
             raise TrainingError(f"step {step + 1}: another process met a loss that is not finite")
@@ -163,7 +163,7 @@ class Training:
     def _check_weights(self, step: int) -> None:
         """A step whose gradients overflowed leaves no finite weights behind: never save those."""
         shards = (getattr(parameter, "ds_tensor", parameter) for parameter in self.module.parameters())
-        if not self.who.all_true(all(bool(torch.isfinite(shard).all()) for shard in shards)):
+        if not self.processes.all_true(all(bool(torch.isfinite(shard).all()) for shard in shards)):
             raise TrainingError(
                 f"step {step}: the {self.trained} hold weights that are not finite; training stopped before "
                 f"they were saved, and {self._kept()}. Lower the learning rate"
@@ -180,7 +180,7 @@ class Training:
         optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
         factor = lr_factor(cfg.schedule, self.plan.steps, cfg.warmup_ratio)
         engine, *_ = deepspeed.initialize(
-            model=self.module.to(self.who.device),
+            model=self.module.to(self.processes.device),
             optimizer=optimizer,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
             model_parameters=parameters,
@@ -195,6 +195,6 @@ class Training:
         return RunState(
             step=step,
             global_batch=self.plan.global_batch,
-            world_size=self.who.world_size,
+            world_size=self.processes.world_size,
             zero_stage=self.zero_stage,
         )

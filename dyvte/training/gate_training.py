@@ -28,6 +28,7 @@ from dyvte import __version__
 from dyvte.calibration import gate_logits
 from dyvte.config import to_dict
 from dyvte.data import Selection
+from dyvte.distributed import Processes, join_processes
 from dyvte.errors import GateMismatchError
 from dyvte.gates import GateConfig, GateStack, close_gates, exit_layers, uniform_offsets
 from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
@@ -36,7 +37,6 @@ from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Plan
 from dyvte.training.loop import GateTraining
 from dyvte.training.metrics import budget_rows, budget_table, exit_rate
-from dyvte.training.processes import Processes, processes
 from dyvte.training.running import SUMMARY_FILE, disk_errors_named, prepare_output, run_tracked
 from dyvte.training.schedule import held_out
 from dyvte.training.tracing import run_traces, select_samples
@@ -66,18 +66,18 @@ def train(cfg: TrainConfig) -> TrainResult:
     ConfigError, DataError, CheckpointError, GateMismatchError, UnsupportedBackboneError, TrainingError
         Each naming what is wrong and what to do.
     """
-    with processes() as who, disk_errors_named(cfg.output_dir):
-        return _train(cfg, who)
+    with join_processes(engine=True) as processes, disk_errors_named(cfg.output_dir):
+        return _train(cfg, processes)
 
 
-def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
-    prepare_output(cfg, who)
+def _train(cfg: TrainConfig, processes: Processes) -> TrainResult:
+    prepare_output(cfg, processes)
     finished = _finished(cfg)
     if finished is not None:
         return finished
     started = time.perf_counter()
     selection = select_samples(cfg)
-    store, backbone = run_traces(cfg, selection, who)
+    store, backbone = run_traces(cfg, selection, processes)
     traced = time.perf_counter()
 
     made = store.manifest
@@ -88,19 +88,16 @@ def _train(cfg: TrainConfig, who: Processes) -> TrainResult:
     train_part, validation = trace.rows((~out_B).nonzero().flatten()), None
     if bool(out_B.any()):
         validation = trace.rows(out_B.nonzero().flatten())
-    training = GateTraining(cfg, gates, train_part, validation, who)
+    training = GateTraining(cfg, gates, train_part, validation, processes)
     try:
-        run_tracked(cfg, training, who)
+        run_tracked(cfg, training, processes)
         weights = training.gathered()
     finally:
         training.close()
 
     finished_at = time.perf_counter()
-    result = None
-    if who.first:
-        times = {"trace_seconds": traced - started, "train_seconds": finished_at - traced}
-        result = _finish(cfg, training, weights, selection, store, times)
-    who.barrier()
+    times = {"trace_seconds": traced - started, "train_seconds": finished_at - traced}
+    result = processes.first_alone(lambda: _finish(cfg, training, weights, selection, store, times))
     return result if result is not None else _finished(cfg)  # type: ignore[return-value]
 
 

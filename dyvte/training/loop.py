@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyvte.distributed import Processes, import_deepspeed
 from dyvte.gates import GateStack
 from dyvte.teacher.trace import Trace
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Training
 from dyvte.training.metrics import validation_figures
-from dyvte.training.processes import Processes, import_deepspeed
 from dyvte.training.schedule import drawn_layer
 
 
@@ -40,7 +40,7 @@ class GateTraining(Training):
     trained = "gates"
 
     def __init__(
-        self, cfg: TrainConfig, gates: GateStack, train: Trace, validation: Trace | None, who: Processes
+        self, cfg: TrainConfig, gates: GateStack, train: Trace, validation: Trace | None, processes: Processes
     ) -> None:
         self.train, self.validation = train, validation
         self.validates = validation is not None
@@ -48,7 +48,7 @@ class GateTraining(Training):
         self.gates = gates.float()
         # Nothing is left to leave after the last layer: its gate is never asked.
         self.gates.gates[-1].requires_grad_(False)
-        super().__init__(cfg, _Gates(self.gates), len(train), who)
+        super().__init__(cfg, _Gates(self.gates), len(train), processes)
         self.objective = cfg.objective.prepared(train)
 
     def gathered(self) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class GateTraining(Training):
     @contextmanager
     def micro_step(self, step: int, micro: int) -> Iterator[tuple[Tensor, Sequence[str]]]:
         """The objective on one batch of traces."""
-        batch = self.train.rows(self.drawn(step, micro)).to(self.who.device)
+        batch = self.train.rows(self.drawn(step, micro)).to(self.processes.device)
         layer = self._layer(step, micro) if self.cfg.objective.one_layer_per_step else None
         logits = self.engine(batch.features, layer)
         loss = self.objective(logits, batch, layer=layer) if layer else self.objective(logits, batch)
@@ -78,7 +78,7 @@ class GateTraining(Training):
         """Decisions on the held-out samples."""
         with torch.no_grad():
             parts = [
-                self.engine(self.validation.features[start : start + 512].to(self.who.device)).cpu()
+                self.engine(self.validation.features[start : start + 512].to(self.processes.device)).cpu()
                 for start in range(0, len(self.validation), 512)
             ]
         logits_BL = torch.cat(parts)

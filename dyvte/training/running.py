@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.config import dump_config, to_dict
+from dyvte.distributed import Processes
 from dyvte.errors import TrainingError
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Training
-from dyvte.training.processes import Processes
 from dyvte.training.resuming import check_same_run
 from dyvte.training.tracing import progress_bar
 from dyvte.training.trackers import open_trackers
@@ -37,13 +37,14 @@ def disk_errors_named(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def prepare_output(cfg: TrainConfig, who: Processes) -> None:
+def prepare_output(cfg: TrainConfig, processes: Processes) -> None:
     """Refuse a folder of another run; write the resolved configuration."""
     path = cfg.output_dir / CONFIG_FILE
     if path.is_file():
         check_same_run(cfg, path)
-    who.barrier()
-    if who.first:
+    processes.barrier()
+
+    def write() -> None:
         try:
             cfg.output_dir.mkdir(parents=True, exist_ok=True)
             dump_config(cfg, path)
@@ -51,16 +52,17 @@ def prepare_output(cfg: TrainConfig, who: Processes) -> None:
             raise TrainingError(
                 f"{cfg.output_dir}: the output folder cannot be written ({error}); choose another output_dir"
             ) from error
-    who.barrier()
+
+    processes.first_alone(write)
 
 
-def run_tracked(cfg: TrainConfig, training: Training, who: Processes) -> None:
+def run_tracked(cfg: TrainConfig, training: Training, processes: Processes) -> None:
     """Train, from the last checkpoint if there is one, under a progress bar and with all trackers."""
     start = training.resume()
-    if start and who.first:
+    if start and processes.first:
         log.info("going on from step %d of %d", start, training.plan.steps)
     trackers = []
-    if who.first:
+    if processes.first:
         trackers = open_trackers(
             cfg.tracking.report_to,
             cfg.output_dir,
@@ -76,7 +78,7 @@ def run_tracked(cfg: TrainConfig, training: Training, who: Processes) -> None:
 
     try:
         steps = training.plan.steps
-        with progress_bar(steps, training.trained, "step", shown=who.first, done=start) as advance:
+        with progress_bar(steps, training.trained, "step", shown=processes.first, done=start) as advance:
             training.run(start, report, advance)
     finally:
         for tracker in trackers:

@@ -18,18 +18,18 @@ import torch
 
 from dyvte.backbones import describe, load_backbone
 from dyvte.data import Defect, Sample, Selection
+from dyvte.distributed import Processes, import_deepspeed
 from dyvte.errors import ConfigError, DataError
 from dyvte.teacher import Teacher
 from dyvte.teacher.store import Manifest, Shard
 from dyvte.training.config import ModelConfig, TrainConfig
-from dyvte.training.processes import Processes, import_deepspeed
 from dyvte.training.zero import backbone_config, shards_backbone
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def opened_backbone(cfg: TrainConfig, who: Processes) -> Iterator[tuple[Any, Any]]:
+def opened_backbone(cfg: TrainConfig, processes: Processes) -> Iterator[tuple[Any, Any]]:
     """Model and processor for the teacher pass; sharded where the DeepSpeed file says stage 3.
 
     All processes must enter and leave together. The model must not be used afterwards.
@@ -40,7 +40,7 @@ def opened_backbone(cfg: TrainConfig, who: Processes) -> Iterator[tuple[Any, Any
         If stage 3 meets a quantised backbone, whose packed weights cannot be sharded.
     """
     if not shards_backbone(cfg):
-        yield open_backbone(cfg.model, who.device)
+        yield open_backbone(cfg.model, processes.device)
         return
     if cfg.model.quantization != "none":
         raise ConfigError(
@@ -50,13 +50,15 @@ def opened_backbone(cfg: TrainConfig, who: Processes) -> Iterator[tuple[Any, Any
     deepspeed = import_deepspeed()
     from transformers.integrations import HfDeepSpeedConfig
 
-    settings = backbone_config(cfg, _stored_dtype(cfg.model, who.device), who.world_size)
+    settings = backbone_config(cfg, _stored_dtype(cfg.model, processes.device), processes.world_size)
     told_transformers = HfDeepSpeedConfig(
         settings
     )  # holds from_pretrained and generate to ZeRO-3 while alive
     engine = None
     try:
-        model, processor = open_backbone(cfg.model, None if who.device.type == "cpu" else who.device)
+        model, processor = open_backbone(
+            cfg.model, None if processes.device.type == "cpu" else processes.device
+        )
         # A layer runs on the full stream and then on the exit streams: its weights stay gathered in between.
         deepspeed.utils.set_z3_leaf_modules(model, [type(describe(model).layers[0])])
         engine, *_ = deepspeed.initialize(model=model, config=settings)
@@ -94,17 +96,19 @@ class Lockstep:
     sample and throws the result away, until no process has a batch left.
     """
 
-    def __init__(self, teacher: Teacher, selection: Selection, who: Processes) -> None:
-        self.teacher, self.selection, self.who = teacher, selection, who
+    def __init__(self, teacher: Teacher, selection: Selection, processes: Processes) -> None:
+        self.teacher, self.selection, self.processes = teacher, selection, processes
         self.config = teacher.config
 
     @staticmethod
-    def of(cfg: TrainConfig, model: Any, processor: Any, selection: Selection, who: Processes) -> Lockstep:
+    def of(
+        cfg: TrainConfig, model: Any, processor: Any, selection: Selection, processes: Processes
+    ) -> Lockstep:
         """For a sharded backbone. Whether an answer must be generated may depend on no process's own data,
         so ``try_answers`` (the same labels, sooner) is off."""
         teacher = Teacher(model, processor, replace(cfg.teacher, try_answers=False))
-        teacher.device = who.device  # a sharded weight may lie elsewhere
-        return Lockstep(teacher, selection, who)
+        teacher.device = processes.device  # a sharded weight may lie elsewhere
+        return Lockstep(teacher, selection, processes)
 
     def manifest(self, selection: Selection) -> Manifest:
         """That of the teacher."""
@@ -124,7 +128,7 @@ class Lockstep:
             self._pass_over_a_spare()
 
     def _any_busy(self, busy: bool) -> bool:
-        return not self.who.all_true(not busy)
+        return not self.processes.all_true(not busy)
 
     def _pass_over_a_spare(self) -> None:
         for sample in self.selection.samples:

@@ -3,23 +3,20 @@ share."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dyvte.backbones import describe_config, fingerprint, image_padding, weights_digest
 from dyvte.calibration import LayerSearch, measure_profile, search_exit_layer
 from dyvte.data import Selection, open_conversations, open_hub_conversations, select
+from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError
 from dyvte.reductions import VisualProfile
 from dyvte.teacher import Teacher, TraceStore, write_traces
 from dyvte.training.config import TrainConfig
-from dyvte.training.processes import Processes, processes
 from dyvte.training.sharded import Lockstep, open_backbone, opened_backbone
 from dyvte.training.zero import shards_backbone
 
@@ -56,9 +53,9 @@ def trace_data(cfg: TrainConfig, folder: str | Path) -> TraceStore | None:
 
     Returns the complete store on the first process, None on the others.
     """
-    with _launched(shards_backbone(cfg)) as who:
-        store, _ = _traced(cfg, select_samples(cfg), Path(folder), who)
-        return store if who.first else None
+    with join_processes(engine=shards_backbone(cfg)) as processes:
+        store, _ = _traced(cfg, select_samples(cfg), Path(folder), processes)
+        return store if processes.first else None
 
 
 def search_k(cfg: TrainConfig, **search: Any) -> LayerSearch:
@@ -68,8 +65,7 @@ def search_k(cfg: TrainConfig, **search: Any) -> LayerSearch:
             f"{cfg.deepspeed} asks for ZeRO-3, but the search for K keeps the backbone whole in one process: "
             "leave the file out"
         )
-    device = _device(0)
-    model, processor = open_backbone(cfg.model, device)
+    model, processor = open_backbone(cfg.model, own_device())
     labels = "data" if search.get("positions") == "answer" else "greedy"
     teacher = Teacher(model, processor, replace(cfg.teacher, label_source=labels))
     samples = select_samples(cfg).samples
@@ -83,12 +79,12 @@ def search_k(cfg: TrainConfig, **search: Any) -> LayerSearch:
 
 def open_model(cfg: TrainConfig) -> Any:
     """The configured backbone on this machine's device."""
-    return open_backbone(cfg.model, _device(0))[0]
+    return open_backbone(cfg.model, own_device())[0]
 
 
 def visual_profile(cfg: TrainConfig) -> VisualProfile:
     """What heads and neurons do with the visual tokens of the configured data."""
-    model, processor = open_backbone(cfg.model, _device(0))
+    model, processor = open_backbone(cfg.model, own_device())
     teacher = Teacher(model, processor, replace(cfg.teacher, label_source="greedy"))
     selection = select_samples(cfg)
     samples, size = selection.samples, cfg.teacher.batch_size
@@ -106,16 +102,16 @@ def visual_profile(cfg: TrainConfig) -> VisualProfile:
 
 
 def run_traces(
-    cfg: TrainConfig, selection: Selection, who: Processes
+    cfg: TrainConfig, selection: Selection, processes: Processes
 ) -> tuple[TraceStore, dict[str, str | None]]:
     """The run's traces, written where they are not there yet; and the backbone's identity."""
-    return _traced(cfg, selection, cfg.traces, who)
+    return _traced(cfg, selection, cfg.traces, processes)
 
 
 def _traced(
-    cfg: TrainConfig, selection: Selection, folder: Path, who: Processes
+    cfg: TrainConfig, selection: Selection, folder: Path, processes: Processes
 ) -> tuple[TraceStore, dict[str, str | None]]:
-    with opened_backbone(cfg, who) as (model, processor):
+    with opened_backbone(cfg, processes) as (model, processor):
         backbone = {
             "id": cfg.model.path,
             "model_type": describe_config(model.config).model_type,
@@ -126,10 +122,10 @@ def _traced(
         if cfg.model.adapter is not None:
             backbone["adapter"] = cfg.model.adapter
         if shards_backbone(cfg):
-            teacher = Lockstep.of(cfg, model, processor, selection, who)
-            store = write_store(cfg, teacher, selection, folder, who, teacher.finish)
+            teacher = Lockstep.of(cfg, model, processor, selection, processes)
+            store = write_store(cfg, teacher, selection, folder, processes, teacher.finish)
         else:
-            store = write_store(cfg, Teacher(model, processor, cfg.teacher), selection, folder, who)
+            store = write_store(cfg, Teacher(model, processor, cfg.teacher), selection, folder, processes)
     return store, backbone
 
 
@@ -138,25 +134,25 @@ def write_store(
     teacher: Teacher | Lockstep,
     selection: Selection,
     folder: Path,
-    who: Processes,
+    processes: Processes,
     finish: Callable[[], None] = lambda: None,
 ) -> TraceStore:
     """This process's share of the traces, under a progress bar; ``finish``; then wait for the others."""
-    share = -(-len(selection.samples) // who.world_size)
-    with progress_bar(share, "teacher", "sample", shown=who.first) as advance:
+    share = -(-len(selection.samples) // processes.world_size)
+    with progress_bar(share, "teacher", "sample", shown=processes.first) as advance:
         write_traces(
             folder,
             teacher,
             selection,
             file=cfg.data.name,
-            rank=who.rank,
-            world_size=who.world_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
             max_bad_samples=cfg.data.max_bad_samples,
             progress=advance,
         )
     finish()
-    who.barrier()
-    if who.first:
+    processes.barrier()
+    if processes.first:
         for left_by_a_killed_writer in folder.glob(".*.tmp"):
             left_by_a_killed_writer.unlink(missing_ok=True)
     return TraceStore.open(folder)
@@ -173,17 +169,3 @@ def progress_bar(
         total=total, desc=description, unit=unit, disable=not shown, initial=done, mininterval=0.5
     ) as bar:
         yield bar.update
-
-
-@contextmanager
-def _launched(sharded: bool) -> Iterator[Processes]:
-    """The launcher's processes; a single one needs no DeepSpeed to trace, unless it shards."""
-    if sharded or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with processes() as who:
-            yield who
-    else:
-        yield Processes(0, 1, _device(int(os.environ.get("LOCAL_RANK", "0"))))
-
-
-def _device(index: int) -> torch.device:
-    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")

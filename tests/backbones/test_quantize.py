@@ -9,9 +9,9 @@ import torch
 
 from dyvte.backbones import load_backbone, weights_digest
 from dyvte.config import from_dict
+from dyvte.distributed import Processes
 from dyvte.errors import ConfigError, UnsupportedBackboneError
 from dyvte.training.config import ModelConfig, TrainConfig
-from dyvte.training.processes import Processes
 from dyvte.training.sharded import open_backbone, opened_backbone
 from tests.helpers.models import tiny_llava
 
@@ -88,9 +88,9 @@ def test_zero3_refuses_a_packed_backbone(tmp_path) -> None:
         "model": {"path": "m", "quantization": "nf4"}, "data": {"path": "d.json"}, "output_dir": "o",
         "deepspeed": str(tmp_path / "z.json"),
     }  # fmt: skip
-    who = Processes(0, 1, torch.device("cpu"))
+    processes = Processes(0, 1, torch.device("cpu"))
     with (
         pytest.raises(ConfigError, match="ZeRO-3 cannot shard a backbone in nf4"),
-        opened_backbone(from_dict(TrainConfig, values), who),
+        opened_backbone(from_dict(TrainConfig, values), processes),
     ):
         pass

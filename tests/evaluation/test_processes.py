@@ -10,9 +10,9 @@ import threading
 import pytest
 
 from dyvte.backbones import get_template
+from dyvte.distributed import Processes
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import Asker, answer, encode_questions
-from dyvte.evaluation.ranks import Ranks
 from dyvte.evaluation.run_log import PARTIAL_FILE, AnswerLog, pack_layers, unpack_layers
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import parse_policies, with_reductions
@@ -49,10 +49,10 @@ def _config(data, output, **changes):
     return dataclasses.replace(settings, **changes)
 
 
-def _run(asker, config, policies=("never", "fixed:2"), reductions=("none",), ranks=None):
+def _run(asker, config, policies=("never", "fixed:2"), reductions=("none",), processes=None):
     benchmark = get_benchmark("gqa")
     named = with_reductions(parse_policies(policies), reductions)
-    found = run_policies(asker, benchmark, benchmark.load(config.data), named, config, ranks=ranks)
+    found = run_policies(asker, benchmark, benchmark.load(config.data), named, config, processes=processes)
     return {result.name: result for result in found}
 
 
@@ -119,7 +119,7 @@ def test_a_batch_of_questions_without_images(asker):
 
 
 class _Threads:
-    """Ranks that are threads of this process, each with its own copy of the model."""
+    """Processes that are threads of this process, each with its own copy of the model."""
 
     def __init__(self, world_size):
         self.barrier = threading.Barrier(world_size)
@@ -128,7 +128,7 @@ class _Threads:
     def rank(self, rank):
         shared = self.barrier
 
-        class Rank(Ranks):
+        class Rank(Processes):
             def barrier(self):
                 shared.wait(60)
 
@@ -147,7 +147,7 @@ def _run_in_threads(asker, config, world_size):
     def work(rank):
         own = dataclasses.replace(asker, model=copy.deepcopy(asker.model))
         try:
-            results[rank] = _run(own, config, ranks=threads.rank(rank))
+            results[rank] = _run(own, config, processes=threads.rank(rank))
         except BaseException as error:
             errors.append(error)
             threads.barrier.abort()
@@ -213,8 +213,8 @@ def test_a_killed_process_loses_nothing_for_any_number_that_goes_on(asker, data,
 
 
 def test_first_alone_without_a_launcher():
-    assert Ranks().first_alone(lambda: 3) == 3
-    assert list(Ranks(1, 3).share(range(8))) == [1, 4, 7]
+    assert Processes().first_alone(lambda: 3) == 3
+    assert list(Processes(1, 3).share(range(8))) == [1, 4, 7]
 
 
 def test_an_old_run_is_named_not_misread(tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import dyvte
 from dyvte.backbones import describe_config, fingerprint, load_backbone, resolve_adapter, weights_digest
 from dyvte.config import from_dict
+from dyvte.distributed import Processes, join_processes
 from dyvte.errors import (
     CheckpointError,
     ConfigError,
@@ -30,7 +31,6 @@ from dyvte.training.lora.labels import Labelled, label
 from dyvte.training.lora.loop import LoraTraining, distillation_loss
 from dyvte.training.lora.model import add_adapter, trainable
 from dyvte.training.lora.train import train_lora
-from dyvte.training.processes import Processes, processes
 from dyvte.training.schedule import drawn_exits
 from dyvte.training.tracing import select_samples
 from tests.helpers.batches import VISUAL_ID
@@ -62,8 +62,8 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def who() -> Iterator[Processes]:
-    with processes() as found:
+def processes() -> Iterator[Processes]:
+    with join_processes(engine=True) as found:
         yield found
 
 
@@ -231,20 +231,20 @@ def labelled(teacher: Teacher, samples) -> Labelled:
 # --- training ---
 
 
-def fresh(world: Path, output: Path, who: Processes, **changed):
+def fresh(world: Path, output: Path, processes: Processes, **changed):
     """A training before its first step, its model, and the answers it learns from."""
     cfg = config(world, output, **changed)
     model, processor = load_backbone(cfg.model.path)
     model = add_adapter(model, cfg.lora, cfg.seed)
     teacher = Teacher(model, processor, TeacherConfig(template="chat", max_new_tokens=3, reference="base"))
     quiet = {"file": "", "max_bad_samples": 0, "progress": lambda _: None}
-    data = label(output / "answers", teacher, select_samples(cfg), who, **quiet)
-    return LoraTraining(cfg, model, data, None, who), model, data
+    data = label(output / "answers", teacher, select_samples(cfg), processes, **quiet)
+    return LoraTraining(cfg, model, data, None, processes), model, data
 
 
-def test_gradients_equal_brute_force(world: Path, tmp_path: Path, who: Processes) -> None:
+def test_gradients_equal_brute_force(world: Path, tmp_path: Path, processes: Processes) -> None:
     """The same loss through full-length passes with 4D masks that hide visual keys layer by layer."""
-    training, model, data = fresh(world, tmp_path, who, lora={"first_layer": 1, "full_share": 0.3})
+    training, model, data = fresh(world, tmp_path, processes, lora={"first_layer": 1, "full_share": 0.3})
     generator = torch.Generator().manual_seed(5)
     for parameter in trainable(model):
         parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
@@ -276,11 +276,13 @@ def test_gradients_equal_brute_force(world: Path, tmp_path: Path, who: Processes
 
 
 @pytest.mark.full
-def test_checkpointed_layers_have_the_same_gradients(world: Path, tmp_path: Path, who: Processes) -> None:
+def test_checkpointed_layers_have_the_same_gradients(
+    world: Path, tmp_path: Path, processes: Processes
+) -> None:
     found = []
     for checkpointing in (False, True):
         lora = {"gradient_checkpointing": checkpointing, "first_layer": 1}
-        training, model, _ = fresh(world, tmp_path / str(checkpointing), who, lora=lora)
+        training, model, _ = fresh(world, tmp_path / str(checkpointing), processes, lora=lora)
         with training.micro_step(0, 0) as (loss, _):
             training.engine.backward(loss)
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -290,8 +292,10 @@ def test_checkpointed_layers_have_the_same_gradients(world: Path, tmp_path: Path
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_only_the_adapter_changes_and_only_in_its_layers(world: Path, tmp_path: Path, who: Processes) -> None:
-    training, model, _ = fresh(world, tmp_path, who)
+def test_only_the_adapter_changes_and_only_in_its_layers(
+    world: Path, tmp_path: Path, processes: Processes
+) -> None:
+    training, model, _ = fresh(world, tmp_path, processes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     training.run(0, lambda *_: None, lambda _: None)
     training.close()
@@ -310,10 +314,10 @@ def test_only_the_adapter_changes_and_only_in_its_layers(world: Path, tmp_path: 
         assert any(torch.equal(tensor, value) for value in kept), name
 
 
-def test_training_lowers_its_loss(world: Path, tmp_path: Path, who: Processes) -> None:
+def test_training_lowers_its_loss(world: Path, tmp_path: Path, processes: Processes) -> None:
     """Risk of one fixed exit on the samples trained on; a random model has nothing that carries to others."""
     changed = {"batch_size": 12, "epochs": 15, "optimizer": {"learning_rate": 0.002, "warmup_ratio": 0.0}}
-    training, _, _ = fresh(world, tmp_path, who, lora={"last_exit": 1, "full_share": 0.0}, **changed)
+    training, _, _ = fresh(world, tmp_path, processes, lora={"last_exit": 1, "full_share": 0.0}, **changed)
     losses = []
     training.run(0, lambda _, figures: losses.append(figures["loss"]), lambda _: None)
     training.close()
@@ -388,8 +392,8 @@ def test_checkpoints_hold_the_adapter_alone(trained) -> None:
     assert size < 8 * 4 * trained.summary["parameters"] + 100_000
 
 
-def test_a_nan_stops_the_run_and_names_the_samples(world: Path, tmp_path: Path, who: Processes) -> None:
-    training, model, _ = fresh(world, tmp_path, who)
+def test_a_nan_stops_the_run_and_names_the_samples(world: Path, tmp_path: Path, processes: Processes) -> None:
+    training, model, _ = fresh(world, tmp_path, processes)
     trainable(model)[1].data.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"step 1: the loss is nan; samples \d-\d"):
         training.run(0, lambda *_: None, lambda _: None)
@@ -397,7 +401,7 @@ def test_a_nan_stops_the_run_and_names_the_samples(world: Path, tmp_path: Path, 
 
 
 def test_answers_are_made_once_and_those_of_another_run_refused(
-    world: Path, trained, tmp_path: Path, who: Processes
+    world: Path, trained, tmp_path: Path, processes: Processes
 ) -> None:
     folder = trained.adapter.parent / "answers"
     stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -407,7 +411,7 @@ def test_answers_are_made_once_and_those_of_another_run_refused(
     with pytest.raises(CheckpointError, match="labels: stored 'greedy 3', this run 'greedy 4'"):
         train_lora(other)
     (tmp_path / "answers" / "answers-00000.json").write_text("{")  # torn: made again, to the same bytes
-    training, _, data = fresh(world, tmp_path, who, seed=1)
+    training, _, data = fresh(world, tmp_path, processes, seed=1)
     training.close()
     assert len(data) == 24
     for path in folder.iterdir():

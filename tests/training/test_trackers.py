@@ -11,7 +11,7 @@ import pytest
 
 from dyvte.training.trackers import open_trackers
 from tests.helpers.tracked import tensorboard_run, wandb_run
-from tests.training.test_training import make_config, make_trace, run, who  # noqa: F401
+from tests.training.test_training import make_config, make_trace, processes, run  # noqa: F401
 
 SERIES = {
     "loss", "learning_rate", "samples_per_second", "validation/risk", "validation/agreement",
@@ -42,11 +42,11 @@ def opened(folder: Path, names: list[str], resume_step: int = 0):
 
 
 @pytest.fixture(scope="module")
-def logged(tmp_path_factory, who) -> Path:  # noqa: F811
+def logged(tmp_path_factory, processes) -> Path:  # noqa: F811
     """A whole training, told to all trackers."""
     folder = tmp_path_factory.mktemp("logged")
     cfg = make_config(folder, tracking={"log_every": 2})
-    _, figures = run(cfg, who, make_trace(), validation=make_trace(20, seed=1))
+    _, figures = run(cfg, processes, make_trace(), validation=make_trace(20, seed=1))
     trackers = opened(folder, ["wandb", "tensorboard"])
     for step, found in figures:
         for tracker in trackers:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dyvte.config import from_dict
+from dyvte.distributed import Processes, join_processes
 from dyvte.errors import CheckpointError, ConfigError, TrainingError
 from dyvte.gates import GateConfig, GateStack, exit_layers, uniform_offsets
 from dyvte.objectives import expected_risk, reference_label
@@ -20,15 +21,14 @@ from dyvte.training.checkpoints import Checkpoints, RunState
 from dyvte.training.config import TrainConfig
 from dyvte.training.loop import GateTraining
 from dyvte.training.metrics import budget_rows, fixed_at, validation_figures
-from dyvte.training.processes import Processes, processes
 from dyvte.training.schedule import SampleOrder, drawn_layer, lr_factor
 
 LAYERS, HIDDEN = 4, 6
 
 
 @pytest.fixture(scope="module")
-def who() -> Iterator[Processes]:
-    with processes() as found:
+def processes() -> Iterator[Processes]:
+    with join_processes(engine=True) as found:
         yield found
 
 
@@ -63,10 +63,10 @@ def make_gates() -> GateStack:
     return GateStack.init(config, seed=0)
 
 
-def run(cfg: TrainConfig, who: Processes, trace: Trace, stop_at: int | None = None, validation=None):
+def run(cfg: TrainConfig, processes: Processes, trace: Trace, stop_at: int | None = None, validation=None):
     """Train (again); returns weights and the reported figures. ``stop_at`` fails right after that step."""
     figures = []
-    training = GateTraining(cfg, make_gates(), trace, validation, who)
+    training = GateTraining(cfg, make_gates(), trace, validation, processes)
 
     def advance(_: int) -> None:
         if stop_at is not None and figures and figures[-1][0] >= stop_at:
@@ -87,10 +87,10 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_engine_equals_a_plain_loop(tmp_path: Path, who: Processes, accumulation: int) -> None:
+def test_engine_equals_a_plain_loop(tmp_path: Path, processes: Processes, accumulation: int) -> None:
     cfg = make_config(tmp_path, accumulation=accumulation, batch_size=8 // accumulation)
     trace = make_trace()
-    weights, figures = run(cfg, who, trace)
+    weights, figures = run(cfg, processes, trace)
 
     gates = make_gates()
     parameters = [p for gate in gates.gates[:-1] for p in gate.parameters()]
@@ -111,40 +111,40 @@ def test_engine_equals_a_plain_loop(tmp_path: Path, who: Processes, accumulation
         torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_gate_L_is_never_moved(tmp_path: Path, who: Processes) -> None:
-    weights, _ = run(make_config(tmp_path), who, make_trace())
+def test_gate_L_is_never_moved(tmp_path: Path, processes: Processes) -> None:
+    weights, _ = run(make_config(tmp_path), processes, make_trace())
     before = make_gates().state_dict()
     moved = {int(name.split(".")[1]) for name in weights if not torch.equal(weights[name], before[name])}
     assert moved == set(range(LAYERS - 1))
 
 
 @pytest.mark.parametrize("stop_at", [10, 13])
-def test_an_interrupted_run_ends_bit_identical(tmp_path: Path, who: Processes, stop_at: int) -> None:
+def test_an_interrupted_run_ends_bit_identical(tmp_path: Path, processes: Processes, stop_at: int) -> None:
     settings = {"tracking": {"log_every": 1}}
     trace = make_trace()
-    whole, all_figures = run(make_config(tmp_path / "a", **settings), who, trace)
+    whole, all_figures = run(make_config(tmp_path / "a", **settings), processes, trace)
     cfg = make_config(tmp_path / "b", **settings)
-    _, first = run(cfg, who, trace, stop_at=stop_at)
+    _, first = run(cfg, processes, trace, stop_at=stop_at)
     assert first[-1][0] == stop_at
-    resumed, second = run(cfg, who, trace)
+    resumed, second = run(cfg, processes, trace)
     assert second[0][0] == 11  # from the checkpoint of step 10
     assert equal(resumed, whole)
     losses = {step: found["loss"] for step, found in all_figures}
     assert all(found["loss"] == losses[step] for step, found in second)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, who: Processes) -> None:
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, processes: Processes) -> None:
     trace = make_trace()
-    whole, _ = run(make_config(tmp_path / "a"), who, trace)
+    whole, _ = run(make_config(tmp_path / "a"), processes, trace)
     cfg = make_config(tmp_path / "b", tracking={"log_every": 1})
-    run(cfg, who, trace, stop_at=18)
+    run(cfg, processes, trace, stop_at=18)
     folder = cfg.output_dir / "checkpoints"
     newest = sorted(folder.glob("step-*"))[-1]
     assert newest.name == "step-00000015"
     largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
     (folder / ".writing-step-00000020").mkdir()  # a writer that was killed
-    resumed, figures = run(cfg, who, trace)
+    resumed, figures = run(cfg, processes, trace)
     assert figures[0][0] == 11
     assert equal(resumed, whole)
     assert [path.name for path in sorted(folder.iterdir())] == [
@@ -152,32 +152,32 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, who: Processes) -> 
     ]  # fmt: skip
 
 
-def test_resume_refuses_another_batch(tmp_path: Path, who: Processes) -> None:
-    run(make_config(tmp_path), who, make_trace())
+def test_resume_refuses_another_batch(tmp_path: Path, processes: Processes) -> None:
+    run(make_config(tmp_path), processes, make_trace())
     with pytest.raises(ConfigError, match=r"8 samples per step.*this start has 16"):
-        run(make_config(tmp_path, batch_size=16), who, make_trace())
+        run(make_config(tmp_path, batch_size=16), processes, make_trace())
     # The same product in other pieces is the same run.
-    weights, _ = run(make_config(tmp_path, batch_size=4, accumulation=2), who, make_trace())
+    weights, _ = run(make_config(tmp_path, batch_size=4, accumulation=2), processes, make_trace())
     assert weights is not None
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path, who: Processes) -> None:
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path, processes: Processes) -> None:
     trace = make_trace()
     cfg = make_config(tmp_path, tracking={"log_every": 1})
-    run(cfg, who, trace, stop_at=7)
+    run(cfg, processes, trace, stop_at=7)
     trace.features[23] = float("nan")
     with pytest.raises(TrainingError, match=r"step \d+: the loss is nan; samples .*s23.*step-00000005"):
-        run(cfg, who, trace)
+        run(cfg, processes, trace)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
-    state = Checkpoints(tmp_path / "checkpoints", 3, who).latest()
+    state = Checkpoints(tmp_path / "checkpoints", 3, processes).latest()
     assert state is not None
     assert state[1].step == 5
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, who: Processes) -> None:
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, processes: Processes) -> None:
     """Gradients can overflow where the loss did not: the step before a checkpoint spoils the weights."""
     cfg = make_config(tmp_path, tracking={"log_every": 1})
-    training = GateTraining(cfg, make_gates(), make_trace(), None, who)
+    training = GateTraining(cfg, make_gates(), make_trace(), None, processes)
 
     def spoil(_: int) -> None:
         if training.engine.global_steps == 9:
@@ -194,21 +194,23 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, who: Proces
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_zero_stage_trains_the_same_gates(tmp_path: Path, who: Processes, stage: int) -> None:
+def test_every_zero_stage_trains_the_same_gates(tmp_path: Path, processes: Processes, stage: int) -> None:
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    plain, _ = run(make_config(tmp_path / "plain", accumulation=2, batch_size=4), who, make_trace())
+    plain, _ = run(make_config(tmp_path / "plain", accumulation=2, batch_size=4), processes, make_trace())
     cfg = make_config(
         tmp_path / "zero", accumulation=2, batch_size=4, deepspeed=str(tmp_path / "zero.json"),
         tracking={"log_every": 1},
     )  # fmt: skip
-    run(cfg, who, make_trace(), stop_at=12)
-    weights, figures = run(cfg, who, make_trace())
+    run(cfg, processes, make_trace(), stop_at=12)
+    weights, figures = run(cfg, processes, make_trace())
     assert figures[0][0] == 11  # resumed
     for name, tensor in plain.items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_zero3_holds_the_backbone_in_shards_and_leaves_nothing_behind(tmp_path: Path, who: Processes) -> None:
+def test_zero3_holds_the_backbone_in_shards_and_leaves_nothing_behind(
+    tmp_path: Path, processes: Processes
+) -> None:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     from dyvte.backbones import weights_digest
@@ -223,7 +225,7 @@ def test_zero3_holds_the_backbone_in_shards_and_leaves_nothing_behind(tmp_path: 
     (tmp_path / "zero.json").write_text(json.dumps(settings))
     cfg = make_config(tmp_path, model={"path": str(tmp_path / "m")}, deepspeed=str(tmp_path / "zero.json"))
     linear = torch.nn.functional.linear
-    with opened_backbone(cfg, who) as (sharded, _):
+    with opened_backbone(cfg, processes) as (sharded, _):
         assert is_deepspeed_zero3_enabled()
         assert all(parameter.numel() == 0 for parameter in sharded.parameters())
         assert not any(parameter.requires_grad for parameter in sharded.parameters())
@@ -235,16 +237,16 @@ def test_zero3_holds_the_backbone_in_shards_and_leaves_nothing_behind(tmp_path: 
     assert torch.nn.functional.linear is linear
 
 
-def test_a_full_disk_keeps_earlier_checkpoints(tmp_path: Path, who: Processes, monkeypatch) -> None:
+def test_a_full_disk_keeps_earlier_checkpoints(tmp_path: Path, processes: Processes, monkeypatch) -> None:
     cfg = make_config(tmp_path, tracking={"log_every": 1})
-    run(cfg, who, make_trace(), stop_at=6)
+    run(cfg, processes, make_trace(), stop_at=6)
 
     def full(path: Path) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("dyvte.training.checkpoints._sha256", full)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, who)
-    training = GateTraining(cfg, make_gates(), make_trace(), None, who)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, processes)
+    training = GateTraining(cfg, make_gates(), make_trace(), None, processes)
     state = RunState(step=10, global_batch=8, world_size=1, zero_stage=0)
     with pytest.raises(CheckpointError, match=r"step 10 cannot be written.*No space left"):
         checkpoints.save(training.engine, state)
@@ -256,12 +258,12 @@ def test_a_full_disk_keeps_earlier_checkpoints(tmp_path: Path, who: Processes, m
 
 
 def test_one_layer_per_step_leaves_other_gates_and_their_moments_alone(
-    tmp_path: Path, who: Processes
+    tmp_path: Path, processes: Processes
 ) -> None:
     objective = {"name": "reference_label", "one_layer_per_step": True}
     cfg = make_config(tmp_path, objective=objective)
     trace = make_trace()
-    weights, _ = run(cfg, who, trace)
+    weights, _ = run(cfg, processes, trace)
 
     gates = make_gates()
     optimizer = torch.optim.AdamW(gates.parameters(), lr=0.02, weight_decay=0.1)
@@ -280,10 +282,10 @@ def test_one_layer_per_step_leaves_other_gates_and_their_moments_alone(
 
 
 @pytest.mark.parametrize("name", ["expected_risk", "safe_label", "reference_label"])
-def test_gates_learn_what_the_features_tell(tmp_path: Path, who: Processes, name: str) -> None:
+def test_gates_learn_what_the_features_tell(tmp_path: Path, processes: Processes, name: str) -> None:
     cfg = make_config(tmp_path, epochs=8, objective={"name": name})
     train, test = make_trace(200, seed=1), make_trace(100, seed=2)
-    weights, figures = run(cfg, who, train, validation=test)
+    weights, figures = run(cfg, processes, train, validation=test)
     gates = make_gates()
     gates.load_state_dict(weights)
     with torch.no_grad():

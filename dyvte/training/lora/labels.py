@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from dyvte.data import Sample, Selection, check_defects
+from dyvte.distributed import Processes
 from dyvte.errors import CheckpointError
 from dyvte.evaluation.run_log import write_atomically
 from dyvte.teacher import Teacher
 from dyvte.teacher.labels import append_answers, greedy_answers
-from dyvte.training.processes import Processes
 
 MANIFEST = "manifest.json"
 
@@ -63,7 +63,7 @@ def label(
     folder: Path,
     teacher: Teacher,
     selection: Selection,
-    who: Processes,
+    processes: Processes,
     *,
     file: str,
     max_bad_samples: int,
@@ -78,12 +78,12 @@ def label(
     DataError
         If more than ``max_bad_samples`` samples cannot be used.
     """
-    _check_manifest(folder, teacher.fingerprint(selection.sha256), who)
+    _check_manifest(folder, teacher.fingerprint(selection.sha256), processes)
     size = teacher.config.batch_size * teacher.config.shard_batches
     starts = range(0, len(selection.samples), size)
     parts = [folder / f"answers-{index:05d}.json" for index in range(len(starts))]
     bad = list(selection.defects)
-    for index in range(who.rank, len(parts), who.world_size):
+    for index in range(processes.rank, len(parts), processes.world_size):
         samples = selection.samples[starts[index] : starts[index] + size]
         if _read(parts[index]) is None:
             record, defects = _label_part(teacher, samples, file, progress)
@@ -92,7 +92,7 @@ def label(
             write_atomically(parts[index], json.dumps(record) + "\n")
         else:
             progress(len(samples))
-    who.barrier()
+    processes.barrier()
     records = [_read(path) for path in parts]
     answers: dict[str, list[int]] = {}
     notes: Counter[str] = Counter()
@@ -129,7 +129,7 @@ def _label_part(
     return {"answers": answers, "dropped": [str(one) for one in defects], "notes": notes}, defects
 
 
-def _check_manifest(folder: Path, fingerprint: Mapping[str, str], who: Processes) -> None:
+def _check_manifest(folder: Path, fingerprint: Mapping[str, str], processes: Processes) -> None:
     """Write what the labels are made from, or refuse a folder that was made from something else."""
     path = folder / MANIFEST
     # Labels are the un-adapted model's: the adapter, which training changes, is no part of them.
@@ -146,11 +146,11 @@ def _check_manifest(folder: Path, fingerprint: Mapping[str, str], who: Processes
                 f"the answers in {folder} belong to another run ({listed}). Remove that folder, or choose "
                 "another output folder"
             )
-    who.barrier()
-    if who.first and not path.is_file():
+    processes.barrier()
+    if processes.first and not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(mine, indent=2) + "\n")
-    who.barrier()
+    processes.barrier()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.backbones import describe
+from dyvte.distributed import Processes
 from dyvte.policies import OraclePolicy
 from dyvte.runtime import VisualExit
 from dyvte.teacher import kl_divergence
@@ -26,7 +27,6 @@ from dyvte.training.engine import Training
 from dyvte.training.lora.labels import Labelled
 from dyvte.training.lora.metrics import exit_columns, first_reaching
 from dyvte.training.lora.model import trainable
-from dyvte.training.processes import Processes
 from dyvte.training.schedule import drawn_exits, seed_of
 
 
@@ -51,7 +51,7 @@ class LoraTraining(Training):
     trained = "adapters"
 
     def __init__(
-        self, cfg: TrainConfig, model: Any, train: Labelled, validation: Labelled | None, who: Processes
+        self, cfg: TrainConfig, model: Any, train: Labelled, validation: Labelled | None, processes: Processes
     ) -> None:
         self.model, self.train, self.validation = model, train, validation
         self.validates = validation is not None
@@ -69,7 +69,7 @@ class LoraTraining(Training):
                 getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             )
             enable({"use_reentrant": False})
-        super().__init__(cfg, _Adapter(model), len(train), who)
+        super().__init__(cfg, _Adapter(model), len(train), processes)
 
     @contextmanager
     def micro_step(self, step: int, micro: int) -> Iterator[tuple[Tensor, Sequence[str]]]:
@@ -123,7 +123,7 @@ class LoraTraining(Training):
             # The layer's own flag only: dropout inside the backbone stays off.
             switched += list(self.backbone.layers)
         index = self.position(step, micro)
-        devices = [self.who.device] if self.who.device.type == "cuda" else []
+        devices = [self.processes.device] if self.processes.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed_of(self.cfg.seed, 5, index))
             for module in switched:

@@ -23,6 +23,7 @@ from dyvte import __version__
 from dyvte.backbones import describe, fingerprint, resolve_adapter, weights_digest
 from dyvte.backbones.adapter import ADAPTER_WEIGHTS
 from dyvte.config import to_dict
+from dyvte.distributed import Processes, join_processes
 from dyvte.errors import ConfigError
 from dyvte.evaluation.run_log import write_atomically
 from dyvte.teacher import Teacher
@@ -31,7 +32,6 @@ from dyvte.training.lora.labels import Labelled, label
 from dyvte.training.lora.loop import LoraTraining
 from dyvte.training.lora.metrics import exit_columns, exit_rows, exit_table
 from dyvte.training.lora.model import add_adapter, save_adapter, trainable
-from dyvte.training.processes import Processes, processes
 from dyvte.training.running import SUMMARY_FILE, disk_errors_named, prepare_output, run_tracked
 from dyvte.training.schedule import held_out
 from dyvte.training.tracing import open_backbone, progress_bar, select_samples
@@ -61,8 +61,8 @@ def train_lora(cfg: TrainConfig) -> LoraResult:
         Each naming what is wrong and what to do.
     """
     check_settings(cfg)
-    with processes() as who, disk_errors_named(cfg.output_dir):
-        return _train(cfg, who)
+    with join_processes(engine=True) as processes, disk_errors_named(cfg.output_dir):
+        return _train(cfg, processes)
 
 
 def check_settings(cfg: TrainConfig) -> None:
@@ -80,24 +80,24 @@ def check_settings(cfg: TrainConfig) -> None:
         )
 
 
-def _train(cfg: TrainConfig, who: Processes) -> LoraResult:
-    prepare_output(cfg, who)
+def _train(cfg: TrainConfig, processes: Processes) -> LoraResult:
+    prepare_output(cfg, processes)
     finished = _finished(cfg)
     if finished is not None:
         return finished
     began = time.perf_counter()
     selection = select_samples(cfg)
-    model, processor = open_backbone(cfg.model, who.device)
+    model, processor = open_backbone(cfg.model, processes.device)
     base = {"id": cfg.model.path, "fingerprint": fingerprint(model), "weights": weights_digest(model)}
     model = add_adapter(model, cfg.lora, cfg.seed)
     teacher = Teacher(model, processor, replace(cfg.teacher, reference="base"))
-    share = -(-len(selection.samples) // who.world_size)
-    with progress_bar(share, "answers", "sample", shown=who.first) as advance:
+    share = -(-len(selection.samples) // processes.world_size)
+    with progress_bar(share, "answers", "sample", shown=processes.first) as advance:
         labelled = label(
             cfg.trace_dir if cfg.trace_dir is not None else cfg.output_dir / "answers",
             teacher,
             selection,
-            who,
+            processes,
             file=selection.source or str(cfg.data.path),
             max_bad_samples=cfg.data.max_bad_samples,
             progress=advance,
@@ -108,18 +108,15 @@ def _train(cfg: TrainConfig, who: Processes) -> LoraResult:
     validation = labelled.rows(out_B.nonzero().flatten().tolist()) if bool(out_B.any()) else None
     answered = time.perf_counter()
 
-    training = LoraTraining(cfg, model, train, validation, who)
+    training = LoraTraining(cfg, model, train, validation, processes)
     try:
-        run_tracked(cfg, training, who)
+        run_tracked(cfg, training, processes)
     finally:
         training.close()
-    result = None
-    if who.first:
-        times = {"answer_seconds": answered - began, "train_seconds": time.perf_counter() - answered}
-        data = {"file": cfg.data.path.name if cfg.data.path else None, "sha256": selection.sha256}
-        record = {"base": base, "data": {**data, **selection.counts}, **_record(cfg, training)}
-        result = _finish(cfg, training, labelled, record, times)
-    who.barrier()
+    times = {"answer_seconds": answered - began, "train_seconds": time.perf_counter() - answered}
+    data = {"file": cfg.data.path.name if cfg.data.path else None, "sha256": selection.sha256}
+    record = {"base": base, "data": {**data, **selection.counts}, **_record(cfg, training)}
+    result = processes.first_alone(lambda: _finish(cfg, training, labelled, record, times))
     return result if result is not None else _finished(cfg)  # type: ignore[return-value]
 
 
