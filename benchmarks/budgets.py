@@ -92,7 +92,7 @@ def router_rule(
 ) -> Rule:
     """The question-only router, the best candidate for each budget."""
     asker = load_asker(
-        EvalConfig(model=bench.settings().model.path, benchmark="gqa", data=bench.scenes, output=bench.work)
+        EvalConfig(model=bench.settings().model, benchmark="gqa", data=bench.scenes, output=bench.work)
     )
     features = router_features(asker, train.questions)
     tuned = [training_settings(one.gates, len(train.questions)) for one in ours]

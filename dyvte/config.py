@@ -5,6 +5,9 @@ field with ``metadata={"choices": registry}`` takes a name of that :class:`~dyvt
 ``metadata={"registry": registry}`` holds one of its dataclasses, which the key ``name`` below it chooses.
 Unknown keys, wrong types and values that the class itself refuses (``ValueError`` in ``__post_init__``) all
 end as one :class:`~dyvte.errors.ConfigError` that names the key by its dotted path.
+
+A field that is a group of settings may be *open* (:func:`open_group`): then a plain value stands for one of
+its settings, and the others may stand beside the group instead of inside.
 """
 
 from __future__ import annotations
@@ -25,6 +28,33 @@ from dyvte.files import write_atomically
 from dyvte.registry import Registry, nearest
 
 Config = TypeVar("Config")
+_ALONE = "alone"
+
+
+def open_group(alone: str) -> dict[str, str]:
+    """Metadata of a field that is a group of settings and may also be given flat.
+
+    With ``model: Backbone = field(metadata=open_group("path"))`` these say the same, in a file, a mapping and
+    overrides::
+
+        model: {path: folder, dtype: float32}
+
+        model: folder
+        dtype: float32
+
+    Parameters
+    ----------
+    alone
+        The group's setting that a plain value stands for. Its other settings may stand beside the group,
+        unless the class has a field of the same name.
+    """
+    return {_ALONE: alone}
+
+
+def setting_names(cls: Any) -> list[str]:
+    """Names that may stand at the top of a file: fields of ``cls`` and the settings of its open groups."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return [*names, *(key for _, _, inside in _open_groups(cls) for key in inside)]
 
 
 def load_config(cls: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -49,10 +79,10 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
     """
     values = {} if path is None else _read_yaml(Path(path))
     if path is not None:
-        values = _anchor(cls, values, Path(path).absolute().parent)
+        values = _anchor(cls, values, Path(path).absolute().parent, str(path))
     origin = "defaults" if path is None else str(path)
     for override in overrides:
-        _apply_override(values, override)
+        _apply_override(cls, values, override)
         origin = f"{path or 'defaults'} with overrides"
     return from_dict(cls, values, origin=origin)
 
@@ -88,17 +118,46 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _anchor(cls: Any, values: Any, folder: Path) -> Any:
+def _open_groups(cls: Any) -> list[tuple[str, str, list[str]]]:
+    """Name of each open group, what a plain value stands for, and the settings that may stand beside it."""
+    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
+    own = {field.name for field in fields}
+    groups = []
+    for field in fields:
+        if _ALONE in field.metadata:
+            inside = [one.name for one in dataclasses.fields(hints[field.name]) if one.name not in own]
+            groups.append((field.name, field.metadata[_ALONE], inside))
+    return groups
+
+
+def _grouped(cls: Any, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The values with each open group's settings inside the group."""
+    found = dict(values)
+    for name, alone, inside in _open_groups(cls):
+        beside = {key: found.pop(key) for key in inside if key in found}
+        if not beside and name not in found:
+            continue
+        group = found.get(name)
+        if not isinstance(group, Mapping):
+            group = {} if group is None else {alone: group}
+        if twice := sorted(beside.keys() & group.keys()):
+            raise ConfigError(f"{origin}: {twice[0]!r} is given twice, once as {_dotted(name, twice[0])!r}")
+        found[name] = {**group, **beside}
+    return found
+
+
+def _anchor(cls: Any, values: Any, folder: Path, origin: str) -> Any:
     """The values with relative paths made absolute, as paths relative to ``folder``."""
     if not dataclasses.is_dataclass(cls) or not isinstance(values, dict):
         return values
+    values = _grouped(cls, values, origin)
     hints = typing.get_type_hints(cls)
     marked = {field.name for field in dataclasses.fields(cls) if field.metadata.get("path")}
     anchored = dict(values)
     for name, value in values.items():
         hint = hints.get(name)
         if dataclasses.is_dataclass(hint):
-            anchored[name] = _anchor(hint, value, folder)
+            anchored[name] = _anchor(hint, value, folder, origin)
         elif isinstance(value, str) and (
             (hint is Path or Path in get_args(hint)) or (name in marked and value.startswith(("./", "../")))
         ):
@@ -106,7 +165,7 @@ def _anchor(cls: Any, values: Any, folder: Path) -> Any:
     return anchored
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(cls: Any, values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r}: expected key=value, for example training.epochs=3")
@@ -115,7 +174,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     node = values
-    *parents, last = key.strip().split(".")
+    *parents, last = _full_key(cls, key.strip(), value).split(".")
     for parent in parents:
         child = node.get(parent)
         if child is None:
@@ -126,6 +185,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+def _full_key(cls: Any, key: str, value: Any) -> str:
+    """The key of an override, where it stands for a setting of an open group."""
+    for name, alone, inside in _open_groups(cls):
+        if key == name and not isinstance(value, Mapping):
+            return f"{name}.{alone}"
+        if key in inside:
+            return f"{name}.{key}"
+    return key
+
+
 def _build(cls: type[Config], values: Any, *, prefix: str, origin: str) -> Config:
     if not isinstance(values, Mapping):
         found = type(values).__name__
@@ -134,11 +203,11 @@ def _build(cls: type[Config], values: Any, *, prefix: str, origin: str) -> Confi
         )
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = _grouped(cls, values, origin)
     for key in values:
         if key not in fields:
-            raise ConfigError(
-                f"{origin}: unknown key {_dotted(prefix, key)!r}{_nearest(str(key), fields, prefix)}"
-            )
+            near = _nearest(str(key), setting_names(cls), prefix)
+            raise ConfigError(f"{origin}: unknown key {_dotted(prefix, key)!r}{near}")
     arguments = {
         name: _convert_field(field, hints[name], values[name], key=_dotted(prefix, name), origin=origin)
         for name, field in fields.items()
@@ -165,7 +234,7 @@ def _dotted(prefix: str, key: Any) -> str:
     return f"{prefix}.{key}" if prefix else str(key)
 
 
-def _nearest(key: str, fields: Mapping[str, Any], prefix: str) -> str:
+def _nearest(key: str, fields: Sequence[str], prefix: str) -> str:
     near = nearest(key, fields)
     if near:
         return f"; did you mean {_dotted(prefix, near)!r}?"

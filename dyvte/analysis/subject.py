@@ -183,9 +183,10 @@ class Subject:
 
     def about(self) -> dict[str, Any]:
         """What the findings belong to."""
-        adapter = {} if self.config.adapter is None else {"adapter": self.config.adapter}
+        model = self.config.model
+        adapter = {} if model.adapter is None else {"adapter": model.adapter}
         return {
-            "backbone": self.config.model,
+            "backbone": model.path,
             **adapter,
             "fingerprint": fingerprint(self.asker.model),
             "weights": weights_digest(self.asker.model),

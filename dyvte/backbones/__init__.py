@@ -2,16 +2,18 @@
 
 from dyvte.backbones.adapter import resolve_adapter
 from dyvte.backbones.attention import watched_attention
+from dyvte.backbones.config import BackboneConfig
 from dyvte.backbones.describe import Backbone, BackboneShape, describe, describe_config, unwrap
 from dyvte.backbones.encode import encode, takes_videos
 from dyvte.backbones.fingerprint import fingerprint, weights_digest
 from dyvte.backbones.grids import visual_places
-from dyvte.backbones.load import load_backbone
+from dyvte.backbones.load import load_backbone, open_backbone, read_model_config
 from dyvte.backbones.padding import ImagePadding, check_image_padding, image_padding, set_image_padding
 from dyvte.backbones.prompts import PromptTemplate, RenderedPrompt, get_template
 
 __all__ = [
     "Backbone",
+    "BackboneConfig",
     "BackboneShape",
     "ImagePadding",
     "PromptTemplate",
@@ -24,6 +26,8 @@ __all__ = [
     "get_template",
     "image_padding",
     "load_backbone",
+    "open_backbone",
+    "read_model_config",
     "resolve_adapter",
     "set_image_padding",
     "takes_videos",

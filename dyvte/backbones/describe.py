@@ -93,7 +93,7 @@ def describe_config(
     """
     config = path_or_config
     if isinstance(path_or_config, (str, os.PathLike)):
-        config = _read_config(path_or_config)
+        config = read_config(resolve_adapter(path_or_config)[0])
     text = _checked_text_config(config)
     return BackboneShape(
         num_layers=text.num_hidden_layers,
@@ -156,19 +156,37 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _read_config(path: str | os.PathLike[str]) -> Any:
+def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model (folder or hub id).
+
+    Raises
+    ------
+    UnsupportedBackboneError
+        If none is there or it cannot be read, with what to do.
+    """
     from transformers import AutoConfig
 
-    path, _ = resolve_adapter(path)
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UnsupportedBackboneError(f"{path} has no config.json: give the folder of a transformers model")
+    check_path(path)
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UnsupportedBackboneError(
             f"cannot read a model config at {path}: {error}{hub_advice(path)}"
         ) from error
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise UnsupportedBackboneError for a path that is neither a model's folder nor a hub id."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UnsupportedBackboneError(
+                f"{path} has no config.json: give the folder of a transformers model"
+            )
+        return
+    # A hub id is "name" or "owner/name"; anything else was meant as a folder.
+    if folder.is_file() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~")):
+        raise UnsupportedBackboneError(f"no model folder at {path}: check the path")
 
 
 def hub_advice(path: str | os.PathLike[str]) -> str:

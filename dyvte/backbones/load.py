@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dyvte.backbones.adapter import load_adapter, resolve_adapter
-from dyvte.backbones.describe import hub_advice
+from dyvte.backbones.config import BackboneConfig
+from dyvte.backbones.describe import check_path, hub_advice, read_config
 from dyvte.backbones.given_features import FeaturesProcessor, put_stand_in, takes_features
 from dyvte.backbones.padding import ImagePadding, set_image_padding
 from dyvte.backbones.quantize import quantized_arguments
@@ -36,7 +36,8 @@ def load_backbone(
         Folder written by ``save_pretrained`` of model and processor, or a hub id; or the folder of a PEFT
         adapter, which names its backbone.
     dtype
-        "auto": as stored.
+        "auto": as stored, and float32 on a CPU, where half precision is several times slower and rounds
+        differently from one batch shape to the next.
     attn_implementation
         "sdpa", "eager" or "flash_attention_2" (needs the flash-attn package and a GPU).
     device
@@ -64,8 +65,9 @@ def load_backbone(
     from dyvte.backbones.describe import describe
 
     path, adapter = resolve_adapter(path, adapter)
-    _check_path(path)
+    check_path(path)
     _check_attention(attn_implementation)
+    dtype = _dtype(dtype, device)
     packed = quantized_arguments(quantization, dtype, device)
     processor = load_processor(path, trust_remote_code=trust_remote_code, image_features=image_features)
     try:
@@ -88,6 +90,39 @@ def load_backbone(
         model = load_adapter(model, adapter)
     model.requires_grad_(False).eval()
     return (model if device is None or packed else model.to(device)), processor
+
+
+def open_backbone(config: BackboneConfig, device: torch.device | None = None) -> tuple[Any, Any]:
+    """The configured model, frozen and in eval mode, and its processor: `load_backbone` of its settings.
+
+    Parameters
+    ----------
+    device
+        Where it goes, unless the configuration names a device. None: where transformers puts it (CPU).
+    """
+    return load_backbone(
+        config.path,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        device=config.device or device,
+        trust_remote_code=config.trust_remote_code,
+        adapter=config.adapter,
+        quantization=config.quantization,
+        image_padding=config.image_padding,
+        image_features=config.image_features,
+    )
+
+
+def read_model_config(config: BackboneConfig) -> Any:
+    """The transformers config of the configured backbone (for an adapter, of the model that it names).
+
+    Raises
+    ------
+    UnsupportedBackboneError
+        If none is there or it cannot be read, with what to do.
+    """
+    path, _ = resolve_adapter(config.path, config.adapter)
+    return read_config(path, trust_remote_code=config.trust_remote_code)
 
 
 def load_processor(
@@ -128,17 +163,17 @@ def load_processor(
     return processor
 
 
-def _check_path(path: str | os.PathLike[str]) -> None:
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UnsupportedBackboneError(
-                f"{path} has no config.json: give the folder of a transformers model"
-            )
-        return
-    # A hub id is "name" or "owner/name"; anything else was meant as a folder.
-    if folder.is_file() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~")):
-        raise UnsupportedBackboneError(f"no model folder at {path}: check the path")
+def _dtype(name: str | torch.dtype, device: str | torch.device | None) -> str | torch.dtype:
+    """The precision to load in: "auto" only where it means that of the checkpoint."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name == "auto":
+        on_cpu = device is None or torch.device(device).type == "cpu"
+        return torch.float32 if on_cpu else name
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise UnsupportedBackboneError(f"dtype {name!r}: expected auto, float32, bfloat16 or float16")
+    return found
 
 
 def _check_attention(name: str) -> None:

@@ -11,14 +11,12 @@ Config = TypeVar("Config")
 
 def config_from(cls: type[Config], args: argparse.Namespace) -> Config:
     """A configuration from ``--config``, then the options that were given, then ``--set``."""
-    import dataclasses
-
     import yaml
 
-    from dyvte.config import load_config
+    from dyvte.config import load_config, setting_names
 
     given = vars(args)
-    names = [f.name for f in dataclasses.fields(cls) if given.get(f.name) is not None]  # type: ignore[arg-type]
+    names = [name for name in setting_names(cls) if given.get(name) is not None]
     overrides = [f"{name}={yaml.safe_dump(given[name], default_flow_style=True)}" for name in names]
     return load_config(cls, args.config, [*overrides, *args.set])
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from dyvte.backbones import describe_config
+    from dyvte.backbones import describe_config, read_model_config
     from dyvte.calibration import check_plot, plot_search, write_fixed_layer
     from dyvte.gates import GateConfig
     from dyvte.training.tracing import search_k
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_NONE_QUALIFIES
     print(f"K = {found.k} of {len(found.kl) - 1}")
     if args.write:
-        shape = describe_config(cfg.model.path)
+        shape = describe_config(read_model_config(cfg.model))
         base = GateConfig(
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,

@@ -46,9 +46,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from transformers import AutoConfig
-
-    from dyvte.backbones import describe
+    from dyvte.backbones import describe, read_model_config
     from dyvte.backbones.sizes import decoder_shape
     from dyvte.comparison.plan_search import combinations, search_plans
     from dyvte.comparison.plans import traces_of
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     cfg = config_of(args, ["output_dir=."])
     root = Path(args.output)
-    shape = decoder_shape(AutoConfig.from_pretrained(cfg.model.path))
+    shape = decoder_shape(read_model_config(cfg.model))
     given = args.reduction or combinations(shape.num_layers, args.profile, shape.num_heads)
     reductions = list(dict.fromkeys(["none", *given]))
     if wrong := [budget for budget in args.budget if not 0 < budget <= 1]:

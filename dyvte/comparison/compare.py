@@ -10,10 +10,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import dyvte
-from dyvte.backbones import encode
+from dyvte.backbones import BackboneConfig, encode
 from dyvte.calibration import gate_logits, search_exit_layer
 from dyvte.comparison.baselines import (
     VtwChoice,
@@ -36,7 +36,7 @@ from dyvte.comparison.runs import (
 from dyvte.comparison.scenes import TracedScenes, load_scenes
 from dyvte.comparison.significance import score_difference
 from dyvte.comparison.traces import Pair, compare_on_traces
-from dyvte.config import dump_config
+from dyvte.config import dump_config, open_group
 from dyvte.data import load_image, open_conversations, select
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import Asker, encoded_batches, plan_batches
@@ -50,7 +50,8 @@ from dyvte.tasks.base import get_benchmark
 class CompareConfig:
     """Settings of ``dyvte compare``."""
 
-    model: str = field(metadata={"path": True})
+    model: BackboneConfig = field(metadata=open_group("path"))
+    """The backbone, as for ``dyvte eval``."""
     gates: tuple[str, ...]
     """Gates checkpoints, one per seed."""
     output: Path
@@ -70,14 +71,9 @@ class CompareConfig:
     question_suffix: str | None = None
     """Appended to benchmark questions; None: LLaVA's short-answer request."""
     template: str = "auto"
-    image_padding: Literal["auto", "square", "none"] = "auto"
-    """As for ``dyvte eval``."""
     dialect: str = "original"
     batch_size: int = 64
     max_new_tokens: int = 16
-    dtype: str = "auto"
-    attn_implementation: str = "sdpa"
-    device: str | None = None
     limit: int | None = None
     """Ask about this many benchmark questions only."""
     sweep_questions: int = 500
@@ -280,13 +276,9 @@ def _eval_config(config: CompareConfig) -> EvalConfig:
         output=config.output / "runs",
         question_suffix=config.question_suffix,
         template=config.template,
-        image_padding=config.image_padding,
         dialect=config.dialect,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        device=config.device,
         limit=config.limit,
         timing_batches=0,
         seed=config.seed,

@@ -10,14 +10,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dyvte.backbones import PromptTemplate, RenderedPrompt, encode
+from dyvte.backbones import BackboneConfig, PromptTemplate, RenderedPrompt, encode
 from dyvte.backbones.encode import takes_videos
 from dyvte.backbones.sizes import decoder_shape
+from dyvte.config import open_group
 from dyvte.data import load_image
 from dyvte.errors import ConfigError
 from dyvte.evaluation.run_log import Answer, pack_layers
@@ -32,21 +33,12 @@ from dyvte.tasks.readers.videos import read_frames
 class AskingConfig:
     """A backbone and how it is asked, whoever brings the questions."""
 
-    model: str = field(metadata={"path": True})
-    """Backbone: folder or hub id."""
-    adapter: str | None = field(default=None, metadata={"path": True})
-    """PEFT adapter to put on the backbone: folder or hub id."""
+    model: BackboneConfig = field(metadata=open_group("path"))
+    """The backbone: folder or hub id, or the group of its settings, which may also stand beside it."""
     template: str = "auto"
     """Prompt template: v1, chat or auto."""
-    image_padding: Literal["auto", "square", "none"] = "auto"
-    """Pad images to a square as LLaVA-1.5 does; auto: where the backbone is a LLaVA-1.5."""
     batch_size: int = 16
     max_new_tokens: int = 16
-    dtype: str = "auto"
-    """auto: as stored on a GPU, float32 on a CPU."""
-    attn_implementation: str = "sdpa"
-    device: str | None = None
-    trust_remote_code: bool = False
     num_frames: int = 8
     """Frames sampled from a video."""
     seed: int = 0

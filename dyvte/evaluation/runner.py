@@ -15,12 +15,13 @@ import torch
 
 import dyvte
 from dyvte.backbones import (
+    BackboneConfig,
     check_image_padding,
     describe,
     fingerprint,
     get_template,
     image_padding,
-    load_backbone,
+    open_backbone,
     weights_digest,
 )
 from dyvte.config import dump_config, to_dict
@@ -110,18 +111,7 @@ class PolicyResult:
 
 def load_asker(config: AskingConfig, device: torch.device | None = None) -> Asker:
     """The backbone of a configuration, ready to be asked; on ``device`` unless it names one."""
-    device = config.device or str(device or own_device())
-    # half precision is slow on a CPU, and rounds differently from one batch shape to the next
-    dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
-    model, processor = load_backbone(
-        config.model,
-        dtype=dtype,
-        attn_implementation=config.attn_implementation,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-        adapter=config.adapter,
-        image_padding=config.image_padding,
-    )
+    model, processor = open_backbone(config.model, device or own_device())
     template = get_template(config.template, processor)
     return Asker(model, processor, template, config.max_new_tokens, config.num_frames)
 
@@ -192,7 +182,11 @@ def run_policies(
         for named, log, given in zip(policies, logs, answers, strict=True):
             scores = _scores(asker, benchmark, questions, given, reference, config, named.reductions)
             scores["timing"] = timing.get(named.name)
-            scores["run"] = {**_identity_of(named, identity), "name": named.name, "backbone": config.model}
+            scores["run"] = {
+                **_identity_of(named, identity),
+                "name": named.name,
+                "backbone": config.model.path,
+            }
             scores["config"] = to_dict(config)
             dump_config(config, log.folder / CONFIG_FILE)
             results.append(_write(benchmark, questions, PolicyResult(named.name, log.folder, given, scores)))
@@ -327,9 +321,17 @@ def _identity(
         "num_frames": config.num_frames,
         "seed": config.seed,
         "dtype": str(asker.model.dtype),
-        "attn_implementation": config.attn_implementation,
+        "attn_implementation": config.model.attn_implementation,
+        **_unusual(config.model),
         "device": asker.device.type,
         "dyvte": dyvte.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _unusual(backbone: BackboneConfig) -> dict[str, str]:
+    """What answers depend on and neither weights nor processor tell; only where it is set."""
+    packed = {} if backbone.quantization == "none" else {"quantization": backbone.quantization}
+    features = {} if backbone.image_features is None else {"image_features": backbone.image_features}
+    return {**packed, **features}

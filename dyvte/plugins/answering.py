@@ -29,7 +29,7 @@ _UNDERSTOOD = ("until", "max_new_tokens", "do_sample", "temperature", "top_p", "
 class PluginConfig(AskingConfig):
     """Arguments of the model in another harness: those of ``dyvte eval`` that concern one model.
 
-    The harness passes ``pretrained`` for ``model``.
+    The harness passes ``pretrained`` for ``model``, and its settings beside it.
     """
 
     batch_size: int = 1

@@ -6,33 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dyvte.backbones import BackboneConfig
+from dyvte.config import open_group
 from dyvte.gates import ARCHITECTURES
 from dyvte.objectives import OBJECTIVES, ExpectedRisk, Objective
 from dyvte.teacher.teacher import TeacherConfig
 from dyvte.training.lora.config import LoraConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The frozen backbone."""
-
-    path: str = field(metadata={"path": True})
-    """Folder or hub id of a transformers image-text-to-text model and its processor; or the folder of a PEFT
-    adapter, which names its backbone."""
-    adapter: str | None = field(default=None, metadata={"path": True})
-    """PEFT adapter to put on the model: folder or hub id."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """"auto" is as stored on a GPU and float32 on a CPU."""
-    attn_implementation: str = "sdpa"
-    """"sdpa", "eager" or "flash_attention_2"."""
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint."""
-    image_padding: Literal["auto", "square", "none"] = "auto"
-    """Pad images to a square as LLaVA-1.5 does; "auto": where the backbone is a LLaVA-1.5."""
-    image_features: str | None = None
-    """``module:function`` from images to features, for a folder without a vision tower (VILA, Eagle)."""
-    quantization: Literal["none", "int8", "nf4"] = "none"
-    """Load the weights in 8 or 4 bits (bitsandbytes, on a GPU); gates learn what that model says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +141,7 @@ class TrackingConfig:
 class TrainConfig:
     """A whole training run."""
 
-    model: ModelConfig
+    model: BackboneConfig = field(metadata=open_group("path"))
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     gates: GatesConfig = field(default_factory=GatesConfig)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dyvte.backbones import describe_config, resolve_adapter, set_image_padding
+from dyvte.backbones import describe_config, read_model_config, resolve_adapter, set_image_padding
 from dyvte.backbones.given_features import put_stand_in, takes_features
 from dyvte.backbones.load import load_processor
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
@@ -62,8 +62,9 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
         If there is no model config: for a hub id that is not cached, with what to do.
     """
     base, _ = resolve_adapter(cfg.model.path, cfg.model.adapter)
-    shape = describe_config(base)
-    model = _without_weights(cfg, base)
+    config = read_model_config(cfg.model)
+    shape = describe_config(config)
+    model = _without_weights(cfg, base, config)
     sizes = decoder_shape(model.config)
     selection = select_samples(cfg)
     identity = {"id": cfg.model.path, "fingerprint": shape.fingerprint}
@@ -157,12 +158,11 @@ def _parameters(gates: GateStack) -> int:
     return sum(parameter.numel() for parameter in gates.parameters())
 
 
-def _without_weights(cfg: TrainConfig, base: str) -> Any:
+def _without_weights(cfg: TrainConfig, base: str, config: Any) -> Any:
     """The model's modules on the meta device: shapes, no storage."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     trust = cfg.model.trust_remote_code
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust).eval()
     if takes_features(base):

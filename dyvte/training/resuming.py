@@ -27,6 +27,7 @@ FREE = (
     "data.image_folder",
     "model.path",
     "model.adapter",
+    "model.device",
     "model.trust_remote_code",
     "teacher.batch_size",
     "teacher.exits_per_chunk",

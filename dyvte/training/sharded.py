@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from dyvte.backbones import describe, load_backbone
+from dyvte.backbones import BackboneConfig, describe, open_backbone, read_model_config
 from dyvte.data import Defect, Sample, Selection
 from dyvte.distributed import Processes, import_deepspeed
 from dyvte.errors import ConfigError, DataError
 from dyvte.teacher import Teacher
 from dyvte.teacher.store import Manifest, Shard
-from dyvte.training.config import ModelConfig, TrainConfig
+from dyvte.training.config import TrainConfig
 from dyvte.training.zero import backbone_config, shards_backbone
 
 log = logging.getLogger(__name__)
@@ -69,24 +69,6 @@ def opened_backbone(cfg: TrainConfig, processes: Processes) -> Iterator[tuple[An
             engine.destroy()
         del told_transformers, engine
         gc.collect()
-
-
-def open_backbone(cfg: ModelConfig, device: torch.device | None) -> tuple[Any, Any]:
-    """Model and processor on ``device``; "auto" precision is float32 on a CPU."""
-    dtype = cfg.dtype
-    if dtype == "auto" and (device is None or device.type == "cpu"):
-        dtype = "float32"
-    return load_backbone(
-        cfg.path,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        attn_implementation=cfg.attn_implementation,
-        device=device,
-        trust_remote_code=cfg.trust_remote_code,
-        adapter=cfg.adapter,
-        quantization=cfg.quantization,
-        image_padding=cfg.image_padding,
-        image_features=cfg.image_features,
-    )
 
 
 class Lockstep:
@@ -137,13 +119,11 @@ class Lockstep:
         raise DataError("no sample of the selection can be traced")
 
 
-def _stored_dtype(cfg: ModelConfig, device: torch.device) -> str:
+def _stored_dtype(cfg: BackboneConfig, device: torch.device) -> str:
     """The precision of the weights, by name; ZeRO-3 must know it before they are read."""
     if cfg.dtype != "auto":
         return cfg.dtype
     if device.type == "cpu":
         return "float32"
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
-    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    stored = getattr(read_model_config(cfg), "dtype", None)
+    return str(stored or "float32").removeprefix("torch.")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dyvte.backbones import describe_config, fingerprint, image_padding, weights_digest
+from dyvte.backbones import describe_config, fingerprint, image_padding, open_backbone, weights_digest
 from dyvte.calibration import LayerSearch, measure_profile, search_exit_layer
 from dyvte.data import Selection, open_conversations, open_hub_conversations, select
 from dyvte.distributed import Processes, join_processes, own_device
@@ -17,7 +17,7 @@ from dyvte.errors import ConfigError
 from dyvte.reductions import VisualProfile
 from dyvte.teacher import Teacher, TraceStore, write_traces
 from dyvte.training.config import TrainConfig
-from dyvte.training.sharded import Lockstep, open_backbone, opened_backbone
+from dyvte.training.sharded import Lockstep, opened_backbone
 from dyvte.training.zero import shards_backbone
 
 

@@ -15,7 +15,7 @@ from dyvte.analysis.last_token import LastToken
 from dyvte.analysis.migration import blanked, blind_answers
 from dyvte.analysis.stages import Flows, stage_ends
 from dyvte.analysis.watching import KINDS, watch
-from dyvte.backbones import get_template
+from dyvte.backbones import BackboneConfig, get_template
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.evaluation.generation import Asker, load_image
 from dyvte.evaluation.run_log import read_answers
@@ -51,7 +51,7 @@ def world(tmp_path_factory):
 
 def _subject(world, output, **changes) -> Subject:
     settings = AnalysisConfig(
-        model="tiny",
+        model=BackboneConfig(path="tiny"),
         benchmark="gqa",
         data=world.root / "gqa",
         output=output,

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from dyvte.backbones import load_backbone, weights_digest
+from dyvte.backbones import BackboneConfig, load_backbone, open_backbone, weights_digest
 from dyvte.config import from_dict
 from dyvte.distributed import Processes
 from dyvte.errors import ConfigError, UnsupportedBackboneError
-from dyvte.training.config import ModelConfig, TrainConfig
-from dyvte.training.sharded import open_backbone, opened_backbone
+from dyvte.training.config import TrainConfig
+from dyvte.training.sharded import opened_backbone
 from tests.helpers.models import tiny_llava
 
 
@@ -35,7 +35,7 @@ def test_another_name_is_refused(folder) -> None:
     with pytest.raises(UnsupportedBackboneError, match=r"'int4'.*'int8' or 'nf4'"):
         load_backbone(folder, quantization="int4")
     with pytest.raises(ConfigError, match=r"quantization.*'none', 'int8', 'nf4'"):
-        from_dict(ModelConfig, {"path": "m", "quantization": "int4"})
+        from_dict(BackboneConfig, {"path": "m", "quantization": "int4"})
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])
@@ -52,7 +52,7 @@ def test_from_pretrained_gets_the_packing_and_the_device(folder, monkeypatch, na
     monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: True)
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", record)
     monkeypatch.setattr(torch.nn.Module, "to", lambda *_: pytest.fail("packed weights cannot be moved"))
-    cfg = ModelConfig(path=str(folder), dtype="bfloat16", quantization=name)
+    cfg = BackboneConfig(path=str(folder), dtype="bfloat16", quantization=name)
     open_backbone(cfg, torch.device("cpu"))
     packing = told["quantization_config"].to_dict()
     assert told["device_map"] == {"": "cpu"}

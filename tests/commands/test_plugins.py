@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dyvte.backbones import BackboneConfig
 from dyvte.data import load_image
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import answer, encode_questions
@@ -148,7 +149,7 @@ def test_vlmevalkit_runs_unmodified_with_our_class(small, tmp_path):
     found = json.loads((tmp_path / "ours_GQA_local.json").read_text())
     exits = [json.loads(line) for line in (tmp_path / "out" / "exits.jsonl").read_text().splitlines()]
     settings = EvalConfig(
-        model=str(small / "model"),
+        model=BackboneConfig(path=str(small / "model")),
         benchmark="gqa",
         data=small,
         output=tmp_path,
@@ -326,7 +327,7 @@ def test_lmms_eval_scores_are_the_runners(policy, reduction, batch_size, plugins
     for name in ("gqa", "mme"):
         (ours,) = evaluate(
             EvalConfig(
-                model=str(BACKBONE),
+                model=BackboneConfig(path=str(BACKBONE)),
                 benchmark=name,
                 data=scenes / f"mini_{name}",
                 output=tmp_path / name,

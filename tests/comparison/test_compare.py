@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dyvte.backbones import BackboneConfig
 from dyvte.comparison.compare import CompareConfig, compare, make_pairs
 from dyvte.comparison.router import BagOfWords
 from dyvte.comparison.scenes import TracedScenes, load_scenes
@@ -188,7 +189,7 @@ def world(tmp_path_factory):
 
 def _config(world, output, **changes):
     settings = CompareConfig(
-        model=str(world / "model"),
+        model=BackboneConfig(path=str(world / "model")),
         gates=(str(world / "gates-0"), str(world / "gates-1")),
         output=output,
         image_folder=world / "images",

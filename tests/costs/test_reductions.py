@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyvte
-from dyvte.backbones import describe
+from dyvte.backbones import BackboneConfig, describe
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.costs.prefill import layer_flops
 from dyvte.costs.reductions import tokens_left, visual_factors, window_share
@@ -140,7 +140,7 @@ def test_an_evaluation_counts_what_reductions_make_cheaper(tmp_path):
     (data / "testdev_balanced_questions.json").write_text(json.dumps(questions))
     text = "neighbours:1+ffn:0.5"
     config = EvalConfig(
-        model=str(tmp_path / "backbone"),
+        model=BackboneConfig(path=str(tmp_path / "backbone")),
         benchmark="gqa",
         data=data,
         output=tmp_path / "out",

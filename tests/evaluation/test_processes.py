@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from dyvte.backbones import get_template
+from dyvte.backbones import BackboneConfig, get_template
 from dyvte.distributed import Processes
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import Asker, answer, encode_questions
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 
 def _config(data, output, **changes):
     settings = EvalConfig(
-        model="tiny",
+        model=BackboneConfig(path="tiny"),
         benchmark="gqa",
         data=data,
         output=output,

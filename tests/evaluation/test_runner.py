@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from dyvte.backbones import BackboneConfig
 from dyvte.comparison.probe import probe_gates
 from dyvte.comparison.question_features import TextStates
 from dyvte.errors import ConfigError, GateMismatchError
@@ -51,7 +52,7 @@ def gates_folder(tmp_path_factory):
 
 def _config(data, output, benchmark="gqa", **changes):
     settings = EvalConfig(
-        model="tiny",
+        model=BackboneConfig(path="tiny"),
         benchmark=benchmark,
         data=data / benchmark,
         output=output,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dyvte.backbones import get_template
+from dyvte.backbones import BackboneConfig, get_template
 from dyvte.evaluation.generation import Asker, encode_questions, pictures
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import parse_policies
@@ -67,7 +67,7 @@ def questions(tmp_path):
 
 def test_videos_are_asked_and_left_behind(asker, questions, tmp_path):
     config = EvalConfig(
-        model="tiny",
+        model=BackboneConfig(path="tiny"),
         benchmark="tgifqa",
         data=tmp_path / "data",
         output=tmp_path / "out",

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from dyvte.backbones import get_template
+from dyvte.backbones import BackboneConfig, get_template
 from dyvte.cli import main
 from dyvte.evaluation.generation import Asker
 from dyvte.evaluation.runner import EvalConfig, run_policies
@@ -48,7 +48,7 @@ def world(tmp_path_factory):
     for name in ("gqa", "mme"):
         policies = [*POLICIES, f"gates:{root / 'gates'}"]
         settings = EvalConfig(
-            model="tiny",
+            model=BackboneConfig(path="tiny"),
             benchmark=name,
             data=root / name,
             output=root / "runs" / name,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dyvte.backbones import describe_config
+from dyvte.backbones import describe_config, read_model_config
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Plan
 from dyvte.training.lora.model import add_adapter, target_pattern, trainable
@@ -17,13 +17,13 @@ from dyvte.training.zero import engine_config, stage_of
 
 def lora_dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     """Numbers of the run; raises what the run itself would raise about its data and settings."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     check_settings(cfg)
-    config = AutoConfig.from_pretrained(cfg.model.path, trust_remote_code=cfg.model.trust_remote_code)
+    config = read_model_config(cfg.model)
     shape = describe_config(config)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
         pattern = target_pattern(model, cfg.lora)
         model = add_adapter(model, cfg.lora, cfg.seed)
     selection = select_samples(cfg)

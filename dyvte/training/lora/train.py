@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dyvte import __version__
-from dyvte.backbones import describe, fingerprint, resolve_adapter, weights_digest
+from dyvte.backbones import describe, fingerprint, open_backbone, resolve_adapter, weights_digest
 from dyvte.backbones.adapter import ADAPTER_WEIGHTS
 from dyvte.config import to_dict
 from dyvte.distributed import Processes, join_processes
@@ -34,7 +34,7 @@ from dyvte.training.lora.metrics import exit_columns, exit_rows, exit_table
 from dyvte.training.lora.model import add_adapter, save_adapter, trainable
 from dyvte.training.running import SUMMARY_FILE, disk_errors_named, prepare_output, run_tracked
 from dyvte.training.schedule import held_out
-from dyvte.training.tracing import open_backbone, progress_bar, select_samples
+from dyvte.training.tracing import progress_bar, select_samples
 from dyvte.training.zero import engine_config, stage_of
 
 
