@@ -50,8 +50,8 @@ def run(command, **more):
 
 def test_arguments_of_a_harness_are_checked_like_a_configuration():
     config = plugin_config("--model_args", "some/model", policy="fixed:3", batch_size=4, device=None)
-    assert (config.model, config.policy, config.reduction) == ("some/model", "fixed:3", "none")
-    assert (config.batch_size, config.image_padding) == (4, "auto")
+    assert (config.model.path, config.policy, config.reduction) == ("some/model", "fixed:3", "none")
+    assert (config.batch_size, config.model.image_padding) == (4, "auto")
     with pytest.raises(ConfigError, match=r"--model_args: unknown key 'polcy'; did you mean 'policy'"):
         plugin_config("--model_args", "some/model", polcy="never")
     with pytest.raises(ConfigError, match="batch_size: expected int, found '4'"):
@@ -149,13 +149,11 @@ def test_vlmevalkit_runs_unmodified_with_our_class(small, tmp_path):
     found = json.loads((tmp_path / "ours_GQA_local.json").read_text())
     exits = [json.loads(line) for line in (tmp_path / "out" / "exits.jsonl").read_text().splitlines()]
     settings = EvalConfig(
-        model=BackboneConfig(path=str(small / "model")),
+        model=BackboneConfig(path=str(small / "model"), image_padding="square", device="cpu"),
         benchmark="gqa",
         data=small,
         output=tmp_path,
-        image_padding="square",
         max_new_tokens=4,
-        device="cpu",
     )
     asker = load_asker(settings)
     policy = with_reductions(parse_policies(("fixed:3",)), ("fastv:1:0.5",))[0]
@@ -327,7 +325,7 @@ def test_lmms_eval_scores_are_the_runners(policy, reduction, batch_size, plugins
     for name in ("gqa", "mme"):
         (ours,) = evaluate(
             EvalConfig(
-                model=BackboneConfig(path=str(BACKBONE)),
+                model=BackboneConfig(path=str(BACKBONE), device="cpu"),
                 benchmark=name,
                 data=scenes / f"mini_{name}",
                 output=tmp_path / name,
@@ -338,7 +336,6 @@ def test_lmms_eval_scores_are_the_runners(policy, reduction, batch_size, plugins
                 batch_size=batch_size,
                 max_new_tokens=8,
                 timing_batches=0,
-                device="cpu",
             )
         )
         (file,) = (tmp_path / "out").rglob(f"*_samples_{name}_scenes.jsonl")
