@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 
 from gate_training import Bench, bench_arguments, hidden_size, mean_risk
-from tqdm import tqdm
 
 from dyvte.calibration.operating_points import fixed_points
 from dyvte.comparison.baselines import (
@@ -31,6 +30,7 @@ from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.traces import ORACLE_LAMS
 from dyvte.evaluation.latency import machine
 from dyvte.evaluation.runner import EvalConfig, load_asker
+from dyvte.progress import progress
 
 OUR_SHAPES = ("compact", "shared")
 REFERENCE = "objective.name=reference_label"
@@ -98,9 +98,9 @@ def router_rule(
     tuned = [training_settings(one.gates, len(train.questions)) for one in ours]
     steps = len(features) * sum(router_steps(len(train.questions), settings) for settings in tuned)
     seeds = []
-    with tqdm(total=steps, desc="question-only routers", unit="step") as progress:
+    with progress(steps, "question-only routers", "step") as advance:
         for settings in tuned:
-            candidates = train_router_candidates(features, train, calibration, settings, progress.update)
+            candidates = train_router_candidates(features, train, calibration, settings, advance)
             seeds.append(
                 lambda budget, c=candidates: best_router(c, budget).points(
                     test.questions, test.trace.num_visual

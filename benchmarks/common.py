@@ -26,6 +26,7 @@ import transformers
 import dyvte
 from dyvte.gates import GateConfig, GateStack
 from dyvte.policies import OraclePolicy
+from dyvte.progress import progress
 
 PREFIX, VISUAL, PROMPT = 35, 576, 40
 TOKENS, TEXT = PREFIX + VISUAL + PROMPT, PREFIX + PROMPT
@@ -230,12 +231,14 @@ def interleaved(variants: dict[str, Callable[[], float]], rounds: int, seed: int
     """Seconds of each variant in each round, in a new order every round; the first round is not counted."""
     times: Times = {name: [] for name in variants}
     order = random.Random(seed)
-    for round_index in range(rounds + 1):
-        for name in order.sample(list(variants), len(variants)):
-            with torch.inference_mode():
-                seconds = variants[name]()
-            if round_index:
-                times[name].append(seconds)
+    with progress((rounds + 1) * len(variants), "timing", "run") as advance:
+        for round_index in range(rounds + 1):
+            for name in order.sample(list(variants), len(variants)):
+                with torch.inference_mode():
+                    seconds = variants[name]()
+                if round_index:
+                    times[name].append(seconds)
+                advance(1)
     return times
 
 
@@ -305,23 +308,40 @@ def setting_of(args: argparse.Namespace, **more: object) -> dict[str, str]:
     }
 
 
-def report(setting: dict[str, str], times: Times, figures: dict[str, Figure], path: str | None) -> None:
-    """Print, and write as JSON where asked."""
-    print_setting(setting)
-    for name, values in times.items():
-        print(f"{name:34} {1e3 * statistics.median(values):9.2f} ms")
-    print(f"\n{'median of ratios':40} {'':6}   95 % bounds        target")
-    for name, one in figures.items():
-        print(f"{name:40} {one.median:6.3f}   {one.low:.3f} .. {one.high:.3f}     {one.target}".rstrip())
-    plain = {name: vars(one) for name, one in figures.items()}
-    write_json(path, {"setting": setting, "figures": plain, "seconds": times})
+class Report:
+    """Prints what a benchmark finds as it comes, and keeps it as JSON where asked: a long one may be killed.
+
+    Parameters
+    ----------
+    setting
+        Machine, versions and sizes; printed first.
+    path
+        JSON file of all that was found so far, or None.
+    """
+
+    def __init__(self, setting: dict[str, str], path: str | None) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {"setting": setting, "figures": {}, "seconds": {}}
+        print_setting(setting)
+
+    def add(self, times: Times, figures: dict[str, Figure]) -> None:
+        """Print medians and ratios, and keep them."""
+        for name, values in times.items():
+            print(f"{name:34} {1e3 * statistics.median(values):9.2f} ms")
+        print(f"\n{'median of ratios':40} {'':6}   95 % bounds        target")
+        for name, one in figures.items():
+            print(f"{name:40} {one.median:6.3f}   {one.low:.3f} .. {one.high:.3f}     {one.target}".rstrip())
+        print(flush=True)
+        self.found["seconds"] |= times
+        self.found["figures"] |= {name: vars(one) for name, one in figures.items()}
+        write_json(self.path, self.found)
 
 
 def print_setting(setting: dict[str, str]) -> None:
     """One line each."""
     for name, value in setting.items():
         print(f"{name:16} {value}")
-    print()
+    print(flush=True)
 
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:

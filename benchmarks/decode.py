@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from common import (
     Decoding,
+    Report,
     arguments,
     build_model,
     inside,
@@ -22,7 +23,6 @@ from common import (
     make_inputs,
     oracle,
     ratio,
-    report,
     setting_of,
     silent_gates,
     spread_exits,
@@ -77,14 +77,6 @@ def main() -> None:
         variants["rows leave one by one"] = oracle(spread)
     decodings = {name: Decoding(model, inputs, exits) for name, exits in variants.items()}
     waits = {name: waits_of(one) for name, one in decodings.items()}
-    times = interleaved({name: one.seconds for name, one in decodings.items()}, args.rounds)
-    figures = {
-        f"{name} / stock": ratio(
-            times, [name], ["stock"], "" if name == "rows leave one by one" else NOT_GROUPED
-        )
-        for name in variants
-        if name != "stock"
-    }
     weights = sum(p.numel() * p.element_size() for p in model.get_decoder().parameters())
     cache = kv_bytes(decodings["stock"].cache)
     setting = setting_of(
@@ -93,10 +85,18 @@ def main() -> None:
         exit_layers=f"one by one: {spread}",
         reads=f"{cache / (cache + weights):.0%} of what a stock step reads is K/V, the rest weights",
     )
-    report(setting, times, figures, args.json)
-    print()
+    report = Report(setting, args.json)
     for name, count in waits.items():
         print(f"waits of the host in one step, {name:34} {count}")
+    times = interleaved({name: one.seconds for name, one in decodings.items()}, args.rounds)
+    figures = {
+        f"{name} / stock": ratio(
+            times, [name], ["stock"], "" if name == "rows leave one by one" else NOT_GROUPED
+        )
+        for name in variants
+        if name != "stock"
+    }
+    report.add(times, figures)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from common import Times, arguments, interleaved, ratio, report, setting_of
+from common import Report, Times, arguments, interleaved, ratio, setting_of
 
 from dyvte.backbones import get_template, load_backbone
 from dyvte.evaluation.generation import (
@@ -116,11 +116,13 @@ def main() -> None:
     ways = {"one by one, with attention weights": Way(parts, reference_way, load(args, "eager"))}
     for text in ["never", *args.policy]:
         ways[f"batched, {text}"] = Way(parts, batched_way, sdpa, parse_named(text), args.batch)
+    setting = setting_of(args, model=args.model, tokens=f"{args.benchmark}, batch {args.batch}")
+    report = Report(setting, args.json)
     times = interleaved({name: way.seconds for name, way in ways.items()}, args.rounds)
-    _report(args, ways, times)
+    _add(report, ways, times)
 
 
-def _report(args: argparse.Namespace, ways: dict[str, Way], times: Times) -> None:
+def _add(report: Report, ways: dict[str, Way], times: Times) -> None:
     reference, full, *_ = ways
     # The first round warms up.
     processor = {name: way.processor[1:] for name, way in ways.items()}
@@ -129,9 +131,8 @@ def _report(args: argparse.Namespace, ways: dict[str, Way], times: Times) -> Non
         figures[f"one by one / {name}"] = ratio(times, [reference], [name], "at least 3")
         figures[f"the same, processor seconds: {name}"] = ratio(processor, [reference], [name])
     changed = [key for key, text in ways[reference].answers.items() if ways[full].answers[key] != text]
-    setting = setting_of(args, model=args.model, tokens=f"{args.benchmark}, batch {args.batch}")
-    setting["answers that batching changed"] = f"{len(changed)} of {len(ways[reference].answers)}"
-    report(setting, times, figures, args.json)
+    print(f"answers that batching changed: {len(changed)} of {len(ways[reference].answers)}\n")
+    report.add(times, figures)
     if changed:
         raise SystemExit(f"batching changed the answers of {changed}")
 

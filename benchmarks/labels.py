@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,12 +26,12 @@ from common import (
     PREFIX,
     VISUAL,
     Figure,
+    Report,
     arguments,
     build_model,
     interleaved,
     print_setting,
     ratio,
-    report,
     setting_of,
     timed,
 )
@@ -159,6 +159,8 @@ def compare(args: argparse.Namespace) -> None:
     }
     for name, k in steps.items():
         runs[name] = lambda k=k: reference_step(model, inputs, answer, k)
+    setting = setting_of(args, tokens=f"{PREFIX} + {VISUAL} visual + {args.text}, batch {args.batch}")
+    report = Report(setting, args.json)
     times = interleaved({name: timed(run, device) for name, run in runs.items()}, args.rounds)
     labels = {"teacher": args.layers, thinned: sum(k > 0 for k in exits)}
     figures = {}
@@ -171,8 +173,7 @@ def compare(args: argparse.Namespace) -> None:
     shape, sample = decoder_shape(model.config), sample_of(args)
     by_count = args.layers * mean_reference_step_flops(shape, sample) / teacher_flops(shape, sample)
     figures["labels per FLOP, the same (exact)"] = Figure(by_count, by_count, by_count)
-    setting = setting_of(args, tokens=f"{PREFIX} + {VISUAL} visual + {args.text}, batch {args.batch}")
-    report(setting, times, figures, args.json)
+    report.add(times, figures)
 
 
 # --- throughput ---
@@ -201,13 +202,13 @@ def seven_b(args: argparse.Namespace) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def throughput(args: argparse.Namespace, model: nn.Module) -> list[str]:
-    """Samples per second of the teacher pass at several lengths of text, and its peak on a GPU."""
+def throughput(args: argparse.Namespace, model: nn.Module) -> Iterator[str]:
+    """A line for each length of text, as it comes: samples per second of the teacher pass, peak on a GPU."""
     device = torch.device(args.device)
-    lines = [
+    yield (
         f"text after the image  samples/s  {args.samples} samples, minutes  ms for a label  "
         "peak beside the weights, GiB"
-    ]
+    )
     for text in args.texts:
         args.text = text
         inputs, answer = make_inputs(args, model)
@@ -225,8 +226,7 @@ def throughput(args: argparse.Namespace, model: nn.Module) -> list[str]:
         if device.type == "cuda":
             peak = f"{(torch.cuda.max_memory_allocated(device) - held) / GIB:.2f}"
         label = 1e3 / (rate * model.config.text_config.num_hidden_layers)
-        lines.append(f"{text:20d}  {rate:9.3f}  {args.samples / rate / 60:21.1f}  {label:14.2f}  {peak}")
-    return lines
+        yield f"{text:20d}  {rate:9.3f}  {args.samples / rate / 60:21.1f}  {label:14.2f}  {peak}"
 
 
 def main() -> None:
@@ -245,7 +245,8 @@ def main() -> None:
     if args.throughput or args.seven_b:
         model = seven_b(args) if args.seven_b else build_model(args)
         print_setting(setting_of(args, tokens=f"{PREFIX} + {VISUAL} visual + text, batch {args.batch}"))
-        print("\n".join(throughput(args, model)))
+        for line in throughput(args, model):
+            print(line, flush=True)
         return
     vision = vision_tower_flops(transformers.CLIPVisionConfig(**CLIP_L_336)) or 0.0
     print(f"LLaVA-1.5-7B, {PREFIX} + {VISUAL} visual + text, {args.answer} of it answer: FLOPs, exact")

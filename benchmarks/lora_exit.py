@@ -26,12 +26,13 @@ sys.path.insert(0, str(ROOT))
 from dyvte.backbones import load_backbone  # noqa: E402
 from dyvte.config import load_config  # noqa: E402
 from dyvte.distributed import Processes  # noqa: E402
+from dyvte.progress import progress  # noqa: E402
 from dyvte.runtime import VisualExit  # noqa: E402
 from dyvte.teacher import Teacher, TeacherConfig, greedy_answers  # noqa: E402
 from dyvte.training.config import TrainConfig  # noqa: E402
 from dyvte.training.lora.labels import Labelled, label  # noqa: E402
 from dyvte.training.lora.metrics import TARGETS, exit_columns, first_reaching  # noqa: E402
-from dyvte.training.tracing import progress_bar, select_samples  # noqa: E402
+from dyvte.training.tracing import select_samples  # noqa: E402
 
 CONFIG = ROOT / "configs" / "embedded_lora.yaml"
 RUNS = {
@@ -88,7 +89,7 @@ def judge(args: argparse.Namespace, path: Path) -> dict:
         adapter = args.output / ("adapter" if name == "base" else name) / "adapter"
         model, processor = load_backbone(cfg.model.path, dtype=torch.float32, adapter=adapter)
         teacher = Teacher(model, processor, replace(cfg.teacher, reference="base"))
-        with progress_bar(len(selection.samples), name, "sample", shown=True) as advance:
+        with progress(len(selection.samples), name, "sample") as advance:
             quiet = {"file": str(path), "max_bad_samples": 0, "progress": advance}
             data = label(args.output / "test-answers", teacher, selection, alone, **quiet)
         columns = exit_columns(model, data, cfg.teacher, adapted=name != "base")

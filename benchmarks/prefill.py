@@ -18,8 +18,7 @@ import torch
 from common import (
     TEXT,
     TOKENS,
-    Figure,
-    Times,
+    Report,
     arguments,
     build_model,
     interleaved,
@@ -28,7 +27,6 @@ from common import (
     oracle,
     prefill_pass,
     ratio,
-    report,
     rest_pass,
     setting_of,
     silent_gates,
@@ -62,6 +60,7 @@ def main() -> None:
     if args.batch > 1:
         half = [k if row % 2 else args.layers for row in range(args.batch)]
         variants["half of the rows exit"] = prefill_pass(model, inputs, oracle(half))
+    report = Report(setting_of(args, rounds=args.rounds, pairs=args.pairs, exit_layer=k), args.json)
     times = interleaved({name: timed(run, model.device) for name, run in variants.items()}, args.rounds)
 
     ideal = ["rest", "full layers", "text layers"]
@@ -72,28 +71,17 @@ def main() -> None:
     }
     if args.batch > 1:
         figures["half of the rows exit / stock"] = ratio(times, ["half of the rows exit"], ["stock"])
+    report.add(times, figures)
+    print(f"one full layer: {1e3 * statistics.median(times['full layers']) / max(1, k):.1f} ms\n", flush=True)
     prices = {
         "exit that never fires": dyvte.VisualExit.fixed(args.layers),
         "silent gates": silent_gates(model),
     }
     for name, exits in prices.items():
         pair = {"stock": variants["stock"], name: prefill_pass(model, inputs, exits)}
-        figures[f"{name} / stock"], times[name] = price(
-            interleaved({n: timed(run, model.device) for n, run in pair.items()}, args.pairs), name
-        )
-    one_layer = 1e3 * statistics.median(times["full layers"]) / max(1, k)
-    setting = setting_of(
-        args, rounds=args.rounds, pairs=args.pairs, exit_layer=k, one_full_layer=f"{one_layer:.1f} ms"
-    )
-    report(setting, times, figures, args.json)
-    for name in prices:
-        low = figures[f"{name} / stock"].low
-        print(f"lower 95 % bound of {name} / stock: {low:.3f} (target: at most 1.01)")
-
-
-def price(times: Times, name: str) -> tuple[Figure, list[float]]:
-    """Over the stock model, pair by pair."""
-    return ratio(times, [name], ["stock"], "lower bound at most 1.01"), times[name]
+        times = interleaved({n: timed(run, model.device) for n, run in pair.items()}, args.pairs)
+        price = ratio(times, [name], ["stock"], "lower bound at most 1.01")
+        report.add({name: times[name]}, {f"{name} / stock": price})
 
 
 if __name__ == "__main__":

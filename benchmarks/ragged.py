@@ -16,6 +16,7 @@ from common import (
     TEXT,
     TOKENS,
     Inputs,
+    Report,
     arguments,
     build_model,
     in_order,
@@ -27,7 +28,6 @@ from common import (
     prefill,
     prefill_pass,
     ratio,
-    report,
     rest_pass,
     setting_of,
     spread_exits,
@@ -118,13 +118,14 @@ def main() -> None:
         "rest": rest_pass(model, inputs),
         "layers": ideal_layers(model, exits),
     }
+    report = Report(setting_of(args, rounds=args.rounds, exit_layers=exits), args.json)
     times = interleaved({name: timed(run, model.device) for name, run in variants.items()}, args.rounds)
     figures = {
         "ragged / ideal time": ratio(times, ["ragged batch"], ["rest", "layers"], "at most 1.15"),
         "ragged / rows one after the other": ratio(times, ["ragged batch"], ["rows one after the other"]),
         "ragged / stock time": ratio(times, ["ragged batch"], ["stock"]),
     }
-    report(setting_of(args, rounds=args.rounds, exit_layers=exits), times, figures, args.json)
+    report.add(times, figures)
 
     unequal = [make_inputs(model, 1, MORE_TEXT * row) for row in range(args.batch)]
     batch = padded(unequal)
@@ -139,7 +140,6 @@ def main() -> None:
         "unequal rows: KV bytes / stock": (prefill_bytes(model, batch, exits) / stock, ""),
         "unequal rows: FLOPs / padded stock": (over_padded_stock(model, batch, exits), "at most 1.00"),
     }
-    print()
     for name, (value, target) in counted.items():
         print(f"{name:40} {value:6.3f} {'':23} {target}".rstrip())
 

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from common import (
     Figure,
+    Report,
     arguments,
     build_model,
     interleaved,
     make_inputs,
     prefill_pass,
     ratio,
-    report,
     setting_of,
     timed,
 )
@@ -72,6 +72,7 @@ def main() -> None:
     variants = {"stock": prefill_pass(model, inputs)}
     variants |= {name: prefill_pass(model, inputs, plan) for name, plan in plans(args.layers, heads).items()}
     flops = {name: counted(run) for name, run in variants.items()}
+    report = Report(setting_of(args), args.json)
     times = interleaved({name: timed(run, model.device) for name, run in variants.items()}, args.rounds)
 
     figures: dict[str, Figure] = {}
@@ -83,7 +84,7 @@ def main() -> None:
         figures[f"{name}: time / FLOPs"] = Figure(
             time.median / share, time.low / share, time.high / share, "at most 1.25"
         )
-    report(setting_of(args), times, figures, args.json)
+    report.add(times, figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import dyvte
 PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
-    *["errors", "registry", "files", "formatting", "plotting", "config", "distributed", "spans", "gates"],
+    *["errors", "registry", "files", "formatting", "progress", "plotting"],
+    *["config", "distributed", "spans", "gates"],
     *["policies", "backbones", "decoder", "reductions", "runtime", "costs"],
     *[
         "data",

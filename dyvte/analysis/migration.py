@@ -20,6 +20,7 @@ from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import answer, encode_questions, pictures, plan_batches
 from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.progress import progress
 from dyvte.runtime import VisualExit
 from dyvte.tasks.base import Question
 
@@ -65,17 +66,15 @@ def study(subject: Subject) -> Findings:
 
 def blind_answers(subject: Subject) -> list[Answer]:
     """Answers to the questions alone, in their order."""
-    from tqdm import tqdm
-
     questions = without_images(subject.questions)
     prompts = subject.prompts(questions)
     answers: dict[str, Answer] = {}
-    with tqdm(total=len(questions), desc="without image", unit="answer") as progress:
+    with progress(len(questions), "without image", "answer") as advance:
         for rows in plan_batches(subject.asker, prompts, subject.config.batch_size):
             chosen = [questions[row] for row in rows]
             batch = encode_questions(subject.asker, chosen, [prompts[row] for row in rows])
             answers.update((one.question_id, one) for one in answer(subject.asker, batch, VisualExit()))
-            progress.update(len(rows))
+            advance(len(rows))
     return [answers[question.id] for question in questions]
 
 

@@ -28,6 +28,7 @@ from dyvte.evaluation.runner import (
     run_policies,
 )
 from dyvte.evaluation.settings import NamedPolicy, parse_policies
+from dyvte.progress import progress
 from dyvte.tasks.base import Benchmark, Question, get_benchmark
 
 _MOST_LAYERS = 12
@@ -122,15 +123,13 @@ class Subject:
 
     def batches(self, questions: Sequence[Question] | None = None) -> Iterator[Batch]:
         """Encoded prompts, of the sampled questions if none are given."""
-        from tqdm import tqdm
-
         questions = self.sampled if questions is None else questions
         prompts = self.prompts(questions)
         plan = plan_batches(self.asker, prompts, self.config.batch_size)
-        with tqdm(total=len(questions), desc="prompts", unit="question") as progress:
+        with progress(len(questions), "prompts", "question") as advance:
             for batch in encoded_batches(self.asker, questions, prompts, plan, range(len(plan))):
                 yield batch
-                progress.update(len(batch.question_ids))
+                advance(len(batch.question_ids))
 
     def policies(self, *texts: str) -> list[NamedPolicy]:
         """Policies from their command line forms."""

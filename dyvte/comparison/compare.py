@@ -43,6 +43,7 @@ from dyvte.evaluation.generation import Asker, encoded_batches, plan_batches
 from dyvte.evaluation.latency import machine, measure_prefill, spread_batches
 from dyvte.evaluation.run_log import write_atomically
 from dyvte.evaluation.runner import EvalConfig, load_asker, prompts_of
+from dyvte.progress import progress
 from dyvte.tasks.base import get_benchmark
 
 
@@ -146,17 +147,15 @@ def make_pairs(
 
     The router's kind, objective and learning rate are chosen on calibration data, for every seed anew.
     """
-    from tqdm import tqdm
-
     names = _seed_names(config.gates)
     features = router_features(asker, train.questions)
     stacks = [load_gates(folder, name, calibration) for folder, name in zip(config.gates, names, strict=True)]
     tuned = [training_settings(one.gates, len(train.questions), lam=config.lam) for one in stacks]
     steps = len(features) * sum(router_steps(len(train.questions), settings) for settings in tuned)
     pairs = []
-    with tqdm(total=steps, desc="question-only routers", unit="step", mininterval=0.5) as progress:
+    with progress(steps, "question-only routers", "step") as advance:
         for gates, settings in zip(stacks, tuned, strict=True):
-            candidates = train_router_candidates(features, train, calibration, settings, progress.update)
+            candidates = train_router_candidates(features, train, calibration, settings, advance)
             pairs.append(Pair(gates, best_router(candidates, gates.budget)))
     return pairs
 

@@ -20,6 +20,7 @@ from dyvte.data.images import check_image_file
 from dyvte.data.llava import Conversations, RepeatedIds, Tally
 from dyvte.data.samples import Defect, LeavesFolder, Sample, Turns, Unusable, check_defects
 from dyvte.errors import DataError
+from dyvte.progress import Advance, progress
 
 # Defects beyond the limit that are still collected, so that the error can say what is wrong at large.
 _MORE_DEFECTS = 1000
@@ -100,8 +101,6 @@ def select(
     ValueError
         If an argument is out of range.
     """
-    from tqdm import tqdm
-
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], found {fraction}")
     if limit is not None and limit < 1:
@@ -113,9 +112,9 @@ def select(
     read = conversations.samples("all" if turns == "all" else "first", tally, repeated_ids=repeated_ids)
     draw = Draw(fraction, limit, seed)
     # A hub dataset takes hours; a file, seconds: then no bar is shown.
-    shown = tqdm(read, desc="conversations", unit="sample", delay=5, disable=None)
-    for sample in _filtered(shown, dropped, turns=turns, image_only=image_only):
-        draw.offer(sample)
+    with progress(None, "conversations", "sample", delay=5) as advance:
+        for sample in _filtered(_counted(read, advance), dropped, turns=turns, image_only=image_only):
+            draw.offer(sample)
     check_defects(tally.defects, max_bad_samples)
     present, missing = _with_image_file(draw.taken(), conversations, follow_links=follow_links)
     defects = (*tally.defects, *missing)
@@ -199,6 +198,12 @@ def draw_key(sample_id: str, seed: int) -> float:
     """A sample's place in [0, 1) for a seed, the same on every machine."""
     digest = hashlib.sha256(f"{seed}\0{sample_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _counted(samples: Iterator[Sample], advance: Advance) -> Iterator[Sample]:
+    for sample in samples:
+        yield sample
+        advance(1)
 
 
 def _filtered(

@@ -40,6 +40,7 @@ from dyvte.evaluation.metrics import cost_figures, same_answer
 from dyvte.evaluation.run_log import SCORES_FILE, Answer, AnswerLog, texts
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
 from dyvte.files import write_atomically
+from dyvte.progress import progress
 from dyvte.reductions import Reduction
 from dyvte.tasks.base import (
     DIALECTS,
@@ -224,8 +225,6 @@ def _ask_missing(
     processes: Processes,
 ) -> None:
     """Ask this process's share of what is missing; the first shows how far it is with its own."""
-    from tqdm import tqdm
-
     missing = [set(log.missing()) for log in logs]
     wanted = processes.share(sorted(set().union(*missing)))
     total = sum(len(plan[index]) for index in wanted for one in missing if index in one)
@@ -233,12 +232,12 @@ def _ask_missing(
         description = f"{description} (1 of {processes.world_size} processes)"
     hidden = total == 0 or not processes.first
     exits = [named.exits() for named in policies]
-    with tqdm(total=total, desc=description, unit="answer", disable=hidden) as progress:
+    with progress(total, description, "answer", shown=not hidden) as advance:
         for batch in encoded_batches(asker, questions, prompts, plan, wanted):
             for one, log, still in zip(exits, logs, missing, strict=True):
                 if batch.index in still:
                     log.append(batch.index, answer(asker, batch, one))
-                    progress.update(len(batch.question_ids))
+                    advance(len(batch.question_ids))
 
 
 def _timing(

@@ -22,6 +22,7 @@ from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.generation import plan_batches
 from dyvte.evaluation.run_log import Answer, exit_row
 from dyvte.plugins.answering import Answering, Request, plugin_config
+from dyvte.progress import progress
 from dyvte.tasks.readers.videos import Video, read_frames
 
 
@@ -75,10 +76,8 @@ class DyvteChat(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests. Those of one task with the same generation arguments are
         batched as ``dyvte eval`` does: neighbours in prompt length, longest first."""
-        from tqdm import tqdm
-
         answers: dict[int, Answer] = {}
-        with tqdm(total=len(requests), desc="dyvte", unit="answer", disable=self.rank != 0) as progress:
+        with progress(len(requests), "dyvte", "answer", shown=self.rank == 0) as advance:
             for rows in _alike(requests):
                 contexts = [requests[i].args[0] for i in rows]
                 for plan in plan_batches(self.answering.asker, contexts, self.batch_size):
@@ -86,7 +85,7 @@ class DyvteChat(lmms):
                     asked = [self._request(requests[i]) for i in batch]
                     given = self.answering.answer(asked, requests[batch[0]].args[2])
                     answers.update(zip(batch, given, strict=True))
-                    progress.update(len(batch))
+                    advance(len(batch))
         ordered = [answers[i] for i in range(len(requests))]
         self._keep(requests, ordered)
         return [_result(one) for one in ordered]

@@ -12,10 +12,10 @@ from typing import Any
 from dyvte.config import dump_config, to_dict
 from dyvte.distributed import Processes
 from dyvte.errors import TrainingError
+from dyvte.progress import progress
 from dyvte.training.config import TrainConfig
 from dyvte.training.engine import Training
 from dyvte.training.resuming import check_same_run
-from dyvte.training.tracing import progress_bar
 from dyvte.training.trackers import open_trackers
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def run_tracked(cfg: TrainConfig, training: Training, processes: Processes) -> N
 
     try:
         steps = training.plan.steps
-        with progress_bar(steps, training.trained, "step", shown=processes.first, done=start) as advance:
+        with progress(steps, training.trained, "step", shown=processes.first, done=start) as advance:
             training.run(start, report, advance)
     finally:
         for tracker in trackers:

@@ -4,7 +4,6 @@ share."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from dyvte.calibration import LayerSearch, measure_profile, search_exit_layer
 from dyvte.data import Selection, open_conversations, open_hub_conversations, select
 from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError
+from dyvte.progress import progress
 from dyvte.reductions import VisualProfile
 from dyvte.teacher import Teacher, TraceStore, write_traces
 from dyvte.training.config import TrainConfig
@@ -90,7 +90,7 @@ def visual_profile(cfg: TrainConfig) -> VisualProfile:
     samples, size = selection.samples, cfg.teacher.batch_size
 
     def batches() -> Iterator[Any]:
-        with progress_bar(len(samples), "profile", "sample", shown=True) as advance:
+        with progress(len(samples), "profile", "sample") as advance:
             for start in range(0, len(samples), size):
                 yield teacher.inputs(samples[start : start + size], file=cfg.data.name)[0]
                 advance(len(samples[start : start + size]))
@@ -139,7 +139,7 @@ def write_store(
 ) -> TraceStore:
     """This process's share of the traces, under a progress bar; ``finish``; then wait for the others."""
     share = -(-len(selection.samples) // processes.world_size)
-    with progress_bar(share, "teacher", "sample", shown=processes.first) as advance:
+    with progress(share, "teacher", "sample", shown=processes.first) as advance:
         write_traces(
             folder,
             teacher,
@@ -156,16 +156,3 @@ def write_store(
         for left_by_a_killed_writer in folder.glob(".*.tmp"):
             left_by_a_killed_writer.unlink(missing_ok=True)
     return TraceStore.open(folder)
-
-
-@contextmanager
-def progress_bar(
-    total: int, description: str, unit: str, *, shown: bool, done: int = 0
-) -> Iterator[Callable]:
-    """A bar with rate and ETA on stderr; yields the function that advances it."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total, desc=description, unit=unit, disable=not shown, initial=done, mininterval=0.5
-    ) as bar:
-        yield bar.update

@@ -26,6 +26,7 @@ from dyvte.config import to_dict
 from dyvte.distributed import Processes, join_processes
 from dyvte.errors import ConfigError
 from dyvte.evaluation.run_log import write_atomically
+from dyvte.progress import progress
 from dyvte.teacher import Teacher
 from dyvte.training.config import TrainConfig
 from dyvte.training.lora.labels import Labelled, label
@@ -34,7 +35,7 @@ from dyvte.training.lora.metrics import exit_columns, exit_rows, exit_table
 from dyvte.training.lora.model import add_adapter, save_adapter, trainable
 from dyvte.training.running import SUMMARY_FILE, disk_errors_named, prepare_output, run_tracked
 from dyvte.training.schedule import held_out
-from dyvte.training.tracing import progress_bar, select_samples
+from dyvte.training.tracing import select_samples
 from dyvte.training.zero import engine_config, stage_of
 
 
@@ -92,7 +93,7 @@ def _train(cfg: TrainConfig, processes: Processes) -> LoraResult:
     model = add_adapter(model, cfg.lora, cfg.seed)
     teacher = Teacher(model, processor, replace(cfg.teacher, reference="base"))
     share = -(-len(selection.samples) // processes.world_size)
-    with progress_bar(share, "answers", "sample", shown=processes.first) as advance:
+    with progress(share, "answers", "sample", shown=processes.first) as advance:
         labelled = label(
             cfg.trace_dir if cfg.trace_dir is not None else cfg.output_dir / "answers",
             teacher,
