@@ -113,3 +113,15 @@ def render(scene: Scene) -> np.ndarray:
         window = pixels[row * CELL : (row + 1) * CELL, col * CELL : (col + 1) * CELL]
         window += alpha * (ink - window)
     return np.round(pixels).astype(np.uint8)
+
+
+def item_box(cell: int, item: Item) -> tuple[float, float, float, float]:
+    """Corners (x1, y1, x2, y2) of what `item` covers in cell number `cell`, as shares of the image's side.
+
+    A pixel counts where the item covers at least half of it; x2 and y2 are the far edges.
+    """
+    row, col = divmod(cell, GRID)
+    rows, cols = np.nonzero(_mask(item) >= 0.5)
+    left, top = col * CELL, row * CELL
+    corners = (left + cols.min(), top + rows.min(), left + cols.max() + 1, top + rows.max() + 1)
+    return tuple(float(v) / IMAGE_SIZE for v in corners)

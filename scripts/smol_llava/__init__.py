@@ -1,0 +1,1 @@
+"""How the embedded 30-layer backbone is trained: packed questions, a lean LoRA decoder, text-only distillation."""
