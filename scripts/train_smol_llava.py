@@ -93,9 +93,6 @@ def compute_type(wanted: str):
 
 def work(args: argparse.Namespace) -> int:
     """One process: caches and stage 0 by process 0, then the training loop in step with the others."""
-    stopping = []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
     if args.yielding:
         give_way()
     import torch
@@ -148,6 +145,9 @@ def work(args: argparse.Namespace) -> int:
         trainer.resume(folder)
     log({"stage": "start", "resumed": resumed, "step": trainer.step, "end": trainer.schedule.end,
          "compute": str(compute), "trained": sum(p.numel() for p in trainer.params)})
+    stopping = []  # until here a signal ends the process at once; from here on it ends after the step
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stopping.append(True))
     finished = trainer.train(folder, log, lambda: bool(stopping))
     log({"stage": "finished" if finished else "stopped", "step": trainer.step})
     return 0

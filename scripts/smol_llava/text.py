@@ -63,8 +63,10 @@ def text_loss(logits: torch.Tensor, top: torch.Tensor, log_odds: torch.Tensor) -
 
 
 @torch.no_grad()
-def write_texts(folder: Path, *, texts: int, length: int, seed: int, log, batch: int = 64) -> TextSet:
-    """Let the original decoder write `texts` texts of `length` tokens at temperature 1; half are chats."""
+def write_texts(
+    folder: Path, *, texts: int, length: int, seed: int, log, batch: int = 64, temperature: float = 0.7
+) -> TextSet:
+    """Let the original decoder write `texts` texts of `length` tokens; half are chats."""
     from transformers import AutoModelForCausalLM, DynamicCache
 
     from dyvte.backbones.smol_llava import build_tokenizer
@@ -90,7 +92,8 @@ def write_texts(folder: Path, *, texts: int, length: int, seed: int, log, batch:
             odds.append(likely.values)
             if ids.shape[1] == length:
                 break
-            fed = torch.multinomial(step[:, -1].exp(), 1, generator=generator)
+            odds_next = F.softmax(step[:, -1] / temperature, -1)
+            fed = torch.multinomial(odds_next, 1, generator=generator)
             ids = torch.cat([ids, fed], 1)
         made.append(TextSet(ids, torch.cat(top, 1)[:, :-1], torch.cat(odds, 1)[:, :-1]))
         log({"stage": "texts", "written": min(texts, start + batch), "sample": tokenizer.decode(ids[0])[-160:]})
