@@ -31,9 +31,19 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, default=ROOT / "runs/smol", help="state, log, caches")
-    parser.add_argument("--tower", type=Path, default=ROOT / "checkpoints/tiny-llava", help="the vision tower")
+    parser.add_argument(
+        "--tower", type=Path, default=ROOT / "checkpoints/tiny-llava", help="the vision tower"
+    )
     parser.add_argument("--steps", type=int, default=1700, help="steps of 24 questions a process")
-    parser.add_argument("--decay-now", type=int, metavar="N", help="in a folder cut-STEP: rate to zero within N steps")
+    parser.add_argument(
+        "--decay-now", type=int, metavar="N", help="in a folder cut-STEP: rate to zero within N steps"
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="write the checkpoint of the state in --work, train nothing",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="one-thread processes that share each step")
     parser.add_argument(
@@ -52,6 +62,8 @@ def main() -> int:
     """Start one process per core, each in a session of its own: kernels share cores by session."""
     args = parse_arguments()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.export is not None:
+        return export_state(args)
     if args.rank is not None:
         return work(args)
     rendezvous = args.work.resolve() / f".rendezvous-{time.time_ns()}"
@@ -73,6 +85,22 @@ def main() -> int:
     return max(abs(code) for code in codes)
 
 
+def export_state(args: argparse.Namespace) -> int:
+    """Write the checkpoint folder of a state, of a run or of a cut."""
+    import torch
+
+    from smol_llava.export import export
+    from smol_llava.loading import trainer_of_state
+
+    # a cut lies inside the folder of its run, where the decoder and the log are
+    run = args.work if (args.work / "decoder").exists() else args.work.parent
+    trainer = trainer_of_state(args.work, run, torch.float32, args.tower)
+    export(trainer, args.export, run / "log.jsonl")
+    size = sum(f.stat().st_size for f in args.export.iterdir())
+    print(f"{args.export}: step {trainer.step}, {size / 1e6:.1f} MB")
+    return 0
+
+
 def give_way() -> None:
     """Lowest standing for this process and for its session."""
     os.nice(15)
@@ -81,26 +109,17 @@ def give_way() -> None:
         autogroup.write_text(str(AUTOGROUP_NICE))
 
 
-def compute_type(wanted: str):
-    """bf16 pays only where the CPU multiplies it natively."""
-    import torch
-
-    if wanted == "auto":
-        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        wanted = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
-
-
 def work(args: argparse.Namespace) -> int:
     """One process: caches and stage 0 by process 0, then the training loop in step with the others."""
     if args.yielding:
         give_way()
     import torch
 
-    from smol_llava.network import Network, prepare_decoder
+    from smol_llava.loading import compute_type, new_trainer
+    from smol_llava.network import prepare_decoder
     from smol_llava.projector import fit_projector
     from smol_llava.text import TextSet, write_texts
-    from smol_llava.trainer import FIRST_SCENE, Recipe, Schedule, Trainer
+    from smol_llava.trainer import FIRST_SCENE, Recipe, Schedule
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -120,21 +139,26 @@ def work(args: argparse.Namespace) -> int:
             log_file.write(json.dumps(record | {"seconds": round(time.time() - began, 1)}) + "\n")
             log_file.flush()
 
-    recipe, compute = Recipe(seed=args.seed), compute_type(args.compute)
-    decoder, texts, projector = args.work / "decoder", args.work / "texts.safetensors", args.work / "projector.pt"
+    recipe, compute = Recipe(seed=args.seed, processes=args.processes), compute_type(args.compute)
+    decoder, texts, projector = (
+        args.work / "decoder",
+        args.work / "texts.safetensors",
+        args.work / "projector.pt",
+    )
     if first:
         prepare_decoder(args.work)
         if not texts.exists():
             write_texts(decoder, texts=512, length=128, seed=args.seed, log=log).save(texts)
     torch.distributed.barrier()
-    network = Network(decoder, args.tower, recipe.rank, recipe.scale, args.seed, compute)
+    trainer = new_trainer(recipe, Schedule(steps=args.steps), args.work, compute, args.tower, args.rank)
+    network = trainer.network
     if first and not projector.exists():
         stage = {"steps": recipe.projector_steps, "scenes": recipe.projector_scenes, "seed": args.seed}
         fit_projector(network, **stage, first=FIRST_SCENE + 5_000_000, log=log)
         torch.save(network.projector.state_dict(), projector)
     torch.distributed.barrier()
     network.projector.load_state_dict(torch.load(projector, weights_only=True))
-    trainer = Trainer(network, TextSet.load(texts), recipe, Schedule(steps=args.steps), args.rank, args.processes)
+    trainer.texts = TextSet.load(texts)
     folder, resumed = args.work, trainer.resume(args.work)
     if args.decay_now is not None:
         # a branch: the state in --work stays as it is, and the run can go on from there
@@ -143,8 +167,16 @@ def work(args: argparse.Namespace) -> int:
         folder = args.work / f"cut-{trainer.step}"
         folder.mkdir(exist_ok=True)
         trainer.resume(folder)
-    log({"stage": "start", "resumed": resumed, "step": trainer.step, "end": trainer.schedule.end,
-         "compute": str(compute), "trained": sum(p.numel() for p in trainer.params)})
+    log(
+        {
+            "stage": "start",
+            "resumed": resumed,
+            "step": trainer.step,
+            "end": trainer.schedule.end,
+            "compute": str(compute),
+            "trained": sum(p.numel() for p in trainer.params),
+        }
+    )
     stopping = []  # until here a signal ends the process at once; from here on it ends after the step
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stopping.append(True))

@@ -28,7 +28,8 @@ SPARE, IMAGE = "<reponame>", "<image>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}"
     "{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -60,11 +61,15 @@ def find_gguf() -> Path:
     if not path.is_file():
         raise UnsupportedBackboneError(f"{PACKAGE} holds no {GGUF}; run `{INSTALL}`")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        found = (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256(file)
+        )
     if found != GGUF_SHA256:
         raise UnsupportedBackboneError(
-            f"{path} has sha256 {found}, expected {GGUF_SHA256}: not the weights that the adapter was trained "
-            f"on; run `{INSTALL}`"
+            f"{path} has sha256 {found}, expected {GGUF_SHA256}: not the weights that the adapter was "
+            f"trained on; run `{INSTALL}`"
         )
     return path
 

@@ -1,1 +1,1 @@
-"""How the embedded 30-layer backbone is trained: packed questions, a lean LoRA decoder, text-only distillation."""
+"""How the embedded 30-layer backbone is trained: packed questions, a lean LoRA decoder, kept language."""

@@ -13,6 +13,7 @@ Letters: N tokens, P prefix, G questions of a group, T their padded width, H hea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ MAX_POSITIONS = 1024
 
 
 class _Adapted(torch.autograd.Function):
-    """x W' + scale (x A') B' with a frozen W; adapters of one input share one stacked A, their B stay apart."""
+    """x W' + scale (x A') B' with a frozen W; adapters of one input share one stacked A."""
 
     @staticmethod
     def forward(ctx, x, weight, scale, a, *bs):
@@ -40,7 +41,9 @@ class _Adapted(torch.autograd.Function):
         start = 0
         for i, b in enumerate(bs_low):
             rank = b.shape[1]
-            out[:, start : start + b.shape[0]].addmm_(hidden[:, i * rank : (i + 1) * rank], b.t(), alpha=scale)
+            out[:, start : start + b.shape[0]].addmm_(
+                hidden[:, i * rank : (i + 1) * rank], b.t(), alpha=scale
+            )
             start += b.shape[0]
         ctx.save_for_backward(low, weight, a_low, hidden, *bs_low)
         ctx.scale = scale
@@ -192,7 +195,16 @@ class LoraDecoder(nn.Module):
                     found[f"layers.{i}.{name}"] = (a, b)
         return found
 
-    def attention(self, qkv: torch.Tensor, layout: Layout, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def load_adapters(self, parts: dict[str, torch.Tensor]) -> None:
+        """Take adapters in by the names of a checkpoint, ``layers.0.mlp.up_proj.lora_A`` and so on."""
+        for name, (a, b) in self.adapters().items():
+            a.copy_(parts[f"{name}.lora_A"])
+            b.copy_(parts[f"{name}.lora_B"])
+
+    def attention(
+        self, qkv: torch.Tensor, layout: Layout, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
         """(N, (H + 2 K) d) to (N, H d): the prefix is causal, a question sees the prefix and itself."""
         h, k, d, p = self.heads, self.key_heads, self.head_dim, layout.prefix
         r = h // k
@@ -202,7 +214,9 @@ class LoraDecoder(nn.Module):
         key_p, value_p = key[:, :p], value[:, :p]
         query_p = query[:, :p].reshape(k, r * p, d)
         scores = (query_p @ key_p.transpose(1, 2)).view(k, r, p, p) + _future(p)
-        out = [(scores.softmax(-1).view(k, r * p, p) @ value_p).view(h, p, d).transpose(0, 1).reshape(p, h * d)]
+        out = [
+            (scores.softmax(-1).view(k, r * p, p) @ value_p).view(h, p, d).transpose(0, 1).reshape(p, h * d)
+        ]
         start = p
         for g, t in layout.groups:
             n = g * t
@@ -220,17 +234,51 @@ class LoraDecoder(nn.Module):
             start += n
         return torch.cat(out)
 
+    def layer(
+        self, index: int, x: torch.Tensor, layout: Layout, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """One decoder layer on a packed row, (N, D) to (N, D)."""
+        frozen = self.layers[index]
+        normed = _Norm.apply(x, frozen["attention_gain"], self.eps)
+        mixed = self.attention(self.linear(index, "qkv", normed), layout, cos, sin)
+        x = x + self.linear(index, "o", mixed)
+        normed = _Norm.apply(x, frozen["mlp_gain"], self.eps)
+        return x + self.linear(index, "down", _SwiGLU.apply(self.linear(index, "gate_up", normed)))
+
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Input embeddings (N, D) to normed last hidden states (N, D)."""
         positions = layout.positions
         cos, sin = self.cos[positions], self.sin[positions]
-        for i, frozen in enumerate(self.layers):
-            normed = _Norm.apply(x, frozen["attention_gain"], self.eps)
-            mixed = self.attention(self.linear(i, "qkv", normed), layout, cos, sin)
-            x = x + self.linear(i, "o", mixed)
-            normed = _Norm.apply(x, frozen["mlp_gain"], self.eps)
-            x = x + self.linear(i, "down", _SwiGLU.apply(self.linear(i, "gate_up", normed)))
+        for i in range(len(self.layers)):
+            x = self.layer(i, x, layout, cos, sin)
         return _Norm.apply(x, self.final_gain, self.eps)
+
+    @torch.no_grad()
+    def with_exits(self, x: torch.Tensor, layout: Layout, visual: slice, exits: Sequence[int]) -> dict:
+        """Normed last hidden states (N - P, D) of the questions for each exit layer.
+
+        At exit layer k the rows of `visual` leave after layer k; all others keep their positions. One full
+        pass is shared.
+        """
+        positions = layout.positions
+        cos, sin = self.cos[positions], self.sin[positions]
+        keep = torch.ones(len(positions), dtype=torch.bool)
+        keep[visual] = False
+        short = Layout(layout.prefix - (visual.stop - visual.start), layout.groups)
+        found, depth = {}, len(self.layers)
+        for k in range(depth + 1):
+            if k in exits:
+                if k == depth:
+                    states = x[layout.prefix :]
+                else:
+                    states = x[keep]
+                    for i in range(k, depth):
+                        states = self.layer(i, states, short, cos[keep], sin[keep])
+                    states = states[short.prefix :]
+                found[k] = _Norm.apply(states, self.final_gain, self.eps)
+            if k < depth:
+                x = self.layer(k, x, layout, cos, sin)
+        return found
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits (n, V) in float32 of some last hidden states (n, D)."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,8 +21,6 @@ from tiny_backbone.model import pixels_to_input
 
 def prepare_decoder(cache: Path) -> Path:
     """The dequantised decoder in `cache`, written if it is not there; an interrupted write starts anew."""
-    import shutil
-
     folder, draft = cache / "decoder", cache / "decoder.part"
     if not folder.exists():
         shutil.rmtree(draft, ignore_errors=True)
@@ -28,12 +30,12 @@ def prepare_decoder(cache: Path) -> Path:
     return folder
 
 
-def load_tower(checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Config and weights of the vision tower inside a LLaVA checkpoint."""
-    import json
+Tower: TypeAlias = tuple[dict[str, Any], dict[str, torch.Tensor]]
+"""Config and weights of a vision tower."""
 
-    from safetensors.torch import load_file
 
+def load_tower(checkpoint: Path) -> Tower:
+    """The vision tower inside a LLaVA checkpoint."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vision_config"]
     weights = load_file(checkpoint / "model.safetensors")
     return config, {k.split("vision_tower.", 1)[1]: v for k, v in weights.items() if "vision_tower." in k}
@@ -42,10 +44,18 @@ def load_tower(checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 class Network(nn.Module):
     """Tower (frozen), projector and adapters (trained), decoder (frozen)."""
 
-    def __init__(self, folder: Path, tower: Path, rank: int, scale: float, seed: int, compute: torch.dtype):
+    def __init__(
+        self,
+        folder: Path,
+        tower: Tower,
+        *,
+        rank: int,
+        scale: float,
+        seed: int,
+        compute: torch.dtype = torch.float32,
+    ):
         super().__init__()
-        vision, weights = load_tower(tower)
-        model = build_llava(folder, vision, weights).requires_grad_(False)
+        model = build_llava(folder, *tower).requires_grad_(False)
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
         self.decoder = LoraDecoder(model.model.language_model, rank, scale, seed, compute)
         self.projector.requires_grad_(True)
@@ -63,10 +73,13 @@ class Network(nn.Module):
 
     def answer_logits(self, row: Row, visual_VD: torch.Tensor) -> torch.Tensor:
         """Logits (n, V) at the n answer positions of a packed row."""
-        embed, packer = self.decoder.embedding, self.packer
-        x = torch.cat([embed[packer.before], visual_VD, embed[packer.after], embed[row.tokens]])
-        states = self.decoder(x, row.layout)[row.layout.prefix :]
+        states = self.decoder(self.inputs(row, visual_VD), row.layout)[row.layout.prefix :]
         return self.decoder.logits(states[row.wanted])
+
+    def inputs(self, row: Row, visual_VD: torch.Tensor) -> torch.Tensor:
+        """Input embeddings (N, D) of a packed row."""
+        embed, packer = self.decoder.embedding, self.packer
+        return torch.cat([embed[packer.before], visual_VD, embed[packer.after], embed[row.tokens]])
 
     def text_logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) of a text (N,) without an image."""

@@ -68,6 +68,7 @@ class Packer:
         pairs = list(zip(encoded[: len(questions)], encoded[len(questions) :], strict=True))
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         groups: list[list[int]] = []
+        width = 0
         for i in order:
             # the closing token is a label alone, never an input
             length = len(pairs[i][0]) + len(pairs[i][1]) - 1

@@ -46,7 +46,10 @@ class WordTargets:
                 color = self.word(f" {item.color}")
                 name = self.word(item.name if item.kind == DIGIT else f" {item.name}")
             elif item is not None:
-                color, name = self.word(" orange" if item.kind == START else " arrow"), self.word(f" {item.name}")
+                color, name = (
+                    self.word(" orange" if item.kind == START else " arrow"),
+                    self.word(f" {item.name}"),
+                )
             cell = grid[2 * row : 2 * row + 2, 2 * col : 2 * col + 2]
             cell[0, 0] = color + self.rows[row]
             cell[0, 1] = name + self.columns[col]
@@ -56,7 +59,7 @@ class WordTargets:
 
 
 def fit_projector(network, *, steps: int, scenes: int, seed: int, first: int, log, lr: float = 3e-3) -> float:
-    """Regress the projector for `steps` batches of `scenes`; returns the last error as a share of variance."""
+    """Regress the projector for `steps` batches of `scenes`; returns the last error (share of variance)."""
     targets = WordTargets(network.packer, network.decoder.embedding)
     variance = network.decoder.embedding.var()
     optimizer = torch.optim.AdamW(network.projector.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)

@@ -22,7 +22,19 @@ _STARTS = (
 )
 _OPENINGS = (
     *("The", "In", "A", "It was", "When", "This", "How", "There are", "If you", "She", "He", "We", "They"),
-    *("People", "One of the", "During", "As", "To", "Most", "History", "Science", "The city", "Every", "After"),
+    *(
+        "People",
+        "One of the",
+        "During",
+        "As",
+        "To",
+        "Most",
+        "History",
+        "Science",
+        "The city",
+        "Every",
+        "After",
+    ),
 )
 
 
@@ -96,5 +108,11 @@ def write_texts(
             fed = torch.multinomial(odds_next, 1, generator=generator)
             ids = torch.cat([ids, fed], 1)
         made.append(TextSet(ids, torch.cat(top, 1)[:, :-1], torch.cat(odds, 1)[:, :-1]))
-        log({"stage": "texts", "written": min(texts, start + batch), "sample": tokenizer.decode(ids[0])[-160:]})
+        log(
+            {
+                "stage": "texts",
+                "written": min(texts, start + batch),
+                "sample": tokenizer.decode(ids[0])[-160:],
+            }
+        )
     return TextSet(*(torch.cat([getattr(m, n) for m in made])[:texts] for n in ("ids", "top", "log_odds")))

@@ -35,6 +35,7 @@ class Recipe:
     """What makes the weights; a state remembers it and refuses another one, but for the schedule."""
 
     seed: int = 0
+    processes: int = 2
     rank: int = 24
     scale: float = 2.0
     questions: int = 24
@@ -88,12 +89,16 @@ class Schedule:
 class Trainer:
     """Owns network, optimiser and step; one per process, all of them alike."""
 
-    def __init__(self, network: Network, texts: TextSet, recipe: Recipe, schedule: Schedule, rank: int, world: int):
-        self.network, self.texts, self.recipe, self.schedule = network, texts, recipe, schedule
-        self.rank, self.world, self.step = rank, world, 0
+    def __init__(self, network: Network, recipe: Recipe, schedule: Schedule, rank: int = 0):
+        self.network, self.recipe, self.schedule = network, recipe, schedule
+        self.rank, self.world, self.step = rank, recipe.processes, 0
+        self.texts: TextSet | None = None
         adapters, projector = list(network.decoder.parameters()), list(network.projector.parameters())
         self.params = adapters + projector
-        groups = [{"params": adapters, "lr": recipe.lora_lr}, {"params": projector, "lr": recipe.projector_lr}]
+        groups = [
+            {"params": adapters, "lr": recipe.lora_lr},
+            {"params": projector, "lr": recipe.projector_lr},
+        ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
 
     def kinds(self, step: int) -> tuple[str, ...]:
@@ -118,7 +123,7 @@ class Trainer:
         found, right = {"loss": loss.item()}, defaultdict(list)
         for question, good in zip(row.questions, network.right(row, logits.detach()), strict=True):
             right[question.type].append(bool(good))
-        if step % self.recipe.text_every == 0 and self.recipe.text_weight:
+        if self.texts is not None and step % self.recipe.text_every == 0:
             number = (step // self.recipe.text_every * self.world + self.rank) % len(self.texts.ids)
             logits = network.text_logits(self.texts.ids[number, :-1])
             loss = text_loss(logits, self.texts.top[number], self.texts.log_odds[number])
@@ -127,9 +132,9 @@ class Trainer:
         return found, right
 
     def update(self) -> float:
-        """Average the gradients over the processes and take one optimiser step; returns the gradient's norm."""
+        """Average the gradients over the processes, take one optimiser step; returns the gradient's norm."""
         flat = torch.cat([p.grad.reshape(-1) for p in self.params])
-        if self.world > 1:
+        if torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat)
             flat /= self.world
         norm = flat.norm().item()
@@ -157,7 +162,7 @@ class Trainer:
         report_every: int = 20,
         save_every: int = 60,
     ) -> bool:
-        """Train to the schedule's end; False where it was told to stop before. The state is saved either way."""
+        """Train to the schedule's end; False where it was told to stop before. The state is saved anyway."""
         meter, right, began, clock = defaultdict(list), defaultdict(list), time.time(), time.process_time()
         while self.step < self.schedule.end:
             if self._anyone(should_stop()):
@@ -194,7 +199,7 @@ class Trainer:
 
     def _anyone(self, stop: bool) -> bool:
         """All processes stop at the same step."""
-        if self.world == 1:
+        if not torch.distributed.is_initialized():
             return stop
         flag = torch.tensor([float(stop)])
         torch.distributed.all_reduce(flag)
@@ -207,6 +212,7 @@ class Trainer:
         state = {
             "step": self.step,
             "recipe": asdict(self.recipe),
+            "schedule": asdict(self.schedule),
             "params": [p.detach() for p in self.params],
             "optimizer": self.optimizer.state_dict(),
         }
@@ -214,18 +220,22 @@ class Trainer:
         torch.save(state, draft)
         os.replace(draft, folder / "state.pt")
 
-    def resume(self, folder: Path) -> bool:
-        """Load the state of an earlier run of the same recipe, if there is one."""
+    def resume(self, folder: Path, *, with_schedule: bool = False) -> bool:
+        """Load the state of an earlier run of the same recipe, if there is one; on request its schedule."""
         path = folder / "state.pt"
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
         changed = sorted(k for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v)
         if changed:
-            raise RuntimeError(f"{path} was made with other settings for {changed}; use another --work folder")
+            raise RuntimeError(
+                f"{path} was made with other settings for {changed}; use another --work folder"
+            )
         with torch.no_grad():
             for mine, saved in zip(self.params, state["params"], strict=True):
                 mine.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        if with_schedule:
+            self.schedule = Schedule(**state["schedule"])
         return True

@@ -115,7 +115,13 @@ def _box(view: View, rng):
 
 
 def _describe(view: View, rng):
-    return "Describe the image.", description(view.scene), "query", "global", (("select", "scene"), ("describe", "?"))
+    return (
+        "Describe the image.",
+        description(view.scene),
+        "query",
+        "global",
+        (("select", "scene"), ("describe", "?")),
+    )
 
 
 _MAKERS: dict[str, Callable] = {
@@ -144,7 +150,11 @@ def ask_plain(view: View, kind: str, rng: np.random.Generator, verify_share: flo
 def _slots(kind: str, question: Question, program: tuple[tuple[str, str], ...]) -> dict[str, str]:
     """What a wording of `kind` may name, from the question's program."""
     first = program[0][1]
-    named = {"name": first, "noun": PLURALS.get(first, f"{first} shapes"), "place": first.removeprefix("cell ")}
+    named = {
+        "name": first,
+        "noun": PLURALS.get(first, f"{first} shapes"),
+        "place": first.removeprefix("cell "),
+    }
     for step, argument in program:
         if step in ("filter color", "verify color"):
             named["color"] = named["asked"] = argument
@@ -157,7 +167,11 @@ def _slots(kind: str, question: Question, program: tuple[tuple[str, str], ...]) 
     if kind == "compare":
         named |= {"first": PLURALS[first], "second": PLURALS[program[1][1]]}
     if kind in ("read", "larger"):
-        named |= {"color": first.split(" ")[0], "first": first.split(" ")[0], "second": program[1][1].split(" ")[0]}
+        named |= {
+            "color": first.split(" ")[0],
+            "first": first.split(" ")[0],
+            "second": program[1][1].split(" ")[0],
+        }
     if kind in ("count", "read", "sum") and (number := re.search(r"\d+", question.text)):
         named["asked"] = number[0]
     return named
@@ -174,7 +188,9 @@ def _wording(
     return _pick(rng, (original, *table.phrase)), "{answer}"
 
 
-def reword(question: Question, rng: np.random.Generator, *, unseen: bool = False, suffixes: bool = True) -> Question:
+def reword(
+    question: Question, rng: np.random.Generator, *, unseen: bool = False, suffixes: bool = True
+) -> Question:
     """The same question in a random natural wording, with the answer in the form that the wording asks for.
 
     Parameters
@@ -231,9 +247,10 @@ def ask_natural(
     unseen: bool = False,
     suffixes: bool = True,
 ) -> list[Question]:
-    """`count` different questions about one scene, types as even as the scene allows, one description at most.
+    """`count` different questions about one scene, types as even as the scene allows.
 
-    Fewer come back where the scene has no more. A function of its arguments alone.
+    At most one is a description, and fewer come back where the scene has no more. A function of its
+    arguments alone.
     """
     view, seen, questions = View(scene), set(), []
     order = [kinds[int(i)] for i in rng.permutation(len(kinds))]

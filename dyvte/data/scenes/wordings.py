@@ -64,8 +64,14 @@ QUERIES: dict[str, Wordings] = {
         unseen=("Where can I find the {name}?", "What is the location of the {name}?"),
     ),
     "relation": Wordings(
-        phrase=("Is the {first} somewhere {word} the {second}?", "Can the {first} be found {word} the {second}?"),
-        unseen=("Does the {first} lie {word} the {second}?", "Would you say the {first} is {word} the {second}?"),
+        phrase=(
+            "Is the {first} somewhere {word} the {second}?",
+            "Can the {first} be found {word} the {second}?",
+        ),
+        unseen=(
+            "Does the {first} lie {word} the {second}?",
+            "Would you say the {first} is {word} the {second}?",
+        ),
     ),
     "compare": Wordings(
         phrase=("Do you see more {first} than {second}?", "Does the image have more {first} than {second}?"),
@@ -82,7 +88,10 @@ QUERIES: dict[str, Wordings] = {
         unseen=("What is the total of both digits?", "How much is the sum of the two digits?"),
     ),
     "trail": Wordings(
-        phrase=("Follow the arrows from the orange one: what is at the end?", "What does the orange arrow lead to?"),
+        phrase=(
+            "Follow the arrows from the orange one: what is at the end?",
+            "What does the orange arrow lead to?",
+        ),
         unseen=("If you follow the arrows starting at the orange one, what do you reach?",),
     ),
     "arrow": Wordings(
@@ -91,10 +100,16 @@ QUERIES: dict[str, Wordings] = {
     ),
     "row": Wordings(
         phrase=("List row {row} from left to right.", "What do the four cells of row {row} hold?"),
-        unseen=("Go through row {row} from the left: what is there?", "Name the content of each cell in row {row}."),
+        unseen=(
+            "Go through row {row} from the left: what is there?",
+            "Name the content of each cell in row {row}.",
+        ),
     ),
     "column": Wordings(
-        phrase=("List column {column} from top to bottom.", "What do the four cells of column {column} hold?"),
+        phrase=(
+            "List column {column} from top to bottom.",
+            "What do the four cells of column {column} hold?",
+        ),
         unseen=(
             "Go through column {column} from the top: what is there?",
             "Name the content of each cell in column {column}.",
@@ -102,17 +117,25 @@ QUERIES: dict[str, Wordings] = {
     ),
     "beside": Wordings(
         phrase=("Which object is directly {word} the {name}?", "Name what is directly {word} the {name}."),
-        sentence=(("Tell me what is directly {word} the {name}.", "Directly {word} the {name} there is {answer}."),),
+        sentence=(
+            ("Tell me what is directly {word} the {name}.", "Directly {word} the {name} there is {answer}."),
+        ),
         unseen=("What is the direct neighbor {word} the {name}?", "What sits directly {word} the {name}?"),
     ),
     "larger": Wordings(
-        phrase=("Which digit has the larger value, {first} or {second}?", "Name the color of the larger digit."),
+        phrase=(
+            "Which digit has the larger value, {first} or {second}?",
+            "Name the color of the larger digit.",
+        ),
         sentence=(("Tell me which digit is larger.", "The {answer} digit is larger."),),
         unseen=("Is the {first} or the {second} digit the bigger one?", "What color is the bigger digit?"),
     ),
     "describe": Wordings(
         phrase=("Describe the whole image in detail.", "Give a full description of the scene."),
-        unseen=("What does this image show? Describe everything.", "Explain in detail what is in the picture."),
+        unseen=(
+            "What does this image show? Describe everything.",
+            "Explain in detail what is in the picture.",
+        ),
     ),
     "box": Wordings(
         phrase=(
