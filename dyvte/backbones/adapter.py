@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dyvte.backbones.built import built_folder, is_recipe
 from dyvte.errors import UnsupportedBackboneError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,7 +30,8 @@ def resolve_adapter(
     ----------
     path
         A model (folder or hub id), or the folder of a PEFT adapter: then the backbone is the one that its
-        ``adapter_config.json`` names.
+        ``adapter_config.json`` names; or a recipe (``checkpoints/smol-llava``), which is built when it is
+        missing.
     adapter
         A PEFT adapter (folder or hub id) to put on the model at ``path``.
 
@@ -41,7 +43,7 @@ def resolve_adapter(
     """
     folder = Path(path)
     if not (folder / ADAPTER_CONFIG).is_file():
-        return str(path), None if adapter is None else str(adapter)
+        return _whole(path), None if adapter is None else str(adapter)
     is_model = (folder / "config.json").is_file()
     if is_model and adapter is None:
         raise UnsupportedBackboneError(
@@ -66,7 +68,12 @@ def resolve_adapter(
             f"{path} is a PEFT adapter of the backbone {base}, which is not there: give the backbone as "
             "model.path and this folder as model.adapter"
         )
-    return str(base), str(path)
+    return _whole(base), str(path)
+
+
+def _whole(path: str | os.PathLike[str]) -> str:
+    """The path of a model; a recipe is built first."""
+    return str(built_folder(path) if is_recipe(path) else path)
 
 
 def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> Any:

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedBackboneError
-from .smol_llava import GGUF_SHA256, INSTALL, build_llava, build_processor, write_decoder
+from dyvte.backbones.smol_llava import GGUF_SHA256, INSTALL, build_llava, build_processor, write_decoder
+from dyvte.errors import UnsupportedBackboneError
 
 RECIPE, PARTS = "recipe.json", "adapter.safetensors"
 CACHE_VARIABLE = "DYVTE_CACHE"

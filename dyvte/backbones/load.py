@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dyvte.backbones.adapter import load_adapter, resolve_adapter
+from dyvte.backbones.built import built_folder, is_recipe
 from dyvte.backbones.config import BackboneConfig
 from dyvte.backbones.describe import check_path, hub_advice, read_config
 from dyvte.backbones.given_features import FeaturesProcessor, put_stand_in, takes_features
@@ -34,7 +35,7 @@ def load_backbone(
     ----------
     path
         Folder written by ``save_pretrained`` of model and processor, or a hub id; or the folder of a PEFT
-        adapter, which names its backbone.
+        adapter, which names its backbone; or a recipe (``checkpoints/smol-llava``), built when it is missing.
     dtype
         "auto": as stored, and float32 on a CPU, where half precision is several times slower and rounds
         differently from one batch shape to the next.
@@ -140,6 +141,8 @@ def load_processor(
     from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
 
+    if is_recipe(path):
+        path = str(built_folder(path))
     if takes_features(path):
         return FeaturesProcessor(path, image_features)
     # Without torchvision transformers falls back to PIL image processing by itself, but warns each time.

