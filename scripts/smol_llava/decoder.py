@@ -210,28 +210,25 @@ class LoraDecoder(nn.Module):
         r = h // k
         heads = qkv.view(-1, h + 2 * k, d).transpose(0, 1)
         turned = _rotate(heads[: h + k], cos, sin)
-        query, key, value = turned[:h] * d**-0.5, turned[h:], heads[h + k :]
-        key_p, value_p = key[:, :p], value[:, :p]
-        query_p = query[:, :p].reshape(k, r * p, d)
-        scores = (query_p @ key_p.transpose(1, 2)).view(k, r, p, p) + _future(p)
-        out = [
-            (scores.softmax(-1).view(k, r * p, p) @ value_p).view(h, p, d).transpose(0, 1).reshape(p, h * d)
-        ]
-        start = p
-        for g, t in layout.groups:
-            n = g * t
-            own = slice(start, start + n)
-            query_g = query[:, own].reshape(k, r, g, t, d).transpose(1, 2)
-            key_g, value_g = (x[:, own].reshape(k, g, t, d) for x in (key, value))
-            flat = query_g.reshape(k, g * r * t, d)
+        # split, not sliced: the way back of a slice fills a whole tensor with zeros
+        sizes = [p, *(g * t for g, t in layout.groups)]
+        query_p, *queries = (turned[:h] * d**-0.5).split(sizes, 1)
+        key_p, *keys = turned[h:].split(sizes, 1)
+        value_p, *values = heads[h + k :].split(sizes, 1)
+        scores = (query_p.reshape(k, r * p, d) @ key_p.transpose(1, 2)).view(k, r, p, p) + _future(p)
+        mixed = scores.softmax(-1).view(k, r * p, p) @ value_p
+        out = [mixed.view(h, p, d).transpose(0, 1).reshape(p, h * d)]
+        for (g, t), query, key, value in zip(layout.groups, queries, keys, values, strict=True):
+            query = query.reshape(k, r, g, t, d).transpose(1, 2)
+            flat = query.reshape(k, g * r * t, d)
             to_prefix = (flat @ key_p.transpose(1, 2)).view(k, g, r, t, p)
-            to_self = query_g.reshape(k, g, r * t, d) @ key_g.transpose(2, 3)
+            to_self = query.reshape(k, g, r * t, d) @ key.reshape(k, g, t, d).transpose(2, 3)
             to_self = to_self.view(k, g, r, t, t) + _future(t)
             weights = torch.cat((to_prefix, to_self), -1).softmax(-1)
-            mixed = (weights[..., :p].reshape(k, g * r * t, p) @ value_p).view(k, g, r * t, d)
-            mixed = mixed + weights[..., p:].reshape(k, g, r * t, t) @ value_g
-            out.append(mixed.view(k, g, r, t, d).permute(1, 3, 0, 2, 4).reshape(n, h * d))
-            start += n
+            weights_p, weights_g = weights.split([p, t], -1)
+            mixed = (weights_p.reshape(k, g * r * t, p) @ value_p).view(k, g, r * t, d)
+            mixed = mixed + weights_g.reshape(k, g, r * t, t) @ value.reshape(k, g, t, d)
+            out.append(mixed.view(k, g, r, t, d).permute(1, 3, 0, 2, 4).reshape(g * t, h * d))
         return torch.cat(out)
 
     def layer(
