@@ -111,8 +111,6 @@ def give_way() -> None:
 
 def work(args: argparse.Namespace) -> int:
     """One process: caches and stage 0 by process 0, then the training loop in step with the others."""
-    if args.yielding:
-        give_way()
     import torch
 
     from smol_llava.loading import compute_type, new_trainer
@@ -180,6 +178,8 @@ def work(args: argparse.Namespace) -> int:
     stopping = []  # until here a signal ends the process at once; from here on it ends after the step
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stopping.append(True))
+    if args.yielding:  # only now: loading is short, and what gives way may wait for long
+        give_way()
     finished = trainer.train(folder, log, lambda: bool(stopping))
     log({"stage": "finished" if finished else "stopped", "step": trainer.step})
     return 0
