@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1700, help="steps of 24 questions a process")
     parser.add_argument(
         "--decay-now", type=int, metavar="N", help="in a folder cut-STEP: rate to zero within N steps"
+    )
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="FOLDER",
+        help="go on from a checkpoint's step and weights with a new optimiser",
     )
     parser.add_argument(
         "--export",
@@ -113,7 +120,7 @@ def work(args: argparse.Namespace) -> int:
     """One process: caches and stage 0 by process 0, then the training loop in step with the others."""
     import torch
 
-    from smol_llava.loading import compute_type, new_trainer
+    from smol_llava.loading import compute_type, load_checkpoint, new_trainer
     from smol_llava.network import prepare_decoder
     from smol_llava.projector import fit_projector
     from smol_llava.text import TextSet, write_texts
@@ -150,18 +157,25 @@ def work(args: argparse.Namespace) -> int:
     torch.distributed.barrier()
     trainer = new_trainer(recipe, Schedule(steps=args.steps), args.work, compute, args.tower, args.rank)
     network = trainer.network
-    if first and not projector.exists():
+    if first and not projector.exists() and args.start_from is None:
         stage = {"steps": recipe.projector_steps, "scenes": recipe.projector_scenes, "seed": args.seed}
         fit_projector(network, **stage, first=FIRST_SCENE + 5_000_000, log=log)
         torch.save(network.projector.state_dict(), projector)
     torch.distributed.barrier()
-    network.projector.load_state_dict(torch.load(projector, weights_only=True))
+    if args.start_from is None:
+        network.projector.load_state_dict(torch.load(projector, weights_only=True))
     trainer.texts = TextSet.load(texts)
     folder, resumed = args.work, trainer.resume(args.work)
+    if args.start_from is not None:
+        # the same command resumes such a run too: where the optimiser was new comes from the checkpoint
+        record = load_checkpoint(network, args.start_from)["training"]
+        trainer.schedule = Schedule(steps=args.steps, warm_from=record["step"])
+        if not trainer.resume(args.work):
+            trainer.step = record["step"]
     if args.decay_now is not None:
         # a branch: the state in --work stays as it is, and the run can go on from there
         early = {"decay_from": trainer.step, "decay_steps": args.decay_now}
-        trainer.schedule = Schedule(steps=args.steps, **early)
+        trainer.schedule = replace(trainer.schedule, **early)
         folder = args.work / f"cut-{trainer.step}"
         folder.mkdir(exist_ok=True)
         trainer.resume(folder)

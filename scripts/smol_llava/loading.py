@@ -47,18 +47,24 @@ def new_trainer(
     return Trainer(network, recipe, schedule, rank)
 
 
+def part_of(parts: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The weights of one part of the model, by their names inside it."""
+    return {k.removeprefix(f"{name}."): v for k, v in parts.items() if k.startswith(f"{name}.")}
+
+
+def load_checkpoint(network: Network, folder: Path) -> dict:
+    """Projector and adapters of a checkpoint folder into ``network``; returns the recipe."""
+    parts = load_file(folder / PARTS)
+    network.projector.load_state_dict(part_of(parts, "multi_modal_projector"))
+    network.decoder.load_adapters(part_of(parts, "language_model"))
+    return json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+
+
 def network_of_checkpoint(folder: Path, caches: Path, compute: torch.dtype) -> tuple[Network, dict]:
-    """The network of a checkpoint folder, adapters as stored; and its recipe."""
+    """The network of a checkpoint folder, its tower included, adapters as stored; and its recipe."""
     record = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    parts = {k: v.float() for k, v in load_file(folder / PARTS).items()}
-
-    def of(name: str) -> dict[str, torch.Tensor]:
-        return {k.removeprefix(f"{name}."): v for k, v in parts.items() if k.startswith(f"{name}.")}
-
+    tower = (record["vision_config"], part_of(load_file(folder / PARTS), "vision_tower"))
     lora = record["lora"]
-    tower = (record["vision_config"], of("vision_tower"))
     options = {"rank": lora["rank"], "scale": lora["scale"], "seed": 0, "compute": compute}
     network = Network(prepare_decoder(caches), tower, **options)
-    network.projector.load_state_dict(of("multi_modal_projector"))
-    network.decoder.load_adapters(of("language_model"))
-    return network, record
+    return network, load_checkpoint(network, folder)

@@ -61,6 +61,8 @@ class Schedule:
     steps: int = 1700
     warmup: int = 40
     decay_share: float = 0.7
+    warm_from: int = 0
+    """Where the optimiser was new: 0, or the step of the checkpoint that training started from."""
     decay_from: int | None = None
     """Set by `--decay-now`: from this step on the rate falls from where it is to zero ..."""
     decay_steps: int = 0
@@ -74,9 +76,8 @@ class Schedule:
     def planned(self, step: int) -> float:
         """The share at `step` without an early decay."""
         start = int(self.steps * (1 - self.decay_share))
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        return 1.0 if step < start else max(0.0, (self.steps - step) / max(1, self.steps - start))
+        warm = min(1.0, (step - self.warm_from + 1) / self.warmup)
+        return warm * min(1.0, max(0.0, (self.steps - step) / max(1, self.steps - start)))
 
     def at(self, step: int) -> float:
         """The share at `step`."""

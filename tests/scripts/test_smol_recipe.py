@@ -84,6 +84,10 @@ def test_early_decay_starts_where_the_rate_is_and_ends_at_zero():
     assert planned.at(499) == 1.0
     assert planned.at(750) == pytest.approx(0.5)
     assert planned.end == 1000
+    assert planned.at(999) == pytest.approx(1 / 500)
+    late = Schedule(steps=1000, warmup=10, decay_share=0.5, warm_from=750)
+    assert late.at(750) == pytest.approx(0.05)
+    assert late.at(800) == planned.at(800)
     cut = Schedule(steps=1000, warmup=10, decay_share=0.5, decay_from=750, decay_steps=100)
     assert cut.at(700) == planned.at(700)
     assert cut.at(750) == pytest.approx(0.5)
