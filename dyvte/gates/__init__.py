@@ -11,15 +11,23 @@ from dyvte.gates.features import (
     select_features,
 )
 from dyvte.gates.files import save_config
-from dyvte.gates.rule import (
+from dyvte.gates.logits import HeadLogits
+from dyvte.gates.offsets import (
     CLOSED,
-    ExitRule,
-    check_rule,
+    close_freezes,
     close_gates,
-    exit_layers,
-    exit_probabilities,
-    logit_threshold,
+    uniform_freeze_offsets,
     uniform_offsets,
+)
+from dyvte.gates.probabilities import exit_probabilities, schedule_probabilities
+from dyvte.gates.rule import (
+    ScheduleRule,
+    Schedules,
+    check_rule,
+    exit_layers,
+    follow_threshold,
+    logit_threshold,
+    schedules,
 )
 from dyvte.gates.stack import GateStack, load_checkpoint
 
@@ -28,19 +36,26 @@ __all__ = [
     "CLOSED",
     "DEFAULT_FEATURES",
     "FEATURES",
-    "ExitRule",
     "GateConfig",
     "GateStack",
+    "HeadLogits",
+    "ScheduleRule",
+    "Schedules",
     "check_features",
     "check_rule",
+    "close_freezes",
     "close_gates",
     "exit_layers",
     "exit_probabilities",
+    "follow_threshold",
     "load_checkpoint",
     "logit_threshold",
     "prompt_features",
     "reads_visual",
     "save_config",
+    "schedule_probabilities",
+    "schedules",
     "select_features",
+    "uniform_freeze_offsets",
     "uniform_offsets",
 ]

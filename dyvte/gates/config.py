@@ -10,9 +10,11 @@ from typing import Any
 from dyvte.errors import CheckpointError, ConfigError
 from dyvte.gates.architectures import ARCHITECTURES
 from dyvte.gates.features import DEFAULT_FEATURES, check_features
-from dyvte.gates.rule import check_rule, is_open
+from dyvte.gates.offsets import is_open
+from dyvte.gates.rule import check_rule
 
 CONFIG_FILE = "gate_config.json"
+FREEZE_FIELDS = ("freeze_head", "freeze_offsets", "freeze_threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,14 @@ class GateConfig:
         L constants added to the logits; see `uniform_offsets`. Empty means zeros; `CLOSED` means that this
         gate never fires (an exit that the training's traces do not label).
     threshold, min_layer, fallback, mode
-        The decision rule, see `exit_layers`. ``mode="fixed"``: every row leaves at ``fallback``.
+        The decision rule, see `ScheduleRule`. ``mode="fixed"``: every row leaves at ``fallback``.
+    freeze_head
+        Is there a second head, which says when a row's visual tokens are no longer updated? Without it they
+        are updated until they leave. The two settings below belong to it.
+    freeze_offsets
+        L constants added to its logits, entry j of freezing after j layers; see `uniform_freeze_offsets`.
+    freeze_threshold
+        Its own threshold in the rule.
     backbone
         id, model_type and fingerprint of the backbone the gates belong to.
     training, calibration
@@ -50,6 +59,9 @@ class GateConfig:
     min_layer: int = 1
     fallback: int | None = None
     mode: str = "gates"
+    freeze_head: bool = False
+    freeze_offsets: tuple[float, ...] = ()
+    freeze_threshold: float = 0.5
     backbone: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -61,11 +73,15 @@ class GateConfig:
             raise ConfigError(
                 f"num_layers {self.num_layers} and hidden_size {self.hidden_size}: expected positive integers"
             )
-        check_rule(self.num_layers, self.threshold, self.min_layer, self.fallback, self.mode)
-        offsets = tuple(float(x) for x in self.offsets) or (0.0,) * self.num_layers
-        if len(offsets) != self.num_layers:
-            raise ConfigError(f"{len(offsets)} offsets for {self.num_layers} layers: expected one for each")
+        check_rule(
+            self.num_layers, self.threshold, self.min_layer, self.fallback, self.mode, self.freeze_threshold
+        )
+        if not self.freeze_head and (self.freeze_offsets or self.freeze_threshold != 0.5):
+            raise ConfigError("freeze_offsets and freeze_threshold belong to gates with freeze_head: true")
+        offsets = self._one_per_layer("offsets")
         set_field = object.__setattr__
+        if self.freeze_head:
+            set_field(self, "freeze_offsets", self._one_per_layer("freeze_offsets"))
         set_field(self, "features", check_features(self.features))
         set_field(self, "offsets", offsets)
         set_field(self, "gate_hidden_size", self.gate_hidden_size or architecture.width)
@@ -73,6 +89,12 @@ class GateConfig:
             from dyvte import __version__
 
             set_field(self, "dyvte_version", __version__)
+
+    def _one_per_layer(self, name: str) -> tuple[float, ...]:
+        given = tuple(float(x) for x in getattr(self, name)) or (0.0,) * self.num_layers
+        if len(given) != self.num_layers:
+            raise ConfigError(f"{len(given)} {name} for {self.num_layers} layers: expected one for each")
+        return given
 
     @property
     def feature_size(self) -> int:
@@ -84,9 +106,25 @@ class GateConfig:
         """Layers of the gates that can fire."""
         return tuple(k for k in range(1, self.num_layers) if is_open(self.offsets[k - 1]))
 
+    @property
+    def open_freezes(self) -> tuple[int, ...]:
+        """Layers after which the freeze head can fire; none without one."""
+        return tuple(j for j, offset in enumerate(self.freeze_offsets) if is_open(offset))
+
+    @property
+    def rule_freeze_threshold(self) -> float | None:
+        """The freeze threshold as `ScheduleRule` takes it: None without a freeze head."""
+        return self.freeze_threshold if self.freeze_head else None
+
     def to_json(self) -> str:
-        """Pretty JSON text with every field."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        """Pretty JSON text with every field; those of the freeze head where there is one.
+
+        So a config without freeze head is the text that earlier versions wrote and can read.
+        """
+        values = dataclasses.asdict(self)
+        if not self.freeze_head:
+            values = {name: value for name, value in values.items() if name not in FREEZE_FIELDS}
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> GateConfig:

@@ -1,41 +1,20 @@
-"""When a row leaves, given its gates' logits: the one place of the decision rule.
+"""When a row freezes and when it leaves, given its gates' logits: the one place of the decision rule.
 
-Shapes: B rows, L decoder layers. Layer numbers k are 1-based: gate k reads the output of the k-th layer.
+Shapes: B rows, L decoder layers. The heads asked at k read the output of the k-th layer; k = 0 is before the
+first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dyvte.errors import ConfigError
-
-CLOSED = -1e30
-"""Offset of a gate that never fires, at any threshold; finite, so that it is no broken gate either."""
-
-
-def uniform_offsets(num_layers: int, exits: Collection[int] | None = None) -> tuple[float, ...]:
-    """Offsets that make all exits equally likely at logit 0: minus the log of how many come after, 0 for L.
-
-    ``exits`` are the exit layers that may be taken (None: all); gates at the others are closed.
-    """
-    allowed = set(range(1, num_layers + 1)) if exits is None else {*exits, num_layers}
-    later = [sum(j > k for j in allowed) for k in range(1, num_layers)]
-    return (*(-math.log(n) if k in allowed else CLOSED for k, n in enumerate(later, start=1)), 0.0)
-
-
-def close_gates(offsets: Sequence[float], exits: Collection[int]) -> tuple[float, ...]:
-    """The offsets, with the gates closed whose layer is not among ``exits``."""
-    return tuple(x if k in exits or k == len(offsets) else CLOSED for k, x in enumerate(offsets, start=1))
-
-
-def is_open(offset: float) -> bool:
-    """Can a gate with this offset fire?"""
-    return offset > CLOSED / 2
+from dyvte.gates.logits import HeadLogits
+from dyvte.gates.offsets import CLOSED
 
 
 def logit_threshold(threshold: float) -> float:
@@ -46,11 +25,17 @@ def logit_threshold(threshold: float) -> float:
 
 
 def check_rule(
-    num_layers: int | None, threshold: float, min_layer: int, fallback: int | None, mode: str = "gates"
+    num_layers: int | None,
+    threshold: float,
+    min_layer: int,
+    fallback: int | None,
+    mode: str = "gates",
+    freeze_threshold: float | None = None,
 ) -> None:
     """Raise ConfigError where the settings of the decision rule make no sense; L may be unknown yet."""
-    if not 0.0 <= threshold <= 1.0:
-        raise ConfigError(f"threshold {threshold}: expected a probability in 0..1")
+    for name, value in (("threshold", threshold), ("freeze_threshold", freeze_threshold)):
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ConfigError(f"{name} {value}: expected a probability in 0..1")
     if min_layer < 1:
         raise ConfigError(
             f"min_layer {min_layer}: the first gate is gate 1; for exits before any layer use fixed(0)"
@@ -62,12 +47,36 @@ def check_rule(
         raise ConfigError(f"exit layer {fallback}: expected 0..{top} (the backbone has {top} decoder layers)")
 
 
-class ExitRule:
-    """The decision rule, one layer at a time; `exit_layers` and the runtime both go through it.
+def follow_threshold(freeze_threshold: float, threshold: float, new: float) -> float:
+    """The freeze threshold that goes with exit threshold ``new`` where (``threshold``, ``freeze_threshold``)
+    went together: one path drives both heads, at a constant distance of their logits.
 
-    A row leaves at the first k >= min_layer whose logit is strictly above log(t / (1 - t)). A logit that is
-    not finite makes its row stop asking and leave at max(that layer, fallback); without a fallback: never.
-    Gates 1..L-1 decide.
+    Where the distance is infinite (a threshold of 0 or 1) both are ``new``.
+    """
+    gap = logit_threshold(freeze_threshold) - logit_threshold(threshold)
+    level = logit_threshold(new)
+    if gap == 0 or not math.isfinite(gap) or not math.isfinite(level):
+        return new
+    return float(torch.tensor(level + gap, dtype=torch.float64).sigmoid())
+
+
+class ScheduleRule:
+    """The decision rule, one layer at a time; `schedules` and the runtime both go through it.
+
+    A row freezes at the first layer whose freeze logit is strictly above log(t / (1 - t)), t the freeze
+    threshold. It leaves, frozen or not, at the first k >= min_layer whose exit logit is strictly above that
+    of the exit threshold, and is frozen there at the latest. A logit that is asked and not finite, of either
+    head, makes its row stop asking: it leaves at max(that layer, fallback), without a fallback never, and a
+    row that was still updated freezes nowhere before. Exit gates 1..L-1 decide, freeze gates 0..L-1.
+
+    Attributes
+    ----------
+    exit_layers_B, freeze_layers_B
+        (B,) int64; L while not decided. Never is a row's freeze layer above its exit layer.
+    asking_B
+        (B,) bool: rows that are not settled.
+    fallback_B
+        (B,) bool: rows whose gate output was not finite.
     """
 
     def __init__(
@@ -77,50 +86,121 @@ class ExitRule:
         threshold: float,
         min_layer: int = 1,
         fallback: int | None = None,
+        freeze_threshold: float | None = None,
     ) -> None:
-        check_rule(num_layers, threshold, min_layer, fallback)
-        self.cut = max(logit_threshold(threshold), CLOSED / 2)  # at threshold 0 a closed gate stays closed
+        """``freeze_threshold`` None: no freeze head, a row is frozen where it leaves."""
+        check_rule(num_layers, threshold, min_layer, fallback, freeze_threshold=freeze_threshold)
+        self.freezes = freeze_threshold is not None
+        self.cut, self.freeze_cut = _cut(threshold), math.inf
+        if freeze_threshold is not None:
+            self.freeze_cut = _cut(freeze_threshold)
         self.num_layers = num_layers
         self.min_layer = min_layer
         self.fallback = num_layers if fallback is None else fallback
         self.exit_layers_B = torch.full((num_rows,), num_layers, dtype=torch.int64)
+        self.freeze_layers_B = self.exit_layers_B.clone()
         self.asking_B = torch.ones(num_rows, dtype=torch.bool)
         self.fallback_B = torch.zeros(num_rows, dtype=torch.bool)
 
     def wants(self, k: int) -> bool:
-        """Does any row still need gate k?"""
-        return self.min_layer <= k < self.num_layers and bool(self.asking_B.any())
+        """Does any row still need the heads at k?"""
+        return bool(self._exit_asked(k).any() or self._freeze_asked(k).any())
 
-    def step(self, k: int, logits_B: Tensor) -> None:
-        """Take in the logits (on CPU) of gate k."""
-        broken_B = self.asking_B & ~torch.isfinite(logits_B)
-        fires_B = self.asking_B & ~broken_B & (logits_B > self.cut)
-        self.exit_layers_B[fires_B] = k
-        self.exit_layers_B[broken_B] = max(k, self.fallback)
+    def step(self, k: int, logits: Tensor) -> None:
+        """Take in the logits (on CPU) at k: (B,) of the exit head, or (2, B) of exit and freeze head."""
+        exit_B, freeze_B = logits if logits.dim() == 2 else (logits, None)
+        leaving_B, freezing_B = self._exit_asked(k), self._freeze_asked(k)
+        broken_B = leaving_B & ~torch.isfinite(exit_B)
+        if freeze_B is not None:
+            broken_B |= freezing_B & ~torch.isfinite(freeze_B)
+            freezes_B = freezing_B & ~broken_B & (freeze_B > self.freeze_cut)
+            self.freeze_layers_B[freezes_B] = k
+        leaves_B = leaving_B & ~broken_B & (exit_B > self.cut)
         self.fallback_B |= broken_B
-        self.asking_B &= ~(broken_B | fires_B)
+        self._leave(leaves_B, k)
+        self._leave(broken_B, max(k, self.fallback))
+
+    def settle(self, rows_B: Tensor, k: int) -> None:
+        """Rows that have no visual token behind layer k, whoever took the last: nothing is left to decide."""
+        self._leave(rows_B & (self.exit_layers_B > k), k)
+        self.asking_B &= ~rows_B
+
+    def _leave(self, rows_B: Tensor, k: int) -> None:
+        self.exit_layers_B[rows_B] = k
+        # In place: plans hold these tensors.
+        torch.minimum(self.freeze_layers_B, self.exit_layers_B, out=self.freeze_layers_B)
+        self.asking_B &= ~rows_B
+
+    def _exit_asked(self, k: int) -> Tensor:
+        return self.asking_B & (self.min_layer <= k < self.num_layers)
+
+    def _freeze_asked(self, k: int) -> Tensor:
+        still_updated_B = self.freeze_layers_B == self.num_layers
+        return self.asking_B & still_updated_B & (self.freezes and 0 <= k < self.num_layers)
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Where each of B rows freezes and leaves, (B,) int64 each."""
+
+    freeze_layers_B: Tensor
+    exit_layers_B: Tensor
+
+
+def schedules(
+    logits: Tensor | HeadLogits,
+    threshold: float,
+    min_layer: int = 1,
+    fallback: int | None = None,
+    freeze_threshold: float | None = None,
+) -> Schedules:
+    """The schedules that the rule (`ScheduleRule`) draws from all logits.
+
+    Parameters
+    ----------
+    logits
+        (B, L) of gates without freeze head, or those of both heads on the traced streams.
+    freeze_threshold
+        Of the freeze head; None: the exit threshold.
+
+    Raises
+    ------
+    ConfigError
+        If a row would freeze after a layer whose stream was not traced: nothing is known of it then.
+    """
+    both = isinstance(logits, HeadLogits)
+    given = logits.cpu() if isinstance(logits, HeadLogits) else logits.detach().cpu()
+    num_layers = given.num_layers if isinstance(given, HeadLogits) else given.shape[1]
+    freezes = (threshold if freeze_threshold is None else freeze_threshold) if both else None
+    rule = ScheduleRule(len(given), num_layers, threshold, min_layer, fallback, freezes)
+    for k in range(num_layers):
+        if rule.wants(k):
+            rule.step(k, _asked(given, rule, k) if isinstance(given, HeadLogits) else given[:, k - 1])
+    return Schedules(rule.freeze_layers_B, rule.exit_layers_B)
 
 
 def exit_layers(
     logits_BL: Tensor, threshold: float, min_layer: int = 1, fallback: int | None = None
 ) -> Tensor:
-    """(B,) int64 exit layers that the rule (`ExitRule`) draws from all gates' logits."""
-    logits_BL = logits_BL.detach().cpu()
-    rule = ExitRule(logits_BL.shape[0], logits_BL.shape[1], threshold, min_layer, fallback)
-    for k in range(1, logits_BL.shape[1]):
-        if rule.wants(k):
-            rule.step(k, logits_BL[:, k - 1])
-    return rule.exit_layers_B
+    """(B,) int64 exit layers that the rule draws from the logits of gates without freeze head."""
+    return schedules(logits_BL, threshold, min_layer, fallback).exit_layers_B
 
 
-def exit_probabilities(logits_BL: Tensor) -> Tensor:
-    """(B, L) log P_k of leaving at k: h_k times the chance not to have left before; column L-1 is the rest.
+def _asked(logits: HeadLogits, rule: ScheduleRule, k: int) -> Tensor:
+    """(2, B) what the heads say at k to rows that froze as the rule says so far."""
+    stream_of = torch.full((rule.num_layers + 1,), -1)
+    stream_of[[*logits.freeze_layers, rule.num_layers]] = torch.arange(len(logits.freeze_layers) + 1)
+    # A settled row is not asked any more: any stream will do.
+    streams_B = torch.where(rule.asking_B, stream_of[rule.freeze_layers_B], 0)
+    if bool((streams_B < 0).any()):
+        unknown = sorted(set(rule.freeze_layers_B[streams_B < 0].tolist()))
+        raise ConfigError(
+            f"gates freeze rows after layers {unknown}; streams were traced for {logits.freeze_layers} alone"
+        )
+    rows_B = torch.arange(len(logits))
+    exit_B = logits.exit_BGL[rows_B, streams_B, k - 1] if k else torch.full((len(logits),), CLOSED)
+    return torch.stack((exit_B.to(logits.freeze_BL.dtype), logits.freeze_BL[:, k]))
 
-    h_k = sigmoid(logit_k). All in log space; the logit of gate L is not read.
-    """
-    logits_BK = logits_BL[:, :-1]
-    if logits_BL.dtype not in (torch.float32, torch.float64):
-        logits_BK = logits_BK.float()
-    log_stay_BK = F.logsigmoid(-logits_BK).cumsum(1)
-    before_BL = F.pad(log_stay_BK, (1, 0))
-    return before_BL + F.pad(F.logsigmoid(logits_BK), (0, 1))
+
+def _cut(threshold: float) -> float:
+    return max(logit_threshold(threshold), CLOSED / 2)  # at threshold 0 a closed gate stays closed

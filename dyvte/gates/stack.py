@@ -1,13 +1,13 @@
-"""`GateStack`: one gate per decoder layer.
+"""`GateStack`: one gate per decoder layer, or two: exit head and freeze head.
 
-Shapes: B rows, L decoder layers, F gate features, h gate width.
+Shapes: B rows, L decoder layers, F gate features, h gate width; G streams, M stream features (`HeadLogits`).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from dyvte.errors import CheckpointError, ConfigError
 from dyvte.gates.architectures import ARCHITECTURES
 from dyvte.gates.config import GateConfig
 from dyvte.gates.files import read_checkpoint, write_checkpoint
+from dyvte.gates.logits import HeadLogits
+from dyvte.gates.offsets import CLOSED
 
 _REFERENCE_KEY = re.compile(r"(?:^|\.)visual_gates_router\.(\d+)\.(w[12])\.weight$")
 
@@ -24,8 +26,10 @@ _REFERENCE_KEY = re.compile(r"(?:^|\.)visual_gates_router\.(\d+)\.(w[12])\.weigh
 class GateStack(nn.Module):
     """One gate per decoder layer. Gates are separate modules, so a gate that is not used gets no gradient.
 
-    Gate L exists only so that reference checkpoints fit; it never decides anything. ``trunk`` is what all
-    gates share, None where they share nothing.
+    ``gates`` is the exit head. Gate L exists only so that reference checkpoints fit; it never decides
+    anything. ``freezes`` is the freeze head, None in a stack without one: its gate j = 0..L-1 reads what exit
+    gate j reads, gate 0 the same features before the first layer. ``trunk`` is what all gates share, None
+    where they share nothing.
     """
 
     def __init__(self, config: GateConfig) -> None:
@@ -37,6 +41,11 @@ class GateStack(nn.Module):
         self.gates = nn.ModuleList(
             architecture.gate(size, width, num_parts) for _ in range(config.num_layers)
         )
+        self.freezes = None
+        if config.freeze_head:
+            self.freezes = nn.ModuleList(
+                architecture.gate(size, width, num_parts) for _ in range(config.num_layers)
+            )
 
     @staticmethod
     def init(config: GateConfig, seed: int = 0) -> GateStack:
@@ -67,19 +76,90 @@ class GateStack(nn.Module):
         """(B,) float32: exit minus stay logit of gate k (1-based), offset included."""
         if not 1 <= k <= self.config.num_layers:
             raise ConfigError(f"gate {k}: expected a layer in 1..{self.config.num_layers}")
-        read = features_BF if self.trunk is None else self.trunk(features_BF)
-        return self.gates[k - 1](read) + self.config.offsets[k - 1]
+        return self._exit(k, self._read(features_BF))
 
-    def forward(self, features_BLF: Tensor) -> Tensor:
-        """(B, L) float32 logits of all gates; column k-1 belongs to gate k."""
+    def heads(self, k: int, features_BF: Tensor) -> Tensor:
+        """(2, B) float32 exit and freeze logits after layer k = 0..L-1, offsets included.
+
+        At k = 0, before the first layer, nothing can leave: `CLOSED` in the exit head's place.
+        """
+        if self.freezes is None or not 0 <= k < self.config.num_layers:
+            raise ConfigError(f"both heads at {k}: expected gates with a freeze head, and a layer below L")
+        read = self._read(features_BF)
+        freeze_B = self._freeze(k, read)
+        return torch.stack((self._exit(k, read) if k else torch.full_like(freeze_B, CLOSED), freeze_B))
+
+    def forward(
+        self,
+        features_BLF: Tensor,
+        embeddings_BF: Tensor | None = None,
+        frozen_BMF: Tensor | None = None,
+        freeze_layers: Sequence[int] = (),
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """All logits on traced features.
+
+        Parameters
+        ----------
+        features_BLF
+            Features of the plain stream, in which visual tokens are updated to the end.
+        embeddings_BF, frozen_BMF, freeze_layers
+            For gates with a freeze head: features before the first layer; those of the streams that are
+            frozen after each of ``freeze_layers``, from the next layer to L, one stream after another.
+
+        Returns
+        -------
+        (B, L) float32 logits of the exit gates, column k-1 of gate k; with a freeze head exit_BGL and
+        freeze_BL of `HeadLogits` (a tuple of tensors, as engines that wrap modules expect).
+
+        Raises
+        ------
+        ConfigError
+            If features have another shape, or those of the freeze head are missing.
+        """
         if features_BLF.shape[1:] != (self.config.num_layers, self.config.feature_size):
             raise ConfigError(
                 f"features have shape {tuple(features_BLF.shape)}, expected (B, L, F) with "
                 f"L = {self.config.num_layers} and F = {self.config.feature_size}"
             )
-        read = features_BLF if self.trunk is None else self.trunk(features_BLF)
-        logits = [gate(read[:, i]) + self.config.offsets[i] for i, gate in enumerate(self.gates)]
-        return torch.stack(logits, 1)
+        read = self._read(features_BLF)
+        num_layers = self.config.num_layers
+        plain_BL = torch.stack([self._exit(k, read[:, k - 1]) for k in range(1, num_layers + 1)], 1)
+        if self.freezes is None:
+            return plain_BL
+        if embeddings_BF is None or frozen_BMF is None or not freeze_layers:
+            raise ConfigError(
+                "these gates have a freeze head, but the traces hold no freeze layers: trace with a grid of "
+                "freeze layers"
+            )
+        inputs = (self._read(embeddings_BF), *(read[:, j - 1] for j in range(1, num_layers)))
+        freeze_BL = torch.stack([self._freeze(j, one) for j, one in enumerate(inputs)], 1)
+        frozen, column, streams = self._read(frozen_BMF), 0, []
+        for f in freeze_layers:
+            behind = range(f + 1, num_layers + 1)
+            own = [self._exit(k, frozen[:, column + i]) for i, k in enumerate(behind)]
+            streams.append(torch.cat((plain_BL[:, :f], torch.stack(own, 1)), 1))
+            column += len(behind)
+        return torch.stack((*streams, plain_BL), 1), freeze_BL
+
+    def logits(
+        self,
+        features_BLF: Tensor,
+        embeddings_BF: Tensor | None = None,
+        frozen_BMF: Tensor | None = None,
+        freeze_layers: Sequence[int] = (),
+    ) -> Tensor | HeadLogits:
+        """`forward` as what the rule and the objectives take: (B, L), or `HeadLogits`."""
+        found = self(features_BLF, embeddings_BF, frozen_BMF, freeze_layers)
+        return found if isinstance(found, Tensor) else HeadLogits(*found, tuple(freeze_layers))
+
+    def _read(self, features: Tensor) -> Tensor:
+        return features if self.trunk is None else self.trunk(features)
+
+    def _exit(self, k: int, read: Tensor) -> Tensor:
+        return self.gates[k - 1](read) + self.config.offsets[k - 1]
+
+    def _freeze(self, j: int, read: Tensor) -> Tensor:
+        return self.freezes[j](read) + self.config.freeze_offsets[j]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `gate_config.json` and `gates.safetensors`; each file appears whole or not at all."""
@@ -112,8 +192,11 @@ class GateStack(nn.Module):
         Raises
         ------
         CheckpointError
-            If no such keys exist, a layer is missing, or shapes disagree.
+            If no such keys exist, a layer is missing, shapes disagree, or a freeze head is asked for: the
+            reference has none.
         """
+        if config_fields.get("freeze_head"):
+            raise CheckpointError("reference gates have one head: they cannot be read with freeze_head: true")
         found: dict[tuple[int, str], Tensor] = {}
         for name, tensor in state_dict.items():
             if match := _REFERENCE_KEY.search(name):
@@ -155,10 +238,21 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, GateSta
     return config, stack
 
 
+def has_freezes(names: Iterable[str]) -> bool:
+    """Are these names of a stack's tensors those of two heads?"""
+    return any(name.startswith("freezes.") for name in names)
+
+
 def _assign(stack: GateStack, tensors: Mapping[str, Tensor], source: str) -> None:
     wanted = {name: tuple(t.shape) for name, t in stack.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     if wanted != given:
+        if has_freezes(wanted) != has_freezes(given):
+            raise CheckpointError(
+                f"{source}: its config says freeze_head: {has_freezes(wanted)}, but its tensors are of gates "
+                f"{'with' if has_freezes(given) else 'without'} a freeze head; use the config they were "
+                "trained with"
+            )
         name = next(n for n in sorted(wanted.keys() | given.keys()) if wanted.get(n) != given.get(n))
         raise CheckpointError(
             f"{source} does not fit its config: {name} has shape {given.get(name, 'nothing')}, "

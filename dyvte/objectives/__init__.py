@@ -2,6 +2,7 @@
 
 from dyvte.objectives.base import OBJECTIVES, Objective
 from dyvte.objectives.expected_risk import ExpectedRisk, expected_risk
+from dyvte.objectives.losses import answer_loss
 from dyvte.objectives.reference_label import ReferenceLabel, reference_label, reference_labels
 from dyvte.objectives.safe_label import SafeLabel, safe_label, safe_labels
 
@@ -11,6 +12,7 @@ __all__ = [
     "Objective",
     "ReferenceLabel",
     "SafeLabel",
+    "answer_loss",
     "expected_risk",
     "reference_label",
     "reference_labels",

@@ -1,6 +1,6 @@
 """Expected risk plus cost: the exact objective of a stopping rule over a frozen backbone.
 
-Shape letters: B samples, L decoder layers, S prices.
+Shape letters: B samples, L decoder layers, S prices, M schedules.
 """
 
 from __future__ import annotations
@@ -14,85 +14,146 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dyvte.gates import CLOSED, exit_probabilities
+from dyvte.costs.schedules import schedule_compute
+from dyvte.errors import ConfigError
+from dyvte.gates import CLOSED, HeadLogits, exit_probabilities, schedule_probabilities
 from dyvte.objectives.base import OBJECTIVES, Objective
+from dyvte.objectives.losses import answer_loss, check_loss
 from dyvte.teacher.trace import Trace
 
 
 @OBJECTIVES.register
 @dataclass(frozen=True, kw_only=True)
 class ExpectedRisk(Objective):
-    """Expected risk plus a price of visual compute, exactly, over many prices; see :func:`expected_risk`."""
+    """Expected loss plus a price of visual compute, exactly, over many prices; see :func:`expected_risk`."""
 
     name: Literal["expected_risk"] = "expected_risk"
     lam: float = 0.1
-    """Price in nats of the visual tokens in all layers, at threshold 0.5."""
+    """Price, in nats, of the visual tokens in all layers, at threshold 0.5."""
     span: float = 100.0
     """Thresholds learn for prices of their own, lam / span to lam * span; 1: lam alone."""
+    memory_price: float = 0.0
+    """Price of the visual tokens in the KV caches of all layers, on top."""
+    loss: str = "risk"
+    """"risk" (KL in nats), "same_answer" (0 or 1), or "risk:C" (min(KL, C) / C): the last two are what a
+    bounded risk can be certified for. The price is in the same unit."""
 
     starts_uniform: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.span < 1:
-            raise ValueError(f"span must be at least 1, found {self.span}")
-        if self.lam < 0:
-            raise ValueError(f"lam must not be negative, found {self.lam}")
+        _check(self.lam, self.span, self.memory_price)
+        check_loss(self.loss)
 
     def prepared(self, train: Trace) -> Callable[..., Tensor]:
         """The loss; nothing need be known beforehand."""
-        return partial(expected_risk, lam=self.lam, span=self.span)
+        settings = {name: getattr(self, name) for name in ("lam", "span", "memory_price", "loss")}
+        return partial(expected_risk, **settings)
 
 
 def expected_risk(
-    logits_BL: Tensor,
+    logits: Tensor | HeadLogits,
     trace: Trace,
     *,
     lam: float = 0.1,
     span: float = 1.0,
     points: int = 7,
     shift: float = 4.0,
+    memory_price: float = 0.0,
+    loss: str = "risk",
 ) -> Tensor:
-    """Mean over samples of sum_k P_k (risk_k + lam * k / L), k = 1..L; with ``span`` > 1 over many prices.
+    """Mean over samples of sum P (risk + lam * compute + memory_price * kv), over all schedules.
 
     P_k is the chance that the gates leave after layer k, each asked in turn; P_L is what remains. The
     backbone is frozen, so the risks are constants and the expectation is exact: no exit is sampled and every
     gate learns from every sample. P is computed in log space, because the product of 31 survivals underflows
-    long before its gradient does.
+    long before its gradient does. With a freeze head it is P(f, k), over the grid of the trace
+    (:func:`dyvte.gates.schedule_probabilities`); compute is (f + r (k - f)) / L with r the backbone's
+    ``kv_share``, kv is k / L. Without one f = k: both are k / L, k = 1..L.
 
     A threshold t decides as t = 0.5 would with log((1 - t) / t) added to every logit. Gates trained at one
     price are good at one threshold only; with ``span`` the price lam * x is paired with the logits + shift *
     log(x) for ``points`` values of x in [1/span, span], evenly spaced in log x, so that each threshold is
     trained for a price of its own and one stack of gates serves all budgets. Terms are weighted by x^-1/2,
-    between equal weight of their risks and equal weight of their costs.
+    between equal weight of their risks and equal weight of their costs. Both heads and both prices move
+    together: one threshold drives them all.
 
     Parameters
     ----------
-    logits_BL:
-        (B, L) exit minus stay, offsets included (:func:`dyvte.gates.uniform_offsets` makes P start uniform).
+    logits:
+        (B, L) exit minus stay, offsets included (:func:`dyvte.gates.uniform_offsets` makes P start uniform);
+        or those of both heads, on the streams that the trace labels.
     trace:
-        The same B samples; ``risk`` in nats is read.
+        The same B samples.
     lam:
         Price, in nats, of keeping the visual tokens in all layers; larger means earlier exits. With ``span``:
         the price that threshold 0.5 stands for.
     span:
         1: the objective at ``lam`` alone. Else the range of prices, lam / span to lam * span.
+    memory_price:
+        Price of their keys and values in the caches of all layers.
+    loss:
+        What "risk" is: see :func:`dyvte.objectives.losses.answer_loss`. The prices are in its unit.
+
+    Raises
+    ------
+    ConfigError
+        If logits of two heads meet a trace without their freeze layers.
     """
-    if lam < 0:
-        raise ValueError(f"lam must not be negative, found {lam}")
+    _check(lam, span, memory_price)
+    log_x_S = torch.linspace(-math.log(span), math.log(span), points if span > 1 else 1, dtype=torch.float64)
+    log_x_S = log_x_S.to(trace.risk.device)
+    log_probability_SBM = _chances(logits, trace, shift * log_x_S)
+    loss_BM, compute_M, kv_M = _costs(logits, trace, loss)
+    price_SM = lam * log_x_S.exp()[:, None] * compute_M
+    if memory_price:
+        price_SM = price_SM + memory_price * log_x_S.exp()[:, None] * kv_M
+    cost_SBM = loss_BM.to(log_probability_SBM) + price_SM.to(log_probability_SBM)[:, None]
+    objective_S = (log_probability_SBM.exp() * cost_SBM).sum(2).mean(1)
+    return (objective_S * (-log_x_S / 2).exp().to(objective_S)).mean()
+
+
+def _chances(logits: Tensor | HeadLogits, trace: Trace, shift_S: Tensor) -> Tensor:
+    """(S, B, M) log P of M schedules, with each shift added to every logit; nobody leaves or freezes where no
+    label is known."""
+    closed_L = None if trace.complete else ~trace.labelled[1:].to(trace.risk.device)
+    if isinstance(logits, Tensor):
+        shifted_SBL = logits + shift_S.to(logits)[:, None, None]
+        if closed_L is not None:
+            shifted_SBL = shifted_SBL.masked_fill(closed_L, CLOSED)
+        return exit_probabilities(shifted_SBL.flatten(0, 1)).unflatten(0, shifted_SBL.shape[:2])
+    if logits.freeze_layers != trace.freezes:
+        raise ConfigError(
+            f"logits of streams frozen after {logits.freeze_layers}, labels of {trace.freezes}: expected "
+            "both from one trace"
+        )
+    exit_BGL = logits.exit_BGL
+    exit_SBGL = exit_BGL + shift_S.to(exit_BGL)[:, None, None, None]
+    freeze_SBL = logits.freeze_BL + shift_S.to(logits.freeze_BL)[:, None, None]
+    if closed_L is not None:
+        exit_SBGL = exit_SBGL.masked_fill(closed_L, CLOSED)
+    shifted = HeadLogits(exit_SBGL.flatten(0, 1), freeze_SBL.flatten(0, 1), logits.freeze_layers)
+    log_p = schedule_probabilities(shifted.closed_elsewhere())
+    return log_p.flatten(1).unflatten(0, exit_SBGL.shape[:2])
+
+
+def _costs(logits: Tensor | HeadLogits, trace: Trace, loss: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, M) loss, (M,) compute and (M,) share of the cache of the schedules of `_chances`; 0 where no label
+    is known."""
+    num_layers = trace.num_layers
+    exits_L = torch.arange(1, num_layers + 1, device=trace.risk.device).double()
+    loss_BGL = answer_loss(trace, loss)[..., 1:].nan_to_num(nan=0.0)
+    if isinstance(logits, Tensor) or trace.grid is None:
+        return loss_BGL[:, -1], exits_L / num_layers, exits_L / num_layers
+    freezes_F1 = torch.tensor(trace.freezes, device=exits_L.device).double()[:, None]
+    frozen_FL = schedule_compute(freezes_F1, exits_L, num_layers, trace.grid.kv_share)
+    compute_GL = torch.cat((frozen_FL, exits_L[None] / num_layers))
+    kv_GL = (exits_L / num_layers).expand_as(compute_GL)
+    return loss_BGL.flatten(1), compute_GL.flatten(), kv_GL.flatten()
+
+
+def _check(lam: float, span: float, memory_price: float) -> None:
+    for name, price in (("lam", lam), ("memory_price", memory_price)):
+        if price < 0:
+            raise ValueError(f"{name} must not be negative, found {price}")
     if span < 1:
         raise ValueError(f"span must be at least 1, found {span}")
-    log_x_S = torch.linspace(-math.log(span), math.log(span), points if span > 1 else 1, dtype=torch.float64)
-    log_x_S = log_x_S.to(logits_BL.device)
-    price_S = lam * log_x_S.exp()
-    shifted_SBL = logits_BL + (shift * log_x_S).to(logits_BL)[:, None, None]
-    risk_BL, num_layers = trace.risk[:, 1:], trace.num_layers
-    if not trace.complete:  # nobody leaves where no risk is known
-        unknown_L = ~trace.labelled[1:].to(logits_BL.device)
-        shifted_SBL = shifted_SBL.masked_fill(unknown_L, CLOSED)
-        risk_BL = risk_BL.nan_to_num(nan=0.0)
-    log_probability_SBL = exit_probabilities(shifted_SBL.flatten(0, 1)).unflatten(0, shifted_SBL.shape[:2])
-
-    share_L = torch.arange(1, num_layers + 1).to(log_x_S) / num_layers
-    cost_SBL = risk_BL.to(log_probability_SBL) + (price_S[:, None] * share_L).to(log_probability_SBL)[:, None]
-    objective_S = (log_probability_SBL.exp() * cost_SBL).sum(2).mean(1)
-    return (objective_S * (-log_x_S / 2).exp().to(objective_S)).mean()

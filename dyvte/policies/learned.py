@@ -3,62 +3,47 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dyvte.errors import ConfigError, GateMismatchError
-from dyvte.gates import ExitRule, GateStack, check_rule, load_checkpoint
+from dyvte.gates import GateStack, ScheduleRule, check_rule, follow_threshold, load_checkpoint
 from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 from dyvte.policies.fixed import FixedPolicy
-
-
-class GatePlan(Plan):
-    """A plan that fills in while the layers run."""
-
-    def __init__(self, gates: GateStack, rule: ExitRule, rows: Rows) -> None:
-        super().__init__(rule.exit_layers_B)
-        self.gates, self.rule, self.features = gates, rule, gates.config.features
-        # Without text after the image there is nothing to read, and the answer starts from a visual token.
-        rule.asking_B &= (rows.num_visual_B > 0) & (rows.num_prompt_B > 0)
-
-    @property
-    def num_fallbacks(self) -> int:  # type: ignore[override]
-        """Rows whose gate output was not finite."""
-        return int(self.rule.fallback_B.sum())
-
-    def asks(self, k: int) -> bool:
-        """Does any row still need gate k?"""
-        return self.rule.wants(k)
-
-    def asking_rows(self) -> Tensor:
-        """(B,) bool: rows that no gate has settled yet."""
-        return self.rule.asking_B.clone()
-
-    def logits(self, k: int, features_BF: Tensor) -> Tensor:
-        """(B,) logits of gate k."""
-        # The same device, unless the backbone is spread over several.
-        return self.gates.gate(k, features_BF.to(self.gates.device))
-
-    def step(self, k: int, logits_B: Tensor) -> None:
-        """Settle the rows whose gate k fires."""
-        self.rule.step(k, logits_B)
-
-    def settle(self, rows_B: Tensor, k: int) -> None:
-        """Rows that have no visual token behind layer k: there is nothing left to decide."""
-        super().settle(rows_B, k)
-        self.rule.asking_B &= ~rows_B
+from dyvte.policies.gate_plan import GatePlan
 
 
 @POLICIES.register
 class LearnedPolicy(Policy):
-    """A row leaves at the first layer whose gate fires; see `dyvte.gates.ExitRule`."""
+    """A row leaves at the first layer whose gate fires; gates with two heads also say when it freezes.
+
+    See `dyvte.gates.ScheduleRule`.
+
+    Parameters
+    ----------
+    gates
+        The trained stack.
+    threshold, min_layer, fallback
+        The rule's settings.
+    freeze_threshold
+        Of the freeze head, where there is one; None: as far from ``threshold`` as the gates' config has it.
+    """
 
     name = "gates"
     usage = "gates:FOLDER[@THRESHOLD]"
 
     def __init__(
-        self, gates: GateStack, threshold: float = 0.5, min_layer: int = 1, fallback: int | None = None
+        self,
+        gates: GateStack,
+        threshold: float = 0.5,
+        min_layer: int = 1,
+        fallback: int | None = None,
+        freeze_threshold: float | None = None,
     ) -> None:
         self.gates, self.threshold, self.min_layer, self.fallback = gates, threshold, min_layer, fallback
+        config = gates.config
+        if freeze_threshold is None and config.freeze_head:
+            freeze_threshold = follow_threshold(config.freeze_threshold, config.threshold, threshold)
+        self.freeze_threshold = freeze_threshold
+        self.may_freeze = config.freeze_head
 
     @classmethod
     def parse(cls, argument: str) -> Policy:
@@ -85,7 +70,9 @@ class LearnedPolicy(Policy):
                 f"the backbone has {num_layers} layers of hidden size {hidden_size}: "
                 "use the gates trained for this backbone"
             )
-        ExitRule(0, num_layers, self.threshold, self.min_layer, self.fallback)
+        if self.freeze_threshold is not None and not config.freeze_head:
+            raise ConfigError("freeze_threshold is of gates with a freeze head; these have none")
+        self._rule(0, num_layers)
 
     def to(self, device: torch.device) -> None:
         """Bring the gates to the backbone's device."""
@@ -95,5 +82,9 @@ class LearnedPolicy(Policy):
     def start(self, rows: Rows) -> Plan:
         """The plan for one prefill."""
         count = len(rows.num_visual_B)
-        rule = ExitRule(count, rows.num_layers, self.threshold, self.min_layer, self.fallback)
-        return GatePlan(self.gates, rule, rows)
+        return GatePlan(self.gates, self._rule(count, rows.num_layers), rows)
+
+    def _rule(self, num_rows: int, num_layers: int) -> ScheduleRule:
+        return ScheduleRule(
+            num_rows, num_layers, self.threshold, self.min_layer, self.fallback, self.freeze_threshold
+        )

@@ -44,7 +44,7 @@ class VisualExit:
     gates
         Trained gates; None for a fixed exit.
     threshold, min_layer, fallback, mode
-        The decision rule of `dyvte.gates.ExitRule`; None takes the value stored with the gates
+        The decision rule of `dyvte.gates.ScheduleRule`; None takes the value stored with the gates
         (threshold 0.5, min_layer 1, no fallback, mode "gates" where nothing is stored). Without gates, or
         with ``mode="fixed"``, every row leaves after layer `fallback` (None: never).
     allow_transfer

@@ -41,6 +41,9 @@ class FreezeGrid:
         :func:`stream_layers`. Up to layer f they are the plain stream's and not held twice.
     freeze_layers:
         The traced f, ascending, each in 0..L-1. f = L is the plain stream.
+    kv_share:
+        Linear work of a frozen visual token (its key and value), as a share of an updated one's, mean over
+        layers: what the backbone's shape says of prices.
     """
 
     risk: Tensor
@@ -51,12 +54,15 @@ class FreezeGrid:
     embeddings: Tensor
     features: Tensor
     freeze_layers: tuple[int, ...]
+    kv_share: float
 
     def __post_init__(self) -> None:
         freezes, last = tuple(self.freeze_layers), self.risk.shape[-1] - 1
         object.__setattr__(self, "freeze_layers", freezes)
         if not freezes or list(freezes) != sorted(set(freezes)) or not 0 <= freezes[0] <= freezes[-1] < last:
             raise DataError(f"freeze layers {freezes}: expected one or more of 0..{last - 1}, ascending")
+        if not 0 < self.kv_share < 1:
+            raise DataError(f"kv_share {self.kv_share}: expected the share of key and value, between 0 and 1")
         rows, size = len(self.embeddings), self.embeddings.shape[-1]
         wanted = {name: (rows, len(freezes), last + 1) for name in LABELS}
         wanted |= {"features": (rows, len(self.stream_layers), size), "embeddings": (rows, size)}
@@ -108,13 +114,12 @@ class FreezeGrid:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name."""
-        names = (field.name for field in dataclasses.fields(self) if field.name != "freeze_layers")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*LABELS, "embeddings", "features")}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> FreezeGrid:
         """The same grid with every tensor changed in the same way: other rows, another device."""
         changed = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return FreezeGrid(**changed, freeze_layers=self.freeze_layers)
+        return dataclasses.replace(self, **changed)
 
     def select(self, stored: Sequence[str], wanted: Sequence[str]) -> FreezeGrid:
         """The parts ``wanted`` of its ``stored`` features; see `dyvte.gates.select_features`."""
@@ -151,8 +156,9 @@ class FreezeGrid:
         ValueError
             If they do not trace the same freeze layers.
         """
-        if any(grid.freeze_layers != grids[0].freeze_layers for grid in grids):
-            raise ValueError("grids that trace other freeze layers cannot be put together")
+        facts = {(grid.freeze_layers, grid.kv_share) for grid in grids}
+        if len(facts) > 1:
+            raise ValueError(f"grids of other freeze layers or backbones cannot be put together: {facts}")
         names = grids[0].tensors()
         joined = {name: torch.cat([getattr(grid, name) for grid in grids]) for name in names}
-        return FreezeGrid(**joined, freeze_layers=grids[0].freeze_layers)
+        return dataclasses.replace(grids[0], **joined)

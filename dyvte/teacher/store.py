@@ -8,6 +8,7 @@ work, ranks never meet, nothing is doubled.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -62,6 +63,11 @@ class Manifest:
         """Freeze layers that the traces label; none where they have no grid."""
         text = self.fingerprint.get("freezes", NO_FREEZES)
         return () if text == NO_FREEZES else tuple(map(int, text.split(",")))
+
+    @property
+    def kv_share(self) -> float:
+        """Of a frozen visual token's work; see `FreezeGrid`. nan where the traces have no grid."""
+        return float(self.fingerprint.get("kv_share", "nan"))
 
     @property
     def num_shards(self) -> int:
@@ -246,8 +252,10 @@ class TraceStore:
         """A shard's trace from its tensors by name."""
         plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(GRID)}
         frozen = {n.removeprefix(GRID): tensor for n, tensor in tensors.items() if n.startswith(GRID)}
-        freezes = self.manifest.freezes
-        grid = FreezeGrid(**frozen, freeze_layers=freezes) if frozen or freezes else None
+        made = self.manifest
+        grid = None
+        if frozen or made.freezes:
+            grid = FreezeGrid(**frozen, freeze_layers=made.freezes, kv_share=made.kv_share)
         return Trace(sample_ids=ids, exits=self.manifest.exits, grid=grid, **plain)
 
     def _path(self, index: int) -> Path:
@@ -285,9 +293,9 @@ def exits_text(exits: Sequence[int], num_layers: int) -> str:
     return ALL_EXITS if len(exits) == num_layers + 1 else ",".join(map(str, exits))
 
 
-def freezes_text(freezes: Sequence[int]) -> str:
-    """Traced freeze layers as a fingerprint holds them; a store without a grid has no such entry."""
-    return ",".join(map(str, freezes)) or NO_FREEZES
+def grid_fingerprint(freezes: Sequence[int], kv_share: float) -> dict[str, str]:
+    """Entries of a fingerprint for traces with a grid of these freeze layers; none without a grid."""
+    return {"freezes": ",".join(map(str, freezes)), "kv_share": repr(kv_share)} if freezes else {}
 
 
 def empty_trace(
@@ -296,14 +304,15 @@ def empty_trace(
     dtype: torch.dtype,
     exits: tuple[int, ...] = (),
     freezes: tuple[int, ...] = (),
+    kv_share: float = math.nan,
 ) -> Trace:
-    """A trace of no samples, for a shard all of whose samples were dropped."""
+    """A trace of no samples, for a shard all of whose samples were dropped; with a grid, if any freezes."""
     column = torch.zeros(0, num_layers + 1)
     grid = None
     if freezes:
         labels = torch.zeros(0, len(freezes), num_layers + 1)
         behind = torch.zeros(0, len(stream_layers(freezes, num_layers)), feature_size, dtype=dtype)
-        grid = FreezeGrid(*(labels,) * 5, behind.new_zeros(0, feature_size), behind, freezes)
+        grid = FreezeGrid(*(labels,) * 5, behind.new_zeros(0, feature_size), behind, freezes, kv_share)
     return Trace(
         risk=column,
         reverse_risk=column,

@@ -41,6 +41,7 @@ def make_trace(
             embeddings=torch.randn(rows, features, generator=generator),
             features=torch.randn(rows, behind, features, generator=generator),
             freeze_layers=freezes,
+            kv_share=1 / 6,
         )
     ids = tuple(map(str, range(rows)))
     return Trace(**plain, sample_ids=ids, num_visual=torch.full((rows,), 9), grid=grid)

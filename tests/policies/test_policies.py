@@ -133,3 +133,42 @@ def test_a_policy_is_one_short_file_and_one_row_in_the_readme():
     assert len(set(files)) == len(POLICIES)
     assert all(len(file.read_text().splitlines()) <= 100 for file in files)
     assert all(policy.usage.partition(":")[0] == policy.name for policy in policies)
+
+
+def test_gates_with_two_heads_freeze_rows_and_leave_later():
+    gates = GateStack.init(GateConfig(num_layers=6, hidden_size=4, freeze_head=True))
+    policy = LearnedPolicy(gates, threshold=0.5, fallback=4)
+    assert policy.may_freeze
+    plan = policy.start(ROWS)
+    assert plan.asks(0)
+    assert plan.logits(0, torch.zeros(4, 8)).shape == (2, 4)
+    plan.step(0, torch.tensor([[0.0] * 4, [1.0, -1.0, 1.0, 1.0]]))
+    # only rows with an image and a prompt are asked
+    assert plan.freeze_layers_B.tolist() == [0, 6, 6, 6]
+    assert plan.exit_layers_B.tolist() == [6] * 4
+    assert plan.asking_rows().tolist() == [True, True, False, False]
+    plan.step(1, torch.tensor([[-1.0, -1.0, 0.0, 0.0], [1.0, torch.nan, 0.0, 0.0]]))
+    assert (plan.freeze_layers_B.tolist(), plan.exit_layers_B.tolist()) == ([0, 4, 6, 6], [6, 4, 6, 6])
+    assert plan.num_fallbacks == 1
+    plan.settle(torch.tensor([True, False, False, True]), 3)
+    assert (plan.freeze_layers_B.tolist(), plan.exit_layers_B.tolist()) == ([0, 4, 6, 3], [3, 4, 6, 3])
+    assert not plan.asks(4)
+
+
+def test_plans_of_one_head_freeze_rows_where_they_leave():
+    gates = GateStack.init(GateConfig(num_layers=6, hidden_size=4))
+    plan = LearnedPolicy(gates).start(ROWS)
+    assert not plan.asks(0)
+    plan.step(2, torch.tensor([1.0, -1.0, 0.0, 0.0]))
+    assert plan.freeze_layers_B.tolist() == plan.exit_layers_B.tolist() == [2, 6, 6, 6]
+
+
+def test_the_freeze_threshold_keeps_its_distance_from_the_exit_threshold():
+    config = GateConfig(num_layers=6, hidden_size=4, freeze_head=True, threshold=0.4, freeze_threshold=0.6)
+    gates = GateStack.init(config)
+    assert LearnedPolicy(gates, threshold=0.4).freeze_threshold == pytest.approx(0.6)
+    assert LearnedPolicy(gates, threshold=0.5).freeze_threshold == pytest.approx(2.25 / 3.25)
+    assert LearnedPolicy(gates, threshold=0.5, freeze_threshold=0.5).freeze_threshold == 0.5
+    one_head = GateStack.init(GateConfig(num_layers=6, hidden_size=4))
+    with pytest.raises(ConfigError, match="these have none"):
+        LearnedPolicy(one_head, freeze_threshold=0.5).check(6, 4)

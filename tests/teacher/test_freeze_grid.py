@@ -13,7 +13,7 @@ from dyvte.errors import CheckpointError, DataError
 from dyvte.gates import FEATURES
 from dyvte.teacher import Manifest, Shard, Trace, TraceStore
 from dyvte.teacher.freeze_grid import LABELS
-from dyvte.teacher.store import empty_trace, freezes_text
+from dyvte.teacher.store import empty_trace, grid_fingerprint
 from tests.helpers.traces import make_trace
 
 LAYERS, FREEZES = 5, (0, 2, 4)
@@ -21,7 +21,7 @@ LAYERS, FREEZES = 5, (0, 2, 4)
 
 def manifest(trace: Trace, features: int = 4, **fingerprint: str) -> Manifest:
     if trace.grid is not None:
-        fingerprint["freezes"] = freezes_text(trace.freezes)
+        fingerprint |= grid_fingerprint(trace.freezes, trace.grid.kv_share)
     return Manifest(
         fingerprint=fingerprint, num_samples=len(trace), shard_size=4, num_layers=LAYERS,
         feature_size=features,
@@ -109,6 +109,10 @@ def test_grids_that_make_no_sense_are_refused() -> None:
             replace(trace.grid, freeze_layers=freezes)
     with pytest.raises(DataError, match=r"features has shape .* expected \(3, 9, 4\)"):
         replace(trace.grid, features=trace.grid.features[:, 1:])
+    with pytest.raises(DataError, match=r"kv_share 1\.5"):
+        replace(trace.grid, kv_share=1.5)
+    with pytest.raises(ValueError, match="other freeze layers or backbones"):
+        Trace.cat([trace, replace(trace, grid=replace(trace.grid, kv_share=0.2))])
     with pytest.raises(DataError, match="holds 3 samples"):
         replace(make_trace(2, LAYERS), grid=trace.grid)
     trace.grid.check(trace.exits, trace.tensors())
@@ -131,6 +135,7 @@ def test_a_store_keeps_grids(tmp_path) -> None:
     again = TraceStore.open(tmp_path)
     assert again.complete
     assert again.manifest.freezes == FREEZES
+    assert again.trace().grid.kv_share == trace.grid.kv_share
     assert same(again.trace(), trace)
     assert torch.equal(again.trace(["last_prompt"]).streams(), trace.streams()[..., 2:])
     with pytest.raises(DataError, match="for a store of"):
@@ -140,7 +145,7 @@ def test_a_store_keeps_grids(tmp_path) -> None:
 
 
 def test_a_store_of_dropped_samples_holds_an_empty_grid(tmp_path) -> None:
-    trace = empty_trace(LAYERS, 4, torch.float32, freezes=FREEZES)
+    trace = empty_trace(LAYERS, 4, torch.float32, freezes=FREEZES, kv_share=0.2)
     store = TraceStore.create(tmp_path, manifest(make_trace(1, LAYERS, freezes=FREEZES)))
     store.write(0, Shard(trace=trace, image_ids=()))
     assert len(TraceStore.open(tmp_path).read(0).trace) == 0

@@ -1,0 +1,46 @@
+"""The plan of trained gates: it fills in while the layers run."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dyvte.gates import GateStack, ScheduleRule
+from dyvte.policies.base import Plan, Rows
+
+
+class GatePlan(Plan):
+    """A plan that fills in while the layers run."""
+
+    def __init__(self, gates: GateStack, rule: ScheduleRule, rows: Rows) -> None:
+        super().__init__(rule.exit_layers_B)
+        self.freeze_layers_B = rule.freeze_layers_B
+        self.gates, self.rule, self.features = gates, rule, gates.config.features
+        # Without text after the image there is nothing to read, and the answer starts from a visual token.
+        rule.asking_B &= (rows.num_visual_B > 0) & (rows.num_prompt_B > 0)
+
+    @property
+    def num_fallbacks(self) -> int:  # type: ignore[override]
+        """Rows whose gate output was not finite."""
+        return int(self.rule.fallback_B.sum())
+
+    def asks(self, k: int) -> bool:
+        """Does any row still need the gates after layer k? At 0, before the first: of a freeze head alone."""
+        return self.rule.wants(k)
+
+    def asking_rows(self) -> Tensor:
+        """(B,) bool: rows that no gate has settled yet."""
+        return self.rule.asking_B.clone()
+
+    def logits(self, k: int, features_BF: Tensor) -> Tensor:
+        """(B,) logits of gate k; with a freeze head (2, B), exit and freeze."""
+        # The same device, unless the backbone is spread over several.
+        features_BF = features_BF.to(self.gates.device)
+        return (self.gates.gate if self.gates.freezes is None else self.gates.heads)(k, features_BF)
+
+    def step(self, k: int, logits: Tensor) -> None:
+        """Freeze and settle the rows whose gates fire after layer k."""
+        self.rule.step(k, logits)
+
+    def settle(self, rows_B: Tensor, k: int) -> None:
+        """Rows that have no visual token behind layer k: there is nothing left to decide."""
+        self.rule.settle(rows_B, k)
