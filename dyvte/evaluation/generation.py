@@ -206,11 +206,14 @@ def _record_of_text(asker: Asker, batch: Batch) -> PrefillRecord:
     width = 2 * shape.num_kv_heads * shape.head_dim * asker.model.dtype.itemsize
     return PrefillRecord(
         exit_layers_B=torch.full((rows,), -1),
+        freeze_layers_B=torch.full((rows,), -1),
         gate_logits_BL=torch.full((rows, num_layers), torch.nan),
+        freeze_logits_BL=torch.full((rows, num_layers), torch.nan),
         num_visual_B=none_BL[:, 0],
         kv_bytes=(batch.inputs["input_ids"].numel() * width,) * num_layers,
         gate_fallbacks=0,
         visual_tokens_BL=none_BL,
+        frozen_tokens_BL=none_BL,
         text_tokens_BL=batch.num_tokens_B.cpu()[:, None].expand(-1, num_layers),
         score_layers=(),
     )
