@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyvte.backbones import BackboneConfig, PromptTemplate, RenderedPrompt, encode
+from dyvte.backbones import BackboneConfig, PromptTemplate, RenderedPrompt, encode, generate_greedily
 from dyvte.backbones.encode import takes_videos
+from dyvte.backbones.greedy import in_answer
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import open_group
 from dyvte.data import load_image
@@ -157,13 +158,19 @@ def encoded_batches(
 def answer(
     asker: Asker, batch: Batch, exits: VisualExit, generation: Mapping[str, Any] | None = None
 ) -> list[Answer]:
-    """Answers of one batch under one policy and its reductions; greedy, unless ``generation`` holds other
-    arguments of ``generate`` (one sequence for each prompt)."""
+    """Answers of one batch under one policy and its reductions.
+
+    They are greedy (`dyvte.backbones.greedy`), unless ``generation`` holds other arguments of ``generate``
+    (one sequence for each prompt).
+    """
+    settings = {"max_new_tokens": asker.max_new_tokens, **(generation or {})}
     with exits(asker.model) as run:
         run.sample_ids = batch.question_ids
-        tokens_BN = asker.model.generate(**batch.inputs, **(generation or greedy(asker.max_new_tokens)))
-    new_BN = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
-    texts = asker.processor.tokenizer.batch_decode(new_BN, skip_special_tokens=True)
+        tokens_BN = generate_greedily(asker.model, batch.inputs, **settings)
+    new_BA = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
+    mask_BA = in_answer(new_BA, asker.model)
+    new_B = [row_A[own_A].tolist() for row_A, own_A in zip(new_BA, mask_BA, strict=True)]
+    texts = asker.processor.tokenizer.batch_decode(new_B, skip_special_tokens=True)
     record = run.records[0] if run.records else _record_of_text(asker, batch)
     asked_gates = bool(record.gate_logits_BL.isfinite().any())
     kv_bytes = sum(record.kv_bytes) / len(texts)
@@ -178,24 +185,12 @@ def answer(
             visual_tokens=pack_layers(visual_BL[row]),
             text_tokens=pack_layers(text_BL[row]),
             score_layers=tuple(k for k in record.score_layers if visual_BL[row][k - 1]),
-            num_new_tokens=_num_new(new_BN[row], asker),
+            num_new_tokens=len(new_B[row]),
             kv_bytes=kv_bytes,
             gate_logits=_logits(record.gate_logits_BL[row]) if asked_gates else (),
         )
         for row, (question_id, text) in enumerate(zip(batch.question_ids, texts, strict=True))
     ]
-
-
-def greedy(new_tokens: int) -> dict[str, Any]:
-    """Arguments of ``generate`` for a greedy answer of at most that many tokens."""
-    return {
-        "max_new_tokens": new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
 
 
 def _record_of_text(asker: Asker, batch: Batch) -> PrefillRecord:
@@ -217,15 +212,6 @@ def _record_of_text(asker: Asker, batch: Batch) -> PrefillRecord:
         text_tokens_BL=batch.num_tokens_B.cpu()[:, None].expand(-1, num_layers),
         score_layers=(),
     )
-
-
-def _num_new(tokens_N: Tensor, asker: Asker) -> int:
-    """Tokens up to and with the first end token; what follows is padding."""
-    ends = asker.model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or ())
-    is_end_N = torch.isin(tokens_N, torch.tensor(ends, dtype=tokens_N.dtype))
-    found = is_end_N.nonzero()
-    return int(found[0]) + 1 if len(found) else len(tokens_N)
 
 
 def _logits(logits_L: Tensor) -> tuple[float | None, ...]:

@@ -17,6 +17,7 @@ import dyvte
 from dyvte.backbones import (
     BackboneConfig,
     check_image_padding,
+    decoding_identity,
     describe,
     fingerprint,
     get_template,
@@ -56,7 +57,7 @@ FULL_MODEL = "never"
 """Name of the run that is the full model's: never an exit, no reduction."""
 
 CONFIG_FILE = "config.yaml"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +317,7 @@ def _identity(
         "template": asker.template.version,
         "image_padding": image_padding(asker.processor),
         "batch_size": config.batch_size,
+        "decoding": decoding_identity(asker.model),
         "max_new_tokens": config.max_new_tokens,
         "num_frames": config.num_frames,
         "seed": config.seed,

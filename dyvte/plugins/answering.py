@@ -16,7 +16,7 @@ from dyvte.backbones import takes_videos
 from dyvte.config import from_dict
 from dyvte.distributed import own_device
 from dyvte.errors import ConfigError
-from dyvte.evaluation.generation import Asker, AskingConfig, answer, encode_rendered, greedy
+from dyvte.evaluation.generation import Asker, AskingConfig, answer, encode_rendered
 from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import check_policies, load_asker
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
@@ -128,8 +128,8 @@ class Answering:
 
 
 def generation_arguments(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of transformers' ``generate`` for those of a harness. As in the harnesses' own models, a
-    positive temperature means sampling unless ``do_sample`` says no.
+    """What a harness's arguments change in greedy generation. As in the harnesses' own models, a positive
+    temperature means sampling unless ``do_sample`` says no.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def generation_arguments(given: Mapping[str, Any], max_new_tokens: int) -> dict[
     tokens = given.get("max_new_tokens") or max_new_tokens
     if int(tokens) < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, found {tokens}")
-    arguments = greedy(int(tokens))
+    arguments: dict[str, Any] = {"max_new_tokens": int(tokens)}
     temperature = given.get("temperature")
     wanted = given.get("do_sample")
     samples = bool(temperature) if wanted is None else bool(wanted) and temperature != 0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dyvte.backbones import (
     PromptTemplate,
     RenderedPrompt,
+    decoding_identity,
     describe,
     encode,
     fingerprint,
@@ -25,6 +26,7 @@ from dyvte.backbones import (
     image_padding,
     weights_digest,
 )
+from dyvte.backbones.greedy import end_tokens
 from dyvte.data import Defect, Sample, Selection, check_defects, load_image
 from dyvte.errors import ConfigError, DataError, MemoryBudgetError
 from dyvte.gates import DEFAULT_FEATURES, check_features
@@ -138,6 +140,8 @@ class Teacher:
                 compared["reference"] = f"base {weights_digest(self.model)}"
         if self.reductions:
             compared["reductions"] = identity(self.reductions)
+        if self.config.label_source == "greedy":
+            compared["decoding"] = decoding_identity(self.model)
         return {
             **compared,
             "backbone": fingerprint(self.model),
@@ -369,8 +373,7 @@ class Teacher:
 
     def ends_answer(self, inputs: dict[str, Tensor], answer_BN: Tensor) -> Tensor:
         """(B, N) bool: answer tokens that end a generation."""
-        eos = self.backbone.model.generation_config.eos_token_id
-        eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos], device=answer_BN.device)
+        eos_ids = torch.tensor(end_tokens(self.model), device=answer_BN.device)
         return torch.isin(inputs["input_ids"], eos_ids) & answer_BN
 
 
