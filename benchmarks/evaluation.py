@@ -23,13 +23,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import Report, Times, arguments, interleaved, ratio, setting_of
 
-from dyvte.backbones import get_template, load_backbone
+from dyvte.backbones import generate_greedily, get_template, load_backbone
 from dyvte.evaluation.generation import (
     Asker,
     answer,
     encode_questions,
     encoded_batches,
-    greedy,
     plan_batches,
 )
 from dyvte.evaluation.runner import prompts_of
@@ -46,11 +45,8 @@ def reference_way(questions: Sequence[Question], prompts: Sequence[str], asker: 
     found = {}
     for question, prompt in zip(questions, prompts, strict=True):
         inputs = encode_questions(asker, [question], [prompt]).inputs
-        given = asker.model.generate(
-            **inputs,
-            **greedy(asker.max_new_tokens),
-            output_attentions=True,
-            return_dict_in_generate=True,
+        given = generate_greedily(
+            asker.model, inputs, asker.max_new_tokens, output_attentions=True, return_dict_in_generate=True
         )
         new = given.sequences[:, inputs["input_ids"].shape[1] :]
         found[question.id] = asker.processor.tokenizer.batch_decode(new, skip_special_tokens=True)[0]

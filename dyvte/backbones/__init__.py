@@ -6,6 +6,7 @@ from dyvte.backbones.config import BackboneConfig
 from dyvte.backbones.describe import Backbone, BackboneShape, describe, describe_config, unwrap
 from dyvte.backbones.encode import encode, takes_videos
 from dyvte.backbones.fingerprint import fingerprint, weights_digest
+from dyvte.backbones.greedy import decoding_identity, generate_greedily
 from dyvte.backbones.grids import visual_places
 from dyvte.backbones.load import load_backbone, open_backbone, read_model_config
 from dyvte.backbones.padding import ImagePadding, check_image_padding, image_padding, set_image_padding
@@ -19,10 +20,12 @@ __all__ = [
     "PromptTemplate",
     "RenderedPrompt",
     "check_image_padding",
+    "decoding_identity",
     "describe",
     "describe_config",
     "encode",
     "fingerprint",
+    "generate_greedily",
     "get_template",
     "image_padding",
     "load_backbone",

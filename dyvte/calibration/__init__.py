@@ -9,11 +9,12 @@ from dyvte.calibration.apply import (
     write_calibration,
     write_fixed_layer,
 )
-from dyvte.calibration.compute import threshold_for_compute
+from dyvte.calibration.compute import threshold_for_budget, threshold_for_compute
 from dyvte.calibration.operating_points import at_exit, gate_logits
+from dyvte.calibration.path import ThresholdPath, at_schedule, threshold_at
 from dyvte.calibration.plot import check_plot, plot_search
 from dyvte.calibration.profile import measure_profile
-from dyvte.calibration.risk import RiskThreshold, threshold_for_risk
+from dyvte.calibration.risk import RiskThreshold, certified_threshold, threshold_for_risk
 from dyvte.calibration.vtw import LayerSearch, search_exit_layer
 from dyvte.costs.visual import visual_compute
 
@@ -21,14 +22,19 @@ __all__ = [
     "Calibration",
     "LayerSearch",
     "RiskThreshold",
+    "ThresholdPath",
     "at_exit",
+    "at_schedule",
     "calibrate_compute",
     "calibrate_risk",
+    "certified_threshold",
     "check_plot",
     "gate_logits",
     "measure_profile",
     "plot_search",
     "search_exit_layer",
+    "threshold_at",
+    "threshold_for_budget",
     "threshold_for_compute",
     "threshold_for_risk",
     "visual_compute",

@@ -12,13 +12,22 @@ from typing import Any
 from torch import Tensor
 
 from dyvte.backbones import check_image_padding
-from dyvte.calibration.compute import threshold_for_compute
-from dyvte.calibration.operating_points import at_exit, gate_logits
-from dyvte.calibration.risk import threshold_for_risk
-from dyvte.costs.visual import visual_compute
+from dyvte.calibration.compute import threshold_for_budget
+from dyvte.calibration.operating_points import gate_logits
+from dyvte.calibration.path import ThresholdPath, at_schedule
+from dyvte.calibration.risk import certified_threshold
 from dyvte.errors import CalibrationError, GateMismatchError
-from dyvte.gates import GateConfig, GateStack, exit_layers, load_checkpoint, save_config
+from dyvte.gates import (
+    GateConfig,
+    GateStack,
+    HeadLogits,
+    follow_threshold,
+    load_checkpoint,
+    save_config,
+    schedules,
+)
 from dyvte.gates.config import CONFIG_FILE
+from dyvte.objectives.losses import answer_loss
 from dyvte.reductions.learned_with import NO_REDUCTION
 from dyvte.teacher.store import TraceStore
 from dyvte.teacher.trace import Trace
@@ -26,28 +35,38 @@ from dyvte.teacher.trace import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A threshold and the record that goes into ``gate_config.json`` with it."""
+    """A threshold (two, with a freeze head) and the record that goes into ``gate_config.json`` with it."""
 
     threshold: float
+    freeze_threshold: float | None
     record: dict[str, Any]
     text: str
 
 
-def calibrate_compute(gates: GateStack, store: TraceStore, budget: float) -> Calibration:
-    """Threshold for a visual-compute budget on a store's samples (see ``threshold_for_compute``)."""
+def calibrate_compute(
+    gates: GateStack, store: TraceStore, budget: float | None = None, *, memory_budget: float | None = None
+) -> Calibration:
+    """Threshold for budgets on a store's samples (see ``threshold_for_budget``)."""
     check_store(gates.config, store)
     trace = store.trace(gates.config.features)
-    logits_BL = gate_logits(gates, trace)
-    threshold = threshold_for_compute(logits_BL, trace.num_visual, budget, min_layer=gates.config.min_layer)
-    record = {"kind": "compute", "budget": budget, **_seen(gates, threshold, logits_BL, trace, store)}
+    path = ThresholdPath.of(gate_logits(gates, trace), trace, gates.config)
+    threshold = threshold_for_budget(path, budget, memory_budget)
+    freeze = follow_path(gates.config, threshold)
+    record: dict[str, Any] = {"kind": "compute", "budget": budget}
+    if memory_budget is not None:
+        record["memory_budget"] = memory_budget
+    record |= _seen(gates, threshold, freeze, path.logits, trace, store)
     reductions = record["reductions"]
     left = (
         "" if reductions == NO_REDUCTION else f" of what {reductions} leave (dyvte search-plan counts both)"
     )
+    bounds = ((budget, "a visual compute"), (memory_budget, "KV bytes"))
+    goals = " and ".join(f"{what} of at most {bound:g}" for bound, what in bounds if bound is not None)
     return Calibration(
         threshold=threshold,
+        freeze_threshold=freeze,
         record=record,
-        text=f"threshold {threshold:.6g} for a visual compute of at most {budget:g}{left}",
+        text=f"threshold {threshold:.6g}{_freeze_text(freeze)} for {goals}{left}",
     )
 
 
@@ -61,7 +80,7 @@ def calibrate_risk(
     method: str = "betting",
     seed: int = 0,
 ) -> Calibration:
-    """Threshold for a bounded risk on a store's samples (see ``threshold_for_risk``).
+    """Threshold for a bounded risk on a store's samples (see ``certified_threshold``).
 
     Parameters
     ----------
@@ -80,34 +99,42 @@ def calibrate_risk(
             f"{store.folder}: the gates were trained on these samples; a risk bound needs others"
         )
     trace = store.trace(gates.config.features)
-    logits_BL = gate_logits(gates, trace)
-    found = threshold_for_risk(
-        logits_BL,
-        bounded_loss(trace, loss),
-        store.image_ids(),
-        alpha,
-        delta,
-        method=method,
-        min_layer=gates.config.min_layer,
-        seed=seed,
+    path = ThresholdPath.of(gate_logits(gates, trace), trace, gates.config)
+    found = certified_threshold(
+        path, bounded_loss(trace, loss, path), store.image_ids(), alpha, delta, method=method, seed=seed
     )
+    named = {name: value for name, value in asdict(found).items() if value is not None}
     record = {
         "kind": "risk",
         "loss": loss,
         "guarantee": "mean loss <= alpha with probability >= 1 - delta over the draw of the images",
         "assumes": "images are independent draws of the kind met later; gates, settings, grid and alpha were "
         "chosen without them",
-        **{name: value for name, value in asdict(found).items() if name != "threshold"},
-        **_seen(gates, found.threshold, logits_BL, trace, store),
+        **{name: value for name, value in named.items() if name not in ("threshold", "freeze_threshold")},
+        **_seen(gates, found.threshold, found.freeze_threshold, path.logits, trace, store),
     }
-    return Calibration(threshold=found.threshold, record=record, text=found.describe())
+    return Calibration(
+        threshold=found.threshold,
+        freeze_threshold=found.freeze_threshold,
+        record=record,
+        text=found.describe(),
+    )
+
+
+def follow_path(config: GateConfig, threshold: float) -> float | None:
+    """The freeze threshold that goes with a new exit threshold; None without a freeze head."""
+    if not config.freeze_head:
+        return None
+    return follow_threshold(config.freeze_threshold, config.threshold, threshold)
 
 
 def write_calibration(folder: str | Path, found: Calibration) -> GateConfig:
-    """Store threshold and record in a checkpoint's ``gate_config.json``; its weights are not touched."""
+    """Store thresholds and record in a checkpoint's ``gate_config.json``; its weights are not touched."""
     config, _ = load_checkpoint(folder)
     kept = {name: value for name, value in config.calibration.items() if name == "fixed"}
     config = replace(config, threshold=found.threshold, calibration={**found.record, **kept})
+    if found.freeze_threshold is not None:
+        config = replace(config, freeze_threshold=found.freeze_threshold)
     save_config(config, folder)
     return config
 
@@ -127,18 +154,18 @@ def write_fixed_layer(folder: str | Path, base: GateConfig, k: int, record: dict
     return config
 
 
-def bounded_loss(trace: Trace, loss: str) -> Tensor:
-    """(B, L+1) loss in [0, 1] by its name, "same_answer" or "risk:C"."""
-    if loss == "same_answer":
-        return 1.0 - trace.same_answer
-    kind, _, bound = loss.partition(":")
-    try:
-        c = float(bound)
-    except ValueError:
-        c = -1.0
-    if kind != "risk" or not c > 0:
-        raise CalibrationError(f"loss {loss!r}: expected 'same_answer' or 'risk:C' with C > 0 in nats")
-    return trace.risk.clamp(min=0, max=c) / c
+def bounded_loss(trace: Trace, loss: str, path: ThresholdPath) -> Tensor:
+    """(B, G, L+1) loss in [0, 1] of the path's schedules by its name, "same_answer" or "risk:C".
+
+    Raises
+    ------
+    CalibrationError
+        If the loss is not bounded.
+    """
+    if loss == "risk":
+        raise CalibrationError("loss 'risk' has no bound: expected 'same_answer' or 'risk:C', C in nats")
+    loss_BGL1 = answer_loss(trace, loss)
+    return loss_BGL1 if path.freezes else loss_BGL1[:, -1:]
 
 
 def check_store(config: GateConfig, store: TraceStore) -> None:
@@ -155,6 +182,11 @@ def check_store(config: GateConfig, store: TraceStore) -> None:
         raise GateMismatchError(
             f"{store.folder}: the gates can fire after layers {unknown[:8]}, which these traces do not label "
             "(they are thinned); trace the data without thinning, or as thinly as the gates' training data"
+        )
+    if unknown := sorted(set(config.open_freezes) - set(store.manifest.freezes)):
+        raise GateMismatchError(
+            f"{store.folder}: the gates can freeze rows after layers {unknown[:8]}, which these traces do "
+            "not hold; trace the data with the freeze layers of the gates' training data"
         )
     for what, theirs, ours in (
         ("architecture", stored.get("backbone"), mine.get("fingerprint")),
@@ -174,20 +206,35 @@ def trained_on(config: GateConfig, store: TraceStore) -> bool:
     return data.get("sha256") is not None and data.get("sha256") == store.manifest.fingerprint.get("data")
 
 
+def _freeze_text(freeze_threshold: float | None) -> str:
+    return "" if freeze_threshold is None else f" (freeze threshold {freeze_threshold:.6g})"
+
+
 def _seen(
-    gates: GateStack, threshold: float, logits_BL: Tensor, trace: Trace, store: TraceStore
+    gates: GateStack,
+    threshold: float,
+    freeze_threshold: float | None,
+    logits: Tensor | HeadLogits,
+    trace: Trace,
+    store: TraceStore,
 ) -> dict[str, Any]:
-    """What the threshold does on the calibration samples themselves."""
+    """What the thresholds do on the calibration samples themselves."""
     config = gates.config
-    exits_B = exit_layers(logits_BL, threshold, config.min_layer, config.fallback)
-    return {
+    path = ThresholdPath.of(logits, trace, config)
+    chosen = schedules(logits, threshold, config.min_layer, config.fallback, freeze_threshold)
+    seen = {
         "data": store.manifest.fingerprint.get("data"),
         "labels": store.manifest.fingerprint.get("labels"),
         "reductions": store.manifest.fingerprint.get("reductions", NO_REDUCTION),
         "num_samples": len(trace),
         "num_images": len(set(store.image_ids())),
-        "visual_compute": visual_compute(exits_B, trace.num_visual, trace.num_layers),
-        "mean_exit_layer": float(exits_B.double().mean()),
-        "same_answer": float(at_exit(trace.same_answer, exits_B).mean()),
-        "risk": float(at_exit(trace.risk, exits_B).mean()),
+        "visual_compute": path.compute(chosen),
+        "mean_exit_layer": float(chosen.exit_layers_B.double().mean()),
     }
+    if path.freezes:
+        seen["kv_memory"] = path.memory(chosen)
+        seen["mean_freeze_layer"] = float(chosen.freeze_layers_B.double().mean())
+    for name in ("same_answer", "risk"):
+        labels_BGL1 = trace.labels(name) if path.freezes else getattr(trace, name)[:, None]
+        seen[name] = float(at_schedule(labels_BGL1, path.freezes, chosen).mean())
+    return seen

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from dyvte.costs.visual import visual_compute
 from dyvte.errors import DataError
-from dyvte.gates import GateStack, select_features
+from dyvte.gates import GateStack, HeadLogits, select_features
 from dyvte.teacher.trace import Trace
 
 _SAMPLES_AT_ONCE = 1024
 
 
 @torch.no_grad()
-def gate_logits(gates: GateStack, trace: Trace, stored: Sequence[str] | None = None) -> Tensor:
+def gate_logits(gates: GateStack, trace: Trace, stored: Sequence[str] | None = None) -> Tensor | HeadLogits:
     """Logits of all gates on a trace's features.
 
     Parameters
@@ -39,19 +39,26 @@ def gate_logits(gates: GateStack, trace: Trace, stored: Sequence[str] | None = N
 
     Returns
     -------
-    (B, L) float32 tensor on the CPU
+    (B, L) float32 tensor on the CPU; with a freeze head the logits of both, on the streams of the trace
 
     Raises
     ------
     ConfigError
-        The trace lacks a part that the gates read.
+        The trace lacks a part that the gates read, or the grid that a freeze head needs.
     """
     wanted = gates.config.features
-    parts = [
-        gates(select_features(part, stored or wanted, wanted).to(gates.device)).float().cpu()
-        for part in trace.features.split(_SAMPLES_AT_ONCE)
-    ]
-    return torch.cat(parts)
+    stored = stored or wanted
+    if not gates.config.freeze_head:
+        parts = [
+            gates(select_features(part, stored, wanted).to(gates.device)).float().cpu()
+            for part in trace.features.split(_SAMPLES_AT_ONCE)
+        ]
+        return torch.cat(parts)
+    both = []
+    for index in torch.arange(len(trace)).split(_SAMPLES_AT_ONCE):
+        part = trace.rows(index).select(stored, wanted)
+        both.append(gates.logits(**part.to(gates.device).gate_inputs()).cpu())
+    return HeadLogits.cat(both)
 
 
 def at_exit(values_BL1: Tensor, exit_layers_B: Tensor) -> Tensor:

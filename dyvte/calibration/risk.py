@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dyvte.calibration.compute import threshold_at
-from dyvte.calibration.operating_points import at_exit
+from dyvte.calibration.path import ThresholdPath, at_schedule, threshold_at
 from dyvte.calibration.pvalues import P_VALUES, smallest_alpha
-from dyvte.gates import exit_layers
 
 # Fixed before any data is seen, from "hardly ever" to "at once". A fixed sequence pays nothing for its
 # length, and gates trained for a range of prices spread their decisions over as many logits.
@@ -46,6 +44,9 @@ class RiskThreshold:
     mean_loss: float
     mean_exit_layer: float
     smallest_alpha: float
+    freeze_threshold: float | None = None
+    """Of the freeze head, where there is one: it goes with ``threshold``."""
+    mean_freeze_layer: float | None = None
 
     def describe(self) -> str:
         """One sentence for people."""
@@ -73,19 +74,40 @@ def threshold_for_risk(
     min_layer: int = 1,
     seed: int = 0,
 ) -> RiskThreshold:
-    """Earliest-leaving threshold whose mean loss is bounded by ``alpha`` with confidence 1 - ``delta``.
+    """`certified_threshold` of gates without freeze head: (B, L) logits, (B, L+1) loss at every exit."""
+    path = ThresholdPath(logits_BL, torch.ones(len(logits_BL)), min_layer)
+    return certified_threshold(
+        path, loss_BL1[:, None], image_ids, alpha, delta, method=method, levels=levels, seed=seed
+    )
 
-    The grid is tested from its latest exit down, each threshold at the full ``delta``, stopping at the first
-    that fails; what was passed before is certified. Questions about one image are dependent, so the unit is
-    the image, with the mean loss of its questions; images must be independent draws of the kind met later,
-    and neither the gates nor the grid may have been chosen on them.
+
+def certified_threshold(
+    path: ThresholdPath,
+    loss_BGL1: Tensor,
+    image_ids: Sequence[str],
+    alpha: float,
+    delta: float = 0.1,
+    *,
+    method: str = "betting",
+    levels: Sequence[float] = DEFAULT_LEVELS,
+    seed: int = 0,
+) -> RiskThreshold:
+    """Earliest threshold on a path whose mean loss is bounded by ``alpha`` with confidence 1 - ``delta``.
+
+    The grid is tested from its latest decisions down, each threshold at the full ``delta``, stopping at the
+    first that fails; what was passed before is certified. That holds for any path that was fixed beforehand,
+    of one head or of both: nothing is assumed of how the loss or the cost moves along it. Questions about one
+    image are dependent, so the unit is the image, with the mean loss of its questions; images must be
+    independent draws of the kind met later, and neither the gates, nor the path, nor the grid may have been
+    chosen on them.
 
     Parameters
     ----------
-    logits_BL:
-        (B, L) gate logits.
-    loss_BL1:
-        (B, L+1) loss in [0, 1] at every exit layer, for example 1 - same answer, or min(KL, c) / c.
+    path:
+        The gates' decisions on B samples.
+    loss_BGL1:
+        (B, G, L+1) loss in [0, 1] of every traced schedule (:func:`dyvte.objectives.answer_loss`), for
+        example 1 - same answer, or min(KL, c) / c.
     image_ids:
         B ids; equal ids share an image.
     method:
@@ -99,18 +121,22 @@ def threshold_for_risk(
         raise ValueError(f"alpha and delta must lie in (0, 1), found {alpha} and {delta}")
     if any(later >= earlier for earlier, later in itertools.pairwise(levels)):
         raise ValueError("the levels of the grid must be strictly falling: latest exits first")
-    if loss_BL1.min() < 0 or loss_BL1.max() > 1:
+    known = loss_BGL1[~loss_BGL1.isnan()]
+    if known.min() < 0 or known.max() > 1:
         raise ValueError("the loss must lie in [0, 1]; divide it by its bound and state the bound")
     p_value = P_VALUES[method]
-    exits_BG = torch.stack(
-        [exit_layers(logits_BL, threshold_at(level), min_layer) for level in levels], dim=1
+    chosen_G = [path.at(level) for level in levels]
+    losses_BG = torch.stack(
+        [at_schedule(loss_BGL1.cpu(), path.freezes, chosen) for chosen in chosen_G], dim=1
     )
-    losses_BG = torch.stack([at_exit(loss_BL1.cpu(), exits_B) for exits_B in exits_BG.unbind(1)], dim=1)
     losses_IG = image_means(losses_BG, image_ids)
     order = torch.randperm(len(losses_IG), generator=torch.Generator().manual_seed(seed))
     passed = fixed_sequence(p_value(losses_IG[order], alpha, delta), delta)
     certified = passed >= 0
-    num_layers = logits_BL.shape[1]
+    num_layers, has_freezes = float(path.num_layers), bool(path.freezes)
+    chosen = chosen_G[passed] if certified else None
+    freeze_at = threshold_at(levels[passed] + path.gap) if certified else NEVER
+    mean_freeze = float(chosen.freeze_layers_B.double().mean()) if chosen is not None else num_layers
     return RiskThreshold(
         threshold=threshold_at(levels[passed]) if certified else NEVER,
         certified=certified,
@@ -120,9 +146,11 @@ def threshold_for_risk(
         grid=(levels[0], levels[-1], len(levels)),
         num_images=len(losses_IG),
         num_samples=len(losses_BG),
-        mean_loss=float(losses_IG[:, passed].mean()) if certified else float(loss_BL1[:, -1].mean()),
-        mean_exit_layer=float(exits_BG[:, passed].double().mean()) if certified else float(num_layers),
+        mean_loss=float(losses_IG[:, passed].mean()) if certified else float(loss_BGL1[:, -1, -1].mean()),
+        mean_exit_layer=float(chosen.exit_layers_B.double().mean()) if chosen is not None else num_layers,
         smallest_alpha=smallest_alpha(len(losses_IG), delta, p_value),
+        freeze_threshold=freeze_at if has_freezes else None,
+        mean_freeze_layer=mean_freeze if has_freezes else None,
     )
 
 

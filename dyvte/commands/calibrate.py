@@ -1,6 +1,8 @@
 """Choose the gates' threshold on calibration data and write it into their gate_config.json.
 
---budget: the largest threshold whose visual compute on the calibration samples meets it. --alpha: the
+--budget: the largest threshold whose visual compute on the calibration samples meets it, and with
+--memory-budget its KV bytes (--budget 1: those alone). Gates with a freeze head: both thresholds, moved
+together at the distance that gate_config.json has. --alpha: the
 earliest-leaving threshold whose mean loss is at most alpha, with probability 1 - delta over the draw of the
 calibration images; if none is certified, visual tokens never leave, and that is said.
 
@@ -19,6 +21,7 @@ calibration images; if none is certified, visual tokens never leave, and that is
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
 
@@ -37,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=int, default=100, help="with --reduction: samples, drawn at random"
     )
     goal.add_argument("--budget", type=float, help="share of the full model's visual compute")
+    parser.add_argument(
+        "--memory-budget", type=float, help="with --budget: share of the visual tokens' KV bytes, too"
+    )
     goal.add_argument("--alpha", type=float, help="bound on the mean loss")
     parser.add_argument("--delta", type=float, default=0.1, help="with --alpha: chance that the bound fails")
     parser.add_argument(
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.budget is not None:
         if trained_on(gates.config, store):
             print("note: these are the samples that the gates were trained on; new ones may cost more")
-        found = calibrate_compute(gates, store, args.budget)
+        found = calibrate_compute(gates, store, args.budget, memory_budget=args.memory_budget)
     else:
         found = calibrate_risk(
             gates, store, args.alpha, args.delta, loss=args.loss, method=args.method, seed=args.image_seed
@@ -86,12 +92,20 @@ def run(args: argparse.Namespace) -> int:
     print(found.text)
     print(
         f"on {record['num_samples']} samples of {record['num_images']} images: mean exit layer "
-        f"{record['mean_exit_layer']:.2f} of {gates.config.num_layers}, visual compute "
+        f"{record['mean_exit_layer']:.2f} of {gates.config.num_layers}, "
+        f"{_freezing(record)}visual compute "
         f"{record['visual_compute']:.1%}, same answer {record['same_answer']:.1%}, "
         f"risk {record['risk']:.4f} nats"
     )
     print(f"written: {args.gates}/gate_config.json")
     return 0
+
+
+def _freezing(record: dict[str, Any]) -> str:
+    """What a freeze head adds to the line; nothing without one."""
+    if "mean_freeze_layer" not in record:
+        return ""
+    return f"mean freeze layer {record['mean_freeze_layer']:.2f}, KV bytes {record['kv_memory']:.1%}, "
 
 
 def _measure(args: argparse.Namespace) -> int:

@@ -4,18 +4,52 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from dyvte.decoder.wrapping import replace_forward
 
 _NAME = "dyvte"
+# Llama's one projection; the two of latent attention.
+_QUERY = re.compile(r"q(_[ab])?_proj")
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
     """The module `self_attn` that reads its attention function from a config; None where there is no such."""
     module = getattr(layer, "self_attn", None)
     return module if isinstance(module, nn.Module) and hasattr(module, "config") else None
+
+
+def query_projections(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of a layer's attention that make queries and nothing else; empty where there are none."""
+    module = getattr(layer, "self_attn", None)
+    if not isinstance(module, nn.Module):
+        return ()
+    named = [child for name, child in module.named_children() if _QUERY.fullmatch(name)]
+    return tuple(child for child in named if isinstance(getattr(child, "out_features", None), int))
+
+
+@contextmanager
+def without_queries(layer: nn.Module) -> Iterator[None]:
+    """Inside, a layer's queries are zeros that cost nothing.
+
+    For calls that end once keys and values are made. The layer must have `query_projections`.
+    """
+    with ExitStack() as undo:
+        for projection in query_projections(layer):
+            undo.callback(replace_forward(projection, _zeros(projection.out_features)))
+        yield
+
+
+def _zeros(size: int) -> Callable[..., Tensor]:
+    def forward(states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return states.new_zeros(1).expand(*states.shape[:-1], size)
+
+    return forward
 
 
 def use_attention(module: nn.Module, function: str | Callable[..., Any]) -> Callable[[], None]:

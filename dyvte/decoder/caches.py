@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyvte.errors import UnsupportedBackboneError
+
 
 class Capture:
     """Remembers the keys and values it is given, and stores nothing.
@@ -36,18 +38,17 @@ class Capture:
 
 
 class Tee(Capture):
-    """Remembers the keys and values on their way to a cache, which may be None."""
+    """Remembers the keys and values that a cache, which may be None, answers with."""
 
     def __init__(self, cache: Any) -> None:
         super().__init__()
         self._cache = cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Remember and hand on."""
-        super().update(key_states, value_states)
-        if self._cache is None:
-            return key_states, value_states
-        return self._cache.update(key_states, value_states, *args, **kwargs)
+        """Hand on and remember."""
+        if self._cache is not None:
+            key_states, value_states = self._cache.update(key_states, value_states, *args, **kwargs)
+        return super().update(key_states, value_states)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_cache"], name)
@@ -66,6 +67,32 @@ class Prefixed:
     def get_seq_length(self, *_: Any) -> int:
         """Number of earlier tokens."""
         return self.keys.shape[-2]
+
+
+class Interleaved(Capture):
+    """Adds keys and values that are known already to those it is given, and puts them into a given order.
+
+    Parameters
+    ----------
+    keys, values
+        Those known already.
+    order_RK
+        (R, K) int64: for each place, which of the known and then the given ones stands there.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, order_RK: Tensor) -> None:
+        super().__init__()
+        self._known, self._order_RK = (keys, values), order_RK
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """All of them, in order."""
+        known_keys, known_values = self._known
+        return super().update(self._merged(known_keys, key_states), self._merged(known_values, value_states))
+
+    def _merged(self, known: Tensor, given: Tensor) -> Tensor:
+        both = torch.cat((known, given), dim=-2)
+        index = self._order_RK[:, None, :, None]
+        return both.gather(2, index.expand(-1, both.shape[1], -1, both.shape[3]))
 
 
 class Given:
@@ -94,10 +121,16 @@ class _Interrupting(Capture):
 
 
 def keys_and_values(forward: Callable[..., Any], hidden_BND: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer's input, without its attention, output projection and MLP."""
+    """Keys and values of a layer's input, without its attention, output projection and MLP.
+
+    Raises
+    ------
+    UnsupportedBackboneError
+        If the layer gives them to no cache.
+    """
     cache = _Interrupting()
     try:
         forward(hidden_BND, **{**kwargs, "past_key_values": cache})
     except _Captured:
         return cache.keys, cache.values
-    raise RuntimeError("a decoder layer ran without giving its keys and values to a cache")
+    raise UnsupportedBackboneError("a decoder layer ran without giving its keys and values to a cache")

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyvte.backbones import BackboneConfig, PromptTemplate, RenderedPrompt, encode
+from dyvte.backbones import BackboneConfig, PromptTemplate, RenderedPrompt, encode, generate_greedily
 from dyvte.backbones.encode import takes_videos
+from dyvte.backbones.greedy import in_answer
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import open_group
-from dyvte.data.defects import is_of_sample
+from dyvte.data import load_image
 from dyvte.errors import ConfigError
-from dyvte.evaluation.checks import name_unaskable, open_picture
 from dyvte.evaluation.run_log import Answer, pack_layers
 from dyvte.runtime import VisualExit
 from dyvte.runtime.records import PrefillRecord
 from dyvte.tasks.base import Question
+from dyvte.tasks.readers.tables import PackedImage
 from dyvte.tasks.readers.videos import read_frames
 
 
@@ -82,54 +83,22 @@ def plan_batches(asker: Asker, prompts: Sequence[str], batch_size: int) -> list[
     A function of prompts and batch size alone, so that a resumed run forms the same batches. Longest first,
     so that a batch that does not fit in memory fails at the start.
     """
-    lengths = _token_counts(asker.processor.tokenizer, prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
+    ids = asker.processor.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    order = sorted(range(len(prompts)), key=lambda i: (-len(ids[i]), i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each prompt; 0 of one that the tokenizer refuses, which is named when it is encoded."""
-    try:
-        return [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
-    except Exception as error:
-        if len(prompts) == 1 and is_of_sample(error):
-            return [0]
-        if not is_of_sample(error):
-            raise
-        return [count for prompt in prompts for count in _token_counts(tokenizer, [prompt])]
 
 
 def pictures(question: Question, num_frames: int) -> list[Any]:
     """RGB PIL images of a question: its images in order, or its video's sampled frames."""
     if question.video is not None:
         return read_frames(question.video, num_frames)
-    return [open_picture(source) for source in question.images]
+    return [load_image(s.read() if isinstance(s, PackedImage) else s) for s in question.images]
 
 
 def encode_questions(
     asker: Asker, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
 ) -> Batch:
-    """One batch of questions, ready to be asked.
-
-    Raises
-    ------
-    DataError
-        Naming the questions that cannot be asked, each alone, if the batch cannot.
-    """
-    try:
-        return _encode_questions(asker, questions, prompts, index)
-    except Exception as error:
-        if is_of_sample(error):
-            name_unaskable(
-                [question.id for question in questions],
-                lambda i: _encode_questions(asker, questions[i : i + 1], prompts[i : i + 1], index),
-            )
-        raise
-
-
-def _encode_questions(
-    asker: Asker, questions: Sequence[Question], prompts: Sequence[str], index: int
-) -> Batch:
+    """One batch of questions, ready to be asked."""
     shown = {(q.images, q.video): pictures(q, asker.num_frames) for q in questions}
     rows = [shown[q.images, q.video] for q in questions]
     as_videos = all(q.video is not None for q in questions) and takes_videos(asker.processor)
@@ -189,13 +158,19 @@ def encoded_batches(
 def answer(
     asker: Asker, batch: Batch, exits: VisualExit, generation: Mapping[str, Any] | None = None
 ) -> list[Answer]:
-    """Answers of one batch under one policy and its reductions; greedy, unless ``generation`` holds other
-    arguments of ``generate`` (one sequence for each prompt)."""
+    """Answers of one batch under one policy and its reductions.
+
+    They are greedy (`dyvte.backbones.greedy`), unless ``generation`` holds other arguments of ``generate``
+    (one sequence for each prompt).
+    """
+    settings = {"max_new_tokens": asker.max_new_tokens, **(generation or {})}
     with exits(asker.model) as run:
         run.sample_ids = batch.question_ids
-        tokens_BN = asker.model.generate(**batch.inputs, **(generation or greedy(asker.max_new_tokens)))
-    new_BN = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
-    texts = asker.processor.tokenizer.batch_decode(new_BN, skip_special_tokens=True)
+        tokens_BN = generate_greedily(asker.model, batch.inputs, **settings)
+    new_BA = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
+    mask_BA = in_answer(new_BA, asker.model)
+    new_B = [row_A[own_A].tolist() for row_A, own_A in zip(new_BA, mask_BA, strict=True)]
+    texts = asker.processor.tokenizer.batch_decode(new_B, skip_special_tokens=True)
     record = run.records[0] if run.records else _record_of_text(asker, batch)
     asked_gates = bool(record.gate_logits_BL.isfinite().any())
     kv_bytes = sum(record.kv_bytes) / len(texts)
@@ -210,24 +185,12 @@ def answer(
             visual_tokens=pack_layers(visual_BL[row]),
             text_tokens=pack_layers(text_BL[row]),
             score_layers=tuple(k for k in record.score_layers if visual_BL[row][k - 1]),
-            num_new_tokens=_num_new(new_BN[row], asker),
+            num_new_tokens=len(new_B[row]),
             kv_bytes=kv_bytes,
             gate_logits=_logits(record.gate_logits_BL[row]) if asked_gates else (),
         )
         for row, (question_id, text) in enumerate(zip(batch.question_ids, texts, strict=True))
     ]
-
-
-def greedy(new_tokens: int) -> dict[str, Any]:
-    """Arguments of ``generate`` for a greedy answer of at most that many tokens."""
-    return {
-        "max_new_tokens": new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
 
 
 def _record_of_text(asker: Asker, batch: Batch) -> PrefillRecord:
@@ -238,23 +201,17 @@ def _record_of_text(asker: Asker, batch: Batch) -> PrefillRecord:
     width = 2 * shape.num_kv_heads * shape.head_dim * asker.model.dtype.itemsize
     return PrefillRecord(
         exit_layers_B=torch.full((rows,), -1),
+        freeze_layers_B=torch.full((rows,), -1),
         gate_logits_BL=torch.full((rows, num_layers), torch.nan),
+        freeze_logits_BL=torch.full((rows, num_layers), torch.nan),
         num_visual_B=none_BL[:, 0],
         kv_bytes=(batch.inputs["input_ids"].numel() * width,) * num_layers,
         gate_fallbacks=0,
         visual_tokens_BL=none_BL,
+        frozen_tokens_BL=none_BL,
         text_tokens_BL=batch.num_tokens_B.cpu()[:, None].expand(-1, num_layers),
         score_layers=(),
     )
-
-
-def _num_new(tokens_N: Tensor, asker: Asker) -> int:
-    """Tokens up to and with the first end token; what follows is padding."""
-    ends = asker.model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or ())
-    is_end_N = torch.isin(tokens_N, torch.tensor(ends, dtype=tokens_N.dtype))
-    found = is_end_N.nonzero()
-    return int(found[0]) + 1 if len(found) else len(tokens_N)
 
 
 def _logits(logits_L: Tensor) -> tuple[float | None, ...]:

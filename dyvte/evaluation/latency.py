@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from dyvte.evaluation.generation import Asker, Batch, greedy
+from dyvte.backbones import generate_greedily
+from dyvte.evaluation.generation import Asker, Batch
 from dyvte.evaluation.settings import NamedPolicy
 from dyvte.runtime import VisualExit
 
@@ -73,11 +74,12 @@ def measure_generation(
         "per_token_ratio"}}``: medians over batches and turns, ratios to the plain model, which is under
         ``"plain"``. Without a second token the latter two of each kind are None.
     """
-    options = {**greedy(new_tokens), "min_new_tokens": new_tokens}
 
     def generate(batch: Batch) -> dict[str, float]:
         clock = _TokenClock(_synchroniser(asker.device))
-        asker.model.generate(**batch.inputs, **options, stopping_criteria=[clock])
+        generate_greedily(
+            asker.model, batch.inputs, new_tokens, min_new_tokens=new_tokens, stopping_criteria=[clock]
+        )
         first, last = clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
         steps = len(clock.times) - 2
         return {"first": first, **({"next": last / steps} if steps else {})}

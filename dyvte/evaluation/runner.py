@@ -17,6 +17,7 @@ import dyvte
 from dyvte.backbones import (
     BackboneConfig,
     check_image_padding,
+    decoding_identity,
     describe,
     fingerprint,
     get_template,
@@ -27,7 +28,6 @@ from dyvte.backbones import (
 from dyvte.config import dump_config, to_dict
 from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError
-from dyvte.evaluation.checks import check_pictures, check_texts
 from dyvte.evaluation.generation import (
     Asker,
     AskingConfig,
@@ -57,7 +57,7 @@ FULL_MODEL = "never"
 """Name of the run that is the full model's: never an exit, no reduction."""
 
 CONFIG_FILE = "config.yaml"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +152,6 @@ def run_policies(
     """
     processes = processes or Processes()
     prompts = prompts_of(benchmark, questions, config.question_suffix)
-    where = f"{benchmark.name} ({config.data})"
-    check_texts(asker.processor, asker.template, questions, prompts, where)
     plan = plan_batches(asker, prompts, config.batch_size)
     check_policies(asker, policies)
     identity = _identity(asker, benchmark, questions, prompts, config)
@@ -174,8 +172,6 @@ def run_policies(
     # The first process tidies up what a kill left; only then may the others look.
     logs = processes.first_alone(open_logs) or open_logs()
     processes.barrier()
-    unanswered = sorted(i for at in set().union(*(log.missing() for log in logs)) for i in plan[at])
-    processes.first_alone(lambda: check_pictures([questions[i] for i in unanswered], where))
     _ask_missing(asker, questions, prompts, plan, policies, logs, description or benchmark.name, processes)
     processes.barrier()
 
@@ -321,6 +317,7 @@ def _identity(
         "template": asker.template.version,
         "image_padding": image_padding(asker.processor),
         "batch_size": config.batch_size,
+        "decoding": decoding_identity(asker.model),
         "max_new_tokens": config.max_new_tokens,
         "num_frames": config.num_frames,
         "seed": config.seed,

@@ -14,11 +14,9 @@ from typing import Any
 
 from dyvte.backbones import takes_videos
 from dyvte.config import from_dict
-from dyvte.data.defects import is_of_sample
 from dyvte.distributed import own_device
 from dyvte.errors import ConfigError
-from dyvte.evaluation.checks import name_unaskable
-from dyvte.evaluation.generation import Asker, AskingConfig, Batch, answer, encode_rendered, greedy
+from dyvte.evaluation.generation import Asker, AskingConfig, answer, encode_rendered
 from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import check_policies, load_asker
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
@@ -116,17 +114,7 @@ class Answering:
         ends = stop_texts(generation)
         return [replace(answers[i], prediction=cut(answers[i].prediction, ends)) for i in sorted(answers)]
 
-    def _encode(self, requests: Sequence[Request], as_videos: bool) -> Batch:
-        try:
-            return self._encoded(requests, as_videos)
-        except Exception as error:
-            if is_of_sample(error):
-                name_unaskable(
-                    [one.id for one in requests], lambda i: self._encoded(requests[i : i + 1], as_videos)
-                )
-            raise
-
-    def _encoded(self, requests: Sequence[Request], as_videos: bool) -> Batch:
+    def _encode(self, requests: Sequence[Request], as_videos: bool):
         rendered = [
             self.asker.template.render(
                 one.text, has_image=1 if as_videos else len(one.images), history=one.history
@@ -140,8 +128,8 @@ class Answering:
 
 
 def generation_arguments(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of transformers' ``generate`` for those of a harness. As in the harnesses' own models, a
-    positive temperature means sampling unless ``do_sample`` says no.
+    """What a harness's arguments change in greedy generation. As in the harnesses' own models, a positive
+    temperature means sampling unless ``do_sample`` says no.
 
     Raises
     ------
@@ -156,7 +144,7 @@ def generation_arguments(given: Mapping[str, Any], max_new_tokens: int) -> dict[
     tokens = given.get("max_new_tokens") or max_new_tokens
     if int(tokens) < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, found {tokens}")
-    arguments = greedy(int(tokens))
+    arguments: dict[str, Any] = {"max_new_tokens": int(tokens)}
     temperature = given.get("temperature")
     wanted = given.get("do_sample")
     samples = bool(temperature) if wanted is None else bool(wanted) and temperature != 0

@@ -1,4 +1,4 @@
-"""When visual tokens leave: one small class per file, registered under its command line name."""
+"""When visual tokens freeze and leave: one small class per file, registered under its command line name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import cast
 
 from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 from dyvte.policies.fixed import FixedPolicy
+from dyvte.policies.freeze import FreezePolicy
 from dyvte.policies.learned import LearnedPolicy
 from dyvte.policies.never import NeverPolicy
 from dyvte.policies.oracle import OraclePolicy
@@ -14,6 +15,7 @@ from dyvte.policies.random import RandomPolicy
 __all__ = [
     "POLICIES",
     "FixedPolicy",
+    "FreezePolicy",
     "LearnedPolicy",
     "NeverPolicy",
     "OraclePolicy",

@@ -36,12 +36,23 @@ class Rows:
 
 
 class Plan:
-    """When each row leaves. A plan that does not ask any gate is final from the start.
+    """When each row's visual tokens freeze and leave. A plan that does not ask any gate is final at once.
+
+    A row whose visual tokens leave after layer k is frozen there at the latest: readers take the smaller of
+    both layers.
+
+    Parameters
+    ----------
+    exit_layers_B
+        (B,) int64 on the CPU: layers in which text can read the visual tokens.
+    freeze_layers_B
+        (B,) int64 on the CPU: layers that update them. None: as long as they are read; the two are then one
+        tensor.
 
     Attributes
     ----------
-    exit_layers_B
-        (B,) int64 on the CPU; a row that still asks holds L.
+    exit_layers_B, freeze_layers_B
+        As given; a row that is still undecided holds L.
     features
         What the gates read, by name.
     """
@@ -49,28 +60,30 @@ class Plan:
     num_fallbacks = 0
     features: tuple[str, ...] = DEFAULT_FEATURES
 
-    def __init__(self, exit_layers_B: Tensor) -> None:
+    def __init__(self, exit_layers_B: Tensor, freeze_layers_B: Tensor | None = None) -> None:
         self.exit_layers_B = exit_layers_B
+        self.freeze_layers_B = exit_layers_B if freeze_layers_B is None else freeze_layers_B
 
     def asks(self, k: int) -> bool:
-        """Must features be taken after layer k?"""
+        """Must features be taken after layer k (0..L-1)? 0: before the first layer, from the embeddings."""
         return False
 
     def asking_rows(self) -> Tensor:
-        """(B,) bool: rows that still ask."""
+        """(B,) bool: rows that still ask, about whichever of their two layers is open."""
         return torch.zeros_like(self.exit_layers_B, dtype=torch.bool)
 
     def logits(self, k: int, features_BF: Tensor) -> Tensor:
-        """(B,) gate logits on the features' device."""
+        """Gate logits on the features' device: (B,) of exiting, or (2, B) of exiting and of freezing."""
         raise NotImplementedError
 
-    def step(self, k: int, logits_B: Tensor) -> None:
-        """Take in the logits (on the CPU) of all rows after layer k."""
+    def step(self, k: int, logits: Tensor) -> None:
+        """Take in what `logits` gave for all rows after layer k, on the CPU."""
         raise NotImplementedError
 
     def settle(self, rows_B: Tensor, k: int) -> None:
         """Rows that have no visual token behind layer k, whoever took the last: they left there."""
         self.exit_layers_B[rows_B & (self.exit_layers_B > k)] = k
+        self.freeze_layers_B[rows_B & (self.freeze_layers_B > k)] = k
 
 
 class Policy:
@@ -82,10 +95,14 @@ class Policy:
         What it is called on the command line, before the colon.
     usage
         Its whole command line form, for help and errors.
+    may_freeze
+        May visual tokens be read longer than they are updated? Backbones that cannot do that are then refused
+        on entering.
     """
 
     name = ""
     usage = ""
+    may_freeze = False
 
     @classmethod
     def parse(cls, argument: str) -> Policy:

@@ -82,16 +82,20 @@ class VisualWork:
         (H,) bool on the CPU: query heads that are computed for them; the others contribute nothing.
     neurons
         Neurons of the FFN that are computed for them.
+    frozen
+        They are not updated at all: text reads their keys and values, and nothing else of the layer is
+        computed for them. The other fields then mean nothing.
     """
 
     window: Neighbourhood | None = None
     heads: Tensor | None = None
     neurons: Neurons | None = None
+    frozen: bool = False
 
     @property
     def is_stock(self) -> bool:
         """Nothing is left out."""
-        return self.window is None and self.heads is None and self.neurons is None
+        return not self.frozen and self.window is None and self.heads is None and self.neurons is None
 
 
 def merged(works: Sequence[VisualWork]) -> VisualWork:
@@ -111,7 +115,7 @@ def merged(works: Sequence[VisualWork]) -> VisualWork:
             if name in given:
                 raise ConfigError(f"two reductions set the {name} of visual tokens: leave one away")
             given[name] = value
-    return VisualWork(**given)
+    return VisualWork(**given, frozen=any(work.frozen for work in works))
 
 
 class ReductionPlan:
@@ -166,6 +170,9 @@ class Reduction:
     def parse(cls, argument: str) -> Reduction:
         """Make the reduction from the text after the first colon; ConfigError where it is malformed."""
         raise NotImplementedError
+
+    may_freeze = False
+    """May visual tokens be read in layers that do not update them?"""
 
     def check(self, num_layers: int) -> None:
         """Raise where this reduction cannot serve a backbone of L layers."""

@@ -3,7 +3,7 @@
 The layer runs as it is; then its attention module is asked once more, for the last token alone, with the
 keys it has just made. One row of scores instead of all N: SDPA and FlashAttention stay on everywhere.
 
-Shapes: R rows, T tokens of a stream, H heads, D hidden size.
+Shapes: R rows, T tokens of a stream, K keys, H heads, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dyvte.runtime.streams import Stream
 
 
 class LastRow:
-    """Around one call of a decoder layer; afterwards `scores_RT` holds the answer.
+    """Around one call of a decoder layer; afterwards `scores_RK` holds the answer.
 
     Parameters
     ----------
@@ -34,6 +34,9 @@ class LastRow:
         What the layer is called on.
     window
         The layer's reach.
+    keys
+        What the layer's tokens attend to; None: the stream itself. Where it is another, the layer must be
+        given a 4D mask.
 
     Raises
     ------
@@ -41,13 +44,16 @@ class LastRow:
         If the layer's attention is not a module that can be asked for its weights.
     """
 
-    def __init__(self, layer: nn.Module, stream: Stream, window: Window | None) -> None:
+    def __init__(
+        self, layer: nn.Module, stream: Stream, window: Window | None, keys: Stream | None = None
+    ) -> None:
         self.attention = attention_of(layer)
         if self.attention is None:
             raise _refusal(layer, "it has no attention module `self_attn` with a config")
         self.layer, self.stream, self.window = layer, stream, window
+        self.keys = stream if keys is None else keys
         self._handles: list[Any] = []
-        self._scores_RT: Tensor | None = None
+        self._scores_RK: Tensor | None = None
 
     def __enter__(self) -> LastRow:
         # Inside the layer's own call its weights are at hand, also where they are gathered or offloaded.
@@ -68,11 +74,16 @@ class LastRow:
             handle.remove()
 
     @property
-    def scores_RT(self) -> Tensor:
-        """(R, T) float32 attention weights of each row's last real token, mean over heads."""
-        if self._scores_RT is None:
+    def scores_BN(self) -> Tensor:
+        """The same at their places in the batch; -inf where nothing was attended to."""
+        return self.keys.at_places(self.scores_RK, -torch.inf)
+
+    @property
+    def scores_RK(self) -> Tensor:
+        """(R, K) float32 attention weights of each row's last real token, mean over heads."""
+        if self._scores_RK is None:
             raise _refusal(self.layer, "the layer never called its attention")
-        return self._scores_RT
+        return self._scores_RK
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = list(inspect.signature(module.forward).parameters)
@@ -92,10 +103,10 @@ class LastRow:
         given["attention_mask"] = self._mask(kwargs.get("attention_mask"), last_R1, hidden_RTD)
         given["past_key_values"] = Given(seen.keys, seen.values)
         weights = self._weights(module, given)
-        if not isinstance(weights, Tensor) or weights.shape[-1] < tokens:
+        if not isinstance(weights, Tensor) or weights.shape[-1] < self.keys.real_RT.shape[1]:
             raise _refusal(self.layer, "its attention does not return its weights")
         # Some functions put a sink behind the keys.
-        self._scores_RT = weights[..., 0, :tokens].float().mean(1)
+        self._scores_RK = weights[..., 0, : self.keys.real_RT.shape[1]].float().mean(1)
 
     @staticmethod
     def _weights(module: nn.Module, given: dict[str, Any]) -> Any:

@@ -68,6 +68,7 @@ class Engine:
                 stacklevel=2,
             )
             plan.exit_layers_B[stuck_B] = self.stack.backbone.num_layers
+            plan.freeze_layers_B[stuck_B] = self.stack.backbone.num_layers
         tokens = TokenRows(self.stack.backbone.num_layers, layout.spans, sample_ids)
         reducing = [reduction.start(tokens) for reduction in self.reductions]
         self.prefill = Prefill(self.stack, layout, plan, reducing, places_BN3, plain, self.replay)

@@ -1,4 +1,4 @@
-"""How the K/V of a prefill's two streams become one cache layer.
+"""How the K/V of a prefill's streams become one cache layer.
 
 Shapes: B rows, N tokens of the padded batch, R rows and T tokens of a stream, K columns, S slots.
 """
@@ -29,18 +29,19 @@ class Packing:
         kept_BN[:, :first] = False
         kept_B = kept_BN.sum(1)
         length = int(kept_B.max())
-        only = part.streams[0]
+        streams = [stream.keys for stream in part.streams]
+        only = streams[0]
         # Nothing but one compact stream, all rows of one length, all kept: (B, H, K, d) as it is.
-        self.is_dense = len(part.streams) == 1 and only.is_compact and only.is_uniform
+        self.is_dense = len(streams) == 1 and only.is_compact and only.is_uniform
         self.is_dense &= bool((kept_B == only.length).all())
         places = self._places(layout, kept_BN, length, device) if with_places else None
         if self.is_dense:
             self.columns = Columns(None, None, length, places=places, shift_B=part.shift_B)
             return
-        self._take = [_kept_slots(stream, kept_BN, device) for stream in part.streams]
+        self._take = [_kept_slots(stream, kept_BN, device) for stream in streams]
         num_slots = int(kept_B.sum())
         # Slots run over the rows of one stream, then over those of the other.
-        order = torch.cat([stream.rows_R for stream in part.streams])
+        order = torch.cat([stream.rows_R for stream in streams])
         first_B = torch.empty_like(kept_B)
         first_B[order] = kept_B[order].cumsum(0) - kept_B[order]
         offset_KB = torch.arange(length)[:, None] - (length - kept_B)
@@ -67,6 +68,21 @@ class Packing:
         # Stable: kept tokens go to the end of each row and stay in order.
         order_BK = torch.argsort(kept_BN.to(torch.uint8), dim=1, stable=True)[:, layout.tokens - length :]
         return (order_BK - start_B[:, None]).to(device), (layout.tokens - length - start_B).to(device)
+
+
+def whole_states(part: Partition, parts: Sequence[Tensor]) -> Tensor:
+    """The streams' K (or V), each (R, H, T, d), as a stock cache layer takes them: (B, H, N, d).
+
+    For rows that carry all of their tokens; padding gets zeros.
+    """
+    streams, (batch, tokens) = [stream.keys for stream in part.streams], part.carried_BN.shape
+    heads, size = parts[0].shape[1], parts[0].shape[3]
+    if len(streams) == 1 and streams[0].is_uniform and streams[0].length == tokens:
+        return parts[0]
+    out_BNX = parts[0].new_zeros(batch, tokens, heads * size)
+    for states, stream in zip(parts, streams, strict=True):
+        stream.scatter(out_BNX, states.transpose(1, 2).flatten(2))
+    return out_BNX.unflatten(2, (heads, size)).transpose(1, 2)
 
 
 def _kept_slots(stream: Stream, kept_BN: Tensor, device: torch.device) -> Tensor | None:

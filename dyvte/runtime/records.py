@@ -17,9 +17,15 @@ class PrefillRecord:
     Attributes
     ----------
     exit_layers_B
-        (B,) int64: layers that processed the visual tokens; L: they never left; -1: a row without an image.
+        (B,) int64: layers in which text could read the visual tokens; L: they never left; -1: a row without
+        an image.
+    freeze_layers_B
+        (B,) int64: layers that updated them, by the policy; the exit layer where it froze nothing.
     gate_logits_BL
         (B, L) float32: exit minus stay logit; column k-1 = after layer k; NaN where no gate ran.
+    freeze_logits_BL
+        (B, L) float32: freeze minus update logit; column j = after layer j, 0: before the first; NaN where no
+        gate ran.
     num_visual_B
         (B,) int64.
     kv_bytes
@@ -27,7 +33,9 @@ class PrefillRecord:
     gate_fallbacks
         Rows whose gate output was not finite.
     visual_tokens_BL
-        (B, L) int64: visual tokens that each layer processed; what exits and reductions left.
+        (B, L) int64: visual tokens that each layer updated; what exits, freezes and reductions left.
+    frozen_tokens_BL
+        (B, L) int64: visual tokens of which each layer computed keys and values alone.
     text_tokens_BL
         (B, L) int64: all other tokens that each layer processed; some reductions drop text as well.
     score_layers
@@ -36,11 +44,14 @@ class PrefillRecord:
     """
 
     exit_layers_B: Tensor
+    freeze_layers_B: Tensor
     gate_logits_BL: Tensor
+    freeze_logits_BL: Tensor
     num_visual_B: Tensor
     kv_bytes: tuple[int, ...]
     gate_fallbacks: int
     visual_tokens_BL: Tensor
+    frozen_tokens_BL: Tensor
     text_tokens_BL: Tensor
     score_layers: tuple[int, ...]
 
@@ -67,6 +78,11 @@ class Run:
     def exit_layers(self) -> Tensor:
         """(B,) int64 exit layers of the last record."""
         return self._last().exit_layers_B
+
+    @property
+    def freeze_layers(self) -> Tensor:
+        """(B,) int64 freeze layers of the last record."""
+        return self._last().freeze_layers_B
 
     @property
     def gate_logits(self) -> Tensor:

@@ -57,6 +57,11 @@ class Stream:
         self.dropped_RT: Tensor | None = None
         self.closed_up: dict[str, Any] | None = None
 
+    @property
+    def keys(self) -> Stream:
+        """The tokens whose keys and values a layer makes for these rows."""
+        return self
+
     def gather(self, hidden_BND: Tensor) -> Tensor:
         """(R, T, D) states of the stream."""
         return self._pick(hidden_BND, remember=False)
@@ -88,8 +93,41 @@ class Stream:
         return out_BN
 
 
+class FrozenStream:
+    """Rows whose visual tokens are read, but not updated: a layer runs on their text alone.
+
+    Parameters
+    ----------
+    layout, rows_R, carried_BN, device
+        As for `Stream`.
+
+    Attributes
+    ----------
+    text, visual, keys
+        The rows' text, their visual tokens, and both; each compact.
+    order_RK
+        (R, K) int64: of the visual tokens and then the text, which one stands at each place of `keys`.
+    first_R
+        (R,) int64 position of each row's first real token in the batch, on the host.
+    """
+
+    is_compact = True
+
+    def __init__(self, layout: Layout, rows_R: Tensor, carried_BN: Tensor, device: torch.device) -> None:
+        is_visual_BN = layout.spans.visual_BN
+        self.rows_R = rows_R
+        self.first_R = layout.spans.valid_BN[rows_R].to(torch.uint8).argmax(1)
+        self.text = Stream(layout, rows_R, carried_BN & ~is_visual_BN, device, compact=True)
+        self.visual = Stream(layout, rows_R, carried_BN & is_visual_BN, device, compact=True)
+        self.keys = Stream(layout, rows_R, carried_BN, device, compact=True)
+        is_visual_RK = is_visual_BN[rows_R].gather(1, self.keys.order_RT)
+        of_visual_RK, of_text_RK = is_visual_RK.cumsum(1) - 1, (~is_visual_RK).cumsum(1) - 1
+        order_RK = torch.where(is_visual_RK, of_visual_RK, self.visual.length + of_text_RK)
+        self.order_RK = order_RK.masked_fill(~self.keys.real_RT, 0).to(device)
+
+
 class Partition:
-    """Rows of a prefill split into a stream that carries visual tokens and a text stream; either may lack.
+    """Rows of a prefill split by what a layer does with their visual tokens; each stream may lack.
 
     Parameters
     ----------
@@ -97,8 +135,15 @@ class Partition:
         (B, N) bool: tokens that each row still carries; on the host, as all masks here.
     in_text_B
         (B,) bool: rows that carry text only.
+    frozen_B
+        (B,) bool: rows whose visual tokens are read, but not updated.
     dropped_BN
         Where positions are closed up: visual tokens before each token, see `positions.dropped_before`.
+
+    Attributes
+    ----------
+    visual, frozen, text
+        Rows whose visual tokens are updated, read, and gone.
     """
 
     def __init__(
@@ -106,20 +151,25 @@ class Partition:
         layout: Layout,
         carried_BN: Tensor,
         in_text_B: Tensor,
+        frozen_B: Tensor,
         device: torch.device,
         dropped_BN: Tensor | None = None,
     ) -> None:
         self.layout, self.device = layout, device
-        self.carried_BN, self.in_text_B = carried_BN, in_text_B
-        self.visual, self.text = None, None
-        if not in_text_B.all():
-            rows_R = (~in_text_B).nonzero().flatten()
+        self.carried_BN, self.in_text_B, self.frozen_B = carried_BN, in_text_B, frozen_B
+        self.visual, self.frozen, self.text = None, None, None
+        updated_B = ~(in_text_B | frozen_B)
+        if updated_B.any():
+            rows_R = updated_B.nonzero().flatten()
             is_reduced = not torch.equal(carried_BN[rows_R], layout.spans.valid_BN[rows_R])
             self.visual = Stream(layout, rows_R, carried_BN, device, compact=is_reduced)
+        if frozen_B.any():
+            self.frozen = FrozenStream(layout, frozen_B.nonzero().flatten(), carried_BN, device)
         if in_text_B.any():
             rows_R = in_text_B.nonzero().flatten()
             self.text = Stream(layout, rows_R, carried_BN, device, compact=True)
-        self.streams = [stream for stream in (self.visual, self.text) if stream is not None]
+        streams = (self.visual, self.frozen, self.text)
+        self.streams = [stream for stream in streams if stream is not None]
         # Where positions are closed up: what to take off the ids of later tokens.
         self.shift_B = None
         if dropped_BN is not None and self.text is not None:
@@ -127,12 +177,18 @@ class Partition:
             self.text.dropped_RT = dropped_RT.to(device)
             self.shift_B = (dropped_BN[:, -1] * in_text_B).to(device)
 
-    def is_of(self, carried_BN: Tensor, in_text_B: Tensor, device: torch.device) -> bool:
+    @property
+    def is_whole(self) -> bool:
+        """Does every row carry all of its tokens?"""
+        return torch.equal(self.carried_BN, self.layout.spans.valid_BN)
+
+    def is_of(self, carried_BN: Tensor, in_text_B: Tensor, frozen_B: Tensor, device: torch.device) -> bool:
         """Would a partition of these be the same?"""
         # A model may be spread over devices, layer by layer.
         return (
             self.device == device
             and torch.equal(self.in_text_B, in_text_B)
+            and torch.equal(self.frozen_B, frozen_B)
             and torch.equal(self.carried_BN, carried_BN)
         )
 

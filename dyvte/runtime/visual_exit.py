@@ -1,4 +1,4 @@
-"""`VisualExit`: the context manager that lets visual tokens leave a model part-way."""
+"""`VisualExit`: the context manager that lets visual tokens freeze in a model, and leave it, part-way."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from dyvte.backbones import Backbone, describe, fingerprint, visual_places, weig
 from dyvte.decoder import Layout, wrap_layers
 from dyvte.errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualTokensError
 from dyvte.gates import GateConfig, GateStack, check_rule, load_checkpoint
-from dyvte.policies import FixedPolicy, LearnedPolicy, Policy
+from dyvte.policies import FixedPolicy, FreezePolicy, LearnedPolicy, Policy
 from dyvte.reductions import Reduction, check_reductions, warn_of_others
 from dyvte.runtime.cache import check_cache, holds_exits
 from dyvte.runtime.engine import Engine
+from dyvte.runtime.frozen import check_can_freeze
 from dyvte.runtime.positions import check_choice
 from dyvte.runtime.records import Run
 from dyvte.runtime.replay import Replay
@@ -103,9 +104,29 @@ class VisualExit:
             self.policy = LearnedPolicy(gates, self.threshold, self.min_layer, self.fallback)
 
     @classmethod
-    def fixed(cls, exit_layer: int, **options: Any) -> VisualExit:
-        """Every row leaves after layer `exit_layer` (VTW's K); 0: no layer sees the image, L: never."""
-        return cls(fallback=exit_layer, mode="fixed", **options)
+    def fixed(cls, exit_layer: int, *, freeze_layer: int | None = None, **options: Any) -> VisualExit:
+        """Every row leaves after the same layer.
+
+        Parameters
+        ----------
+        exit_layer
+            Layers in which text can read the visual tokens (VTW's K); 0: no layer sees the image, L: they
+            never leave.
+        freeze_layer
+            Layers that update them, 0..exit_layer; in the layers between they are read as they were then.
+            None: updated as long as they are read.
+        options
+            As for the class.
+
+        Raises
+        ------
+        ConfigError
+            If the freeze layer does not lie in 0..exit_layer.
+        """
+        exits = cls(fallback=exit_layer, mode="fixed", **options)
+        if freeze_layer is not None:
+            exits.policy = FreezePolicy(freeze_layer, exit_layer)
+        return exits
 
     @classmethod
     def from_policy(cls, policy: Policy, **options: Any) -> VisualExit:
@@ -155,6 +176,8 @@ class ExitSession:
         for reduction in self.exits.reductions:
             reduction.check(backbone.num_layers)
             reduction.check_backbone(backbone)
+        if self.exits.policy.may_freeze or any(one.may_freeze for one in self.exits.reductions):
+            check_can_freeze(backbone)
         transferred = _check_backbone(self.exits.config, backbone, self.exits.allow_transfer)
         if self.exits.gates is not None and self.exits.mode == "gates":
             stored = self.exits.gates.config

@@ -11,22 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyvte.backbones import describe
-
-# Plain argmax decoding, whatever the checkpoint's own generation defaults are.
-_GREEDY = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "use_cache": True,
-    "return_dict_in_generate": False,
-    # Neutral values keep transformers from warning about sampling settings of the checkpoint.
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-}
+from dyvte.backbones import generate_greedily
+from dyvte.backbones.greedy import in_answer
 
 
 @torch.no_grad()
@@ -35,8 +21,8 @@ def greedy_answers(
 ) -> tuple[dict[str, Any], Tensor]:
     """Let the full model answer, and append the tokens it chose to the inputs.
 
-    The generated ids themselves are appended, never a re-tokenised text. Visual placeholders are never
-    generated.
+    The generated ids themselves are appended, never a re-tokenised text; what greedy means is said in
+    :mod:`dyvte.backbones.greedy`.
 
     Parameters
     ----------
@@ -51,27 +37,9 @@ def greedy_answers(
         The inputs grown to (B, N), padded on the left (prompt) and right (answer); True on answer tokens,
         closing EOS included.
     """
-    from transformers import GenerationConfig
-
-    backbone = describe(model)
-    stored = backbone.model.generation_config
-    eos_ids = stored.eos_token_id
-    eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [])
-    pad_id = stored.pad_token_id if stored.pad_token_id is not None else (eos_ids or [0])[0]
-    config = GenerationConfig(
-        **_GREEDY,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_ids or None,
-        pad_token_id=pad_id,
-        suppress_tokens=list(backbone.visual_token_ids),
-    )
-    sequences_BN = model.generate(**inputs, generation_config=config)
-    width = inputs["input_ids"].shape[1]
-    answer_BA = sequences_BN[:, width:]
-    is_eos_BA = torch.isin(answer_BA, torch.tensor(eos_ids, device=answer_BA.device, dtype=answer_BA.dtype))
-    # An answer lasts up to and including its first EOS; the pad token may be the EOS token itself.
-    mask_BA = (is_eos_BA.cumsum(1) - is_eos_BA.long()) == 0
-    return append_answers(inputs, answer_BA, mask_BA)
+    sequences_BN = generate_greedily(model, inputs, max_new_tokens)
+    answer_BA = sequences_BN[:, inputs["input_ids"].shape[1] :]
+    return append_answers(inputs, answer_BA, in_answer(answer_BA, model))
 
 
 def append_answers(

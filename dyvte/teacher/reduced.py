@@ -178,7 +178,7 @@ class _Probing(Plan):
 
     def asks(self, k: int) -> bool:
         """After every layer."""
-        return True
+        return k > 0
 
     def asking_rows(self) -> Tensor:
         """(B,) bool: all."""

@@ -154,6 +154,8 @@ class TraceStore:
         # Stores from before exits could be thinned label all of them and do not say so; those without a grid
         # say nothing of it either.
         unsaid = {"exits": ALL_EXITS, "freezes": NO_FREEZES}
+        # Older ones were decoded as today's are, but their end tokens were not written down.
+        unsaid |= {name: value for name, value in fingerprint.items() if name == "decoding"}
         mine, fingerprint = {**unsaid, **self.manifest.fingerprint}, {**unsaid, **fingerprint}
         differing = [name for name in {**mine, **fingerprint} if mine.get(name) != fingerprint.get(name)]
         if differing:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,6 +136,17 @@ class Trace:
     def streams(self) -> Tensor:
         """(B, F+1, L, E) features of the streams that `labels` speaks of."""
         return self.features[:, None] if self.grid is None else self.grid.streams(self.features)
+
+    def gate_inputs(self) -> dict[str, Any]:
+        """What `dyvte.gates.GateStack` reads, by the names of its forward's parameters."""
+        if self.grid is None:
+            return {"features_BLF": self.features}
+        return {
+            "features_BLF": self.features,
+            "embeddings_BF": self.grid.embeddings,
+            "frozen_BMF": self.grid.features,
+            "freeze_layers": self.freezes,
+        }
 
     def select(self, stored: Sequence[str], wanted: Sequence[str]) -> Trace:
         """The parts ``wanted`` of its ``stored`` features; see `dyvte.gates.select_features`."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dyvte.calibration import at_exit, visual_compute
-from dyvte.calibration.compute import threshold_at, threshold_for_compute
+from dyvte.calibration.compute import threshold_for_compute
+from dyvte.calibration.path import threshold_at
 from dyvte.calibration.pvalues import P_VALUES, bentkus, betting, smallest_alpha
 from dyvte.calibration.risk import DEFAULT_LEVELS, fixed_sequence, image_means, threshold_for_risk
 from dyvte.errors import CalibrationError

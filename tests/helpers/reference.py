@@ -77,12 +77,16 @@ def _grown(types_BN: Tensor, tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def greedy_reference(model, inputs: dict, exits_B, visual_ids, steps: int, attention=None):
+def greedy_reference(model, inputs: dict, exits_B, visual_ids, steps: int, attention=None, freezes_B=None):
     """Logits (B, 1 + steps, V) of the prefill's end and each greedy step, and tokens (B, 1 + steps)."""
     inputs = dict(inputs)
     ids_BN, valid_BN = inputs.pop("input_ids"), inputs.pop("attention_mask")
     logits, tokens = [], []
-    with exit_by_masks(model, exits_B, visual_ids, attention=attention):
+    never_B = [len(model.get_decoder().layers)] * len(ids_BN)
+    with (
+        exit_by_masks(model, exits_B, visual_ids, attention=attention),
+        frozen_by_hooks(model, never_B if freezes_B is None else freezes_B, visual_ids),
+    ):
         for _ in range(steps + 1):
             grown = {n: _grown(v, ids_BN.shape[1]) for n, v in inputs.items() if n.endswith("token_type_ids")}
             out = model(
@@ -164,6 +168,40 @@ def exit_in_own_masks(model, exits_B, visual_ids, layers):
 
     handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
     handles += [layer.register_forward_pre_hook(hide(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen_by_hooks(model, freezes_P, visual_ids, layers=None):
+    """Inside, decoder layers behind a prompt's freeze layer hand its visual states on as they came.
+
+    `freezes_P`: one entry per prompt, or an (L, P) bool tensor: which layers freeze which prompt. Put it
+    around forward calls without a cache; combines with `exit_by_masks`.
+    """
+    layers = model.get_decoder().layers if layers is None else layers
+    freezes_P, now = torch.as_tensor(freezes_P), {}
+
+    def look(module, args, kwargs):
+        now["visual"] = torch.isin(kwargs["input_ids"], torch.tensor(list(visual_ids)))
+
+    def restore(index):
+        def hook(module, args, kwargs, output):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            frozen_P = freezes_P[index] if freezes_P.dim() == 2 else freezes_P <= index
+            frozen_B = frozen_P.repeat_interleave(len(hidden) // len(frozen_P))
+            kept_BN1 = (now["visual"] & frozen_B[:, None])[..., None]
+            if isinstance(output, tuple):
+                return (torch.where(kept_BN1, hidden, output[0]), *output[1:])
+            return torch.where(kept_BN1, hidden, output)
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
+    handles += [layer.register_forward_hook(restore(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from dyvte.gates import GateConfig, GateStack, save_config
 from dyvte.policies import (
     POLICIES,
     FixedPolicy,
+    FreezePolicy,
     LearnedPolicy,
     NeverPolicy,
     OraclePolicy,
@@ -90,6 +91,43 @@ def test_fixed_beyond_the_backbone_is_refused():
         RandomPolicy(1, 9).check(6, 4)
 
 
+def test_a_freeze_that_makes_no_sense_is_refused():
+    for text in ("freeze:", "freeze:a", "freeze:-1", "freeze:1:2:3", "freeze:1:"):
+        with pytest.raises(ConfigError, match=r"expected freeze:F\[:K\]"):
+            parse_policy(text)
+    with pytest.raises(ConfigError, match=r"freeze layer 3, exit layer 2.*expected a freeze layer in 0\.\.2"):
+        parse_policy("freeze:3:2")
+    FreezePolicy(6).check(6, 4)
+    with pytest.raises(ConfigError, match=r"freeze layer 7: expected 0\.\.6"):
+        FreezePolicy(7).check(6, 4)
+    with pytest.raises(ConfigError, match=r"exit layer 8: expected 0\.\.6"):
+        FreezePolicy(2, 8).check(6, 4)
+    with pytest.raises(ConfigError, match=r"freeze layer 2, exit layer 1"):
+        OraclePolicy([3, 1], [2, 2])
+    with pytest.raises(ConfigError, match="one layer for each"):
+        OraclePolicy([3, 1], [2])
+
+
+def test_a_plan_without_freeze_layers_freezes_where_it_leaves():
+    plan = FixedPolicy(3).start(ROWS)
+    plan.settle(torch.tensor([True, False, False, False]), 1)
+    assert plan.exit_layers_B.tolist() == plan.freeze_layers_B.tolist() == [1, 3, 3, 3]
+    plan = FreezePolicy(2, 5).start(ROWS)
+    plan.settle(torch.tensor([True, True, False, False]), 1)
+    plan.settle(torch.tensor([False, False, True, False]), 4)
+    assert plan.exit_layers_B.tolist() == [1, 1, 4, 5]
+    assert plan.freeze_layers_B.tolist() == [1, 1, 2, 2]
+
+
+def test_who_may_freeze():
+    assert FreezePolicy(1).may_freeze
+    assert FreezePolicy(1, 2).may_freeze
+    assert not FreezePolicy(2, 2).may_freeze
+    assert not FixedPolicy(2).may_freeze
+    assert OraclePolicy([3, 2], [1, 2]).may_freeze
+    assert not OraclePolicy([3, -1], [3, 0]).may_freeze
+
+
 def test_parse(tmp_path):
     assert isinstance(parse_policy("never"), NeverPolicy)
     assert parse_policy("fixed:16").exit_layer == 16
@@ -107,7 +145,10 @@ def test_parse(tmp_path):
             parse_policy(f"gates:{tmp_path / text}")
     (tmp_path / "o.json").write_text('{"a": 3, "b": 0}')
     assert parse_policy(f"oracle:{tmp_path / 'o.json'}").exit_layers == {"a": 3, "b": 0}
-    for content in ("[1]", '{"a": "1"}', '{"a": true}', "{"):
+    (tmp_path / "p.json").write_text('{"a": [1, 3], "b": [0, 0]}')
+    pairs = parse_policy(f"oracle:{tmp_path / 'p.json'}")
+    assert (pairs.freeze_layers, pairs.exit_layers) == ({"a": 1, "b": 0}, {"a": 3, "b": 0})
+    for content in ('{"a": [1]}', '{"a": [1, 2], "b": 3}', "[1]", '{"a": "1"}', '{"a": true}', "{"):
         (tmp_path / "o.json").write_text(content)
         with pytest.raises(ConfigError, match="oracle:"):
             parse_policy(f"oracle:{tmp_path / 'o.json'}")

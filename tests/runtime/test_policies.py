@@ -38,10 +38,12 @@ def drawn(seed, low, high, sample_id):
     return low + int(digest[:16], 16) % (high - low + 1)
 
 
-# name -> (model, inputs, folder) -> (command line form, exit layer of each row that has an image)
+# name -> (model, inputs, folder) -> command line form, exit layer of each row that has an image, and where it
+# is another its freeze layer
 MATRIX = {
     "never": lambda *_: ("never", [LAYERS] * 6),
     "fixed": lambda *_: ("fixed:2", [2] * 6),
+    "freeze": lambda *_: ("freeze:1:3", [3] * 6, [1] * 6),
     "random": lambda *_: ("random:1-3:7", [drawn(7, 1, 3, i) for i in IDS]),
     "gates": lambda model, inputs, folder: (
         f"gates:{folder}@{THRESHOLD}",
@@ -68,11 +70,13 @@ def test_every_policy_has_its_row():
 def test_a_policy_follows_its_rule_and_the_answers_follow_from_its_exits(name, side, tmp_path):
     model, processor = llava()
     inputs = batch(processor, padding_side=side)
-    text, exits = MATRIX[name](model, inputs, tmp_path / "policy")
+    text, exits, *freezes = MATRIX[name](model, inputs, tmp_path / "policy")
     expected = [k if images else -1 for k, (_, images) in zip(exits, QUESTIONS, strict=True)]
     if name in ("random", "gates", "oracle"):
         assert len(set(expected)) >= 3, expected
-    logits, tokens = greedy_reference(model, inputs, expected, [VISUAL_ID], 8)
+    logits, tokens = greedy_reference(
+        model, inputs, expected, [VISUAL_ID], 8, freezes_B=freezes[0] if freezes else None
+    )
     with VisualExit.from_policy(parse_policy(text))(model) as run:
         run.sample_ids = IDS
         got, got_tokens, _ = greedy_cached(model, inputs, [VISUAL_ID], 8)
@@ -88,7 +92,7 @@ def test_a_policy_follows_its_rule_and_the_answers_follow_from_its_exits(name, s
 def test_a_row_leaves_alone_as_it_does_in_company(name, tmp_path):
     model, processor = llava()
     inputs = batch(processor)
-    text, exits = MATRIX[name](model, inputs, tmp_path / "policy")
+    text, exits, *_ = MATRIX[name](model, inputs, tmp_path / "policy")
     policy = VisualExit.from_policy(parse_policy(text))
     with policy(model) as run:
         for row in (0, 3):

@@ -34,20 +34,17 @@ class Labelled:
     answers: Mapping[str, list[int]]
     dropped: tuple[str, ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
-    file: str = ""
-    """For messages."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def rows(self, index: Sequence[int]) -> Labelled:
         """The samples at ``index``."""
-        samples = tuple(self.samples[i] for i in index)
-        return Labelled(self.teacher, samples, self.answers, file=self.file)
+        return Labelled(self.teacher, tuple(self.samples[i] for i in index), self.answers)
 
     def inputs(self, index: Sequence[int]) -> tuple[dict[str, Tensor], Tensor, list[str]]:
         """Model inputs, (B, N) answer mask and sample ids of the samples at ``index``."""
-        ready = self.teacher.prepare([self.samples[i] for i in index], self.file)
+        ready = self.teacher.prepare([self.samples[i] for i in index])
         check_defects(ready.defects, 0)
         ids = [sample.id for sample in ready.samples]
         if self.teacher.config.label_source == "data":
@@ -106,10 +103,8 @@ def label(
         answers |= record["answers"]
         notes.update(record["notes"])
         dropped += record["dropped"]
-    # Each process has counted its own share, and nothing that was there before.
-    check_defects([*selection.defects, *dropped], max_bad_samples)
     usable = tuple(sample for sample in selection.samples if sample.id in answers)
-    return Labelled(teacher, usable, answers, tuple(dropped), dict(notes), file)
+    return Labelled(teacher, usable, answers, tuple(dropped), dict(notes))
 
 
 def _label_part(
@@ -143,6 +138,8 @@ def _check_manifest(folder: Path, fingerprint: Mapping[str, str], processes: Pro
     }
     if path.is_file():
         stored = _read(path) or {}
+        # Earlier ones were decoded as today's are, but their end tokens were not written down.
+        stored = {**{name: value for name, value in mine.items() if name == "decoding"}, **stored}
         if differing := [name for name in {**stored, **mine} if stored.get(name) != mine.get(name)]:
             listed = "; ".join(
                 f"{name}: stored {stored.get(name)!r}, this run {mine.get(name)!r}" for name in differing

@@ -1,0 +1,137 @@
+"""One path of thresholds: a single number, from careful to early, that drives every head of a stack.
+
+Shape letters: B samples, L decoder layers, G streams (frozen after each traced layer, and the plain one).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyvte.costs.schedules import schedule_compute
+from dyvte.costs.visual import visual_compute
+from dyvte.errors import CalibrationError
+from dyvte.gates import GateConfig, HeadLogits, Schedules, logit_threshold, schedules
+from dyvte.teacher.trace import Trace
+
+
+@dataclass(frozen=True)
+class ThresholdPath:
+    """Decisions of gates on the same samples at any level: a level is the logit of the exit threshold.
+
+    The freeze threshold follows at a constant distance, so one number decides for both heads, and a lower
+    level is earlier for both. What is tested along it (a budget, a bounded risk) is tested for the pair.
+
+    Attributes
+    ----------
+    logits
+        (B, L) of gates without freeze head, or those of both heads.
+    num_visual_B
+        (B,) visual tokens of each sample.
+    min_layer
+        Of the decision rule.
+    gap
+        Level of the freeze head minus that of the exit head; chosen on other data.
+    kv_share
+        Of the backbone, see `dyvte.costs.schedules.kv_share`; read with a freeze head only.
+    """
+
+    logits: Tensor | HeadLogits
+    num_visual_B: Tensor
+    min_layer: int = 1
+    gap: float = 0.0
+    kv_share: float = math.nan
+
+    @staticmethod
+    def of(logits: Tensor | HeadLogits, trace: Trace, config: GateConfig) -> ThresholdPath:
+        """That of a checkpoint's settings on a trace: the gap is that of its two thresholds."""
+        gap, share = 0.0, math.nan
+        if isinstance(logits, HeadLogits) and trace.grid is not None:
+            share = trace.grid.kv_share
+            gap = logit_threshold(config.freeze_threshold) - logit_threshold(config.threshold)
+            gap = gap if math.isfinite(gap) else 0.0
+        return ThresholdPath(logits, trace.num_visual, config.min_layer, gap, share)
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder layers."""
+        return self.logits.num_layers if isinstance(self.logits, HeadLogits) else self.logits.shape[1]
+
+    @property
+    def freezes(self) -> tuple[int, ...]:
+        """Freeze layers of the streams; none without a freeze head."""
+        return self.logits.freeze_layers if isinstance(self.logits, HeadLogits) else ()
+
+    def at(self, level: float) -> Schedules:
+        """Where each sample freezes and leaves at a level."""
+        return schedules(
+            self.logits, threshold_at(level), self.min_layer, freeze_threshold=threshold_at(level + self.gap)
+        )
+
+    def compute(self, chosen: Schedules) -> float:
+        """Visual compute of these schedules, as a share of the full model's."""
+        if not isinstance(self.logits, HeadLogits):
+            return visual_compute(chosen.exit_layers_B, self.num_visual_B, self.num_layers)
+        freezes_B, exits_B = chosen.freeze_layers_B.double(), chosen.exit_layers_B.double()
+        spent_B = schedule_compute(freezes_B, exits_B, self.num_layers, self.kv_share)
+        visual_B = self.num_visual_B.double()
+        return float((spent_B * visual_B).sum() / visual_B.sum())
+
+    def memory(self, chosen: Schedules) -> float:
+        """Bytes of the visual tokens' keys and values, as a share of the full model's."""
+        return visual_compute(chosen.exit_layers_B, self.num_visual_B, self.num_layers)
+
+    def levels(self) -> Tensor:
+        """(n,) float64, ascending: where some decision can change.
+
+        Raises
+        ------
+        CalibrationError
+            If a logit is not finite.
+        """
+        asked = slice(self.min_layer - 1, self.num_layers - 1)
+        if isinstance(self.logits, HeadLogits):
+            freezes = self.logits.freeze_BL[:, list(self.freezes)].double() - self.gap
+            parts = [self.logits.exit_BGL[..., asked].double().flatten(), freezes.flatten()]
+        else:
+            parts = [self.logits[:, asked].double().flatten()]
+        found = torch.cat(parts).unique()
+        if not bool(found.isfinite().all()):
+            raise CalibrationError(
+                "a gate logit of the calibration samples is not finite; train the gates again"
+            )
+        return found
+
+
+def threshold_at(level: float) -> float:
+    """The probability threshold t whose logit, log(t / (1 - t)), is ``level``."""
+    if level >= 0:
+        return 1.0 / (1.0 + math.exp(-level))
+    return math.exp(level) / (1.0 + math.exp(level))
+
+
+def at_schedule(values_BGL1: Tensor, freeze_layers: tuple[int, ...], chosen: Schedules) -> Tensor:
+    """(B,) entries of a trace's labels (`Trace.labels`) at each row's schedule.
+
+    nan where the row has no image (exit layer -1). A row that is not frozen before it leaves is on the plain
+    stream, the last.
+
+    Raises
+    ------
+    CalibrationError
+        If a row is frozen after a layer that is not among ``freeze_layers``.
+    """
+    exits_B, freezes_B = chosen.exit_layers_B, chosen.freeze_layers_B
+    streams_B = torch.full_like(exits_B, len(freeze_layers))
+    frozen_B = freezes_B < exits_B
+    for i, f in enumerate(freeze_layers):
+        streams_B[frozen_B & (freezes_B == f)] = i
+    if unknown := sorted(set(freezes_B[frozen_B & (streams_B == len(freeze_layers))].tolist())):
+        raise CalibrationError(f"rows freeze after layers {unknown}, traced are {freeze_layers}")
+    values_BGL1 = values_BGL1 if values_BGL1.dtype == torch.float64 else values_BGL1.float()
+    rows_B = torch.arange(len(exits_B), device=values_BGL1.device)
+    values_B = values_BGL1[rows_B, streams_B, exits_B.clamp(min=0)]
+    return values_B.masked_fill(exits_B < 0, math.nan)
