@@ -20,7 +20,7 @@ import torch
 from dyvte.backbones import load_backbone
 from dyvte.comparison.router import oracle_exits, within_wording_share
 from dyvte.comparison.scenes import load_scenes
-from dyvte.data import open_conversations, select
+from dyvte.data import check_defects, open_conversations, select
 from dyvte.data.scenes.questions import HARD_TYPES, PICTURE_TYPES, SIMPLE_TYPES, TYPES
 from dyvte.teacher import Teacher, TeacherConfig
 from dyvte.teacher.exits import exit_logits, positions_before
@@ -57,7 +57,9 @@ def right_at_every_exit(teacher: Teacher, samples, batch_size: int, shuffle: boo
                 samples[start : start + batch_size], images[start : start + batch_size], strict=True
             )
         ]
-        inputs, answers = teacher.inputs(part)
+        ready = teacher.prepare(part)
+        check_defects(ready.defects, 0)
+        inputs, answers = ready.inputs, ready.answer_BN
         ids = [s.id for s in part]
         found = exit_logits(
             teacher.model, inputs, predict_BN=positions_before(answers, ids), answer_BN=answers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyvte.backbones.prompts import RenderedPrompt
-from dyvte.errors import DataError
+from dyvte.errors import ConfigError, DataError
 
 
 def takes_videos(processor: Any) -> bool:
@@ -56,6 +56,8 @@ def encode(
     ------
     DataError
         If placeholders and images do not agree, a row is too long, or an answer has no token.
+    ConfigError
+        If the tokenizer has no pad token, or is none of the fast ones.
     """
     if len(rendered) != len(images):
         raise DataError(
@@ -65,35 +67,95 @@ def encode(
         expected = 1 if as_videos else len(row_images)
         if (found := prompt.text.count(processor.image_token)) != expected:
             raise DataError(f"row {row}: {found} image placeholders in the prompt, {expected} images given")
-    tokenizer = processor.tokenizer
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError("the tokenizer gives no character offsets: a fast (tokenizers) version is needed")
+    tokenizer = _usable_tokenizer(processor)
     texts = [prompt.text for prompt in rendered]
     if as_videos:
         texts = [text.replace(processor.image_token, processor.video_token) for text in texts]
         shown = {"videos": [list(row) for row in images]}
     else:
         shown = {"images": [image for row in images for image in row] or None}
-    bos = tokenizer.bos_token
-    # A chat template may write the BOS itself; a second one would change every state.
-    writes_bos = bool(bos) and all(prompt.text.startswith(bos) for prompt in rendered)
     batch = processor(
         text=texts,
         **shown,
         return_tensors="pt",
         padding=True,
         padding_side=padding_side,
-        add_special_tokens=not writes_bos,
+        add_special_tokens=not _writes_bos(tokenizer, texts),
         return_offsets_mapping=True,
     )
-    offsets_BN2 = torch.as_tensor(batch.pop("offset_mapping"))
     inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    inputs["offset_mapping"] = torch.as_tensor(batch["offset_mapping"])
+    inputs = _without_closing(inputs, tokenizer, texts)
+    offsets_BN2 = inputs.pop("offset_mapping")
     valid_BN = inputs["attention_mask"].bool()
     lengths = valid_BN.sum(1).tolist()
     if max_length is not None and max(lengths) > max_length:
         rows = [row for row, n in enumerate(lengths) if n > max_length]
         raise DataError(f"rows {rows} have up to {max(lengths)} tokens, more than max_length {max_length}")
     return inputs, _answer_mask(rendered, offsets_BN2, valid_BN)
+
+
+def check_prompt(processor: Any, rendered: RenderedPrompt) -> None:
+    """Tokenise a prompt's text alone.
+
+    Raises
+    ------
+    DataError
+        If its answer has no token. The tokenizer's own errors are passed on.
+    """
+    tokenizer = _usable_tokenizer(processor)
+    batch = tokenizer([rendered.text], add_special_tokens=False, return_offsets_mapping=True)
+    offsets_BN2 = torch.tensor(batch["offset_mapping"]).reshape(1, -1, 2)
+    _answer_mask([rendered], offsets_BN2, torch.ones(offsets_BN2.shape[:2], dtype=torch.bool))
+
+
+def closing_tokens(tokenizer: Any) -> int:
+    """Number of special tokens that a tokenizer adds behind a text (an EOS, a separator)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for before in range(len(whole) - len(bare) + 1):
+        if whole[before : before + len(bare)] == bare:
+            return len(whole) - before - len(bare)
+    return 0
+
+
+def _usable_tokenizer(processor: Any) -> Any:
+    tokenizer = processor.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError("the tokenizer gives no character offsets: a fast (tokenizers) version is needed")
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            "the tokenizer has no pad token, so no batch can be made: set processor.tokenizer.pad_token, to "
+            "its eos_token if there is no other (what is padded is masked)"
+        )
+    return tokenizer
+
+
+def _writes_bos(tokenizer: Any, texts: Sequence[str]) -> bool:
+    """A chat template may write the BOS itself; a second one would change every state."""
+    bos = tokenizer.bos_token
+    return bool(bos) and all(text.startswith(bos) for text in texts)
+
+
+def _without_closing(inputs: dict[str, Tensor], tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+    """A batch without what the tokenizer added behind the texts: an answer goes on where its prompt ends, and
+    the template closes it."""
+    count = 0 if _writes_bos(tokenizer, texts) else closing_tokens(tokenizer)
+    if not count:
+        return inputs
+    valid_BN = inputs["attention_mask"].bool()
+    seen_BN = valid_BN.cumsum(1)
+    kept_BN = valid_BN & (seen_BN <= seen_BN[:, -1:] - count)
+    columns_N = kept_BN.any(0)
+    cut = {
+        name: value[:, columns_N]
+        for name, value in inputs.items()
+        if value.shape[:2] == valid_BN.shape and not value.is_floating_point()
+    }
+    kept_BN = kept_BN[:, columns_N]
+    cut["attention_mask"] = kept_BN.to(inputs["attention_mask"].dtype)
+    cut["input_ids"] = cut["input_ids"].masked_fill(~kept_BN, tokenizer.pad_token_id)
+    return {**inputs, **cut}
 
 
 def _answer_mask(rendered: Sequence[RenderedPrompt], offsets_BN2: Tensor, valid_BN: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class PromptTemplate(Protocol):
         answer: str | None = None,
         has_image: bool | int = True,
         history: History = (),
+        system: str = "",
     ) -> RenderedPrompt:
         """A prompt.
 
@@ -57,11 +58,14 @@ class PromptTemplate(Protocol):
             May also be the number of images; they come before the conversation's first question.
         history
             The exchanges before it; their answers are part of the prompt.
+        system
+            A system prompt of the conversation's own; "": the template's, if it has one.
 
         Raises
         ------
         DataError
-            If the text holds the image placeholder or the EOS text, or an answer is empty.
+            If a text holds a special token, which the tokenizer would read as one, if an answer is empty, or
+            if the template changes a text.
         """
         ...
 
@@ -76,6 +80,8 @@ class V1Template:
     image_token: str
     eos: str
     version: str = "v1"
+    special: tuple[str, ...] = ()
+    """Other special tokens of the tokenizer."""
 
     def render(
         self,
@@ -83,10 +89,11 @@ class V1Template:
         answer: str | None = None,
         has_image: bool | int = True,
         history: History = (),
+        system: str = "",
     ) -> RenderedPrompt:
         """See `PromptTemplate.render`."""
-        _check_text(question, answer, history, (self.image_token, self.eos))
-        prompt, images = f"{V1_SYSTEM} ", f"{self.image_token}\n" * int(has_image)
+        _check_text(question, answer, history, system, self)
+        prompt, images = f"{system or V1_SYSTEM} ", f"{self.image_token}\n" * int(has_image)
         for earlier_question, earlier_answer in history:
             prompt += f"USER: {images}{earlier_question} ASSISTANT: {earlier_answer}{self.eos}"
             images = ""
@@ -107,6 +114,8 @@ class ChatTemplate:
     image_token: str
     eos: str
     version: str = "chat"
+    special: tuple[str, ...] = ()
+    """Other special tokens of the tokenizer."""
 
     def render(
         self,
@@ -114,22 +123,24 @@ class ChatTemplate:
         answer: str | None = None,
         has_image: bool | int = True,
         history: History = (),
+        system: str = "",
     ) -> RenderedPrompt:
         """See `PromptTemplate.render`."""
-        _check_text(question, answer, history, (self.image_token, self.eos))
+        _check_text(question, answer, history, system, self)
         spoken = [text.strip() for exchange in history for text in exchange] + [question.strip()]
         messages = [
             {"role": "assistant" if i % 2 else "user", "content": [{"type": "text", "text": text}]}
             for i, text in enumerate(spoken)
         ]
         messages[0]["content"] = [{"type": "image"}] * int(has_image) + messages[0]["content"]
+        system = system.strip()
+        if system:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         prompt = self._apply(messages, add_generation_prompt=True)
-        for text in reversed(spoken):
+        named = [("history", text) for text in spoken[:-1]]
+        for what, text in [("question", spoken[-1]), *named, ("system prompt", system)]:
             if text not in prompt:
-                what = "question" if text == spoken[-1] else "history"
-                raise ConfigError(
-                    f"the chat template dropped or changed the {what}: use template 'v1' for this backbone"
-                )
+                raise DataError(_changed(what, text))
         if answer is None:
             return RenderedPrompt(prompt)
         answer = answer.strip()
@@ -138,9 +149,7 @@ class ChatTemplate:
         tail = whole[len(prompt) :] if whole.startswith(prompt) else f" {answer}"
         at = tail.find(answer)
         if at < 0:
-            raise ConfigError(
-                f"the chat template changed the answer {answer!r}: use template 'v1' for this backbone"
-            )
+            raise DataError(_changed("answer", answer))
         after = tail[at + len(answer) :]
         # Keep the template's own end of turn as far as the first EOS; later text is no label.
         closing = after[: after.find(self.eos)] + self.eos if self.eos in after else self.eos
@@ -173,26 +182,53 @@ def get_template(version: str, processor: Any) -> PromptTemplate:
             "the processor must name an image token and an EOS token: it names "
             f"image_token={image_token!r}, eos_token={eos!r}"
         )
+    special = special_texts(processor)
     if version == "v1":
-        return V1Template(image_token, eos)
+        return V1Template(image_token, eos, special=special)
     if version not in ("chat", "auto"):
         raise ConfigError(f"prompt template {version!r}: expected 'v1', 'chat' or 'auto'")
     if getattr(processor, "chat_template", None) is None:
         if version == "auto":
-            return V1Template(image_token, eos)
+            return V1Template(image_token, eos, special=special)
         raise ConfigError("template 'chat' was asked for, but the processor has no chat template: use 'v1'")
-    chat = ChatTemplate(processor, image_token, eos)
-    if version == "auto" and "USER:" in (probe := chat.render("probe").text) and "ASSISTANT:" in probe:
-        return V1Template(image_token, eos)
+    chat = ChatTemplate(processor, image_token, eos, special=special)
+    try:
+        probe = chat.render("probe").text
+        if version == "auto" and "USER:" in probe and "ASSISTANT:" in probe:
+            return V1Template(image_token, eos, special=special)
+        chat.render("probe", "answer")
+    except DataError as error:  # with texts as plain as these, it is no sample's fault
+        raise ConfigError(str(error)) from error
     return chat
 
 
-def _check_text(question: str, answer: str | None, history: History, special: tuple[str, str]) -> None:
-    texts = [("question", question), ("answer", answer or "")]
+def special_texts(processor: Any) -> tuple[str, ...]:
+    """Texts that a tokenizer reads as special tokens wherever they stand: turn marks, placeholders of images
+    and videos, padding. Without "unknown", which stands for nothing."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    texts = {str(token) for token in added.values() if getattr(token, "special", False)}
+    texts |= set(getattr(tokenizer, "all_special_tokens", ()))
+    texts |= {getattr(processor, name, None) for name in ("image_token", "video_token", "audio_token")}
+    unknown = getattr(tokenizer, "unk_token", None)
+    return tuple(sorted(text for text in texts if isinstance(text, str) and text.strip() and text != unknown))
+
+
+def _changed(what: str, text: str) -> str:
+    return (
+        f"the chat template dropped or changed the {what} {text[:60]!r}: use another text, or template 'v1' "
+        "for this backbone"
+    )
+
+
+def _check_text(question: str, answer: str | None, history: History, system: str, template: Any) -> None:
+    texts = [("question", question), ("answer", answer or ""), ("system prompt", system)]
     texts += [("history", text) for exchange in history for text in exchange]
+    meanings = {template.image_token: "image placeholder", template.eos: "end-of-sequence text"}
     for name, text in texts:
-        for token, what in zip(special, ("image placeholder", "end-of-sequence text"), strict=True):
+        for token in (template.image_token, template.eos, *template.special):
             if token in text:
+                what = meanings.get(token, "special token")
                 raise DataError(f"the {name} contains the {what} {token!r}: strip it, the template adds it")
     if (answer is not None and not answer.strip()) or any(not text.strip() for _, text in history):
         raise DataError("the answer is empty: a sample without an answer token cannot be used")

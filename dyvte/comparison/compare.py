@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import dyvte
-from dyvte.backbones import BackboneConfig, encode
+from dyvte.backbones import BackboneConfig
 from dyvte.calibration import gate_logits, search_exit_layer
 from dyvte.comparison.baselines import (
     VtwChoice,
@@ -37,7 +37,7 @@ from dyvte.comparison.scenes import TracedScenes, load_scenes
 from dyvte.comparison.significance import score_difference
 from dyvte.comparison.traces import Pair, compare_on_traces
 from dyvte.config import dump_config, open_group
-from dyvte.data import load_image, open_conversations, select
+from dyvte.data import open_conversations, select
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import Asker, encoded_batches, plan_batches
 from dyvte.evaluation.latency import machine, measure_prefill, spread_batches
@@ -45,6 +45,7 @@ from dyvte.evaluation.run_log import write_atomically
 from dyvte.evaluation.runner import EvalConfig, load_asker, prompts_of
 from dyvte.progress import progress
 from dyvte.tasks.base import get_benchmark
+from dyvte.teacher import Teacher, TeacherConfig, prepared_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ class CompareConfig:
     """VTW's bound on the mean KL, in nats."""
     search_samples: int = 20
     """Calibration samples for VTW's K, as in its paper."""
+    max_bad_samples: int = 0
+    """Unusable ones among the calibration samples that are tolerated and left out of the search for K."""
     lam: float | None = None
     """Price of a layer for the router's training; None: what the gates were trained with."""
     timing_batches: int = 4
@@ -182,13 +185,18 @@ def choose_vtw(
         open_conversations(config.data_calibration, config.image_folder),
         limit=config.search_samples,
         seed=config.seed,
+        max_bad_samples=config.max_bad_samples,
     )
-    rendered = [asker.template.render(sample.question) for sample in selection.samples]
-    images = [[load_image(sample.image)] for sample in selection.samples]
-    inputs, _ = encode(asker.processor, rendered, images, padding_side="left")
-    dtype = asker.model.dtype
-    inputs = {k: v.to(asker.device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
-    found = search_exit_layer(asker.model, [inputs], eta=config.eta)
+    settings = TeacherConfig(
+        template=config.template, batch_size=config.search_samples, max_new_tokens=config.max_new_tokens
+    )
+    batches = prepared_batches(
+        Teacher(asker.model, asker.processor, settings),
+        selection,
+        file=str(config.data_calibration),
+        max_bad_samples=config.max_bad_samples,
+    )
+    found = search_exit_layer(asker.model, (ready.inputs for ready in batches), eta=config.eta)
     kl = tuple(float(x) for x in found.kl)
     if found.k is not None:
         return VtwChoice(found.k, config.eta, None, None, kl)

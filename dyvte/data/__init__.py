@@ -1,8 +1,9 @@
 """Data: LLaVA conversations from files, datasets and the hub; the synthetic scenes."""
 
+from dyvte.data.defects import Defect, check_defects
 from dyvte.data.images import load_image
 from dyvte.data.llava import Conversations
-from dyvte.data.samples import Defect, EmbeddedImage, Sample, check_defects
+from dyvte.data.samples import EmbeddedImage, Sample
 from dyvte.data.selection import Selection, select, selection_sha256
 from dyvte.data.sources import open_conversations, open_hub_conversations
 

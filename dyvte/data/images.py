@@ -7,8 +7,12 @@ from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from dyvte.data.samples import EmbeddedImage, LeavesFolder, Unusable
+from dyvte.data.defects import LeavesFolder, Unusable, is_of_sample, problem_text
+from dyvte.data.samples import EmbeddedImage
 from dyvte.errors import DataError
+
+# Formats whose samples of more than 8 bits PIL scales to 16 bits, but keeps in 32.
+_SIXTEEN_BITS_AS_I = ("PPM",)
 
 
 def image_path(folder: Path, name: str) -> Path:
@@ -55,20 +59,53 @@ def check_image_file(folder: Path, path: Path, *, follow_links: bool) -> None:
 
 
 def load_image(source: Path | EmbeddedImage) -> Any:
-    """An RGB PIL image, as ``Image.open(path).convert("RGB")`` gives it: LLaVA ignores EXIF rotation and
-    drops alpha, so does this.
+    """An RGB PIL image, as `as_rgb` gives it: EXIF rotation is ignored and alpha dropped, as LLaVA does.
 
     Raises
     ------
     DataError
-        Missing or unreadable, truncated files included.
+        Missing or unreadable, truncated files included, or of a range of values that cannot be told.
     """
     from PIL import Image
 
     try:
         with Image.open(BytesIO(source.data) if isinstance(source, EmbeddedImage) else source) as image:
-            return image.convert("RGB")
+            return as_rgb(image)
     except FileNotFoundError as error:
         raise DataError(f"missing image {source}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{source} cannot be read as an image: {error}") from error
+    except Exception as error:  # what a damaged file makes its decoder raise is beyond listing
+        if not is_of_sample(error):
+            raise
+        raise DataError(f"{source} cannot be read as an image: {problem_text(error)}") from error
+
+
+def as_rgb(image: Any) -> Any:
+    """A PIL image in 8-bit RGB: PIL's own conversion, but for samples of more than 8 bits, which PIL clips to
+    white or black.
+
+    Samples of 16 bits are divided by 257, to the nearest. Those of 32 bits and of floating point say nothing
+    of their range: 0..1 and 0..255 are taken as such.
+
+    Raises
+    ------
+    DataError
+        If samples of 32 bits or floating point lie outside both ranges.
+    """
+    import numpy as np
+    from PIL import Image
+
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS_AS_I)
+    if not sixteen_bits and image.mode not in ("I", "F"):
+        return image.convert("RGB")
+    values = np.asarray(image).astype(np.float64)
+    if sixteen_bits:
+        values /= 257
+    elif not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
+        kind = "32-bit integer" if image.mode == "I" else "floating-point"
+        raise DataError(
+            f"{kind} samples from {values.min():g} to {values.max():g}: expected 0..1 or 0..255, as the file "
+            "does not say which value is white; convert it to 8 or 16 bits"
+        )
+    elif values.max() <= 1:
+        values *= 255
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")

@@ -1,7 +1,8 @@
 """LLaVA conversations: one record becomes the samples of its exchanges.
 
 The format is that of ``llava_v1_5_mix665k.json``: ``{"id", "image", "conversations": [{"from": "human",
-"value": "<image>\\nQ"}, {"from": "gpt", "value": "A"}, ...]}``; text-only conversations carry no ``image``.
+"value": "<image>\\nQ"}, {"from": "gpt", "value": "A"}, ...]}``, or one that `records` reads besides;
+text-only conversations carry no ``image``.
 
 Text is what the original trains on (``preprocess_multimodal`` in llava/train/train.py): a turn that holds
 ``<image>``, wherever it stands, loses it and its outer white space, and the template puts it in front; all
@@ -18,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dyvte.data.defects import Defect, Unusable, check_text, collected
 from dyvte.data.images import image_path
-from dyvte.data.samples import Defect, EmbeddedImage, LeavesFolder, Sample, Turns, Unusable
-from dyvte.errors import DataError
+from dyvte.data.records import Conversation, SeveralImages, parse_record
+from dyvte.data.samples import EmbeddedImage, Sample, Turns
 
-IMAGE_PLACEHOLDER = "<image>"
 RepeatedIds = Literal["number", "refuse"]
+Exchange = tuple[str, str, tuple[tuple[str, str], ...]]
+"""Question, answer, earlier exchanges."""
 
 
 @dataclass
@@ -84,31 +87,37 @@ class Conversations:
             has_id = isinstance(given, (str, int)) and not isinstance(given, bool) and str(given) != ""
             wanted = str(given) if has_id else f"entry {place}"
             sample_id = names.take(wanted)
-            try:
+            made: list[Sample] = []
+            with collected(tally.defects, file=self.name, sample_id=sample_id, field="entry"):
                 if sample_id != wanted:
                     tally.repeated_ids += 1
                     if repeated_ids == "refuse":
                         raise Unusable("id", f"{wanted!r} was there before")
-                conversation = _parse(entry, tally)
-                made = _exchanges(conversation, turns)
-                image, image_id = self._image(conversation.image)
-            except LeavesFolder as problem:
-                raise DataError(str(problem.defect(self.name, sample_id))) from problem
-            except Unusable as problem:
-                tally.defects.append(problem.defect(self.name, sample_id))
-                if len(tally.defects) > tally.patience:
-                    return
-                continue
-            for turn, (question, answer, history) in enumerate(made):
-                yield Sample(
-                    id=sample_id if turn == 0 else names.take(f"{sample_id}:turn{turn + 1}"),
-                    image=image,
-                    question=question,
-                    answer=answer,
-                    image_id=image_id,
-                    num_turns=(len(conversation.values) + 1) // 2,
-                    history=history,
-                )
+                made = self._samples_of(_parsed(entry, tally), turns, sample_id, names)
+            if len(tally.defects) > tally.patience:
+                return
+            yield from made
+
+    def _samples_of(
+        self, conversation: Conversation, turns: Turns, sample_id: str, names: _Names
+    ) -> list[Sample]:
+        exchanges = _exchanges(conversation, turns)
+        image, image_id = self._image(conversation.image)
+        if image is not None:
+            check_text(sample_id, "id")
+        return [
+            Sample(
+                id=sample_id if turn == 0 else names.take(f"{sample_id}:turn{turn + 1}"),
+                image=image,
+                question=question,
+                answer=answer,
+                image_id=image_id,
+                num_turns=(len(conversation.turns) + 1) // 2,
+                history=history,
+                system=conversation.system,
+            )
+            for turn, (question, answer, history) in enumerate(exchanges)
+        ]
 
     def _image(self, given: str | EmbeddedImage | None) -> tuple[Path | EmbeddedImage | None, str]:
         if given is None:
@@ -116,14 +125,6 @@ class Conversations:
         if isinstance(given, EmbeddedImage):
             return given, f"sha256:{hashlib.sha256(given.data).hexdigest()}"
         return image_path(self.image_folder, given), os.path.normpath(given)
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """A record of sound structure: texts by turn, human first."""
-
-    image: str | EmbeddedImage | None
-    values: list[str]
 
 
 class _Names:
@@ -142,99 +143,32 @@ class _Names:
         return name
 
 
-def _parse(entry: Any, tally: Tally) -> _Conversation:
-    if not isinstance(entry, dict):
-        raise Unusable("entry", f"expected a JSON object, found {type(entry).__name__}")
-    image = _image_entry(entry, tally)
-    turns = entry.get("conversations")
-    if (
-        isinstance(turns, dict)
-        and isinstance(turns.get("from"), list)
-        and isinstance(turns.get("value"), list)
-    ):
-        # a list of objects as some versions of datasets store it: an object of lists
-        turns = [
-            {"from": who, "value": text} for who, text in zip(turns["from"], turns["value"], strict=False)
-        ]
-    if not isinstance(turns, list) or not turns:
-        raise Unusable("conversations", "expected a non-empty list of turns")
-    for position, turn in enumerate(turns):
-        _check_turn(turn, position, has_image=image is not None)
-    values = [turn["value"] for turn in turns]
-    if image is None:
-        if any(IMAGE_PLACEHOLDER in value for value in values):
-            raise Unusable("image", f"the text holds {IMAGE_PLACEHOLDER} but no image is given")
-        return _Conversation(None, values)
-    _check_placeholders(values, tally)
-    first = values[0].strip()
-    tally.moved_placeholders += not (first.startswith(IMAGE_PLACEHOLDER) or first.endswith(IMAGE_PLACEHOLDER))
-    return _Conversation(image, [values[0].replace(IMAGE_PLACEHOLDER, "").strip(), *values[1:]])
-
-
-def _check_turn(turn: Any, position: int, *, has_image: bool) -> None:
-    where = f"conversations[{position}]"
-    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise Unusable(where, 'expected {"from": ..., "value": text}')
-    if not isinstance(turn["value"], str):
-        raise Unusable(f"{where}.value", f"expected text, found {type(turn['value']).__name__}")
-    # Text-only conversations of mix665k may start with gpt; nobody asks them for a prompt.
-    expected = "human" if position % 2 == 0 else "gpt"
-    if has_image and turn["from"] != expected:
-        problem = f"expected {expected!r}, found {turn['from']!r}"
-        if position == 0:
-            problem = f"the conversation starts with {turn['from']!r}, expected 'human'"
-        raise Unusable(f"{where}.from", problem)
-
-
-def _check_placeholders(values: list[str], tally: Tally) -> None:
-    total = sum(value.count(IMAGE_PLACEHOLDER) for value in values)
-    if total > 1:
+def _parsed(entry: Any, tally: Tally) -> Conversation:
+    try:
+        conversation = parse_record(entry)
+    except SeveralImages:
         tally.several_images += 1
-        raise Unusable("conversations", f"{total} {IMAGE_PLACEHOLDER}, one image per sample is supported")
-    if IMAGE_PLACEHOLDER not in values[0]:
-        where = next((i for i, value in enumerate(values) if IMAGE_PLACEHOLDER in value), None)
-        found = "holds none" if where is None else f"stands in conversations[{where}]"
-        problem = f"an image is given, but the first question holds no {IMAGE_PLACEHOLDER}"
-        raise Unusable("conversations[0].value", problem if where is None else f"{problem}: it {found}")
+        raise
+    tally.moved_placeholders += conversation.moved_placeholder
+    return conversation
 
 
-def _image_entry(entry: dict[str, Any], tally: Tally) -> str | EmbeddedImage | None:
-    """The image: a path, a list of one, or the ``{"bytes", "path"}`` that datasets keep."""
-    image = entry.get("image")
-    if isinstance(image, list):
-        if len(image) > 1:
-            tally.several_images += 1
-            raise Unusable("image", f"{len(image)} images, one per sample is supported")
-        image = image[0] if image else None
-    if isinstance(image, dict):
-        data, path = image.get("bytes"), image.get("path")
-        image = path if data is None else EmbeddedImage(data, str(path or "embedded image"))
-    if isinstance(image, bytes):
-        image = EmbeddedImage(image)
-    if image is None or image == "":
-        return None
-    if not isinstance(image, (str, EmbeddedImage)):
-        raise Unusable("image", f"expected a path or image bytes, found {type(image).__name__}")
-    return image
-
-
-def _exchanges(
-    conversation: _Conversation, turns: Turns
-) -> list[tuple[str, str, tuple[tuple[str, str], ...]]]:
-    """(question, answer, earlier exchanges) of the exchanges that are used; only those are checked."""
-    values = conversation.values
+def _exchanges(conversation: Conversation, turns: Turns) -> list[Exchange]:
+    """The exchanges that are used; only those are checked."""
+    said = conversation.turns
     if conversation.image is None:
         # no visual tokens, so no sample of a gate: counted and dropped by the selection, whatever it holds
-        return [(values[0], values[1] if len(values) > 1 else "", ())]
-    made, history = [], []
-    for at in range(0, len(values) if turns == "all" else 1, 2):
-        if at + 1 == len(values):
-            raise Unusable(
-                f"conversations[{at}]", "the question has no answer turn (a truncated conversation)"
-            )
-        for where, name in ((at, "question"), (at + 1, "answer")):
-            if not values[where].strip():
-                raise Unusable(f"conversations[{where}].value", f"the {name} is empty")
-        made.append((values[at], values[at + 1], tuple(history)))
-        history.append((values[at], values[at + 1]))
+        return [(said[0].text, said[1].text if len(said) > 1 else "", ())]
+    made: list[Exchange] = []
+    history: list[tuple[str, str]] = []
+    for at in range(0, len(said) if turns == "all" else 1, 2):
+        if at + 1 == len(said):
+            raise Unusable(said[at].where, "the question has no answer turn (a truncated conversation)")
+        question, answer = said[at : at + 2]
+        for turn, name in ((question, "question"), (answer, "answer")):
+            if not turn.text.strip():
+                raise Unusable(turn.field, f"the {name} is empty")
+            check_text(turn.text, turn.field)
+        made.append((question.text, answer.text, tuple(history)))
+        history.append((question.text, answer.text))
     return made

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from dyvte.data.defects import Defect, check_defects, collected
 from dyvte.data.images import check_image_file
 from dyvte.data.llava import Conversations, RepeatedIds, Tally
-from dyvte.data.samples import Defect, LeavesFolder, Sample, Turns, Unusable, check_defects
+from dyvte.data.samples import Sample, Turns
 from dyvte.errors import DataError
 from dyvte.progress import Advance, progress
 
@@ -153,6 +154,7 @@ def selection_sha256(samples: Iterable[Sample]) -> str:
     for sample in samples:
         parts: list[Any] = [sample.id, sample.image_id, sample.question, sample.answer]
         parts += [sample.history] if sample.history else []
+        parts += [{"system": sample.system}] if sample.system else []
         digest.update(json.dumps(parts).encode())
         digest.update(b"\n")
     return digest.hexdigest()
@@ -196,7 +198,7 @@ class Draw:
 
 def draw_key(sample_id: str, seed: int) -> float:
     """A sample's place in [0, 1) for a seed, the same on every machine."""
-    digest = hashlib.sha256(f"{seed}\0{sample_id}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\0{sample_id}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
@@ -224,16 +226,13 @@ def _filtered(
 def _with_image_file(
     samples: Iterable[Sample], conversations: Conversations, *, follow_links: bool
 ) -> tuple[list[Sample], list[Defect]]:
-    present, missing = [], []
+    present: list[Sample] = []
+    missing: list[Defect] = []
     for sample in samples:
-        try:
+        with collected(missing, file=conversations.name, sample_id=sample.id, field="image"):
             if isinstance(sample.image, Path):
                 check_image_file(conversations.image_folder, sample.image, follow_links=follow_links)
             present.append(sample)
-        except LeavesFolder as problem:
-            raise DataError(str(problem.defect(conversations.name, sample.id))) from problem
-        except Unusable as problem:
-            missing.append(problem.defect(conversations.name, sample.id))
     return present, missing
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dyvte.data.llava import Conversations
+from dyvte.data.records import TURN_KEYS
 from dyvte.errors import ConfigError, DataError
 
 _CHUNK = 1 << 20
@@ -28,8 +29,8 @@ def open_conversations(
     Parameters
     ----------
     path
-        ``.json`` (a list of LLaVA conversations), ``.jsonl`` (one conversation a line), ``.parquet``, or a
-        folder that ``datasets`` can load (``save_to_disk``, or data files).
+        ``.json`` (a list of conversations, or one a line), ``.jsonl`` (one a line), ``.parquet``, or a folder
+        that ``datasets`` can load (``save_to_disk``, or data files).
     image_folder
         What image paths in it are relative to; None: "images" beside the file.
     split
@@ -50,7 +51,7 @@ def open_conversations(
     elif not path.exists():
         raise DataError(f"{path}: there is no such data file")
     elif path.suffix == ".json":
-        read, hashed = partial(_json_list, path), True
+        read, hashed = partial(_json_values, path), True
     elif path.suffix == ".jsonl":
         read, hashed = partial(_json_lines, path), True
     elif path.suffix == ".parquet":
@@ -98,33 +99,53 @@ def _json_lines(path: Path, digest: Any) -> Iterator[Any]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}: line {number}: not valid JSON ({error})") from error
             yield record
 
 
-def _json_list(path: Path, digest: Any) -> Iterator[Any]:
-    """The elements of a file that holds one JSON list, decoded one by one."""
+def _json_values(path: Path, digest: Any) -> Iterator[Any]:
+    """The elements of a file that holds one JSON list, or its objects one after the other where it holds JSON
+    lines under the name of a JSON file; decoded one by one."""
     with _opened(path) as stream:
         text = _Text(path, stream, digest)
         start = text.next_character()
-        if start != "[":
-            found = {"": "an empty file", "{": "an object"}.get(start, f"{start!r}")
-            raise DataError(f"{path}: expected a JSON list of LLaVA conversations, found {found}")
+        if start == "[":
+            yield from _elements(text)
+        elif start == "{":
+            yield from _objects(text)
+        else:
+            found = f"{start!r}" if start else "an empty file"
+            raise DataError(f"{path}: expected a JSON list of conversations, found {found}")
+
+
+def _elements(text: _Text) -> Iterator[Any]:
+    text.position += 1
+    if text.next_character() == "]":
+        raise DataError(f"{text.path}: the list of conversations is empty")
+    while True:
+        text.next_character()
+        yield text.value()
+        closing = text.next_character()
+        if closing not in (",", "]"):
+            raise text.invalid("expected ',' or ']' after a list element")
         text.position += 1
-        if text.next_character() == "]":
-            raise DataError(f"{path}: the list of conversations is empty")
-        while True:
-            text.next_character()
-            yield text.value()
-            closing = text.next_character()
-            if closing not in (",", "]"):
-                raise text.invalid("expected ',' or ']' after a list element")
-            text.position += 1
-            if closing == "]":
-                break
-        if text.next_character():
-            raise text.invalid("text after the list")
+        if closing == "]":
+            break
+    if text.next_character():
+        raise text.invalid("text after the list")
+
+
+def _objects(text: _Text) -> Iterator[Any]:
+    first = text.value()
+    if not any(key in first for key in TURN_KEYS):
+        raise DataError(
+            f"{text.path}: expected a JSON list of conversations, or one a line; found an object of "
+            f"{', '.join(map(repr, list(first)[:5])) or 'nothing'}"
+        )
+    yield first
+    while text.next_character():
+        yield text.value()
 
 
 class _Text:
@@ -151,12 +172,13 @@ class _Text:
         while True:
             try:
                 value, end = self._json.raw_decode(self._window, self.position)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError alone: a number of too many digits
                 if not self._grow():
                     raise self.invalid(str(error)) from error
                 continue
-            # What ends with the window may go on after it: a number does not show its end.
-            if _DELIMITER.match(self._window, end) or not self._grow():
+            # A number does not show its end: one that ends with the window may go on after it.
+            closed = self._window[end - 1] in '}]"' or _DELIMITER.match(self._window, end)
+            if closed or not self._grow():
                 self.position = end
                 return value
 
@@ -165,7 +187,7 @@ class _Text:
         place = self._before + self.position
         return DataError(
             f"{self.path}: not valid JSON near character {place} ({problem}); "
-            "expected a list of LLaVA conversations"
+            "expected a list of conversations"
         )
 
     def _grow(self) -> bool:

@@ -20,13 +20,13 @@ from dyvte.backbones.encode import takes_videos
 from dyvte.backbones.greedy import in_answer
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import open_group
-from dyvte.data import load_image
+from dyvte.data.defects import is_of_sample
 from dyvte.errors import ConfigError
+from dyvte.evaluation.checks import name_unaskable, open_picture
 from dyvte.evaluation.run_log import Answer, pack_layers
 from dyvte.runtime import VisualExit
 from dyvte.runtime.records import PrefillRecord
 from dyvte.tasks.base import Question
-from dyvte.tasks.readers.tables import PackedImage
 from dyvte.tasks.readers.videos import read_frames
 
 
@@ -83,22 +83,54 @@ def plan_batches(asker: Asker, prompts: Sequence[str], batch_size: int) -> list[
     A function of prompts and batch size alone, so that a resumed run forms the same batches. Longest first,
     so that a batch that does not fit in memory fails at the start.
     """
-    ids = asker.processor.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    order = sorted(range(len(prompts)), key=lambda i: (-len(ids[i]), i))
+    lengths = _token_counts(asker.processor.tokenizer, prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt; 0 of one that the tokenizer refuses, which is named when it is encoded."""
+    try:
+        return [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    except Exception as error:
+        if len(prompts) == 1 and is_of_sample(error):
+            return [0]
+        if not is_of_sample(error):
+            raise
+        return [count for prompt in prompts for count in _token_counts(tokenizer, [prompt])]
 
 
 def pictures(question: Question, num_frames: int) -> list[Any]:
     """RGB PIL images of a question: its images in order, or its video's sampled frames."""
     if question.video is not None:
         return read_frames(question.video, num_frames)
-    return [load_image(s.read() if isinstance(s, PackedImage) else s) for s in question.images]
+    return [open_picture(source) for source in question.images]
 
 
 def encode_questions(
     asker: Asker, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
 ) -> Batch:
-    """One batch of questions, ready to be asked."""
+    """One batch of questions, ready to be asked.
+
+    Raises
+    ------
+    DataError
+        Naming the questions that cannot be asked, each alone, if the batch cannot.
+    """
+    try:
+        return _encode_questions(asker, questions, prompts, index)
+    except Exception as error:
+        if is_of_sample(error):
+            name_unaskable(
+                [question.id for question in questions],
+                lambda i: _encode_questions(asker, questions[i : i + 1], prompts[i : i + 1], index),
+            )
+        raise
+
+
+def _encode_questions(
+    asker: Asker, questions: Sequence[Question], prompts: Sequence[str], index: int
+) -> Batch:
     shown = {(q.images, q.video): pictures(q, asker.num_frames) for q in questions}
     rows = [shown[q.images, q.video] for q in questions]
     as_videos = all(q.video is not None for q in questions) and takes_videos(asker.processor)

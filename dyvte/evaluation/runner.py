@@ -28,6 +28,7 @@ from dyvte.backbones import (
 from dyvte.config import dump_config, to_dict
 from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError
+from dyvte.evaluation.checks import check_pictures, check_texts
 from dyvte.evaluation.generation import (
     Asker,
     AskingConfig,
@@ -152,6 +153,8 @@ def run_policies(
     """
     processes = processes or Processes()
     prompts = prompts_of(benchmark, questions, config.question_suffix)
+    where = f"{benchmark.name} ({config.data})"
+    check_texts(asker.processor, asker.template, questions, prompts, where)
     plan = plan_batches(asker, prompts, config.batch_size)
     check_policies(asker, policies)
     identity = _identity(asker, benchmark, questions, prompts, config)
@@ -172,6 +175,8 @@ def run_policies(
     # The first process tidies up what a kill left; only then may the others look.
     logs = processes.first_alone(open_logs) or open_logs()
     processes.barrier()
+    unanswered = sorted(i for at in set().union(*(log.missing() for log in logs)) for i in plan[at])
+    processes.first_alone(lambda: check_pictures([questions[i] for i in unanswered], where))
     _ask_missing(asker, questions, prompts, plan, policies, logs, description or benchmark.name, processes)
     processes.barrier()
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from dyvte.backbones import takes_videos
 from dyvte.config import from_dict
+from dyvte.data.defects import is_of_sample
 from dyvte.distributed import own_device
 from dyvte.errors import ConfigError
-from dyvte.evaluation.generation import Asker, AskingConfig, answer, encode_rendered
+from dyvte.evaluation.checks import name_unaskable
+from dyvte.evaluation.generation import Asker, AskingConfig, Batch, answer, encode_rendered
 from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import check_policies, load_asker
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
@@ -114,7 +116,17 @@ class Answering:
         ends = stop_texts(generation)
         return [replace(answers[i], prediction=cut(answers[i].prediction, ends)) for i in sorted(answers)]
 
-    def _encode(self, requests: Sequence[Request], as_videos: bool):
+    def _encode(self, requests: Sequence[Request], as_videos: bool) -> Batch:
+        try:
+            return self._encoded(requests, as_videos)
+        except Exception as error:
+            if is_of_sample(error):
+                name_unaskable(
+                    [one.id for one in requests], lambda i: self._encoded(requests[i : i + 1], as_videos)
+                )
+            raise
+
+    def _encoded(self, requests: Sequence[Request], as_videos: bool) -> Batch:
         rendered = [
             self.asker.template.render(
                 one.text, has_image=1 if as_videos else len(one.images), history=one.history

@@ -18,6 +18,8 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 
 from dyvte.data import load_image
+from dyvte.data.defects import named
+from dyvte.data.images import as_rgb
 from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.generation import plan_batches
 from dyvte.evaluation.run_log import Answer, exit_row
@@ -145,15 +147,16 @@ def as_request(identity: str, messages: Sequence[Mapping[str, Any]], num_frames:
     shown = (
         read_frames(Video(Path(visuals[0]["url"])), num_frames)
         if kinds == {"video"}
-        else [_picture(part["url"]) for part in visuals]
+        else [_picture(part["url"], identity) for part in visuals]
     )
     history = tuple(zip(texts[0:-1:2], texts[1:-1:2], strict=True))
     return Request(identity, texts[-1], tuple(shown), kinds == {"video"}, history)
 
 
-def _picture(image: Any) -> Any:
+def _picture(image: Any, identity: str) -> Any:
     """An RGB PIL image from a PIL image or a file's path."""
-    return load_image(Path(image)) if isinstance(image, str | Path) else image.convert("RGB")
+    with named(f"request {identity}"):
+        return load_image(Path(image)) if isinstance(image, str | Path) else as_rgb(image)
 
 
 def _alike(requests: Sequence[Instance]) -> list[list[int]]:

@@ -23,6 +23,7 @@ import vlmeval.vlm
 from vlmeval.vlm.base import BaseModel
 
 from dyvte.data import load_image
+from dyvte.data.defects import named
 from dyvte.errors import DataError
 from dyvte.evaluation.run_log import exit_row
 from dyvte.plugins.answering import Answering, Request, plugin_config
@@ -82,7 +83,8 @@ def as_request(identity: str, message: Sequence[Mapping[str, Any]], num_frames: 
     text = "\n".join(part["value"] for part in message if part["type"] == "text")
     shown = [part for part in message if part["type"] != "text"]
     if all(part["type"] == "image" for part in shown):
-        return Request(identity, text, tuple(load_image(Path(part["value"])) for part in shown))
+        with named(f"request {identity}"):
+            return Request(identity, text, tuple(load_image(Path(part["value"])) for part in shown))
     if len(shown) > 1 or shown[0]["type"] != "video":
         kinds = ", ".join(part["type"] for part in shown)
         raise DataError(f"request {identity}: expected images or one video, found {kinds}")

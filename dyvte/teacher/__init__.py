@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dyvte.teacher.exits import exit_logits, kl_divergence, thinned_exits, trace_exits
 from dyvte.teacher.labels import greedy_answers
-from dyvte.teacher.pipeline import write_traces
+from dyvte.teacher.pipeline import prepared_batches, write_traces
 from dyvte.teacher.store import Manifest, Shard, TraceStore
 from dyvte.teacher.teacher import Teacher, TeacherConfig
 from dyvte.teacher.trace import Trace
@@ -19,6 +19,7 @@ __all__ = [
     "exit_logits",
     "greedy_answers",
     "kl_divergence",
+    "prepared_batches",
     "thinned_exits",
     "trace_exits",
     "write_traces",

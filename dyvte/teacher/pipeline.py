@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dyvte.data import Defect, Sample, Selection, check_defects
 from dyvte.teacher.store import Shard, TraceStore
-from dyvte.teacher.teacher import Teacher
+from dyvte.teacher.teacher import Prepared, Teacher
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 
@@ -42,10 +45,12 @@ def write_traces(
     """
     store = TraceStore.create(folder, teacher.manifest(selection))
     missing = set(store.missing())
-    bad = list(selection.defects)
+    bad: list[Defect | str] = list(selection.defects)
     for index in range(rank, store.manifest.num_shards, world_size):
         samples = [selection.samples[i] for i in store.manifest.shard_range(index)]
         if index not in missing:
+            bad += store.read(index).dropped
+            check_defects(bad, max_bad_samples)
             if progress:
                 progress(len(samples))
             continue
@@ -54,6 +59,47 @@ def write_traces(
         check_defects(bad, max_bad_samples)
         store.write(index, shard)
     return store
+
+
+def prepared_batches(
+    teacher: Teacher,
+    selection: Selection,
+    *,
+    file: str = "",
+    max_bad_samples: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[Prepared]:
+    """The selection as the model takes it, batch by batch, by the rules of a trace: unusable samples are left
+    out, counted and logged, so a batch may be smaller than others; one without a usable sample is left out.
+
+    Parameters
+    ----------
+    progress:
+        Called with the number of samples done since the last call.
+
+    Raises
+    ------
+    DataError
+        If more than ``max_bad_samples`` samples cannot be used.
+    """
+    bad = list(selection.defects)
+    _log(bad)
+    size = teacher.config.batch_size
+    for start in range(0, len(selection.samples), size):
+        samples = selection.samples[start : start + size]
+        ready = teacher.prepare(samples, file)
+        bad += ready.defects
+        check_defects(bad, max_bad_samples)
+        _log(ready.defects)
+        if ready.samples:
+            yield ready
+        if progress:
+            progress(len(samples))
+
+
+def _log(defects: Sequence[Defect]) -> None:
+    for defect in defects:
+        log.warning("left out: %s", defect)
 
 
 def _trace_shard(

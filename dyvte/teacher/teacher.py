@@ -26,8 +26,10 @@ from dyvte.backbones import (
     image_padding,
     weights_digest,
 )
+from dyvte.backbones.encode import check_prompt
 from dyvte.backbones.greedy import end_tokens
-from dyvte.data import Defect, Sample, Selection, check_defects, load_image
+from dyvte.data import Defect, Sample, Selection, load_image
+from dyvte.data.defects import collected, is_of_sample
 from dyvte.errors import ConfigError, DataError, MemoryBudgetError
 from dyvte.gates import DEFAULT_FEATURES, check_features
 from dyvte.reductions import identity, parse_reductions
@@ -171,7 +173,7 @@ class Teacher:
         return self.model.disable_adapter() if self.config.reference == "base" else nullcontext()
 
     def trace(self, samples: Sequence[Sample], file: str = "") -> tuple[Shard, list[Defect]]:
-        """Trace one batch; samples with an unreadable image or too many tokens come back as defects.
+        """Trace one batch; samples that cannot be used come back as defects (see `prepare`).
 
         A batch that does not fit the memory budget is traced in halves.
 
@@ -194,8 +196,7 @@ class Teacher:
         ready = self.prepare(samples, file)
         notes: dict[str, int] = {}
         if not ready.samples:
-            features = len(self.config.features) * self.backbone.hidden_size
-            trace = empty_trace(self.backbone.num_layers, features, self.dtype, self.exits)
+            trace = self._empty()
         elif self.config.label_source == "greedy":
             trace = self._trace_greedy(ready.samples, ready.images, ready.inputs, notes)
         else:
@@ -204,30 +205,39 @@ class Teacher:
         return Shard(trace=trace, image_ids=image_ids, notes=notes), ready.defects
 
     def prepare(self, samples: Sequence[Sample], file: str = "") -> Prepared:
-        """Inputs of those samples whose image can be read and that are not too long; the rest by name."""
-        usable, images, defects = self._open_images(samples, file)
-        inputs, answer_BN = {}, torch.empty(0)
-        while usable:
-            inputs, answer_BN = self._encode(usable, images, with_answer=self.config.label_source != "greedy")
-            too_long = self._too_long(usable, inputs, file)
-            if not too_long:
-                break
-            defects += too_long.values()
-            images = [image for row, image in enumerate(images) if row not in too_long]
-            usable = [sample for row, sample in enumerate(usable) if row not in too_long]
-        return Prepared(usable, images, inputs, answer_BN, defects)
+        """Inputs of those samples that can be used; the rest by name.
 
-    def inputs(self, samples: Sequence[Sample], file: str = "") -> tuple[dict[str, Tensor], Tensor]:
-        """Model inputs and answer mask of a batch: with the data's answers, or (greedy labels) prompts only.
+        A sample is a defect whose image cannot be read, whose text no template or tokenizer takes, which the
+        processor refuses, or which is too long; the others form the batch.
 
         Raises
         ------
-        DataError
-            If an image cannot be read.
+        Exception
+            What the processor raises over samples each of which it takes alone: no sample's fault.
         """
-        usable, images, defects = self._open_images(samples, file)
-        check_defects(defects, 0)
-        return self._encode(usable, images, with_answer=self.config.label_source == "data")
+        usable, images, defects = self._open(samples, file)
+        inputs, answer_BN = {}, torch.empty(0)
+        while usable:
+            try:
+                inputs, answer_BN = self._encode(usable, images, with_answer=self._labels_are_data)
+            except Exception as error:
+                if not is_of_sample(error):
+                    raise
+                bad = self._refused(usable, images, file)
+                if not bad:
+                    raise
+            else:
+                bad = self._too_long(usable, inputs, file)
+                if not bad:
+                    break
+            defects += bad.values()
+            images = [image for row, image in enumerate(images) if row not in bad]
+            usable = [sample for row, sample in enumerate(usable) if row not in bad]
+        return Prepared(usable, images, inputs if usable else {}, answer_BN, defects)
+
+    @property
+    def _labels_are_data(self) -> bool:
+        return self.config.label_source != "greedy"
 
     def _trace_greedy(
         self,
@@ -269,17 +279,22 @@ class Teacher:
         limit.
         """
         inputs, answer_BN = self._encode(samples, images, with_answer=True)
+        fits = (answer_BN.sum(1) <= self.config.max_new_tokens).nonzero().flatten().tolist()
+        if not fits:
+            return self._empty()
+        if len(fits) < len(samples):
+            samples, images = [samples[row] for row in fits], [images[row] for row in fits]
+            prompts = {name: prompts[name][fits] for name in ("input_ids", "attention_mask")}
+            inputs, answer_BN = self._encode(samples, images, with_answer=True)
         trace, own_B = self._run(samples, inputs, answer_BN)
         prompt_BN = inputs["attention_mask"].bool() & ~answer_BN
         is_eos_BN = self.ends_answer(inputs, answer_BN)
         for row in range(len(samples)):
             asked = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
             closed = is_eos_BN[row][answer_BN[row]].tolist()
-            own_B[row] &= (
-                torch.equal(inputs["input_ids"][row][prompt_BN[row]], asked)
-                and len(closed) <= self.config.max_new_tokens
-                and closed == [False] * (len(closed) - 1) + [True]
-            )
+            own_B[row] &= torch.equal(inputs["input_ids"][row][prompt_BN[row]], asked) and closed == [
+                False
+            ] * (len(closed) - 1) + [True]
         return trace.rows(own_B.nonzero().flatten())
 
     def _run(
@@ -317,6 +332,10 @@ class Teacher:
         )
         return self._kept(trace), is_greedy_B
 
+    def _empty(self) -> Trace:
+        features = len(self.config.features) * self.backbone.hidden_size
+        return empty_trace(self.backbone.num_layers, features, self.dtype, self.exits)
+
     def _kept(self, trace: Trace) -> Trace:
         """As it goes to disk."""
         return replace(trace.to("cpu"), features=trace.features.to("cpu", self.dtype))
@@ -335,27 +354,39 @@ class Teacher:
             if length > limit
         }
 
-    def _open_images(
-        self, samples: Sequence[Sample], file: str
-    ) -> tuple[list[Sample], list[Any], list[Defect]]:
-        usable, images, defects = [], [], []
+    def _open(self, samples: Sequence[Sample], file: str) -> tuple[list[Sample], list[Any], list[Defect]]:
+        """Samples whose texts can be read by the tokenizer and whose image can be opened, with the images."""
+        usable: list[Sample] = []
+        images: list[Any] = []
+        defects: list[Defect] = []
         for sample in samples:
-            where = "conversations"
-            try:
-                self._render(sample, with_answer=True)  # its text may hold what no prompt can
-                where = "image"
+            of = {"file": file, "sample_id": sample.id}
+            known = len(defects)
+            # Its answer too, whoever's answers are traced: which samples are used must not depend on that.
+            with collected(defects, **of, field="conversations"):
+                check_prompt(self.processor, self._render(sample, with_answer=True))
+            if len(defects) > known:
+                continue
+            with collected(defects, **of, field="image"):
                 if sample.image is None:
                     raise DataError("the sample has no image")
                 images.append(load_image(sample.image))
                 usable.append(sample)
-            except DataError as error:
-                defects.append(Defect(file=file, sample_id=sample.id, field=where, problem=str(error)))
         return usable, images, defects
 
+    def _refused(self, samples: Sequence[Sample], images: Sequence[Any], file: str) -> dict[int, Defect]:
+        """Rows that cannot be encoded by themselves either."""
+        bad: dict[int, Defect] = {}
+        for row, (sample, image) in enumerate(zip(samples, images, strict=True)):
+            found: list[Defect] = []
+            with collected(found, file=file, sample_id=sample.id, field="image"):
+                self._encode([sample], [image], with_answer=self._labels_are_data)
+            bad.update((row, defect) for defect in found)
+        return bad
+
     def _render(self, sample: Sample, *, with_answer: bool) -> RenderedPrompt:
-        return self.template.render(
-            sample.question, sample.answer if with_answer else None, history=sample.history
-        )
+        answer = sample.answer if with_answer else None
+        return self.template.render(sample.question, answer, history=sample.history, system=sample.system)
 
     def _encode(
         self, samples: Sequence[Sample], images: Sequence[Any], *, with_answer: bool

@@ -22,7 +22,7 @@ from dyvte.backbones.load import load_processor
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
 from dyvte.costs.teacher import SampleShape, teacher_flops
 from dyvte.data import Selection
-from dyvte.errors import DataError, UnsupportedBackboneError
+from dyvte.errors import UnsupportedBackboneError
 from dyvte.gates import GateStack
 from dyvte.spans import find_spans
 from dyvte.teacher import Teacher
@@ -187,11 +187,12 @@ def _tokens(cfg: TrainConfig, base: str, model: Any, selection: Selection) -> To
     every = max(1, len(selection.samples) // _PROBED_SAMPLES)
     lengths = []
     for sample in selection.samples[::every][:_PROBED_SAMPLES]:
-        try:
-            inputs, answer_BN = teacher.inputs([sample], cfg.data.name)
-        except DataError as error:
-            log.warning("%s", error)
+        ready = teacher.prepare([sample], cfg.data.name)
+        for defect in ready.defects:
+            log.warning("%s", defect)
+        if not ready.samples:
             continue
+        inputs, answer_BN = ready.inputs, ready.answer_BN
         spans = find_spans(
             inputs["input_ids"], teacher.backbone.visual_token_ids, inputs["attention_mask"], answer_BN
         )

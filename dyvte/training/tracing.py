@@ -3,19 +3,19 @@ share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dyvte.backbones import describe_config, fingerprint, image_padding, open_backbone, weights_digest
 from dyvte.calibration import LayerSearch, measure_profile, search_exit_layer
-from dyvte.data import Selection, open_conversations, open_hub_conversations, select
+from dyvte.data import Selection, check_defects, open_conversations, open_hub_conversations, select
 from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError
 from dyvte.progress import progress
 from dyvte.reductions import VisualProfile
-from dyvte.teacher import Teacher, TraceStore, write_traces
+from dyvte.teacher import Teacher, TraceStore, prepared_batches, write_traces
 from dyvte.training.config import TrainConfig
 from dyvte.training.sharded import Lockstep, opened_backbone
 from dyvte.training.zero import shards_backbone
@@ -68,11 +68,9 @@ def search_k(cfg: TrainConfig, **search: Any) -> LayerSearch:
     model, processor = open_backbone(cfg.model, own_device())
     labels = "data" if search.get("positions") == "answer" else "greedy"
     teacher = Teacher(model, processor, replace(cfg.teacher, label_source=labels))
-    samples = select_samples(cfg).samples
-    size = cfg.teacher.batch_size
+    limits = {"file": cfg.data.name, "max_bad_samples": cfg.data.max_bad_samples}
     batches = (
-        teacher.inputs(samples[start : start + size], file=cfg.data.name)
-        for start in range(0, len(samples), size)
+        (ready.inputs, ready.answer_BN) for ready in prepared_batches(teacher, select_samples(cfg), **limits)
     )
     return search_exit_layer(model, batches, exits_per_chunk=cfg.teacher.exits_per_chunk, **search)
 
@@ -87,16 +85,12 @@ def visual_profile(cfg: TrainConfig) -> VisualProfile:
     model, processor = open_backbone(cfg.model, own_device())
     teacher = Teacher(model, processor, replace(cfg.teacher, label_source="greedy"))
     selection = select_samples(cfg)
-    samples, size = selection.samples, cfg.teacher.batch_size
-
-    def batches() -> Iterator[Any]:
-        with progress(len(samples), "profile", "sample") as advance:
-            for start in range(0, len(samples), size):
-                yield teacher.inputs(samples[start : start + size], file=cfg.data.name)[0]
-                advance(len(samples[start : start + size]))
-
-    found = measure_profile(model, batches())
-    data = {"data": cfg.data.name, "data_sha256": selection.sha256, "dropped": len(selection.defects)}
+    limits = {"file": cfg.data.name, "max_bad_samples": cfg.data.max_bad_samples}
+    with progress(len(selection.samples), "profile", "sample") as advance:
+        batches = prepared_batches(teacher, selection, **limits, progress=advance)
+        found = measure_profile(model, (ready.inputs for ready in batches))
+    dropped = len(selection.defects) + len(selection.samples) - found.about["num_samples"]
+    data = {"data": cfg.data.name, "data_sha256": selection.sha256, "dropped": dropped}
     backbone = {**found.about["backbone"], "id": cfg.model.path}
     return replace(found, about={**found.about, "backbone": backbone, **data})
 
@@ -152,7 +146,10 @@ def write_store(
         )
     finish()
     processes.barrier()
+    store = TraceStore.open(folder)
+    # Each process has counted its own share only.
+    check_defects([*selection.defects, *store.dropped()], cfg.data.max_bad_samples)
     if processes.first:
         for left_by_a_killed_writer in folder.glob(".*.tmp"):
             left_by_a_killed_writer.unlink(missing_ok=True)
-    return TraceStore.open(folder)
+    return store

@@ -16,8 +16,9 @@ from dyvte.analysis.migration import blanked, blind_answers
 from dyvte.analysis.stages import Flows, stage_ends
 from dyvte.analysis.watching import KINDS, watch
 from dyvte.backbones import BackboneConfig, get_template
+from dyvte.data import load_image
 from dyvte.errors import ConfigError, GateMismatchError
-from dyvte.evaluation.generation import Asker, load_image
+from dyvte.evaluation.generation import Asker
 from dyvte.evaluation.run_log import read_answers
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.policies import RandomPolicy

@@ -267,7 +267,7 @@ def test_a_history_in_a_chat_template():
     assert text_only == "<s>user is there any assistant yes</s><s>user what assistant"
 
     processor.chat_template = "{{ messages[-1]['content'][-1]['text'] }}"
-    with pytest.raises(ConfigError, match="dropped or changed the history"):
+    with pytest.raises(DataError, match="dropped or changed the history"):
         get_template("chat", processor).render("what", history=[("is there any", "yes")])
 
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from dyvte.data import load_image, open_conversations, select
+from dyvte.data.defects import check_defects
 from dyvte.data.llava import Tally
-from dyvte.data.samples import EmbeddedImage, check_defects
+from dyvte.data.samples import EmbeddedImage
 from dyvte.errors import DataError
 from tests.helpers.conversations import entry, write
 
@@ -95,7 +96,7 @@ def test_repeated_ids_are_refused_on_request(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("[", "not valid JSON"),
-        ('{"id": 1}', "expected a JSON list of LLaVA conversations, found an object"),
+        ('{"id": 1}', "expected a JSON list of conversations, or one a line; found an object of 'id'"),
         ("3", "expected a JSON list"),
         ("", "found an empty file"),
         (" [ ] ", "empty"),

@@ -185,7 +185,7 @@ def test_lists_are_decoded_across_any_chunk_border(
             path = tmp_path / "data.json"
             path.write_text(mark + json.dumps(values, indent=indent, ensure_ascii=False) + " \n", "utf-8")
             digest = hashlib.sha256()
-            assert list(sources._json_list(path, digest)) == values
+            assert list(sources._json_values(path, digest)) == values
             assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -12,6 +12,7 @@ import torch
 from dyvte.backbones import BackboneConfig
 from dyvte.comparison.probe import probe_gates
 from dyvte.comparison.question_features import TextStates
+from dyvte.data import load_image
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.evaluation import generation as asking
 from dyvte.evaluation.generation import Asker
@@ -77,7 +78,7 @@ def _plain_answer(asker, question) -> str:
     prompt = asker.template.render(question.text).text
     inputs = asker.processor(
         text=prompt,
-        images=asking.load_image(question.image),
+        images=load_image(question.image),
         return_tensors="pt",
         add_special_tokens=False,
     )

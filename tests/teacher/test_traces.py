@@ -134,7 +134,7 @@ def test_trying_the_given_answers_first_gives_the_same_traces(selection: Selecti
     model, processor = tiny_llava(layers=LAYERS)
     settings = {"max_new_tokens": 6}
     teacher = teacher_of((model, processor), **settings)
-    prompts, _ = teacher.inputs(selection.samples)
+    prompts = teacher.prepare(selection.samples).inputs
     # A random model never says EOS: let it be the word that it says most often after its first one, and
     # another one end answers as well.
     eos = processor.tokenizer.eos_token_id

@@ -8,8 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from dyvte.data.defects import Unusable
 from dyvte.data.images import image_path
-from dyvte.data.samples import Unusable
 from dyvte.tasks.readers.rows import Row, shown
 from dyvte.tasks.readers.tables import PackedImage
 

@@ -34,17 +34,20 @@ class Labelled:
     answers: Mapping[str, list[int]]
     dropped: tuple[str, ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
+    file: str = ""
+    """For messages."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def rows(self, index: Sequence[int]) -> Labelled:
         """The samples at ``index``."""
-        return Labelled(self.teacher, tuple(self.samples[i] for i in index), self.answers)
+        samples = tuple(self.samples[i] for i in index)
+        return Labelled(self.teacher, samples, self.answers, file=self.file)
 
     def inputs(self, index: Sequence[int]) -> tuple[dict[str, Tensor], Tensor, list[str]]:
         """Model inputs, (B, N) answer mask and sample ids of the samples at ``index``."""
-        ready = self.teacher.prepare([self.samples[i] for i in index])
+        ready = self.teacher.prepare([self.samples[i] for i in index], self.file)
         check_defects(ready.defects, 0)
         ids = [sample.id for sample in ready.samples]
         if self.teacher.config.label_source == "data":
@@ -103,8 +106,10 @@ def label(
         answers |= record["answers"]
         notes.update(record["notes"])
         dropped += record["dropped"]
+    # Each process has counted its own share, and nothing that was there before.
+    check_defects([*selection.defects, *dropped], max_bad_samples)
     usable = tuple(sample for sample in selection.samples if sample.id in answers)
-    return Labelled(teacher, usable, answers, tuple(dropped), dict(notes))
+    return Labelled(teacher, usable, answers, tuple(dropped), dict(notes), file)
 
 
 def _label_part(
