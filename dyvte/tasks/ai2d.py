@@ -39,6 +39,7 @@ class AI2D(ChoiceBenchmark):
     tables = ("AI2D_TEST.tsv", "*ai2d*.tsv")
     shards = ("data/test-*.parquet", "*.parquet")
     columns = (("question",), ("answer",), ("options", "A"))
+    shard_columns = ("options",)
 
     def sources(self):
         """The release, tables."""

@@ -62,6 +62,8 @@ class Benchmark:
         Patterns of the parquet files of a Hugging Face split; all files of the first that fits are read.
     columns : tuple of tuple of str
         What a table must have: of each tuple one column.
+    shard_columns : tuple of str
+        What a parquet split must have beside that, by which it is told from those of other benchmarks.
     dialects : tuple of str
         Whose rules exist for it.
     suffix : str
@@ -80,6 +82,7 @@ class Benchmark:
     tables: ClassVar[tuple[str, ...]] = ()
     shards: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("question",),)
+    shard_columns: ClassVar[tuple[str, ...]] = ()
     dialects: ClassVar[tuple[str, ...]] = DIALECTS
     suffix: ClassVar[str] = SHORT_ANSWER_SUFFIX
     submission_name: ClassVar[str] = "submission.json"
@@ -111,7 +114,8 @@ class Benchmark:
         return sorted(own, key=lambda path: (-fits[path], path.name))
 
     def _check_columns(self, row: Row, path: Path) -> None:
-        for names in self.columns:
+        own = [(name,) for name in self.shard_columns] if path.suffix == ".parquet" else []
+        for names in (*self.columns, *own):
             if not any(name in row for name in names):
                 raise DataError(
                     f"{path} is no table of {self.title}: it has no column {' or '.join(map(repr, names))}, "

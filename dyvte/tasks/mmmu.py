@@ -82,6 +82,7 @@ class MMMU(Benchmark):
     tables = ("MMMU_DEV_VAL.tsv", "*mmmu*.tsv")
     shards = ("data/validation-*.parquet", "validation-*.parquet", "*/validation-*.parquet")
     columns = (("question",), ("answer",), ("options", "A"))
+    shard_columns = ("id", "question_type")
 
     def table_question(self, row: Row, number: int, base: Path) -> Question | None:
         """A question of the validation split; the TSV holds others too."""

@@ -42,6 +42,7 @@ class ScienceQA(ChoiceBenchmark):
     tables = ("ScienceQA_TEST.tsv", "*scienceqa*.tsv")
     shards = ("ScienceQA-IMG/test-*.parquet", "data/test-*.parquet", "test-*.parquet", "*.parquet")
     columns = (("question",), ("answer",), ("choices", "A"))
+    shard_columns = ("choices",)
 
     def sources(self):
         """The release with LLaVA's texts where they are, tables."""

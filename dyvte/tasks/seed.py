@@ -39,6 +39,7 @@ class SEED(ChoiceBenchmark):
     tables = ("SEEDBench_IMG.tsv", "*seed*.tsv")
     shards = ("data/test-*.parquet", "*.parquet")
     columns = (("question",), ("answer",), ("choice_a", "A"))
+    shard_columns = ("choice_a",)
 
     def sources(self):
         """The release with LLaVA's texts where they are, tables."""

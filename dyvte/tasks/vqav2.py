@@ -160,22 +160,24 @@ def _annotations(path: Path | None) -> dict[str, Mapping[str, Any]]:
 def _compact(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of the annotations; ten answers become one small record as soon as they are read."""
     content = dict(pairs)
-    humans = _humans(content.get("answers"))
-    return content if humans is None else {**content, "answers": humans}
+    if "answers" in content:
+        content["answers"] = _humans(content["answers"]) or content["answers"]
+    return content
 
 
 def _humans(records: Any) -> HumanAnswers | None:
     """Answers from their records; None where these are not as they should be."""
-    if not isinstance(records, list) or not records or not all(isinstance(one, Mapping) for one in records):
+    if not isinstance(records, list) or not records:
         return None
-    texts = [record.get("answer") for record in records]
-    if not all(isinstance(text, str) for text in texts):
+    try:
+        texts = tuple(intern(record["answer"]) for record in records)
+        ids = {record["answer_id"] for record in records if "answer_id" in record}
+    except (TypeError, KeyError):
         return None
-    ids = [record.get("answer_id") for record in records]
-    if all(isinstance(one, int | str) for one in ids) and len(set(ids)) == len(ids):
-        return HumanAnswers(tuple(map(intern, texts)), None)
+    if len(ids) == len(records):
+        return HumanAnswers(texts, None)
     beside = [{key: value for key, value in record.items() if key != "answer"} for record in records]
-    return HumanAnswers(tuple(map(intern, texts)), tuple(map(beside.index, beside)))
+    return HumanAnswers(texts, tuple(map(beside.index, beside)))
 
 
 def _gold(row: Row) -> dict[str, Any]:

@@ -5,6 +5,4 @@
 #       --policy never --policy fixed:16 --policy gates:runs/7b/gates
 #
 # All options: dyvte eval --help.
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-evaluate mme "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run.sh" mme "$@"

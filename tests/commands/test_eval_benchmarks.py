@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from dyvte.cli import main
 from dyvte.tasks.base import benchmark_names, get_benchmark
-from tests.helpers.benchmark_files import CASES, WRITERS, write_benchmark
+from tests.helpers.benchmark_files import CASES, write_benchmark
 from tests.helpers.models import tiny_llava
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,16 +75,23 @@ def test_help_lists_every_benchmark(capsys):
         assert all(name in text for name in benchmark_names())
 
 
-def test_there_is_a_thin_script_for_each_benchmark():
-    for name in WRITERS:
-        script = ROOT / "scripts" / "eval" / f"{name}.sh"
-        assert os.access(script, os.X_OK), script
-        assert f'evaluate {name} "$@"' in script.read_text()
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "eval" / "pope.sh")], capture_output=True, text=True, timeout=60
-    )
+def _run_script(*arguments):
+    command = ["bash", str(ROOT / "scripts" / "eval" / "run.sh"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_one_script_serves_every_benchmark(tmp_path):
+    for arguments in ((), ("pope",)):
+        done = _run_script(*arguments)
+        assert done.returncode == 2
+        assert "run.sh pope --model" in done.stderr
+    done = _run_script("popee", "--model", "x", "--data", tmp_path, "--output", tmp_path / "out")
     assert done.returncode == 2
-    assert "--data /data/pope" in done.stderr
+    assert "did you mean 'pope'" in done.stderr
+    scripts = ROOT / "scripts" / "eval"
+    assert sorted(path.name for path in scripts.iterdir()) == ["gqa.sh", "mme.sh", "run.sh"]
+    for name in ("gqa", "mme"):
+        assert f'run.sh" {name} "$@"' in (scripts / f"{name}.sh").read_text()
 
 
 def test_docs_have_a_row_for_each_benchmark():

@@ -148,23 +148,31 @@ def _pope_tsv(root: Path) -> None:
     )
 
 
-MME_PAIRS = (("color", "Is the circle red?", "Is it blue?"), ("code_reasoning", "Is it 3?", "Is it 4?"))
+MME_PAIRS = (
+    ("color", "Is the circle red?", "Is it blue?"),
+    ("code_reasoning", "Is it 3?", "Is it 4?"),
+    ("artwork", "Is this by Monet?", "Is this by Klee?"),
+)
+MME_SPLIT = ("artwork",)
+"""Subtasks whose images and questions lie in folders of their own, in the release."""
 ASK = " Please answer yes or no."
 
 
 def _mme_release(root: Path) -> None:
     for subtask, first, second in MME_PAIRS:
+        images, texts = ("images", "questions_answers_YN") if subtask in MME_SPLIT else (".", ".")
         for n in range(2):
-            put(root / subtask / f"{n}.png", picture(n))
-            put(root / subtask / f"{n}.txt", f"{first}{ASK}\tYes\n{second} {ASK}\tNo")
+            put(root / subtask / images / f"{n}.png", picture(n))
+            put(root / subtask / texts / f"{n}.txt", f"{first}{ASK}\tYes\n{second} {ASK}\tNo")
 
 
 def _mme_llava(root: Path) -> None:
     _mme_release(root / "MME_Benchmark_release_version")
     rows = [
-        {"question_id": f"{subtask}/{n}.png", "image": f"{subtask}/{n}.png", "text": text + SHORT}
+        {"question_id": image, "image": image, "text": text + SHORT}
         for subtask, *texts in MME_PAIRS
         for n in range(2)
+        for image in (f"{subtask}/{'images/' if subtask in MME_SPLIT else ''}{n}.png",)
         for text in texts
     ]
     put(root / "llava_mme.jsonl", lines(rows))

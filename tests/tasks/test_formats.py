@@ -270,7 +270,7 @@ def test_odd_pairs_of_a_table_are_refused(tmp_path):
     root = write_benchmark(tmp_path, "mme", "tsv")
     path = root / "MME.tsv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(DataError, match=r"1 images have not exactly two questions: code_reasoning/1.png"):
+    with pytest.raises(DataError, match=r"1 images have not exactly two questions: artwork/1.png"):
         get_benchmark("mme").load(root)
 
 

@@ -19,13 +19,28 @@ _IDS = ("question_id", "questionId", "index", "id")
 
 
 class Row(dict[str, Any]):
-    """One record; ``where`` names its file and place. A NaN, as tables store what is absent, is absent."""
+    """One record. A NaN, as tables store what is absent, is absent.
 
-    __slots__ = ("where",)
+    Parameters
+    ----------
+    values
+        Its fields.
+    where
+        Its file, and its place there unless ``number`` says that.
+    number
+        Of the row of ``where`` that it is; 0: ``where`` says all.
+    """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    __slots__ = ("_number", "_where")
+
+    def __init__(self, values: Mapping[str, Any], where: str | Path, number: int = 0) -> None:
         super().__init__(values)
-        self.where = where
+        self._where, self._number = where, number
+
+    @property
+    def where(self) -> str:
+        """File and place, for messages."""
+        return f"{self._where}, row {self._number}" if self._number else str(self._where)
 
     def error(self, problem: str) -> DataError:
         """The error that names this record, by its id too where it states one."""
@@ -57,12 +72,8 @@ class Row(dict[str, Any]):
             Absent without a ``default``, neither text nor number, or a text with half a character (a lone
             surrogate, which no file and no tokenizer takes).
         """
-        value = self.value(*keys)
-        if value is None:
-            if default is _REQUIRED:
-                raise self.error(f"no {' or '.join(map(repr, keys))}")
-            return default
-        return self._as_text(value, keys)
+        value = self.need(*keys) if default is _REQUIRED else self.value(*keys)
+        return default if value is None else self._as_text(value, keys)
 
     def identity(self, *keys: str, default: Any = _REQUIRED) -> str:
         """An id as text: 7, 7.0 and "7" are "7", and "007" stays."""
@@ -103,7 +114,7 @@ class Row(dict[str, Any]):
         value = self.value(key)
         if value is None:
             return Row({}, f"{self.where}, {key!r}")
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict):
             raise self.error(f"{key!r} is {shown(value)}, expected an object")
         return Row(value, f"{self.where}, {key!r}")
 
@@ -129,6 +140,8 @@ def is_blank(value: Any) -> bool:
 
 def is_whole_text(text: str) -> bool:
     """Whether a text can be written: it holds no lone surrogate."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -160,9 +173,9 @@ def rows_of(content: Any, where: str | Path) -> list[Row]:
         raise DataError(f"{where}: expected a list of objects, found {shown(content)}")
     rows = []
     for number, item in enumerate(content, start=1):
-        if not isinstance(item, Mapping):
+        if not isinstance(item, dict):
             raise DataError(f"{where}, row {number}: expected an object, found {shown(item)}")
-        rows.append(Row(item, f"{where}, row {number}"))
+        rows.append(Row(item, where, number))
     return rows
 
 
@@ -218,7 +231,7 @@ def read_rows(path: Path, key: str | None = None, compact: Pairs | None = None) 
     content = _parsed(read_text(path), str(path), compact)
     if key is None:
         return rows_of(content, path)
-    if not isinstance(content, Mapping) or not isinstance(content.get(key), list):
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise DataError(f'{path}: expected {{"{key}": [...]}}, found {shown(content)}')
     return rows_of(content[key], path)
 
@@ -235,7 +248,7 @@ def read_entries(path: Path) -> dict[str, Row]:
     if not isinstance(content, dict) or not content:
         raise DataError(f"{path} is not a dictionary of questions: found {shown(content)}")
     for key, value in content.items():
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict):
             raise DataError(f"{path}, question {shown(key)}: expected an object, found {shown(value)}")
     return {key: Row(value, f"{path}, question {key}") for key, value in content.items()}
 
@@ -254,7 +267,7 @@ def read_jsonl(path: Path) -> list[Row]:
             continue
         where = f"{path}, line {number}"
         content = _parsed(line, where)
-        if not isinstance(content, Mapping):
+        if not isinstance(content, dict):
             raise DataError(f"{where}: expected an object, found {shown(content)}")
         rows.append(Row(content, where))
     return rows

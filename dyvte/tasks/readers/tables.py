@@ -75,9 +75,12 @@ class PackedImage:
     def _read_parquet(self) -> bytes | None:
         group, index = self.at
         cell = _row_group(_parquet_file(self.file), self.file, group, [self.column])
-        value = cell.column(0)[index].as_py()
-        value = value[self.item] if isinstance(value, list) else value
-        return None if value is None else value["bytes"]
+        try:
+            value = cell.column(0)[index].as_py()
+            value = value[self.item] if isinstance(value, list) else value
+            return None if value is None else value["bytes"]
+        except (LookupError, TypeError, ValueError) as error:
+            raise DataError(f"{self.file}: cannot read {self.name}: {error}") from error
 
 
 def read_table(paths: Sequence[Path]) -> list[Row]:

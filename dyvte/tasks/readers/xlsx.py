@@ -89,8 +89,8 @@ def read_xlsx(path: Path) -> list[Row]:
 
 
 _DAMAGED = (
-    *(OSError, EOFError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError, OverflowError),
-    *(MemoryError, zipfile.BadZipFile, zlib.error, ElementTree.ParseError),
+    *(OSError, EOFError, ValueError, LookupError, RuntimeError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, ElementTree.ParseError),
 )
 
 
