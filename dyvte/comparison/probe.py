@@ -47,7 +47,7 @@ class _ProbePlan(Plan):
         self.features = tuple(name for name in FEATURES if name in read)
 
     def asks(self, k: int) -> bool:
-        return k < self.num_layers
+        return 0 < k < self.num_layers
 
     def asking_rows(self) -> Tensor:
         return torch.ones_like(self.exit_layers_B, dtype=torch.bool)

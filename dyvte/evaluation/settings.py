@@ -128,6 +128,8 @@ def learned(name: str, policy: LearnedPolicy) -> NamedPolicy:
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
     digest.update(repr(policy.gates.config.offsets).encode())
+    if policy.may_freeze:
+        digest.update(repr(policy.gates.config.freeze_offsets).encode())
     identity = {
         "policy": "gates",
         "gates_sha256": digest.hexdigest(),
@@ -135,6 +137,8 @@ def learned(name: str, policy: LearnedPolicy) -> NamedPolicy:
         "min_layer": policy.min_layer,
         "fallback": policy.fallback,
     }
+    if policy.may_freeze:
+        identity["freeze_threshold"] = policy.freeze_threshold
     return NamedPolicy(name, policy, identity)
 
 

@@ -53,6 +53,8 @@ def follow_threshold(freeze_threshold: float, threshold: float, new: float) -> f
 
     Where the distance is infinite (a threshold of 0 or 1) both are ``new``.
     """
+    if new == threshold:
+        return freeze_threshold
     gap = logit_threshold(freeze_threshold) - logit_threshold(threshold)
     level = logit_threshold(new)
     if gap == 0 or not math.isfinite(gap) or not math.isfinite(level):

@@ -48,6 +48,9 @@ class VisualExit:
         The decision rule of `dyvte.gates.ScheduleRule`; None takes the value stored with the gates
         (threshold 0.5, min_layer 1, no fallback, mode "gates" where nothing is stored). Without gates, or
         with ``mode="fixed"``, every row leaves after layer `fallback` (None: never).
+    freeze_threshold
+        Of gates with a freeze head: its own threshold; None: as far from `threshold` as the stored two are
+        from one another.
     allow_transfer
         Accept gates trained for another backbone of the same shape; recorded in `Run.transferred`.
     visual_token_ids
@@ -73,6 +76,7 @@ class VisualExit:
         min_layer: int | None = None,
         fallback: int | None = None,
         mode: str | None = None,
+        freeze_threshold: float | None = None,
         allow_transfer: bool = False,
         visual_token_ids: tuple[int, ...] | None = None,
         positions: str = "keep",
@@ -101,7 +105,9 @@ class VisualExit:
         if gates is None or self.mode == "fixed":
             self.policy: Policy = FixedPolicy(self.fallback)
         else:
-            self.policy = LearnedPolicy(gates, self.threshold, self.min_layer, self.fallback)
+            self.policy = LearnedPolicy(
+                gates, self.threshold, self.min_layer, self.fallback, freeze_threshold
+            )
 
     @classmethod
     def fixed(cls, exit_layer: int, *, freeze_layer: int | None = None, **options: Any) -> VisualExit:
@@ -137,6 +143,7 @@ class VisualExit:
                 threshold=policy.threshold,
                 min_layer=policy.min_layer,
                 fallback=policy.fallback,
+                freeze_threshold=policy.freeze_threshold,
                 mode="gates",
                 **options,
             )
@@ -182,6 +189,8 @@ class ExitSession:
         if self.exits.gates is not None and self.exits.mode == "gates":
             stored = self.exits.gates.config
             as_calibrated = self.exits.threshold == stored.threshold
+            if stored.freeze_head:
+                as_calibrated &= self.exits.policy.freeze_threshold == stored.freeze_threshold
             warn_of_others(stored, self.exits.reductions, as_calibrated=as_calibrated)
         self.exits.policy.to(next(backbone.decoder.parameters()).device)
         self.run = Run(transferred)
