@@ -47,7 +47,7 @@ def without_queries(layer: nn.Module) -> Iterator[None]:
 
 def _zeros(size: int) -> Callable[..., Tensor]:
     def forward(states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return states.new_zeros(1).expand(*states.shape[:-1], size)
+        return states.new_zeros(*states.shape[:-1], size)
 
     return forward
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dyvte.decoder import Layout, hidden_of
 from dyvte.decoder.caches import Capture
-from dyvte.runtime.cache import ExitLayer, put_layer, records_past
+from dyvte.runtime.cache import ExitLayer, holds_exits, put_layer, records_past
 from dyvte.runtime.frozen import FrozenCall, text_mask
 from dyvte.runtime.masks import causal_mask, window_needs_mask
 from dyvte.runtime.packing import Packing, whole_states
@@ -158,8 +158,9 @@ class SplitLayers:
         return stream.causal_mask[0]
 
     def _store(self, part: Partition, index: int, captures: Sequence[Capture], cache: Any) -> None:
-        if part.frozen is not None and part.is_whole:
-            # Nothing has left: the layer is the cache's own.
+        if part.frozen is not None and part.is_whole and not holds_exits(cache):
+            # Nothing has left so far: the layer is the cache's own. Behind one that is not it must not be, or
+            # the decoder would make its mask by the other's sizes.
             keys, values = ([getattr(one, name) for one in captures] for name in ("keys", "values"))
             cache.update(whole_states(part, keys), whole_states(part, values), index)
             return

@@ -105,7 +105,7 @@ def test_the_record_counts_every_state():
     assert record.freeze_logits_BL.isnan().all()
 
 
-@pytest.mark.parametrize("questions", [QUESTIONS[:1], QUESTIONS], ids=["alone", "padded"])
+@pytest.mark.parametrize("questions", [QUESTIONS[:1], QUESTIONS[:4]], ids=["alone", "padded"])
 def test_a_layer_whose_tokens_are_frozen_has_a_stock_cache_layer(questions):
     model, processor = llava()
     inputs = batch(processor, questions)
@@ -119,8 +119,8 @@ def test_a_layer_whose_tokens_are_frozen_has_a_stock_cache_layer(questions):
     for name in ("keys", "values"):
         states = [getattr(layer, name).transpose(1, 2)[real_BN] for layer in (have, want)]
         torch.testing.assert_close(*states, rtol=0, atol=1e-5)
-    assert type(cache.layers[3]) is type(want)
     assert not torch.allclose(cache.layers[3].keys, stock.layers[3].keys, atol=1e-2)
+    assert {type(layer) for layer in cache.layers} == {type(want)}
 
 
 def test_gone_layers_hold_no_visual_token():

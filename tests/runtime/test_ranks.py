@@ -18,7 +18,9 @@ from tests.runtime.test_gates import make_gates
 
 rank = int(os.environ["RANK"])
 exits = [[0, 1, 2, 4, -1, 3], [4, 3, 1, 1, -1, 0]][rank]
+freezes = [[0, 0, 2, 1, 0, 2], [1, 3, 0, 1, 0, 0]][rank]
 oracle = dyvte.VisualExit.from_policy(OraclePolicy(exits))
+schedule = dyvte.VisualExit.from_policy(OraclePolicy(exits, freezes))
 plain, processor = tiny_llava()
 inputs = batch(processor)
 
@@ -62,6 +64,7 @@ engine.eval()
 assert next(engine.module.get_decoder().layers[0].parameters()).numel() == 0, "weights are not sharded"
 with torch.no_grad():
     check(alone(oracle, engine), expected)
+    check(alone(schedule, engine), alone(schedule))
 done()
 """
 
@@ -93,6 +96,7 @@ for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, mine[name] / 2, rtol=1e-4, atol=1e-6)
 with torch.no_grad():
     check(alone(oracle, wrapped), expected)
+    check(alone(schedule, wrapped), alone(schedule))
 assert not any("forward" in vars(module) for module in model.modules())
 done()
 """
@@ -111,6 +115,7 @@ weight = next(model.get_decoder().layers[0].parameters())
 assert isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel(), "weights are not sharded"
 with torch.no_grad():
     check(alone(oracle, model), expected)
+    check(alone(schedule, model), alone(schedule))
     gates = dyvte.VisualExit(make_gates())
     check(alone(gates, model), alone(gates))
 done()
@@ -131,10 +136,12 @@ weight = model.get_decoder().layers[0].mlp.gate_proj.weight
 whole = plain.get_decoder().layers[0].mlp.gate_proj.weight
 assert getattr(weight, "to_local", lambda: weight)().numel() < whole.numel(), "weights are not sharded"
 model.generation_config = plain.generation_config
-shared = dyvte.VisualExit.from_policy(OraclePolicy([0, 1, 2, 4, -1, 3]))  # the ranks run one batch
+# the ranks run one batch
+shared = dyvte.VisualExit.from_policy(OraclePolicy([0, 1, 2, 4, -1, 3]))
+frozen = dyvte.VisualExit.from_policy(OraclePolicy([2, 1, 3, 4, -1, 3], [0, 1, 2, 0, 0, 3]))
 gates = dyvte.VisualExit(make_gates())
 with torch.no_grad():
-    for policy in (shared, gates):
+    for policy in (shared, frozen, gates):
         got = alone(policy, model)
         check(got, alone(policy))
         decisions = [None, None]
