@@ -1,6 +1,6 @@
 """The ``dyvte`` command: one subcommand per job, each in its own module of :mod:`dyvte.commands`.
 
-A subcommand's module is imported only when it is asked for, so that ``dyvte --help`` and errors stay quick.
+A subcommand's module is imported only when it is asked for, so that ``dyvte --help`` stays quick.
 """
 
 from __future__ import annotations
@@ -8,7 +8,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
+from types import ModuleType
+
+import dyvte
+from dyvte.commands.parser import Formatter, Parser
 
 # name -> (module in dyvte.commands, one-line help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -17,11 +22,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train gates against the un-pruned backbone"),
     "calibrate": ("calibrate", "choose the threshold for a compute budget or a bounded risk"),
     "search-k": ("search_k", "VTW's fixed layer K by KL"),
+    "profile": ("profile", "what heads and neurons do with visual tokens, for YOPO's reductions"),
     "search-plan": ("search_plan", "exit policy and reductions for a compute budget"),
     "eval": ("eval", "run benchmarks with one or several exit policies"),
     "score": ("score", "score a predictions file, no model needed"),
     "report": ("report", "make a page of runs: tables, plots, examples"),
-    "analyze": ("analyze", "the papers' tables and figures on a backbone of yours"),
+    "analyze": ("analyze", "the papers' tables and plots on a backbone of yours"),
     "compare": ("compare", "gates beside VTW, the question-only router and the full model"),
 }
 
@@ -29,7 +35,7 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
-def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+def build_parser(chosen: str | None = None) -> Parser:
     """Build the parser; only the chosen subcommand's module is imported and filled with its options.
 
     Parameters
@@ -37,10 +43,10 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     chosen : str, optional
         Subcommand on the command line. Others appear by name and help line only.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dyvte", description="Gates that tell a frozen multimodal LLM when it has seen enough."
     )
-    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument("--version", action="version", version=f"dyvte {dyvte.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module_name, help_line) in COMMANDS.items():
         if name != chosen:
@@ -48,13 +54,12 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
             continue
         module = importlib.import_module(f"dyvte.commands.{module_name}")
         subparser = subparsers.add_parser(
-            name,
-            help=help_line,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=help_line, description=module.__doc__, formatter_class=Formatter
         )
         module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run)
+        subparser.usage = " ".join([f"dyvte {name} [options]", *_positionals(subparser)])
+        subparser.epilog = _examples(module)
+        subparser.set_defaults(run=module.run, parser=subparser)
     return parser
 
 
@@ -67,11 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(chosen)
     args = parser.parse_args(argv)
-    if args.version:
-        import dyvte
-
-        print(f"dyvte {dyvte.__version__}")
-        return 0
     if args.command is None:
         parser.print_help()
         return EXIT_BAD_INPUT
@@ -85,6 +85,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dyvte {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _positionals(parser: argparse.ArgumentParser) -> list[str]:
+    return [
+        f"{action.metavar or action.dest}{' ...' if action.nargs in ('+', '*') else ''}"
+        for action in parser._actions
+        if not action.option_strings
+    ]
+
+
+def _examples(module: ModuleType) -> str:
+    """The commands that a module shows, as they are written."""
+    return "examples:\n" + textwrap.indent(module.EXAMPLES.strip("\n"), "  ")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Strict configuration: YAML and command-line overrides into frozen dataclasses.
 
 A configuration class is an ordinary ``@dataclass(frozen=True, kw_only=True)``, possibly holding others. A
-field with ``metadata={"choices": registry}`` takes a name of that :class:`~dyvte.registry.Registry`; one with
-``metadata={"registry": registry}`` holds one of its dataclasses, which the key ``name`` below it chooses.
+field with ``metadata={"choices": known}`` takes names of a :class:`~dyvte.registry.Registry` or of a tuple;
+one with ``metadata={"registry": registry}`` holds one of its dataclasses, which the key ``name`` chooses.
 Unknown keys, wrong types and values that the class itself refuses (``ValueError`` in ``__post_init__``) all
 end as one :class:`~dyvte.errors.ConfigError` that names the key by its dotted path.
 
@@ -25,7 +25,8 @@ import yaml
 
 from dyvte.errors import ConfigError
 from dyvte.files import write_atomically
-from dyvte.registry import Registry, nearest
+from dyvte.registry import Registry, nearest, unknown
+from dyvte.shipped import SettingsFile, find_settings
 
 Config = TypeVar("Config")
 _ALONE = "alone"
@@ -54,7 +55,7 @@ def open_group(alone: str) -> dict[str, str]:
 def setting_names(cls: Any) -> list[str]:
     """Names that may stand at the top of a file: fields of ``cls`` and the settings of its open groups."""
     names = [field.name for field in dataclasses.fields(cls)]
-    return [*names, *(key for _, _, inside in _open_groups(cls) for key in inside)]
+    return [*names, *(key for _, _, inside in open_groups(cls) for key in inside)]
 
 
 def load_config(cls: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -65,7 +66,8 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
     cls:
         A frozen keyword-only dataclass.
     path:
-        A YAML file holding one mapping, or None for defaults alone. Relative paths in it are relative to the
+        A YAML file holding one mapping, or the name of one that comes with dyvte (:mod:`dyvte.shipped`), or
+        None for defaults alone. Relative paths in it are relative to the
         file's own folder: fields of type ``Path``, and text fields with ``metadata={"path": True}`` whose
         value starts with ``./`` or ``../`` (other values may be hub ids).
     overrides:
@@ -77,9 +79,10 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
     ConfigError
         Naming the file or override, the dotted key, and (for an unknown key) the nearest known one.
     """
-    values = {} if path is None else _read_yaml(Path(path))
+    values: dict[str, Any] = {}
     if path is not None:
-        values = _anchor(cls, values, Path(path).absolute().parent, str(path))
+        file = find_settings(path)
+        values = _anchor(cls, _read_yaml(file.path), file, str(path))
     origin = "defaults" if path is None else str(path)
     for override in overrides:
         _apply_override(cls, values, override)
@@ -118,7 +121,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _open_groups(cls: Any) -> list[tuple[str, str, list[str]]]:
+def open_groups(cls: Any) -> list[tuple[str, str, list[str]]]:
     """Name of each open group, what a plain value stands for, and the settings that may stand beside it."""
     hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
     own = {field.name for field in fields}
@@ -133,7 +136,7 @@ def _open_groups(cls: Any) -> list[tuple[str, str, list[str]]]:
 def _grouped(cls: Any, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values with each open group's settings inside the group."""
     found = dict(values)
-    for name, alone, inside in _open_groups(cls):
+    for name, alone, inside in open_groups(cls):
         beside = {key: found.pop(key) for key in inside if key in found}
         if not beside and name not in found:
             continue
@@ -146,8 +149,8 @@ def _grouped(cls: Any, values: Mapping[str, Any], origin: str) -> dict[str, Any]
     return found
 
 
-def _anchor(cls: Any, values: Any, folder: Path, origin: str) -> Any:
-    """The values with relative paths made absolute, as paths relative to ``folder``."""
+def _anchor(cls: Any, values: Any, file: SettingsFile, origin: str) -> Any:
+    """The values with relative paths made absolute."""
     if not dataclasses.is_dataclass(cls) or not isinstance(values, dict):
         return values
     values = _grouped(cls, values, origin)
@@ -157,11 +160,11 @@ def _anchor(cls: Any, values: Any, folder: Path, origin: str) -> Any:
     for name, value in values.items():
         hint = hints.get(name)
         if dataclasses.is_dataclass(hint):
-            anchored[name] = _anchor(hint, value, folder, origin)
+            anchored[name] = _anchor(hint, value, file, origin)
         elif isinstance(value, str) and (
             (hint is Path or Path in get_args(hint)) or (name in marked and value.startswith(("./", "../")))
         ):
-            anchored[name] = os.path.normpath(folder / value)
+            anchored[name] = file.absolute(value)
     return anchored
 
 
@@ -187,7 +190,7 @@ def _apply_override(cls: Any, values: dict[str, Any], override: str) -> None:
 
 def _full_key(cls: Any, key: str, value: Any) -> str:
     """The key of an override, where it stands for a setting of an open group."""
-    for name, alone, inside in _open_groups(cls):
+    for name, alone, inside in open_groups(cls):
         if key == name and not isinstance(value, Mapping):
             return f"{name}.{alone}"
         if key in inside:
@@ -247,9 +250,17 @@ def _convert_field(field: dataclasses.Field, hint: Any, value: Any, *, key: str,
     if registry is not None:
         return _build_choice(registry, field.default_factory().name, value, prefix=key, origin=origin)
     converted = _convert(hint, value, key=key, origin=origin)
-    if choices := field.metadata.get("choices"):
-        _named(choices, converted, key=key, origin=origin)
+    if "choices" in field.metadata:
+        for name in converted if isinstance(converted, tuple) else (converted,):
+            _check_choice(field.metadata["choices"], name, key=key, origin=origin)
     return converted
+
+
+def _check_choice(choices: Registry[Any] | Sequence[str], name: Any, *, key: str, origin: str) -> None:
+    if isinstance(choices, Registry):
+        _named(choices, name, key=key, origin=origin)
+    elif name not in choices:
+        raise ConfigError(f"{origin}: {key}: {unknown('value', name, choices)}")
 
 
 def _named(registry: Registry[Any], name: Any, *, key: str, origin: str) -> Any:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train visual exit gates with DeepSpeed. Without arguments: the embedded default (configs/embedded.yaml).
 #
-#   bash scripts/finetune_visual_gate.sh --model_name_or_path llava-hf/llava-1.5-7b-hf --version v1 \
+#   bash scripts/finetune_visual_gate.sh --model_name_or_path llava-hf/llava-1.5-7b-hf --template v1 \
 #       --data_path llava_v1_5_mix665k.json --image_folder images --output_dir runs/7b --bf16 True
 #
 # All options: dyvte train --help. From the environment:

@@ -11,7 +11,7 @@ PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
     *["errors", "registry", "files", "formatting", "progress", "plotting"],
-    *["config", "distributed", "spans", "gates"],
+    *["shipped", "config", "fields", "distributed", "spans", "gates"],
     *["policies", "backbones", "decoder", "reductions", "runtime", "costs"],
     *[
         "data",

@@ -16,7 +16,7 @@ from dyvte.calibration import measure_profile
 DEFINITION = (
     "rho of a head: the attention that a question's tokens, visual ones included, pay to visual tokens "
     "over what they pay to text, both summed over the tokens; mean over the sampled questions. YOPO "
-    "prunes heads of low rho for visual tokens; `dyvte calibrate --reduction yopo` stores the same "
+    "prunes heads of low rho for visual tokens; `dyvte profile` stores the same "
     "measure."
 )
 

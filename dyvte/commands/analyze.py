@@ -1,50 +1,39 @@
-"""The papers' tables and figures, on any backbone and benchmark.
+"""The papers' tables and plots, on any backbone and benchmark.
 
 Each study writes NAME.json (all numbers), NAME.md (definition and table) and NAME.png, svg and pdf below
 --output. `dyvte analyze --list` names them, `all` is every study that the given options allow. Accuracy
-studies ask all questions (--limit), through the same evaluation as dyvte eval: they share their runs below
+studies put all questions (--limit), through the same evaluation as dyvte eval: they share their runs below
 --output, a killed run goes on where it stopped. Studies of attention and KL look at --samples questions.
-
-  dyvte analyze last_token stages layers --config configs/eval_embedded.yaml --limit 200 \\
-      --output runs/analysis
-  dyvte analyze migration controls --model llava-hf/llava-1.5-7b-hf --benchmark mme --data /data/MME \\
-      --layer 16 --output results/vtw
-  dyvte analyze exits transfer --config configs/eval_embedded.yaml --gates own/gates --gates other/gates \\
-      --output runs/analysis
-  dyvte analyze gate_inputs --config configs/eval_embedded.yaml --training configs/embedded.yaml \\
-      --output runs/analysis
 """
 
 from __future__ import annotations
 
 import argparse
 
+EXAMPLES = """
+dyvte analyze last_token stages layers --config configs/eval_embedded.yaml --limit 200 \\
+    --output runs/analysis
+dyvte analyze migration controls --model llava-hf/llava-1.5-7b-hf --benchmark mme --data /data/MME \\
+    --layer 16 --output results/vtw
+dyvte analyze exits transfer --config configs/eval_embedded.yaml --gates own/gates --gates other/gates \\
+    --output runs/analysis
+dyvte analyze gate_inputs --config configs/eval_embedded.yaml --training configs/embedded.yaml \\
+    --output runs/analysis
+"""
+
+NAMES = {"etas": ("eta",), "feature_sets": ("features",)}
 ALL = "all"
 _NEEDS = {"exits": "gates", "transfer": "gates", "gate_inputs": "training"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``dyvte analyze``; those left out keep the configuration's value."""
-    from dyvte.commands.options import add_asking, add_questions
+    """Options of ``dyvte analyze``: the settings of its configuration."""
+    from dyvte.analysis import AnalysisConfig
+    from dyvte.commands.options import add_settings
 
     parser.add_argument("studies", nargs="+", metavar="NAME", help="studies, or all")
-    parser.add_argument("--list", action=_List, nargs=0, help="name the studies and leave")
-    add_questions(parser)
-    parser.add_argument("--output", help="folder for what is found; runs are kept below")
-    parser.add_argument("--samples", type=int, help="questions that attention and KL are measured on")
-    parser.add_argument("--layer", type=int, help="K of the studies of one exit; default: half of the layers")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="K", help="K of the curves")
-    parser.add_argument("--eta", type=float, action="append", dest="etas", help="bound on the KL; several")
-    parser.add_argument("--fastv", help="the FastV that is put beside; default: fastv:2:0.5")
-    parser.add_argument("--gates", action="append", help="gates checkpoint, for exits and transfer; several")
-    parser.add_argument("--training", help="gate_inputs: training configuration")
-    parser.add_argument(
-        "--features",
-        action="append",
-        dest="feature_sets",
-        help="gate_inputs: one choice, such as mean_prompt+last_prompt; several",
-    )
-    add_asking(parser)
+    parser.add_argument("--list", action=_List, nargs=0, help="name the studies and exit")
+    add_settings(parser, AnalysisConfig, NAMES, omit=("policies", "reductions"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,13 +53,13 @@ def run(args: argparse.Namespace) -> int:
         files = found.write(config.output, name, source, subject.about())
         print(f"{found.title} (after {source})\n\n{found.table}\n")
         for note in found.notes:
-            print(f"left out: {note}")
+            print(f"omitted: {note}")
         print(f"written: {', '.join(map(str, files))}\n", flush=True)
     return 0
 
 
 class _List(argparse.Action):
-    """Names the studies, and leaves: like a help option it needs nothing else."""
+    """Names the studies, and exits: like a help option it needs nothing else."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from dyvte.analysis import STUDIES
@@ -82,7 +71,7 @@ class _List(argparse.Action):
 
 
 def chosen(names: list[str], config: object) -> list[str]:
-    """The studies asked for, in the order of the registry; `all` leaves out those whose option is missing."""
+    """The studies asked for, in the order of the registry; `all` omits those whose option is missing."""
     from dyvte.analysis import STUDIES
 
     if ALL not in names:
@@ -91,7 +80,7 @@ def chosen(names: list[str], config: object) -> list[str]:
     for name in STUDIES:
         needed = _NEEDS.get(name)
         if needed and not getattr(config, needed) and name not in names:
-            print(f"left out: {name} needs --{needed}\n")
+            print(f"omitted: {name} needs --{needed}\n")
             continue
         found.append(name)
     return found

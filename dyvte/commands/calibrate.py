@@ -1,47 +1,40 @@
 """Choose the gates' threshold on calibration data and write it into their gate_config.json.
 
 --budget: the largest threshold whose visual compute on the calibration samples meets it, and with
---memory-budget its KV bytes (--budget 1: those alone). Gates with a freeze head: both thresholds, moved
+--kv-budget its KV bytes (--budget 1: those alone). Gates with a freeze head: both thresholds, moved
 together at the distance that gate_config.json has. --alpha: the
 earliest-leaving threshold whose mean loss is at most alpha, with probability 1 - delta over the draw of the
 calibration images; if none is certified, visual tokens never leave, and that is said.
-
-  dyvte calibrate --gates runs/embedded/gates --trace runs/trace_calibration --budget 0.5
-  dyvte calibrate --gates runs/embedded/gates --config configs/embedded.yaml \\
-      --data_path data/scenes/instruct/calibration.json --trace runs/trace_calibration --alpha 0.02 --delta
-      0.1
-
---reduction yopo measures instead what the backbone's heads and neurons do with visual tokens, on
---num-samples samples; `--reduction heads:FOLDER:16` and `ffn:0.5:FOLDER` of other commands read it.
-
-  dyvte calibrate --reduction yopo --config configs/embedded.yaml \\
-      --data_path data/scenes/instruct/calibration.json --output runs/profile
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
-from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+from dyvte.commands import profile
+from dyvte.commands.training_options import add_tracing, config_of
+
+EXAMPLES = """
+dyvte calibrate --gates runs/embedded/gates --trace runs/trace_calibration --budget 0.5
+dyvte calibrate --gates runs/embedded/gates --config configs/embedded.yaml \\
+    --data_path data/scenes/instruct/calibration.json --trace runs/trace_calibration \\
+    --alpha 0.02 --delta 0.1
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte calibrate``."""
-    parser.add_argument("--gates", help="gates checkpoint; its gate_config.json is rewritten")
+    parser.add_argument("--gates", help="gates checkpoint; its gate_config.json is rewritten (required)")
     parser.add_argument(
         "--trace",
-        help="traces of the calibration data; made first if --data_path or --dataset is given",
+        help="traces of the calibration data; made first if --data_path or --dataset is given (required)",
     )
     goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--reduction", choices=("yopo",), help="measure heads and neurons instead")
-    parser.add_argument("--output", help="with --reduction: folder for the visual profile")
-    parser.add_argument(
-        "--num-samples", type=int, default=100, help="with --reduction: samples, drawn at random"
-    )
     goal.add_argument("--budget", type=float, help="share of the full model's visual compute")
     parser.add_argument(
-        "--memory-budget", type=float, help="with --budget: share of the visual tokens' KV bytes, too"
+        "--kv-budget", type=float, help="with --budget: share of the visual tokens' KV bytes, too"
     )
     goal.add_argument("--alpha", type=float, help="bound on the mean loss")
     parser.add_argument("--delta", type=float, default=0.1, help="with --alpha: chance that the bound fails")
@@ -50,23 +43,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", choices=("betting", "bentkus"), default="betting", help="p-values")
     parser.add_argument("--image-seed", type=int, default=0, help="order in which images are bet on")
-    add_settings(parser, MODEL_AND_DATA)
+    # `dyvte profile` was an option here.
+    goal.add_argument("--reduction", choices=("yopo",), help=argparse.SUPPRESS)
+    profile.add_own_arguments(parser, hidden=True)
+    add_tracing(parser, omit=("teacher.reductions",))
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate; print what the threshold does."""
     if args.reduction is not None:
-        return _measure(args)
+        print("note: this is `dyvte profile` now", file=sys.stderr)
+        return profile.run(args)
     import json
 
     from dyvte.calibration import calibrate_compute, calibrate_risk, write_calibration
     from dyvte.calibration.apply import trained_on
+    from dyvte.errors import ConfigError
     from dyvte.gates import GateStack
     from dyvte.teacher import TraceStore
 
-    _need(args, "gates", "trace")
+    if missing := [f"--{name}" for name in ("gates", "trace") if getattr(args, name) is None]:
+        raise ConfigError(f"{' and '.join(missing)} must be given, see dyvte calibrate --help")
     gates = GateStack.from_pretrained(args.gates).eval()
-    if getattr(args, "data.path") is not None or getattr(args, "data.hub_id") is not None:
+    if "data.path" in args or "data.hub_id" in args:
         from dyvte.training.tracing import trace_data
 
         model = gates.config.backbone.get("id")
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.budget is not None:
         if trained_on(gates.config, store):
             print("note: these are the samples that the gates were trained on; new ones may cost more")
-        found = calibrate_compute(gates, store, args.budget, memory_budget=args.memory_budget)
+        found = calibrate_compute(gates, store, args.budget, memory_budget=args.kv_budget)
     else:
         found = calibrate_risk(
             gates, store, args.alpha, args.delta, loss=args.loss, method=args.method, seed=args.image_seed
@@ -106,28 +105,3 @@ def _freezing(record: dict[str, Any]) -> str:
     if "mean_freeze_layer" not in record:
         return ""
     return f"mean freeze layer {record['mean_freeze_layer']:.2f}, KV bytes {record['kv_memory']:.1%}, "
-
-
-def _measure(args: argparse.Namespace) -> int:
-    """``--reduction yopo``: write a visual profile; print what it says."""
-    from dyvte.training.tracing import visual_profile
-
-    _need(args, "output")
-    profile = visual_profile(config_of(args, ["output_dir=.", f"data.limit={args.num_samples}"]))
-    profile.save_pretrained(args.output)
-    print(f"{len(profile.rho_SLH)} samples; attention to the image over attention to text, by layer:")
-    for index, rho_SH in enumerate(profile.rho_SLH.unbind(1)):
-        mean_H = rho_SH.mean(0)
-        print(
-            f"  layer {index + 1:3d}  mean {mean_H.mean():.3f}  least head {mean_H.min():.3f}  "
-            f"most {mean_H.max():.3f}"
-        )
-    print(f"written: {args.output}")
-    return 0
-
-
-def _need(args: argparse.Namespace, *names: str) -> None:
-    from dyvte.errors import ConfigError
-
-    if missing := [f"--{name}" for name in names if getattr(args, name) is None]:
-        raise ConfigError(f"{' and '.join(missing)} must be given, see dyvte calibrate --help")

@@ -9,45 +9,32 @@ every reduction. Each pair gets a folder below --output (never, fixed-16, never+
 dyvte report makes a page of them.
 
 A killed run goes on where it stopped, with however many processes, and ends with the same files. Settings
-come from --config (YAML, EvalConfig), then from the options here. What LLaVA's evaluation appends to a
-question ("Answer the question using a single word or phrase.", for one) is appended here;
---question-suffix "" asks it as it is (configs/eval_embedded.yaml does, for its small vocabulary).
-
-  dyvte eval --model llava-hf/llava-1.5-7b-hf --benchmark gqa --data /data/gqa --output results/gqa \\
-      --policy never --policy fixed:16 --policy gates:checkpoints/gates \\
-      --reduction none --reduction fastv:2:0.5
-  torchrun --nproc-per-node 8 -m dyvte eval ...        # one process a GPU; accelerate launch serves as well
+come from --config (YAML), then from the options here. What LLaVA's evaluation appends to a question ("Answer
+the question using a single word or phrase.", for one) is appended here; --question-suffix "" puts it as it is
+(configs/eval_embedded.yaml does, for its small vocabulary).
 """
 
 from __future__ import annotations
 
 import argparse
 
+EXAMPLES = """
+dyvte eval --model llava-hf/llava-1.5-7b-hf --benchmark gqa --data /data/gqa --output results/gqa \\
+    --policy never --policy fixed:16 --policy gates:checkpoints/gates \\
+    --reduction none --reduction fastv:2:0.5
+torchrun --nproc-per-node 8 -m dyvte eval --config configs/eval_embedded.yaml   # one process a GPU
+"""
+
+NAMES = {"policies": ("policy",), "reductions": ("reduction",)}
+"""Options of `EvalConfig` that are given once for each."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``dyvte eval``; those left out keep the configuration's value."""
-    from dyvte.commands.options import add_asking, add_questions
-    from dyvte.policies import POLICIES
-    from dyvte.reductions import REDUCTIONS
+    """Options of ``dyvte eval``: the settings of its configuration."""
+    from dyvte.commands.options import add_settings
+    from dyvte.evaluation.runner import EvalConfig
 
-    add_questions(parser)
-    parser.add_argument("--output", help="each policy with each reduction gets a folder below")
-    parser.add_argument(
-        "--policy",
-        action="append",
-        dest="policies",
-        metavar="POLICY",
-        help=f"when visual tokens leave: {' | '.join(POLICIES.usages())}; may be given several times",
-    )
-    parser.add_argument(
-        "--reduction",
-        action="append",
-        dest="reductions",
-        metavar="REDUCTION",
-        help=f"what is spent on them before: none (default) | {' | '.join(REDUCTIONS.usages())}, or several "
-        "joined by '+'; may be given several times",
-    )
-    add_asking(parser)
+    add_settings(parser, EvalConfig, NAMES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,26 +1,32 @@
-"""Set up gates for a backbone: reads its config.json only, copies no backbone.
-
-dyvte init --model llava-hf/llava-1.5-7b-hf --output gates-7b dyvte init --model checkpoints/tiny-llava
---output gates --architecture reference --objective reference_label
-"""
+"""Set up gates for a backbone: reads its config.json only, copies no backbone."""
 
 from __future__ import annotations
 
 import argparse
 
+EXAMPLES = """
+dyvte init --model llava-hf/llava-1.5-7b-hf --output gates-7b
+dyvte init --model checkpoints/tiny-llava --output gates --architecture reference \\
+    --objective reference_label
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte init``."""
-    from dyvte.gates import ARCHITECTURES
+    from dyvte.gates import ARCHITECTURES, DEFAULT_FEATURES, FEATURES
     from dyvte.objectives import OBJECTIVES
 
-    parser.add_argument("--model", required=True, help="backbone: folder or hub id")
-    parser.add_argument("--output", required=True, help="folder for gate_config.json and gates.safetensors")
-    parser.add_argument("--architecture", choices=ARCHITECTURES.names(), default="shared")
+    parser.add_argument("--model", required=True, help="backbone: folder or hub id (required)")
+    parser.add_argument(
+        "--output", required=True, help="folder for gate_config.json and gates.safetensors (required)"
+    )
+    parser.add_argument(
+        "--architecture", choices=ARCHITECTURES.names(), default="shared", help="what a gate is made of"
+    )
     parser.add_argument(
         "--features",
-        help="what they read, comma-separated: mean_prompt, last_prompt, mean_visual, last_visual "
-        "(default: the first two)",
+        default=",".join(DEFAULT_FEATURES),
+        help=f"what they read, comma-separated, out of {', '.join(FEATURES)}",
     )
     parser.add_argument("--gate-hidden-size", type=int, default=0, help="width; 0: the architecture's own")
     parser.add_argument(
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dyvte.backbones import describe_config
     from dyvte.errors import ConfigError
-    from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack, uniform_offsets
+    from dyvte.gates import GateConfig, GateStack, uniform_offsets
     from dyvte.objectives import OBJECTIVES
 
     output = Path(args.output)
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         hidden_size=shape.hidden_size,
         architecture=args.architecture,
         gate_hidden_size=args.gate_hidden_size,
-        features=tuple(args.features.split(",")) if args.features else DEFAULT_FEATURES,
+        features=tuple(args.features.split(",")),
         offsets=uniform_offsets(shape.num_layers) if OBJECTIVES.get(args.objective).starts_uniform else (),
         backbone={"id": str(args.model), "model_type": shape.model_type, "fingerprint": shape.fingerprint},
         training={"initialised": "xavier_uniform", "seed": args.seed},

@@ -3,10 +3,6 @@
 Predictions: raw answers as jsonl ({"question_id", "prediction"} or LLaVA's {"question_id", "text"}), or the
 benchmark's submission format, compared as it stands (docs/benchmarks.md lists them). Every question must have
 a prediction; images need not be there (MME's release layout excepted).
-
-  dyvte score gqa --data /data/gqa --predictions results/gqa/never/predictions.jsonl
-  dyvte score pope --data /data/pope --predictions answers.jsonl --dialect all
-  dyvte score mmvet --data /data/mm-vet --predictions answers.jsonl --submission for_the_grader
 """
 
 from __future__ import annotations
@@ -15,18 +11,28 @@ import argparse
 import json
 from pathlib import Path
 
+EXAMPLES = """
+dyvte score gqa --data /data/gqa --predictions results/gqa/never/predictions.jsonl
+dyvte score pope --data /data/pope --predictions answers.jsonl --dialect all
+dyvte score mmvet --data /data/mm-vet --predictions answers.jsonl --submission for_the_grader
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte score``."""
     from dyvte.tasks.base import benchmark_names
 
     parser.add_argument("benchmark", help=", ".join(benchmark_names()))
-    parser.add_argument("--predictions", required=True, type=Path, help="file or folder of answers")
-    parser.add_argument("--data", required=True, type=Path, help="root of the benchmark, in any known format")
+    parser.add_argument(
+        "--predictions", required=True, type=Path, help="file or folder of answers (required)"
+    )
+    parser.add_argument(
+        "--data", required=True, type=Path, help="root of the benchmark, in any known format (required)"
+    )
     parser.add_argument(
         "--dialect",
         default="original",
-        help="original (default), lmms, vlmevalkit, or all that exist for the benchmark",
+        help="whose rule: original, lmms, vlmevalkit, or all that exist for the benchmark",
     )
     parser.add_argument("--output", type=Path, help="also write the scores here, as JSON")
     parser.add_argument(

@@ -1,13 +1,10 @@
 """VTW's fixed exit layer: the first K whose mean KL to the full model is at most eta, from one pass.
 
-Defaults are the paper's: 20 samples, eta 0.003, KL(exit || full) at the last prompt position.
+Defaults are the paper's: 20 samples, eta 0.003, KL(exit || full) at the last prompt position. --write makes a
+checkpoint without gates: every row leaves after K.
 
 Exit code: 0 a K was found, 2 bad input, 3 no K of the range qualifies (the curve is printed and stored all
 the same; nothing is written with --write).
-
-  dyvte search-k --config configs/embedded.yaml --data_path data/scenes/instruct/calibration.json
-  dyvte search-k --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path data.json --image_folder images \\
-      --write gates-fixed      # a checkpoint without gates: every row leaves after K
 """
 
 from __future__ import annotations
@@ -15,7 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+from dyvte.commands.training_options import add_tracing, config_of
+
+EXAMPLES = """
+dyvte search-k --config configs/embedded.yaml --data_path data/scenes/instruct/calibration.json
+dyvte search-k --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path data.json \\
+    --image_folder images --write gates-fixed
+"""
 
 EXIT_NONE_QUALIFIES = 3
 
@@ -24,18 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte search-k``."""
     parser.add_argument("--eta", type=float, default=0.003, help="bound on the mean KL, in nats")
     parser.add_argument("--num-samples", type=int, default=20, help="samples, drawn at random")
-    parser.add_argument("--k-range", type=int, nargs=2, metavar=("FIRST", "LAST"), help="default: 1 to L-1")
-    parser.add_argument("--direction", choices=("exit||full", "full||exit"), default="exit||full")
+    parser.add_argument(
+        "--k-range", type=int, nargs=2, metavar=("FIRST", "LAST"), help="K tried, default: 1 to L-1"
+    )
+    parser.add_argument(
+        "--direction", choices=("exit||full", "full||exit"), default="exit||full", help="of the KL"
+    )
     parser.add_argument(
         "--positions",
         choices=("last_prompt", "answer"),
         default="last_prompt",
-        help="answer: the data's answers",
+        help="where the KL is taken; answer: at the data's answers",
     )
     parser.add_argument("--write", metavar="FOLDER", help="store K there: as the gates' fallback, or alone")
     parser.add_argument("--json", metavar="FILE", help="store the whole curve there")
     parser.add_argument("--plot", metavar="FILE", help="draw KL over K there, png or svg (needs matplotlib)")
-    add_settings(parser, [option for option in MODEL_AND_DATA if option not in ("--limit", "--label_source")])
+    add_tracing(parser, omit=("data.limit", "teacher.label_source", "teacher.reductions"))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,22 +2,23 @@
 
 Each combination of reductions is traced once, against the un-pruned model; every fixed layer and every
 threshold of the gates is judged from that. The same command started again goes on where it stopped. Written
-to --output: plans.json, plans.md, plans.png, and the traces.
-
-  dyvte calibrate --reduction yopo --config configs/embedded.yaml \\
-      --data_path data/scenes/instruct/train.json --output runs/profile
-  dyvte search-plan --config configs/embedded.yaml --data_path data/scenes/instruct/calibration.json \\
-      --gates runs/quickstart/seed0/gates --profile runs/profile --budget 0.5 --budget 0.33 \\
-      --output runs/plans
-
-The choice is then asked for by name: dyvte eval --policy fixed:6 --reduction fastv:2:0.5 ...
+to --output: plans.json, plans.md, plans.png, and the traces. The choice is then named on other command lines.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+from dyvte.commands.training_options import add_tracing, config_of
+
+EXAMPLES = """
+dyvte profile --config configs/embedded.yaml \\
+    --data_path data/scenes/instruct/train.json --output runs/profile
+dyvte search-plan --config configs/embedded.yaml --data_path data/scenes/instruct/calibration.json \\
+    --gates runs/quickstart/seed0/gates --profile runs/profile --budget 0.5 --budget 0.33 \\
+    --output runs/plans
+dyvte eval --config configs/eval_embedded.yaml --policy fixed:6 --reduction fastv:2:0.5
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,18 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         action="append",
         required=True,
-        help="share of the full model's visual compute; several",
+        help="share of the full model's visual compute; several (required)",
     )
     parser.add_argument("--gates", help="gates checkpoint; without it fixed exits alone are tried")
-    parser.add_argument("--profile", help="folder of `dyvte calibrate --reduction yopo`")
+    parser.add_argument("--profile", help="folder that dyvte profile wrote")
     parser.add_argument(
         "--reduction",
         action="append",
         help="combination to try, such as fastv:2:0.5+neighbours:2; several; default: a set for the backbone",
     )
-    parser.add_argument("--output", required=True, help="folder for traces and results")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be traced, and leave")
-    add_settings(parser, MODEL_AND_DATA)
+    parser.add_argument("--output", required=True, help="folder for traces and results (required)")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be traced, and exit")
+    add_tracing(parser, omit=("teacher.reductions",))
 
 
 def run(args: argparse.Namespace) -> int:

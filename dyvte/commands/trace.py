@@ -2,22 +2,25 @@
 
 Model, data and teacher settings come from a training configuration and the options here. Under torchrun every
 process takes its share.
-
-  dyvte trace --config configs/embedded.yaml --data_path data/scenes/instruct/test.json --output
-  runs/trace_test
 """
 
 from __future__ import annotations
 
 import argparse
 
-from dyvte.commands.training_options import MODEL_AND_DATA, REDUCED, add_settings, config_of
+from dyvte.commands.training_options import add_tracing, config_of
+
+EXAMPLES = """
+dyvte trace --config configs/embedded.yaml --data_path data/scenes/instruct/test.json \\
+    --output runs/trace_test
+torchrun --nproc-per-node 8 -m dyvte trace --config configs/llava_v1_5_7b.yaml --output runs/trace
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte trace``."""
-    add_settings(parser, [*MODEL_AND_DATA, *REDUCED])
-    parser.add_argument("--output", required=True, help="folder of the traces")
+    parser.add_argument("--output", required=True, help="folder of the traces (required)")
+    add_tracing(parser)
 
 
 def run(args: argparse.Namespace) -> int:

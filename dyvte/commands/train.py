@@ -2,12 +2,8 @@
 
 With --lora: train an adapter of the backbone instead, so that its answers survive an earlier exit.
 
-Settings come from --config (YAML, see configs/), then from the options here. The names with underscores are
-those of LLaVA's and DyVTE's training scripts. The same command started again goes on where it stopped.
-
-  dyvte train --config configs/llava_v1_5_7b.yaml --output_dir runs/7b
-  dyvte train --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path llava_v1_5_mix665k.json \\
-      --image_folder data --output_dir runs/7b --bf16 True --fraction 0.01
+Settings come from --config (YAML), then from the options here. Options are spelled with - or _, as in LLaVA's
+and DyVTE's training scripts. The same command started again goes on where it stopped.
 
 --lora distils a LoRA adapter (PEFT) of the decoder's deeper layers: the adapted model, its visual tokens gone
 after a layer drawn for each row from first_exit..last_exit, learns to answer as the model without adapter and
@@ -16,30 +12,16 @@ after on held-out images, and leaves an ordinary PEFT checkpoint in OUTPUT_DIR/a
 to trace, train (gates of their own), search-k and eval, or load it with peft. epochs, batch_size and
 learning_rate mean the same as for gates, but here every step runs the backbone: one to three epochs, small
 batches.
-
-  dyvte train --lora --config configs/embedded_lora.yaml
-  dyvte train --lora --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path llava_v1_5_mix665k.json \\
-      --image_folder data --output_dir runs/7b-lora --bf16 True --fraction 0.01 --num_train_epochs 1 \\
-      --per_device_train_batch_size 4 --learning_rate 2e-4 --first_exit 8 --last_exit 31
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from dyvte.commands.training_options import (
-    LORA,
-    MODEL_AND_DATA,
-    REDUCED,
-    TRAINING,
-    add_options,
-    add_settings,
-    config_of,
-)
+from dyvte.commands.training_options import add_training, config_of
 
 if TYPE_CHECKING:
     from dyvte.training.config import TrainConfig
@@ -47,19 +29,25 @@ if TYPE_CHECKING:
     from dyvte.training.lora.train import LoraResult
 
 
+EXAMPLES = """
+dyvte train --config configs/llava_v1_5_7b.yaml --output_dir runs/7b
+dyvte train --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path llava_v1_5_mix665k.json \\
+    --image_folder data --output_dir runs/7b --bf16 True --fraction 0.01
+dyvte train --lora --config configs/embedded_lora.yaml
+dyvte train --lora --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path llava_v1_5_mix665k.json \\
+    --image_folder data --output_dir runs/7b-lora --bf16 True --fraction 0.01 --num_train_epochs 1 \\
+    --per_device_train_batch_size 4 --learning_rate 2e-4 --first_exit 8 --last_exit 31
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte train``."""
-    add_settings(parser, [*MODEL_AND_DATA, *REDUCED, *TRAINING])
-    lora = parser.add_argument_group(
-        "LoRA", "an adapter in place of gates; more settings: --set lora.KEY=VALUE"
-    )
-    lora.add_argument("--lora", action="store_true", help="train an adapter [lora.enabled]")
-    add_options(lora, LORA)
     parser.add_argument(
-        "--report_to", metavar="NAMES", help="wandb, tensorboard, all or none; comma-separated"
+        "--lora", action="store_true", help="train an adapter in place of gates [lora.enabled]"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print sizes, counts and estimates, and leave")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, counts and estimates, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
+    add_training(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     import logging
     import warnings
 
-    cfg = config_of(args, [*_trackers(args.report_to), *(["lora.enabled=true"] if args.lora else [])])
+    cfg = config_of(args, ["lora.enabled=true"] if args.lora else [])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # One for every collective of ZeRO-3; DeepSpeed's to mend.
@@ -134,12 +122,3 @@ def _print_result(result: TrainResult) -> None:
     exits = ", ".join(f"{k} ({share:.0%})" for k, share in enumerate(summary["exit_rate"]) if share)
     print(f"at threshold 0.5 they leave after layer {exits}")
     print(f"\ngates: {result.gates}\nnext: dyvte calibrate --gates {result.gates} --budget 0.5 ...")
-
-
-def _trackers(names: str | None) -> list[str]:
-    """``--report_to`` as an override."""
-    if names is None:
-        return []
-    listed = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
-    listed = ["wandb", "tensorboard"] if "all" in listed else listed
-    return [f"tracking.report_to={json.dumps(listed)}"]

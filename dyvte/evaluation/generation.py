@@ -39,10 +39,13 @@ class AskingConfig:
     template: str = "auto"
     """Prompt template: v1, chat or auto."""
     batch_size: int = 16
+    """Questions per batch."""
     max_new_tokens: int = 16
+    """Longest answer, in tokens."""
     num_frames: int = 8
     """Frames sampled from a video."""
     seed: int = 0
+    """Of everything that is drawn at random."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "num_frames"):

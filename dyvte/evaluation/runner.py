@@ -42,14 +42,15 @@ from dyvte.evaluation.metrics import cost_figures, same_answer
 from dyvte.evaluation.run_log import SCORES_FILE, Answer, AnswerLog, texts
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
 from dyvte.files import write_atomically
+from dyvte.policies import POLICIES
 from dyvte.progress import progress
-from dyvte.reductions import Reduction
+from dyvte.reductions import REDUCTIONS, Reduction
 from dyvte.tasks.base import (
     DIALECTS,
+    TASKS,
     Benchmark,
     Predictions,
     Question,
-    check_benchmark,
     check_dialect,
     get_benchmark,
 )
@@ -65,34 +66,33 @@ _FORMAT = 3
 class EvalConfig(AskingConfig):
     """Settings of ``dyvte eval``; a YAML file may hold any of them, the command line the rest."""
 
-    benchmark: str
-    """gqa, mme, ...: see ``dyvte eval --help``."""
+    benchmark: str = field(metadata={"choices": TASKS})
+    """Which benchmark."""
     data: Path
-    """Root of the benchmark's own layout."""
+    """Root of the benchmark, in any known format (docs/benchmarks.md)."""
     output: Path
     """Each policy with each reduction gets a folder below."""
-    policies: tuple[str, ...] = ("never",)
-    """When visual tokens leave, in the forms of `dyvte.policies.POLICIES`."""
-    reductions: tuple[str, ...] = (NO_REDUCTION,)
-    """What is spent on them before, in the forms of `dyvte.reductions`, several joined by "+", or none; every
-    policy is run with every entry."""
+    policies: tuple[str, ...] = field(default=("never",), metadata={"forms": POLICIES})
+    """When visual tokens leave; several."""
+    reductions: tuple[str, ...] = field(default=(NO_REDUCTION,), metadata={"forms": REDUCTIONS})
+    """What is spent on them before, several joined by "+", or none; every policy is run with every entry."""
     question_suffix: str | None = None
-    """Appended to every question; None: the benchmark's short-answer request, as LLaVA does."""
-    dialect: str = "original"
-    """Whose rule reads the answers: original, lmms or vlmevalkit."""
+    """Appended to every question; null: the benchmark's short-answer request, as LLaVA does."""
+    dialect: str = field(default="original", metadata={"choices": DIALECTS})
+    """Whose rule reads the answers: the benchmark's own tool's, lmms-eval's or VLMEvalKit's."""
     limit: int | None = None
     """Ask about this many questions only (whole images where questions are paired)."""
     timing_batches: int = 3
     """Batches on which every policy is timed after the answers; 0 for none."""
     timing_repeats: int = 3
+    """How often each of them is timed."""
     timing_tokens: int = 8
     """Tokens generated when timed: the first gives the time to first token, the others that per token."""
     overwrite: bool = False
+    """Start anew where the output folder holds a run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_benchmark(self.benchmark)
-        check_dialect(self.dialect)
         for name in ("timing_repeats", "timing_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")

@@ -99,7 +99,7 @@ class SparseFFN(Reduction):
         if self.profile is not None and any(size > self.profile.importance_LM.shape[-1] for size in sizes):
             raise GateMismatchError(
                 "this visual profile ranks no neurons: it was measured where the FFN was no plain gated one; "
-                "measure it anew with `dyvte calibrate --reduction yopo`"
+                "measure it anew with `dyvte profile`"
             )
 
     def start(self, rows: TokenRows) -> SparseFFNPlan:

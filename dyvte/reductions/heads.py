@@ -65,7 +65,7 @@ class InactiveHeads(Reduction):
         if not folder or key not in ("", "rho") or number < 0:
             raise ConfigError(
                 f"reduction heads:{argument}: expected heads:FOLDER:N (heads kept per layer on average) or "
-                "heads:FOLDER:rho=THRESHOLD, with a folder written by `dyvte calibrate --reduction yopo`"
+                "heads:FOLDER:rho=THRESHOLD, with a folder written by `dyvte profile`"
             )
         profile = VisualProfile.from_pretrained(Path(folder))
         active = active_heads if key else active_heads_for_mean

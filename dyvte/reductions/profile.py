@@ -68,8 +68,7 @@ class VisualProfile:
             return cls(rho_SLH=tensors["rho"], importance_LM=tensors["importance"], about=about)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(
-                f"{folder} holds no visual profile ({error}): "
-                "make one with `dyvte calibrate --reduction yopo`"
+                f"{folder} holds no visual profile ({error}): make one with `dyvte profile`"
             ) from error
 
     def check(self, backbone: Backbone) -> None:
@@ -79,5 +78,5 @@ class VisualProfile:
             if want and have and want != have:
                 raise GateMismatchError(
                     f"this visual profile was measured on another backbone ({name} {want}), the model in "
-                    f"hand has {have}: measure it anew with `dyvte calibrate --reduction yopo`"
+                    f"hand has {have}: measure it anew with `dyvte profile`"
                 )

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ from dyvte.backbones.greedy import end_tokens
 from dyvte.data import Defect, Sample, Selection, load_image
 from dyvte.data.defects import collected, is_of_sample
 from dyvte.errors import ConfigError, DataError, MemoryBudgetError
-from dyvte.gates import DEFAULT_FEATURES, check_features
+from dyvte.gates import DEFAULT_FEATURES, FEATURES, check_features
 from dyvte.reductions import identity, parse_reductions
 from dyvte.teacher.exits import positions_before, thinned_exits, trace_checked
 from dyvte.teacher.labels import greedy_answers
@@ -84,8 +84,8 @@ class TeacherConfig:
     reductions: str = "none"
     """What is spent on visual tokens before they leave, such as "fastv:2:0.5" or several joined by "+": exits
     of the reduced backbone are traced, against the un-pruned one."""
-    features: tuple[str, ...] = DEFAULT_FEATURES
-    """Kept for the gates: mean_prompt, last_prompt, mean_visual, last_visual; gates may read fewer."""
+    features: tuple[str, ...] = field(default=DEFAULT_FEATURES, metadata={"choices": FEATURES})
+    """Kept for the gates; gates may read fewer."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "max_length", "shard_batches", "exit_every"):

@@ -65,7 +65,7 @@ def test_studies_write_numbers_table_and_plot_and_share_their_runs(world, tmp_pa
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["fixed-2", "fixed-2-rearrange", "never"]
 
 
-def test_all_leaves_out_by_name_what_lacks_its_option(world, tmp_path, capsys, monkeypatch):
+def test_all_omits_by_name_what_lacks_its_option(world, tmp_path, capsys, monkeypatch):
     import dyvte.analysis as analysis
 
     done = []
@@ -82,7 +82,7 @@ def test_all_leaves_out_by_name_what_lacks_its_option(world, tmp_path, capsys, m
     printed = capsys.readouterr().out
     without = {"exits", "transfer", "gate_inputs"}
     assert done == [name for name in STUDIES if name not in without]
-    assert all(f"left out: {name} needs --" in printed for name in without)
+    assert all(f"omitted: {name} needs --" in printed for name in without)
 
 
 @pytest.mark.parametrize(

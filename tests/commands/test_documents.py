@@ -1,72 +1,76 @@
-"""What the documents tell people to type is what the programs take."""
+"""What documents, comments and help texts tell people to type is what the programs take."""
 
 from __future__ import annotations
 
+import importlib
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 
-from dyvte.cli import COMMANDS, build_parser
-
-ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "data/README.md",
-    "checkpoints/README.md",
-    "benchmarks/README.md",
-    "docs/lora.md",
-    "docs/runtime.md",
-    "docs/training.md",
-    "docs/gates.md",
-    "docs/budgets.md",
-    "docs/analysis.md",
-]
-# scripts that are thin entry points -> the command whose options they take
-ENTRY_POINTS = {
-    "scripts/init_weight.py": "init",
-    "scripts/finetune_visual_gate.sh": "train",
-    "scripts/eval/gqa.sh": "eval",
-    "scripts/eval/mme.sh": "eval",
-}
+import dyvte
+from dyvte.cli import COMMANDS, main
+from tests.helpers.shown_commands import (
+    ROOT,
+    commented,
+    documents,
+    in_blocks,
+    in_comments,
+    in_lines,
+    parser_of,
+    problem,
+    split,
+)
 
 
-def shell_commands(document: str) -> list[list[str]]:
-    """Every command of the document's bash blocks, split as a shell would, comments dropped."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words.pop(0)
-            if words:
-                found.append(words)
-    return found
+@pytest.mark.parametrize("document", documents())
+def test_every_command_in_a_document_is_one(document):
+    wrong = [found for words in in_blocks(document) if (found := problem(words))]
+    wrong += [found for words in in_lines(document) if (found := problem(words, whole=False))]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_in_the_documents_is_one(document):
-    commands = shell_commands(document)
-    assert commands or document == "data/README.md"
-    for words in commands:
-        if words[0] in ("bash", "python") and words[1].startswith("scripts/"):
-            assert (ROOT / words[1]).is_file(), words
-            name, options = ENTRY_POINTS.get(words[1]), words[2:]
-        elif words[0] == "python" and not words[1].startswith("-"):
-            assert (ROOT / words[1]).is_file(), words
-            name = None
-        else:
-            name, options = (words[1], words[2:]) if words[0] == "dyvte" else (None, [])
-        if name is not None:
-            assert name in COMMANDS, words
-            build_parser(name).parse_args([name, *options])  # SystemExit on an unknown option
+def test_every_command_in_a_comment_is_one():
+    shown = [(file, words) for file in commented() for words in in_comments(file)]
+    assert len(shown) > 20
+    wrong = [f"{file}: {found}" for file, words in shown if (found := problem(words))]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_documents_are_seen():
+    assert {"README.md", "docs/training.md", "data/README.md", "checkpoints/README.md"} <= set(documents())
+    assert {"configs/embedded_lora.yaml", "scripts/finetune_visual_gate.sh"} <= set(commented())
+    assert problem(["dyvte", "eval", "--policy"]) is not None
+    assert problem(["dyvte", "evil"]) == "there is no command 'evil'"
+    assert problem(["python", "benchmarks/prefill.py", "--heads", "3"]) is not None
+    assert problem(["dyvte", "eval", "--polcy", "..."]) == "eval has no --polcy"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_a_command_are_shown_as_written_and_are_commands(name, capsys):
+    module = importlib.import_module(f"dyvte.commands.{COMMANDS[name][0]}")
+    commands = split(module.EXAMPLES)
+    assert commands
+    assert [found for words in commands if (found := problem(words))] == []
+    assert any(words[0] == "dyvte" and words[1] == name for words in commands)
+    with pytest.raises(SystemExit):
+        parser_of(name).parse_args([name, "--help"])
+    shown = capsys.readouterr().out.splitlines()
+    for line in module.EXAMPLES.strip().splitlines():
+        assert f"  {line}" in shown
+    for line in module.__doc__.strip().splitlines():
+        assert line in shown, "the description is printed as it is written"
+    assert "VALUE" not in "".join(shown).replace("KEY=VALUE", "")
+
+
+def test_the_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"dyvte {dyvte.__version__}\n"
 
 
 def test_readme_links_lead_somewhere():
-    for document in DOCUMENTS:
+    for document in documents():
         text = (ROOT / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if "://" not in target:

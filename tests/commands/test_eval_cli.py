@@ -80,13 +80,13 @@ def test_score_of_mme_submission_equals_evals(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--benchmark", "gpa"], "unknown benchmark 'gpa' (did you mean 'gqa'?); known: gqa, mme"),
+        (["--benchmark", "gpa"], "unknown benchmark 'gpa' (did you mean 'gqa'?); known: ai2d, gqa"),
         (["--data", "/nowhere"], "is not GQA data: the folder does not exist"),
         (["--model", "/nowhere/model"], "no model folder at /nowhere/model"),
         (["--policy", "fixed:9"], "the backbone has 4 decoder layers"),
         (["--policy", "sometimes"], "unknown policy 'sometimes'; known: fixed:K"),
         (["--policy", "gates:/nowhere"], "no gates checkpoint folder at /nowhere"),
-        (["--dialect", "own"], "unknown scoring dialect 'own'"),
+        (["--dialect", "own"], "dialect: unknown value 'own'; known: original, lmms"),
         (["--set", "bach_size=3"], "did you mean 'batch_size'"),
         (["--output", "/proc/nowhere"], "cannot write to /proc/nowhere"),
         (["--policy", "never", "--policy", "never"], "given twice"),
