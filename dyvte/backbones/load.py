@@ -13,6 +13,7 @@ from dyvte.backbones.config import BackboneConfig
 from dyvte.backbones.describe import check_path, hub_advice, read_config
 from dyvte.backbones.given_features import FeaturesProcessor, put_stand_in, takes_features
 from dyvte.backbones.padding import ImagePadding, set_image_padding
+from dyvte.backbones.processor_check import check_processor, complete_processor
 from dyvte.backbones.quantize import quantized_arguments
 from dyvte.errors import UnsupportedBackboneError
 
@@ -56,7 +57,8 @@ def load_backbone(
     Raises
     ------
     ConfigError
-        If the processor cannot pad images to a square but was asked to.
+        If the processor cannot pad images to a square but was asked to, or does not make as many placeholders
+        of a picture as the model makes features (found before weights are read where its config is enough).
     UnsupportedBackboneError
         If nothing loadable is there, flash-attn, PEFT, torchvision or bitsandbytes is needed but missing, the
         adapter does not fit, or exits cannot work on the model.
@@ -70,7 +72,8 @@ def load_backbone(
     _check_attention(attn_implementation)
     dtype = _dtype(dtype, device)
     packed = quantized_arguments(quantization, dtype, device)
-    processor = load_processor(path, trust_remote_code=trust_remote_code, image_features=image_features)
+    processor = _read_processor(path, trust_remote_code, image_features)
+    checked = complete_processor(processor, read_config(path, trust_remote_code=trust_remote_code), path)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -90,7 +93,10 @@ def load_backbone(
     if adapter is not None:
         model = load_adapter(model, adapter)
     model.requires_grad_(False).eval()
-    return (model if device is None or packed else model.to(device)), processor
+    model = model if device is None or packed else model.to(device)
+    if not checked:
+        check_processor(processor, model, path)
+    return model, processor
 
 
 def open_backbone(config: BackboneConfig, device: torch.device | None = None) -> tuple[Any, Any]:
@@ -131,13 +137,22 @@ def load_processor(
 ) -> Any:
     """The processor beside a model, its image processing by PIL where torchvision is not installed.
 
-    Where the folder holds no vision tower, ``image_features`` takes the image processor's place.
+    Where the folder holds no vision tower, ``image_features`` takes the image processor's place. Settings
+    that the processor lacks are taken from the model's config; see `processor_check`.
 
     Raises
     ------
+    ConfigError
+        If it does not make as many placeholders of a picture as the model makes features.
     UnsupportedBackboneError
         If there is none with a tokenizer, or it needs torchvision.
     """
+    processor = _read_processor(path, trust_remote_code, image_features)
+    complete_processor(processor, read_config(path, trust_remote_code=trust_remote_code), path)
+    return processor
+
+
+def _read_processor(path: str | os.PathLike[str], trust_remote_code: bool, image_features: str | None) -> Any:
     from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
 
