@@ -1,8 +1,9 @@
-"""Data flows one way: a module imports only from its own level or below, in the order of LEVELS."""
+"""Data flows one way: a module imports only from below, in one order of rooms, and within a room too."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import dyvte
@@ -26,6 +27,19 @@ ORDER = [
     ],
     *["analysis", "plugins", "commands", "cli", "__main__"],
 ]
+# Within a room, from the ground up: a module or sub-package named here imports none that stands behind it.
+# Others may stand anywhere, but nowhere in a circle.
+FLOORS = {
+    "backbones": ["config", "convert", "describe", "load"],
+    "data": ["samples", "images", "llava", "sources", "scenes"],
+    "gates": ["features", "architectures", "config", "files", "stack"],
+    "policies": ["base", "never"],
+    "reductions": ["base", "profile", "fastv"],
+    "runtime": ["cache", "replay", "prefill", "engine", "visual_exit"],
+    "tasks": ["readers", "answers", "base", "choices", "gqa", "mmbench"],
+    "teacher": ["streams", "trace", "store", "teacher", "pipeline"],
+}
+LARGEST_SHARE = 0.15
 LAZY_ONLY = {"deepspeed", "wandb", "datasets", "sklearn", "matplotlib", "peft", "lmms_eval", "vlmeval"}
 
 
@@ -69,3 +83,69 @@ def test_imports_point_downwards_and_heavy_packages_are_lazy():
             elif parts[0] in LAZY_ONLY and eager and own != "plugins":
                 wrong.append(f"{relative} imports {name} at import time")
     assert not wrong, "\n".join(wrong)
+
+
+def _modules() -> dict[str, Path]:
+    """Dotted name to file; packages by their ``__init__``."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def _inside_rooms() -> dict[str, set[str]]:
+    """Each module to what it imports of its own room, at whatever time; imports for types do not count."""
+    modules = _modules()
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        typing = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+            for inner in ast.walk(node)
+        }
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and id(node) not in typing:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= {one if one in modules else node.module for one in whole}
+        room = name.split(".")[1:2]
+        found[name] = {one for one in imported - {name} if one.split(".")[1:2] == room and room}
+    return found
+
+
+def test_within_a_room_nothing_is_imported_in_a_circle():
+    try:
+        list(TopologicalSorter(_inside_rooms()).static_order())
+    except CycleError as error:
+        raise AssertionError(f"a circle of imports: {' <- '.join(error.args[1])}") from None
+
+
+def test_within_a_room_imports_point_downwards():
+    wrong = []
+    for name, imported in _inside_rooms().items():
+        floors = FLOORS.get(name.split(".")[1] if "." in name else "", [])
+        for other in imported:
+            here, there = (one.split(".")[2:3] for one in (name, other))
+            placed = here and there and here[0] in floors and there[0] in floors
+            if placed and floors.index(there[0]) > floors.index(here[0]):
+                wrong.append(f"{name} imports {other}, which stands above it")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_floors_name_what_is_there():
+    modules = set(_modules())
+    gone = [f"{room}.{one}" for room, floors in FLOORS.items() for one in floors]
+    assert not [name for name in gone if f"dyvte.{name}" not in modules]
+
+
+def test_no_room_is_too_large():
+    lines: dict[str, int] = {}
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0]
+        lines[room] = lines.get(room, 0) + len(path.read_text(encoding="utf-8").splitlines())
+    total = sum(lines.values())
+    large = {room: f"{count / total:.1%}" for room, count in lines.items() if count > LARGEST_SHARE * total}
+    assert not large, f"of {total} lines: {large}"

@@ -9,6 +9,11 @@ import pytest
 
 import dyvte
 from dyvte.cli import COMMANDS, main
+from dyvte.gates import ARCHITECTURES
+from dyvte.objectives import OBJECTIVES
+from dyvte.policies import POLICIES
+from dyvte.reductions import REDUCTIONS
+from dyvte.tasks.base import TASKS
 from tests.helpers.shown_commands import (
     ROOT,
     commented,
@@ -20,6 +25,7 @@ from tests.helpers.shown_commands import (
     problem,
     split,
 )
+from tests.test_imports import ORDER
 
 
 @pytest.mark.parametrize("document", documents())
@@ -67,6 +73,41 @@ def test_the_version_is_the_package_s(capsys):
         main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"dyvte {dyvte.__version__}\n"
+
+
+# registry -> the document whose table has a row for each of its names
+TABLES = [
+    (POLICIES, "README.md"),
+    (REDUCTIONS, "README.md"),
+    (TASKS, "docs/benchmarks.md"),
+    (OBJECTIVES, "docs/gates.md"),
+    (ARCHITECTURES, "docs/gates.md"),
+]
+
+
+@pytest.mark.parametrize(("registry", "document"), TABLES, ids=lambda one: getattr(one, "kind", one))
+def test_every_choice_has_a_row_in_its_table(registry, document):
+    rows = [line for line in (ROOT / document).read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    missing = [name for name in registry if not any(re.search(rf"`{name}[`:\[]", row) for row in rows)]
+    assert not missing, f"{document} has no row for the {registry.kind} {missing}"
+
+
+def test_the_houses_table_has_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("## Where a line belongs")[1].split("\n## ")[0]
+    named = [name for row in table.splitlines() if row[:1] == "|" for name in re.findall(r"`(\w+)`", row)]
+    assert named == [name for name in ORDER if name != "__main__"]
+
+
+def test_the_files_to_open_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("## Which file to open")[1].split("\n## ")[0]
+    changes = [row.split("|")[1:3] for row in table.splitlines() if row.startswith("| a") or "modules" in row]
+    assert len(changes) >= 12
+    paths = [path for _, cell in changes for path in re.findall(r"`([\w/]+(?:\.py|/))`", cell)]
+    folders = [ROOT, ROOT / "dyvte", *(ROOT / "dyvte").glob("*/")]
+    lost = [path for path in paths if not any((folder / path).exists() for folder in folders)]
+    assert not lost
 
 
 def test_readme_links_lead_somewhere():
