@@ -5,7 +5,7 @@ from __future__ import annotations
 from dyvte.analysis.findings import Findings
 from dyvte.analysis.outcomes import outcome_table, outcomes_of, paint_outcomes
 from dyvte.analysis.subject import Subject
-from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.evaluation.settings import with_reductions
 
 DEFINITION = (

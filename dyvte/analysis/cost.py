@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import Subject
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import answer, encoded_batches, plan_batches
-from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.evaluation.settings import NamedPolicy, with_reductions
 from dyvte.formatting import number
 from dyvte.reporting.plots import COLORS, plain_axes
@@ -37,14 +38,18 @@ def study(subject: Subject) -> Findings:
     rows: dict[str, dict[str, Any]] = {}
     for named in policies:
         scores = results[named.name].scores
-        timing = {key: value for key, value in scores["timing"].items() if not isinstance(value, dict)}
+        timing = scores.timing
         rows[labels[named.name]] = {
-            "kv_bytes_per_question": scores["kv_bytes_per_question"],
-            "prefill_tflops": scores["prefill"]["vtw"]["tflops"],
+            "kv_bytes_per_question": scores.cost.kv_bytes_per_question,
+            "prefill_tflops": scores.cost.prefill["vtw"].tflops,
             "peak_bytes_over_model": peaks[named.name],
-            **timing,
+            **asdict(timing.times),
+            "batches": timing.batches,
+            "batch_size": timing.batch_size,
+            "new_tokens": timing.new_tokens,
+            "repeats": timing.repeats,
         }
-    machine = results[never.name].scores["timing"]["machine"]
+    machine = asdict(results[never.name].scores.timing.machine)
     return Findings(
         title=f"Memory and latency, K = {subject.layer} of {subject.num_layers}",
         definition=DEFINITION,

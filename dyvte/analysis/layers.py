@@ -7,7 +7,7 @@ from typing import Any
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.outcomes import Outcome, difference_text, outcomes_of
 from dyvte.analysis.subject import Subject
-from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.formatting import percentage
 from dyvte.reporting.plots import COLORS, plain_axes
 

@@ -19,7 +19,7 @@ from dyvte.analysis.subject import Subject
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import answer, encode_questions, pictures, plan_batches
 from dyvte.evaluation.run_log import Answer
-from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.progress import progress
 from dyvte.runtime import VisualExit
 from dyvte.tasks.base import Question
@@ -49,7 +49,7 @@ def study(subject: Subject) -> Findings:
             f"(b) blank image in layers 1..{layer}",
             blanked_run.answers,
             full,
-            blanked_run.scores,
+            blanked_run.scores.cost,
         ),
         *outcomes_of(subject, real, {name: f"(c) real image in layers 1..{layer}"}),
     ]

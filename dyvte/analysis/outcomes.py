@@ -11,7 +11,8 @@ from dyvte.analysis.subject import Subject
 from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
 from dyvte.evaluation.metrics import same_answer
 from dyvte.evaluation.run_log import Answer, texts
-from dyvte.evaluation.runner import FULL_MODEL, PolicyResult
+from dyvte.evaluation.runner import PolicyResult
+from dyvte.evaluation.scores import FULL_MODEL, CostMetrics
 from dyvte.formatting import number, percentage
 from dyvte.reporting.plots import COLORS, plain_axes
 from dyvte.tasks.base import Predictions, Question
@@ -40,9 +41,22 @@ class Outcome:
 
 
 def outcome_of(
-    subject: Subject, label: str, answers: Sequence[Answer], full: PolicyResult, cost: Any = None
+    subject: Subject,
+    label: str,
+    answers: Sequence[Answer],
+    full: PolicyResult,
+    cost: CostMetrics | None = None,
 ) -> Outcome:
-    """The row of these answers to all questions; ``cost`` holds a run's ``scores.json``."""
+    """The row of these answers to all questions.
+
+    Parameters
+    ----------
+    subject : the backbone and its questions.
+    label : of the row.
+    answers : to all questions, in their order.
+    full : the full model's run.
+    cost : of the run; None where no image was shown.
+    """
     given = Predictions(texts(answers))
     scores = subject.benchmark.score(subject.questions, given, subject.config.dialect)
     hits, full_hits = _hits(subject, given), _hits(subject, Predictions(texts(full.answers)))
@@ -54,8 +68,8 @@ def outcome_of(
         correct=sum(hits) / len(hits),
         difference=difference,
         same_answer=same_answer(answers, full.answers),
-        exit_layer=None if cost is None else cost["mean_exit_layer"],
-        visual_compute=None if cost is None else cost["visual_compute"],
+        exit_layer=None if cost is None else cost.mean_exit_layer,
+        visual_compute=None if cost is None else cost.visual_compute,
     )
 
 
@@ -66,7 +80,7 @@ def outcomes_of(
     labels = {name: name for name in results} if labels is None else labels
     full = results[FULL_MODEL]
     return [
-        outcome_of(subject, label, results[name].answers, full, results[name].scores)
+        outcome_of(subject, label, results[name].answers, full, results[name].scores.cost)
         for name, label in labels.items()
     ]
 

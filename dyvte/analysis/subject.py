@@ -20,13 +20,13 @@ from dyvte.calibration import LayerSearch, search_exit_layer
 from dyvte.errors import ConfigError, UnsupportedBackboneError
 from dyvte.evaluation.generation import Asker, Batch, encoded_batches, plan_batches
 from dyvte.evaluation.runner import (
-    FULL_MODEL,
     EvalConfig,
     PolicyResult,
     load_asker,
     prompts_of,
     run_policies,
 )
+from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.evaluation.settings import NamedPolicy, parse_policies
 from dyvte.progress import progress
 from dyvte.tasks.base import Benchmark, Question, get_benchmark

@@ -7,7 +7,7 @@ from typing import Any
 from dyvte.analysis.findings import Findings
 from dyvte.analysis.outcomes import outcome_table, outcomes_of, paint_outcomes
 from dyvte.analysis.subject import Subject, gates_of
-from dyvte.evaluation.runner import FULL_MODEL
+from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.evaluation.settings import with_options
 
 DEFINITION = (

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,8 @@ from dyvte.comparison.router import (
 )
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.errors import CalibrationError, ConfigError
-from dyvte.gates import GateStack, exit_layers, load_checkpoint
+from dyvte.gates import GateConfig, GateStack, exit_layers, load_checkpoint
+from dyvte.objectives import ExpectedRisk
 
 Featurise = Callable[[Sequence[str]], Tensor]
 ROUTER_LEARNING_RATES = (1e-3, 3e-3)
@@ -154,37 +154,69 @@ def load_gates(folder: str | Path, name: str, calibration: TracedScenes) -> Gate
     )
 
 
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a gates checkpoint says of its training, as far as a router repeats it.
+
+    Attributes
+    ----------
+    lam : price of a layer, nats; None where the objective has none, or nothing is recorded.
+    span : range of prices; what `ExpectedRisk` trains with where it is not recorded.
+    epochs : passes over the samples.
+    seed : of the training.
+    """
+
+    lam: float | None
+    span: float
+    epochs: float
+    seed: int
+
+    @staticmethod
+    def of(config: GateConfig) -> TrainingRecord:
+        """The record at its places in ``gate_config.json``: ``objective`` holds price and range."""
+        record, objective = config.training, config.training.get("objective") or {}
+        lam = objective.get("lam")
+        return TrainingRecord(
+            lam=None if lam is None else float(lam),
+            span=float(objective.get("span", ExpectedRisk().span)),
+            epochs=float(record.get("epochs", 1)),
+            seed=int(record.get("seed", 0)),
+        )
+
+
 def training_settings(
     gates: GateStack, num_samples: int, *, lam: float | None = None, batch_size: int = 256
 ) -> RouterSettings:
-    """Router settings equal to those the gates were trained with; never fewer epochs, and enough steps."""
-    record = gates.config.training
-    lam = _find(record, "lam") if lam is None else lam
+    """Router settings equal to those the gates were trained with; never fewer epochs, and enough steps.
+
+    Parameters
+    ----------
+    gates : with the record of their training.
+    num_samples : samples that the router learns from.
+    lam : price of a layer in nats; None: the recorded one.
+    batch_size : of the router's training.
+
+    Raises
+    ------
+    ConfigError
+        No price is given and none recorded.
+    """
+    record = TrainingRecord.of(gates.config)
+    lam = record.lam if lam is None else lam
     if lam is None:
         raise ConfigError(
             "gate_config.json does not record the lam of its training: the question-only router must be "
             "trained with the same; give --lam"
         )
     enough = -(-ROUTER_MIN_STEPS * batch_size // max(1, num_samples))
-    epochs = max(int(_find(record, "epochs") or _find(record, "num_train_epochs") or 1), enough)
     return RouterSettings(
-        lam=float(lam),
-        span=float(_find(record, "span") or 1.0),
-        epochs=epochs,
+        lam=lam,
+        span=record.span,
+        epochs=max(int(record.epochs), 1, enough),
         batch_size=batch_size,
-        seed=int(_find(record, "seed") or 0),
+        seed=record.seed,
         min_parameters=gates.num_deciding_parameters,
     )
-
-
-def _find(record: Mapping[str, Any], key: str) -> Any:
-    """A value by name at any depth of a free-form record."""
-    if key in record:
-        return record[key]
-    for value in record.values():
-        if isinstance(value, Mapping) and (found := _find(value, key)) is not None:
-            return found
-    return None
 
 
 def train_router_candidates(

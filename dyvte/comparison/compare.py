@@ -40,7 +40,7 @@ from dyvte.config import dump_config, open_group
 from dyvte.data import open_conversations, select
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import Asker, encoded_batches, plan_batches
-from dyvte.evaluation.latency import machine, measure_prefill, spread_batches
+from dyvte.evaluation.latency import PrefillTimes, machine, measure_prefill, spread_batches
 from dyvte.evaluation.run_log import write_atomically
 from dyvte.evaluation.runner import EvalConfig, load_asker, prompts_of
 from dyvte.progress import progress
@@ -125,7 +125,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             "dyvte": dyvte.__version__,
             "eta": config.eta,
             "seed": config.seed,
-            "machine": dict(machine()),
+            "machine": dataclasses.asdict(machine()),
         },
         "vtw": dataclasses.asdict(vtw),
         "gates": {p.gates.name: {"threshold": p.gates.threshold, "budget": p.gates.budget} for p in pairs},
@@ -245,7 +245,7 @@ def _benchmark_result(
     }
     result: dict[str, Any] = {
         "runs": {
-            name: {k: v for k, v in run.scores.items() if k not in ("run", "timing")}
+            name: {k: v for k, v in run.scores.to_dict().items() if k not in ("run", "timing")}
             for name, run in runs.results.items()
         },
         "gates_minus": {
@@ -262,7 +262,7 @@ def _benchmark_result(
 
 def _time_rows(
     config: CompareConfig, asker: Asker, runs: BenchmarkRuns, pairs: Sequence[Pair], vtw: VtwChoice
-) -> dict[str, dict[str, float]]:
+) -> dict[str, PrefillTimes]:
     """Prefill time of the table's rows against the full model, taken in turns; rivals at the first seed."""
     names = ["never", *(f"fixed-{k}" for k in vtw.layers())]
     names += [make(pairs[0]) for make in (mixture_name, router_name, gates_name)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 from dyvte.comparison.baselines import VtwChoice
 from dyvte.comparison.runs import BenchmarkRuns, gates_name, mixture_name, router_name
 from dyvte.comparison.traces import Pair
+from dyvte.evaluation.latency import PrefillTimes
+from dyvte.evaluation.scores import CostMetrics
 from dyvte.formatting import markdown_table, number, percentage
 
 
@@ -54,7 +56,7 @@ def table_rows(
     runs: Sequence[BenchmarkRuns],
     pairs: Sequence[Pair],
     vtw: VtwChoice,
-    timing: dict[str, dict[str, float]],
+    timing: Mapping[str, PrefillTimes],
 ) -> list[Row]:
     """Rows in the order people read them: the full model, VTW, the router, the gates."""
     rows = [_row("full model", runs, ["never"], timing, full=True)]
@@ -78,26 +80,27 @@ def _row(
     label: str,
     runs: Sequence[BenchmarkRuns],
     names: Sequence[str],
-    timing: dict[str, dict[str, float]],
+    timing: Mapping[str, PrefillTimes],
     *,
     full: bool = False,
 ) -> Row:
     by_benchmark = {run.benchmark.name: run for run in runs}
     questions = np.array([len(run.questions) for run in runs], dtype=np.float64)
 
-    def pooled(figure: str) -> float:
-        per_run = [np.mean([run.results[name].scores[figure] for name in names]) for run in runs]
+    def pooled(metric: Callable[[CostMetrics], float]) -> float:
+        per_run = [np.mean([metric(run.results[name].scores.cost) for name in names]) for run in runs]
         return float(np.average(per_run, weights=questions))
 
     same = [np.mean([run.same_B(name).mean() for name in names]) for run in runs]
+    timed = timing.get(names[0])
     return Row(
         policy=label,
         gqa=_score_cell(by_benchmark.get("gqa"), names, ("accuracy",)),
         mme=_score_cell(by_benchmark.get("mme"), names, ("perception", "cognition")),
         same_answer=float(np.average(same, weights=questions)),
-        mean_exit_layer=pooled("mean_exit_layer"),
-        visual_compute=pooled("visual_compute"),
-        prefill_ratio=1.0 if full else timing.get(names[0], {}).get("prefill_ratio"),
+        mean_exit_layer=pooled(lambda cost: cost.mean_exit_layer),
+        visual_compute=pooled(lambda cost: cost.visual_compute),
+        prefill_ratio=1.0 if full else timed and timed.prefill_ratio,
     )
 
 
@@ -106,7 +109,7 @@ def _score_cell(run: BenchmarkRuns | None, names: Sequence[str], figures: Sequen
         return "-"
     cells = []
     for figure in figures:
-        values = [run.results[name].scores["scores"][figure] for name in names]
+        values = [run.results[name].scores.scores[figure] for name in names]
         deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
         cells.append(f"{np.mean(values):.1f}{deviation}")
     return " / ".join(cells)

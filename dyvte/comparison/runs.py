@@ -28,11 +28,10 @@ from dyvte.comparison.traces import ORACLE_LAMS, Pair
 from dyvte.evaluation.generation import Asker
 from dyvte.evaluation.run_log import Answer, texts
 from dyvte.evaluation.runner import EvalConfig, PolicyResult, prompts_of, run_policies
+from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.evaluation.settings import NamedPolicy, given_exits, learned, parse_named
 from dyvte.policies import LearnedPolicy
 from dyvte.tasks.base import Benchmark, Predictions, Question
-
-FULL = "never"
 
 
 @dataclass
@@ -48,12 +47,12 @@ class BenchmarkRuns:
     @property
     def num_layers(self) -> int:
         """L."""
-        return self.results[FULL].scores["num_layers"]
+        return self.results[FULL_MODEL].scores.cost.num_layers
 
     @property
     def num_visual_B(self) -> Tensor:
         """(B,) visual tokens per question."""
-        return torch.tensor([a.num_visual for a in self.results[FULL].answers])
+        return torch.tensor([a.num_visual for a in self.results[FULL_MODEL].answers])
 
     def hits(self, name: str) -> list[bool]:
         """Right or wrong per question."""
@@ -62,7 +61,7 @@ class BenchmarkRuns:
 
     def same_B(self, name: str) -> np.ndarray:
         """Whole answer equal to the full model's, per question."""
-        pairs = zip(self.results[name].answers, self.results[FULL].answers, strict=True)
+        pairs = zip(self.results[name].answers, self.results[FULL_MODEL].answers, strict=True)
         return np.array([a.prediction == b.prediction for a, b in pairs], dtype=np.float64)
 
     def run(self, asker: Asker, policies: Sequence[NamedPolicy], config: EvalConfig, label: str) -> None:
@@ -88,7 +87,7 @@ def run_benchmark(
     )
     runs = BenchmarkRuns(benchmark, benchmark.load(root, config.limit), config.dialect)
     label = f"mini-{benchmark.name.upper()}"
-    first = [parse_named(FULL), *(parse_named(f"fixed:{k}") for k in sorted(set(fixed_layers)))]
+    first = [parse_named(FULL_MODEL), *(parse_named(f"fixed:{k}") for k in sorted(set(fixed_layers)))]
     first += [_gates(pair.gates, gates_name(pair)) for pair in pairs]
     runs.run(asker, first, config, f"{label}: full model, VTW, gates")
     runs.run(asker, _at_gates_budget(runs, calibration, pairs, config), config, f"{label}: rivals")
@@ -124,7 +123,7 @@ def _at_gates_budget(
     fixed = fixed_points(calibration.trace.risk, runs.num_visual_B)
     named = []
     for pair in pairs:
-        compute = runs.results[gates_name(pair)].scores["visual_compute"]
+        compute = runs.results[gates_name(pair)].scores.cost.visual_compute
         router = pair.router.points(prompts, runs.num_visual_B)
         for name, points in ((mixture_name(pair), fixed), (router_name(pair), router)):
             exits_B = points.draw(points.at_compute(compute), ids, config.seed)
@@ -138,8 +137,8 @@ def accuracy_curves(
     """Score over visual compute of every rule on the first questions (GQA: accuracy in percent)."""
     sweep = BenchmarkRuns(runs.benchmark, runs.questions[:num_questions], runs.dialect)
     config = dataclasses.replace(config, output=config.output / f"{runs.benchmark.name}-sweep")
-    names = [*(f"fixed-{k}" for k in range(runs.num_layers)), FULL]
-    policies = [*(parse_named(f"fixed:{k}") for k in range(runs.num_layers)), parse_named(FULL)]
+    names = [*(f"fixed-{k}" for k in range(runs.num_layers)), FULL_MODEL]
+    policies = [*(parse_named(f"fixed:{k}") for k in range(runs.num_layers)), parse_named(FULL_MODEL)]
     sweep.run(asker, policies, config, f"mini-{runs.benchmark.name.upper()}: every fixed layer")
     hits_BK = torch.tensor([sweep.hits(name) for name in names], dtype=torch.float64).T
     same_BK = torch.tensor(np.stack([sweep.same_B(name) for name in names], axis=1))

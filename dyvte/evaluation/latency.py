@@ -6,17 +6,21 @@ ratio to the plain model (no exits installed) is taken turn by turn, and its med
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dyvte.backbones import generate_greedily
 from dyvte.evaluation.generation import Asker, Batch
+from dyvte.evaluation.scores import GenerationTimes, Machine
 from dyvte.evaluation.settings import NamedPolicy
 from dyvte.runtime import VisualExit
 
@@ -24,16 +28,31 @@ PLAIN = "plain"
 """The model without anything installed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrefillTimes:
+    """Median time of the prefill per question; the ratio is to the plain model, turn by turn."""
+
+    prefill_ms_per_question: float
+    prefill_ratio: float
+
+
 @torch.inference_mode()
 def measure_prefill(
     asker: Asker, batches: Sequence[Batch], policies: Sequence[NamedPolicy], repeats: int = 5
-) -> dict[str, dict[str, float]]:
-    """Median milliseconds per question of the prefill (vision tower included), and ratio to the plain model.
+) -> dict[str, PrefillTimes]:
+    """Time of the prefill, vision tower included.
+
+    Parameters
+    ----------
+    asker : the backbone.
+    batches : encoded questions.
+    policies : what is timed beside the plain model.
+    repeats : turns on each batch; one more warms up.
 
     Returns
     -------
     dict
-        ``{policy name: {"prefill_ms_per_question", "prefill_ratio"}}``; the plain model is under ``"plain"``.
+        By policy name; the plain model is :data:`PLAIN`.
     """
 
     def prefill(batch: Batch) -> dict[str, float]:
@@ -46,10 +65,10 @@ def measure_prefill(
 
     taken = _take_turns(asker, batches, policies, repeats, prefill)
     return {
-        name: {
-            "prefill_ms_per_question": 1000 * statistics.median(own["prefill"]),
-            "prefill_ratio": _ratio(own["prefill"], taken[PLAIN]["prefill"]),
-        }
+        name: PrefillTimes(
+            prefill_ms_per_question=1000 * statistics.median(own["prefill"]),
+            prefill_ratio=_ratio(own["prefill"], taken[PLAIN]["prefill"]),
+        )
         for name, own in taken.items()
     }
 
@@ -61,18 +80,24 @@ def measure_generation(
     policies: Sequence[NamedPolicy],
     repeats: int = 5,
     new_tokens: int = 8,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, GenerationTimes]:
     """Time to first token and time per further token of ``generate``, for whole batches.
 
     Every row generates ``new_tokens`` tokens, whatever it says. The time to the first token holds the vision
     tower, the prefill and the choice of the token; a batch's rows all wait for it.
 
+    Parameters
+    ----------
+    asker : the backbone.
+    batches : encoded questions.
+    policies : what is timed beside the plain model.
+    repeats : turns on each batch; one more warms up.
+    new_tokens : of every row.
+
     Returns
     -------
     dict
-        ``{policy name: {"time_to_first_token_ms", "time_per_token_ms", "first_token_ratio",
-        "per_token_ratio"}}``: medians over batches and turns, ratios to the plain model, which is under
-        ``"plain"``. Without a second token the latter two of each kind are None.
+        By policy name; the plain model is :data:`PLAIN`.
     """
 
     def generate(batch: Batch) -> dict[str, float]:
@@ -88,12 +113,12 @@ def measure_generation(
     result = {}
     for name, own in taken.items():
         plain = taken[PLAIN]
-        result[name] = {
-            "time_to_first_token_ms": 1000 * statistics.median(own["first"]),
-            "first_token_ratio": _ratio(own["first"], plain["first"]),
-            "time_per_token_ms": 1000 * statistics.median(own["next"]) if own.get("next") else None,
-            "per_token_ratio": _ratio(own["next"], plain["next"]) if own.get("next") else None,
-        }
+        result[name] = GenerationTimes(
+            time_to_first_token_ms=1000 * statistics.median(own["first"]),
+            first_token_ratio=_ratio(own["first"], plain["first"]),
+            time_per_token_ms=1000 * statistics.median(own["next"]) if own.get("next") else None,
+            per_token_ratio=_ratio(own["next"], plain["next"]) if own.get("next") else None,
+        )
     return result
 
 
@@ -151,15 +176,11 @@ def spread_batches(num_batches: int, wanted: int) -> list[int]:
     return [(2 * i + 1) * num_batches // (2 * wanted) for i in range(wanted)]
 
 
-def machine() -> Mapping[str, Any]:
-    """What a timing was measured on."""
-    import os
-    import platform
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
+def machine() -> Machine:
+    """What is measured on here."""
+    return Machine(
+        processor=platform.processor() or platform.machine(),
+        cores=os.cpu_count(),
+        torch_threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )

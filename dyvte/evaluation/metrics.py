@@ -1,4 +1,4 @@
-"""Figures of a run: exit layers, compute and memory, as means over its questions.
+"""Metrics of a run: exit layers, compute and memory, as means over its questions.
 
 Shape letters: B questions, L decoder layers.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from dyvte.backbones.sizes import decoder_shape
@@ -17,13 +16,12 @@ from dyvte.costs.vision import vision_tower_flops
 from dyvte.costs.visual import visual_share
 from dyvte.errors import DataError
 from dyvte.evaluation.run_log import Answer, unpack_layers
+from dyvte.evaluation.scores import CostMetrics
 from dyvte.reductions import Reduction
 
 
-def cost_figures(
-    config: Any, answers: Sequence[Answer], reductions: Sequence[Reduction] = ()
-) -> dict[str, Any]:
-    """What ``scores.json`` says of cost.
+def cost_metrics(config: Any, answers: Sequence[Answer], reductions: Sequence[Reduction] = ()) -> CostMetrics:
+    """What a run cost.
 
     Parameters
     ----------
@@ -46,23 +44,22 @@ def cost_figures(
     tokens_BL = [[v + t for v, t in zip(*rows, strict=True)] for rows in zip(visual_BL, text_BL, strict=True)]
     score_flops_B = score_row_flops(shape, tokens_BL, [a.score_layers for a in answers])
     factors = visual_factors(reductions, shape, _mean([answer.num_visual for answer in seeing]))
-    prefill = mean_prefill_costs(shape, text_BL, visual_BL, num_text_B, num_visual_B, factors)
     counts = Counter(answer.exit_layer for answer in answers)
-    return {
-        "num_layers": shape.num_layers,
-        "mean_exit_layer": sum(answer.exit_layer for answer in seeing) / len(seeing),
-        "exit_layer_counts": {str(k): counts[k] for k in sorted(counts)},
-        "visual_compute": visual_share(shape, visual_BL, num_visual_B, factors),
-        "visual_token_layers_per_question": _mean([a.visual_token_layers for a in answers]),
-        "prefill": {name: asdict(one) for name, one in prefill.items()},
-        "score_row_flops_per_question": _mean(score_flops_B),
-        "vision_tower_flops_per_image": _vision_tower(config, seeing),
-        "output_head_flops_per_token": head_flops(shape),
-        "kv_bytes_per_question": _mean([answer.kv_bytes for answer in answers]),
-        "mean_visual_tokens": _mean(num_visual_B),
-        "mean_text_tokens": _mean(num_text_B),
-        "mean_new_tokens": _mean([answer.num_new_tokens for answer in answers]),
-    }
+    return CostMetrics(
+        num_layers=shape.num_layers,
+        mean_exit_layer=_mean([answer.exit_layer for answer in seeing]),
+        exit_layer_counts={k: counts[k] for k in sorted(counts)},
+        visual_compute=visual_share(shape, visual_BL, num_visual_B, factors),
+        visual_token_layers_per_question=_mean([answer.visual_token_layers for answer in answers]),
+        prefill=mean_prefill_costs(shape, text_BL, visual_BL, num_text_B, num_visual_B, factors),
+        score_row_flops_per_question=_mean(score_flops_B),
+        vision_tower_flops_per_image=_vision_tower(config, seeing),
+        output_head_flops_per_token=head_flops(shape),
+        kv_bytes_per_question=_mean([answer.kv_bytes for answer in answers]),
+        mean_visual_tokens=_mean(num_visual_B),
+        mean_text_tokens=_mean(num_text_B),
+        mean_new_tokens=_mean([answer.num_new_tokens for answer in answers]),
+    )
 
 
 def _vision_tower(config: Any, answers: Sequence[Answer]) -> float | None:

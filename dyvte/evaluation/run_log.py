@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dyvte.errors import ConfigError, DataError
+from dyvte.evaluation.scores import SCORES_FILE
 from dyvte.files import write_atomically
 from dyvte.tasks.base import read_jsonl
 
@@ -27,7 +28,6 @@ RUN_FILE = "run.json"
 PARTIAL_FILE = "answers.partial.jsonl"
 PREDICTIONS_FILE = "predictions.jsonl"
 EXITS_FILE = "exits.jsonl"
-SCORES_FILE = "scores.json"
 
 Layers: TypeAlias = tuple[tuple[int, int], ...]
 """Tokens per decoder layer, runs of equal numbers together: ((tokens, how many layers), ...)."""

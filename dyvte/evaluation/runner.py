@@ -5,7 +5,6 @@ Several processes (torchrun, accelerate) share the batches; the first of them ti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from dyvte.backbones import (
 )
 from dyvte.config import dump_config, to_dict
 from dyvte.distributed import Processes, join_processes, own_device
-from dyvte.errors import ConfigError
+from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.checks import check_pictures, check_texts
 from dyvte.evaluation.generation import (
     Asker,
@@ -38,13 +37,13 @@ from dyvte.evaluation.generation import (
     questions_digest,
 )
 from dyvte.evaluation.latency import PLAIN, machine, measure_generation, spread_batches
-from dyvte.evaluation.metrics import cost_figures, same_answer
-from dyvte.evaluation.run_log import SCORES_FILE, Answer, AnswerLog, texts
+from dyvte.evaluation.metrics import cost_metrics, same_answer
+from dyvte.evaluation.run_log import Answer, AnswerLog, texts
+from dyvte.evaluation.scores import FULL_MODEL, RunIdentity, RunScores, Timing
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
-from dyvte.files import write_atomically
 from dyvte.policies import POLICIES
 from dyvte.progress import progress
-from dyvte.reductions import REDUCTIONS, Reduction
+from dyvte.reductions import REDUCTIONS
 from dyvte.tasks.base import (
     DIALECTS,
     TASKS,
@@ -54,9 +53,6 @@ from dyvte.tasks.base import (
     check_dialect,
     get_benchmark,
 )
-
-FULL_MODEL = "never"
-"""Name of the run that is the full model's: never an exit, no reduction."""
 
 CONFIG_FILE = "config.yaml"
 _FORMAT = 3
@@ -109,7 +105,7 @@ class PolicyResult:
     name: str
     folder: Path
     answers: list[Answer]
-    scores: dict[str, Any] = field(default_factory=dict)
+    scores: RunScores
 
 
 def load_asker(config: AskingConfig, device: torch.device | None = None) -> Asker:
@@ -187,16 +183,20 @@ def run_policies(
         reference = next((a for named, a in named_answers if named.name == FULL_MODEL), None)
         results = []
         for named, log, given in zip(policies, logs, answers, strict=True):
-            scores = _scores(asker, benchmark, questions, given, reference, config, named.reductions)
-            scores["timing"] = timing.get(named.name)
-            scores["run"] = {
-                **_identity_of(named, identity),
-                "name": named.name,
-                "backbone": config.model.path,
-            }
-            scores["config"] = to_dict(config)
+            found = benchmark.score(questions, Predictions(texts(given)), config.dialect)
+            scores = RunScores(
+                scores=found,
+                headline=benchmark.headline(found),
+                cost=cost_metrics(asker.model.config, given, named.reductions),
+                same_answer_as_never=None if reference is None else same_answer(given, reference),
+                timing=timing.get(named.name),
+                run=RunIdentity(_identity_of(named, identity), named.name, config.model.path),
+                config=to_dict(config),
+            )
             dump_config(config, log.folder / CONFIG_FILE)
-            results.append(_write(benchmark, questions, PolicyResult(named.name, log.folder, given, scores)))
+            benchmark.write_submission(log.folder, questions, Predictions(texts(given)))
+            scores.write(log.folder)
+            results.append(PolicyResult(named.name, log.folder, given, scores))
         return results
 
     return processes.first_alone(conclude) or []
@@ -212,12 +212,6 @@ def check_policies(asker: Asker, policies: Sequence[NamedPolicy]) -> None:
         gates = getattr(named.policy, "gates", None)
         trained = None if gates is None else gates.config.backbone.get("image_padding")
         check_image_padding(trained, image_padding(asker.processor), f"policy {named.name}")
-
-
-def _write(benchmark: Benchmark, questions: Sequence[Question], result: PolicyResult) -> PolicyResult:
-    benchmark.write_submission(result.folder, questions, Predictions(texts(result.answers)))
-    write_atomically(result.folder / SCORES_FILE, json.dumps(result.scores, indent=2) + "\n")
-    return result
 
 
 def _ask_missing(
@@ -254,47 +248,38 @@ def _timing(
     policies: Sequence[NamedPolicy],
     logs: Sequence[AnswerLog],
     config: EvalConfig,
-) -> dict[str, Any]:
+) -> dict[str, Timing]:
     """Times of all policies; those of an earlier run where everything was already there."""
     kept = {}
     for named, log in zip(policies, logs, strict=True):
-        path = log.folder / SCORES_FILE
-        if log.finished and path.is_file():
-            timing = json.loads(path.read_text(encoding="utf-8")).get("timing")
-            if timing is not None:
-                kept[named.name] = timing
+        if log.finished and (timing := _earlier_timing(log.folder)) is not None:
+            kept[named.name] = timing
     if config.timing_batches < 1 or len(kept) == len(policies):
         return kept
     chosen = spread_batches(len(plan), config.timing_batches)
     batches = list(encoded_batches(asker, questions, prompts, plan, chosen))
     measured = measure_generation(asker, batches, policies, config.timing_repeats, config.timing_tokens)
-    about = {
-        "plain": measured.pop(PLAIN),
-        "batches": len(batches),
-        "batch_size": config.batch_size,
-        "new_tokens": config.timing_tokens,
-        "repeats": config.timing_repeats,
-        "machine": machine(),
-    }
-    return {name: {**values, **about} for name, values in measured.items()}
-
-
-def _scores(
-    asker: Asker,
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    answers: Sequence[Answer],
-    reference: Sequence[Answer] | None,
-    config: EvalConfig,
-    reductions: Sequence[Reduction] = (),
-) -> dict[str, Any]:
-    scores = benchmark.score(questions, Predictions(texts(answers)), config.dialect)
+    plain, here = measured.pop(PLAIN), machine()
     return {
-        "scores": scores,
-        "headline": benchmark.headline(scores),
-        **cost_figures(asker.model.config, answers, reductions),
-        "same_answer_as_never": None if reference is None else same_answer(answers, reference),
+        name: Timing(
+            times=times,
+            plain=plain,
+            batches=len(batches),
+            batch_size=config.batch_size,
+            new_tokens=config.timing_tokens,
+            repeats=config.timing_repeats,
+            machine=here,
+        )
+        for name, times in measured.items()
     }
+
+
+def _earlier_timing(folder: Path) -> Timing | None:
+    """Times that a finished run's scores hold; None without, or where another version wrote them."""
+    try:
+        return RunScores.read(folder).timing
+    except DataError:
+        return None
 
 
 def _identity_of(named: NamedPolicy, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from typing import Any
 
 from dyvte.errors import ConfigError
 from dyvte.policies import FixedPolicy, LearnedPolicy, OraclePolicy, Policy, parse_policy
-from dyvte.reductions import Reduction, parse_reductions
+from dyvte.reductions import NO_REDUCTION, Reduction, parse_reductions
 from dyvte.runtime import VisualExit
-
-NO_REDUCTION = "none"
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from dyvte.reductions.base import (
 from dyvte.reductions.fastv import FastV
 from dyvte.reductions.ffn import SparseFFN
 from dyvte.reductions.heads import InactiveHeads
-from dyvte.reductions.learned_with import identity, warn_of_others
+from dyvte.reductions.learned_with import NO_REDUCTION, identity, warn_of_others
 from dyvte.reductions.neighbours import Neighbours
 from dyvte.reductions.profile import VisualProfile
 from dyvte.reductions.random_tokens import RandomTokens
 
 __all__ = [
+    "NO_REDUCTION",
     "REDUCTIONS",
     "FastV",
     "InactiveHeads",

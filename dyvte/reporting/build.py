@@ -67,7 +67,7 @@ def write_report(config: ReportConfig) -> Path:
 
 
 def _opening(sections: Sequence[Section], unfinished: Sequence[Path]) -> list[Any]:
-    versions = sections[0].runs[0].scores["run"]
+    versions = sections[0].runs[0].scores.run.values
     made = ", ".join(f"{name} {versions.get(name)}" for name in ("torch", "transformers"))
     blocks: list[Any] = [
         Text(
@@ -103,12 +103,12 @@ def _summary(sections: Sequence[Section]) -> Table:
         for section in sections:
             run = next((run for run in section.runs if run.name == name), None)
             against = section.against.get(name)
-            row += ["-" if run is None else run.scores["headline"]]
+            row += ["-" if run is None else run.scores.headline]
             row += [percentage(None if against is None else against.kept)]
             found += [] if run is None else [run.scores]
-        times = [scores["timing"]["first_token_ratio"] for scores in found if scores.get("timing")]
-        row.append(percentage(_mean([scores["visual_compute"] for scores in found])))
-        row.append(percentage(_mean([scores["prefill"]["vtw"]["ratio"] for scores in found])))
+        times = [scores.timing.times.first_token_ratio for scores in found if scores.timing]
+        row.append(percentage(_mean([scores.cost.visual_compute for scores in found])))
+        row.append(percentage(_mean([scores.cost.prefill["vtw"].ratio for scores in found])))
         rows.append([*row, number(_mean(times))])
     return Table([*header, "visual compute", "TFLOPs", "first token"], rows)
 
@@ -123,7 +123,7 @@ def _section_blocks(section: Section, config: ReportConfig, prefix: str) -> list
         Text(f"{len(section.questions)} questions; backbone {section.backbone}."),
         comparison_table(section),
     ]
-    if any(_differs(section.value(run), run.scores["headline"]) for run in section.runs):
+    if any(_differs(section.value(run), run.scores.headline) for run in section.runs):
         blocks.append(
             Text(
                 f"The {section.title} column is the benchmark's own figure; what is kept, and the "
@@ -164,21 +164,20 @@ def comparison_table(section: Section) -> Table:
 
 
 def _row(section: Section, run: ReportedRun) -> list[str]:
-    scores, against = run.scores, section.against.get(run.name)
-    timing = scores.get("timing") or {}
-    flops = scores["prefill"]
+    cost, against = run.scores.cost, section.against.get(run.name)
+    times = None if run.scores.timing is None else run.scores.timing.times
     return [
         run.name,
-        scores["headline"],
+        run.scores.headline,
         percentage(None if against is None else against.kept),
         _difference(section, run),
-        number(scores["mean_exit_layer"]),
-        percentage(scores["visual_compute"]),
-        f"{flops['vtw']['tflops']:.3g} / {flops['pyramiddrop']['tflops']:.3g}",
-        number(timing.get("time_to_first_token_ms"), 1),
-        number(timing.get("first_token_ratio")),
-        number(timing.get("time_per_token_ms"), 1),
-        f"{scores['kv_bytes_per_question'] / 1e6:.3g}",
+        number(cost.mean_exit_layer),
+        percentage(cost.visual_compute),
+        f"{cost.prefill['vtw'].tflops:.3g} / {cost.prefill['pyramiddrop'].tflops:.3g}",
+        number(times and times.time_to_first_token_ms, 1),
+        number(times and times.first_token_ratio),
+        number(times and times.time_per_token_ms, 1),
+        f"{cost.kv_bytes_per_question / 1e6:.3g}",
     ]
 
 
@@ -255,18 +254,15 @@ def section_figures(section: Section) -> dict[str, Any]:
 
 
 def _run_figures(section: Section, run: ReportedRun) -> dict[str, Any]:
-    against = section.against.get(run.name)
+    against, scores = section.against.get(run.name), run.scores.to_dict()
     probabilities_BL = run.gate_probabilities_BL
     return {
         "folder": str(run.folder),
         "family": run.family,
-        "headline": run.scores["headline"],
+        "headline": run.scores.headline,
         "value": section.value(run),
         "against_full": None if against is None else dataclasses.asdict(against),
-        "mean_exit_layer": run.scores["mean_exit_layer"],
-        "visual_compute": run.scores["visual_compute"],
-        "prefill": run.scores["prefill"],
-        "timing": run.scores.get("timing"),
+        **{key: scores[key] for key in ("mean_exit_layer", "visual_compute", "prefill", "timing")},
         "exit_shares": run.exit_shares().tolist(),
         "exit_shares_per_kind": {
             kind: run.exit_shares([q.kind == kind for q in section.questions]).tolist()

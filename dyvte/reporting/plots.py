@@ -102,8 +102,8 @@ def _curve(figure: Any, section: Section) -> None:
     full = section.full
     for number, (family, runs) in enumerate(families.items()):
         color = COLORS[number % len(COLORS)]
-        runs = sorted(runs, key=lambda run: run.scores["visual_compute"])
-        compute = [100 * run.scores["visual_compute"] for run in runs]
+        runs = sorted(runs, key=lambda run: run.scores.cost.visual_compute)
+        compute = [100 * run.scores.cost.visual_compute for run in runs]
         values = [section.value(run) for run in runs]
         marker = MARKERS[number // len(COLORS) % len(MARKERS)]
         label = family if len(runs) > 1 else runs[0].name
@@ -111,7 +111,7 @@ def _curve(figure: Any, section: Section) -> None:
         for run, x, value in zip(runs, compute, values, strict=True):
             _interval(axes, section, run, x, value, color)
             if len(runs) > 1:
-                label = f"{run.scores['mean_exit_layer']:.3g}"
+                label = f"{run.scores.cost.mean_exit_layer:.3g}"
                 axes.annotate(
                     label, (x, value), (3, 5), textcoords="offset points", fontsize=7, color="#777777"
                 )
@@ -138,7 +138,7 @@ def _exits(figure: Any, section: Section, run: ReportedRun, kinds: Sequence[str]
     top, bottom = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": [1.6, max(1.0, 0.24 * len(kinds))]}
     )
-    layers = np.arange(run.scores["num_layers"] + 1)
+    layers = np.arange(run.scores.cost.num_layers + 1)
     top.bar(layers, 100 * run.exit_shares(), color=COLORS[0], width=0.8)
     top.set_ylabel("questions, %")
     plain_axes(top)
@@ -158,7 +158,7 @@ def _gates(figure: Any, run: ReportedRun) -> None:
     axes.fill_between(layers, levels[0], levels[4], color=COLORS[0], alpha=0.12, lw=0)
     axes.fill_between(layers, levels[1], levels[3], color=COLORS[0], alpha=0.25, lw=0)
     axes.plot(layers, levels[2], "o-", ms=3, color=COLORS[0])
-    threshold = run.scores["run"].get("threshold")
+    threshold = run.scores.run.threshold
     if threshold is not None:
         axes.axhline(threshold, color="#4d4d4d", lw=0.8, ls="--")
     axes.set_xlabel("after layer")

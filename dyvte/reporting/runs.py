@@ -5,7 +5,6 @@ Shape letters: B questions, L decoder layers.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,9 @@ from dyvte.config import load_config
 from dyvte.errors import DataError, ScoreError
 from dyvte.evaluation.generation import questions_digest
 from dyvte.evaluation.metrics import same_answer
-from dyvte.evaluation.run_log import RUN_FILE, SCORES_FILE, Answer, read_answers, texts
-from dyvte.evaluation.runner import CONFIG_FILE, FULL_MODEL, EvalConfig, prompts_of
+from dyvte.evaluation.run_log import RUN_FILE, Answer, read_answers, texts
+from dyvte.evaluation.runner import CONFIG_FILE, EvalConfig, prompts_of
+from dyvte.evaluation.scores import FULL_MODEL, SCORES_FILE, RunScores
 from dyvte.evaluation.settings import NO_REDUCTION
 from dyvte.formatting import name_some
 from dyvte.tasks.base import Benchmark, Predictions, Question, get_benchmark
@@ -36,7 +36,7 @@ class ReportedRun:
 
     folder: Path
     name: str
-    scores: Mapping[str, Any]
+    scores: RunScores
     answers: list[Answer] = field(repr=False)
     hits: list[float] | None = None
     """What each question is worth, 0..1; None where nothing can be graded here."""
@@ -44,19 +44,17 @@ class ReportedRun:
     @property
     def is_full(self) -> bool:
         """The full model: no exit, no reduction."""
-        run = self.scores["run"]
-        return run.get("policy") == FULL_MODEL and run.get("reduction", NO_REDUCTION) == NO_REDUCTION
+        return self.scores.run.is_full_model
 
     @property
     def family(self) -> str:
         """Runs that differ in one setting only, and are joined to a curve: fixed layers; one set of gates."""
-        run = self.scores["run"]
-        kind = str(run["policy"]).partition(":")[0]
+        run = self.scores.run
+        kind = run.policy.partition(":")[0]
         if kind == "gates":
-            kind = f"gates {str(run.get('gates_sha256', ''))[:6]}"
+            kind = f"gates {(run.gates_sha256 or '')[:6]}"
         kind = {"fixed": "fixed K", FULL_MODEL: "full model", "given": self.name}.get(kind, kind)
-        reduction = run.get("reduction", NO_REDUCTION)
-        return kind if reduction == NO_REDUCTION else f"{kind} + {reduction}"
+        return kind if run.reduction == NO_REDUCTION else f"{kind} + {run.reduction}"
 
     @property
     def exits_vary(self) -> bool:
@@ -72,7 +70,7 @@ class ReportedRun:
     def exit_shares(self, chosen_B: Sequence[bool] | None = None) -> np.ndarray:
         """(L+1,) share of the chosen questions with an image that leave after layer 0..L."""
         exits = [a.exit_layer for n, a in enumerate(self.answers) if chosen_B is None or chosen_B[n]]
-        counts = np.bincount([k for k in exits if k >= 0], minlength=self.scores["num_layers"] + 1)
+        counts = np.bincount([k for k in exits if k >= 0], minlength=self.scores.cost.num_layers + 1)
         return counts / max(1, counts.sum())
 
 
@@ -155,10 +153,10 @@ def read_sections(
         No finished run; a benchmark's data is gone or is not what the run was asked; two runs of one name.
     """
     folders, unfinished = _find_runs(paths)
-    groups: dict[tuple[Any, ...], list[Path]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[tuple[Path, RunScores]]] = defaultdict(list)
     for folder in folders:
-        run = _read_scores(folder)["run"]
-        groups[tuple(run.get(key) for key in _SECTION_KEYS)].append(folder)
+        scores = RunScores.read(folder)
+        groups[tuple(scores.run.values.get(key) for key in _SECTION_KEYS)].append((folder, scores))
     sections = [_section(group, data or {}, num_draws, seed) for group in groups.values()]
     return sections, unfinished
 
@@ -181,35 +179,24 @@ def _find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return finished, unfinished
 
 
-def _read_scores(folder: Path) -> dict[str, Any]:
-    path = folder / SCORES_FILE
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        scores["run"]["policy"], scores["headline"], scores["prefill"], scores["num_layers"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not what dyvte eval writes ({error!r})") from error
-    return scores
-
-
-def _section(folders: Sequence[Path], data: Mapping[str, Path], num_draws: int, seed: int) -> Section:
-    runs = []
-    for folder in folders:
-        scores = _read_scores(folder)
-        runs.append(ReportedRun(folder, scores["run"]["name"], scores, read_answers(folder)))
+def _section(
+    found: Sequence[tuple[Path, RunScores]], data: Mapping[str, Path], num_draws: int, seed: int
+) -> Section:
+    runs = [ReportedRun(folder, scores.run.name, scores, read_answers(folder)) for folder, scores in found]
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"two runs on the same questions are called {name_some(twice)}: report them apart")
-    config = load_config(EvalConfig, folders[0] / CONFIG_FILE)
+    config = load_config(EvalConfig, runs[0].folder / CONFIG_FILE)
     if config.benchmark in data:
         config = replace(config, data=Path(data[config.benchmark]))
     benchmark = get_benchmark(config.benchmark)
     questions = _questions(benchmark, config, runs[0])
     runs = [replace(run, hits=_hits(benchmark, questions, run)) for run in runs]
-    runs.sort(key=lambda run: (not run.is_full, run.family, run.scores["visual_compute"], run.name))
+    runs.sort(key=lambda run: (not run.is_full, run.family, run.scores.cost.visual_compute, run.name))
     section = Section(
         benchmark,
-        str(runs[0].scores["run"].get("backbone", "")),
+        runs[0].scores.run.backbone,
         questions,
         runs,
         {},
@@ -227,13 +214,13 @@ def _questions(benchmark: Benchmark, config: EvalConfig, run: ReportedRun) -> li
         raise DataError(f"the data of {benchmark.name} is no longer at {config.data}: {hint}")
     questions = benchmark.load(config.data, config.limit)
     asked = questions_digest(questions, prompts_of(benchmark, questions, config.question_suffix))
-    if asked != run.scores["run"]["questions_sha256"]:
+    if asked != run.scores.run.values.get("questions_sha256"):
         raise DataError(f"{config.data} does not hold the questions that {run.folder} was asked: {hint}")
     return questions
 
 
 def _hits(benchmark: Benchmark, questions: Sequence[Question], run: ReportedRun) -> list[float] | None:
-    dialect = run.scores["scores"].get("dialect", "original")
+    dialect = run.scores.scores.get("dialect", "original")
     try:
         return [float(x) for x in benchmark.correct(questions, Predictions(texts(run.answers)), dialect)]
     except ScoreError:

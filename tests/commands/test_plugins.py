@@ -345,7 +345,7 @@ def test_lmms_eval_scores_are_the_runners(policy, reduction, batch_size, plugins
         assert [row["doc_id"] for row in rows] == [one["doc_id"] for one in samples]
         assert [row["exit_layer"] for row in rows] == [one.exit_layer for one in ours.answers]
         assert [row["question_id"] for row in rows] == [one.question_id for one in ours.answers]
-        right[name] = ours.scores["scores"]
+        right[name] = ours.scores.scores
     assert len({row["exit_layer"] for row in exits}) > 1 or policy == "fixed:3"
     accuracy = figures["gqa_scenes"]["exact_match,none"]
     assert 0 < accuracy < 1

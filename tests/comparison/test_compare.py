@@ -52,7 +52,7 @@ def _trained_gates(train: TracedScenes, seed: int = 0) -> GateStack:
         num_layers=LAYERS,
         hidden_size=HIDDEN,
         offsets=uniform_offsets(LAYERS),
-        training={"objective": {"lam": LAM}, "epochs": 2.0, "seed": seed},
+        training={"objective": {"lam": LAM, "span": 1.0}, "epochs": 2.0, "seed": seed},
     )
     gates = GateStack.init(config, seed)
     optimizer = torch.optim.Adam(gates.parameters(), lr=0.02)
@@ -179,7 +179,7 @@ def world(tmp_path_factory):
             hidden_size=32,
             offsets=uniform_offsets(4),
             threshold=0.35,
-            training={"objective": {"lam": 0.1}, "epochs": 2.0},
+            training={"objective": {"lam": 0.1, "span": 1.0}, "epochs": 2.0},
         )
         GateStack.init(config, seed).save_pretrained(root / f"gates-{seed}")
     write_mini_gqa(root / "gqa")

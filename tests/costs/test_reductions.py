@@ -155,13 +155,13 @@ def test_an_evaluation_counts_what_reductions_make_cheaper(tmp_path):
     factors = visual_factors(accepted(model, parse_reductions(text)), shape, 16)
     for name, layers in (("never", LAYERS), ("fixed-2", 2)):
         plain, less = found[name], found[f"{name}+neighbours-1+ffn-0.5"]
-        assert less["run"]["reduction"] == text
+        assert less.run.reduction == text
         price = visual_share(shape, [[16] * LAYERS], [16], factors)
-        assert plain["visual_compute"] == pytest.approx(layers / LAYERS)
-        assert less["visual_compute"] == pytest.approx(price * layers / LAYERS, rel=1e-9)
+        assert plain.cost.visual_compute == pytest.approx(layers / LAYERS)
+        assert less.cost.visual_compute == pytest.approx(price * layers / LAYERS, rel=1e-9)
         visual_1L = [[16] * layers + [0] * (LAYERS - layers)]
-        num_text = less["mean_text_tokens"]
+        num_text = less.cost.mean_text_tokens
         for convention in ("vtw", "fastv", "pyramiddrop"):
             by_hand = layer_flops(shape, [[num_text] * LAYERS], visual_1L, convention, factors).sum()
-            assert less["prefill"][convention]["tflops"] == pytest.approx(float(by_hand) / 1e12, rel=1e-9)
-            assert less["prefill"][convention]["tflops"] < plain["prefill"][convention]["tflops"]
+            assert less.cost.prefill[convention].tflops == pytest.approx(float(by_hand) / 1e12, rel=1e-9)
+            assert less.cost.prefill[convention].tflops < plain.cost.prefill[convention].tflops

@@ -64,23 +64,23 @@ def test_every_policy_runs_with_every_reduction(asker, data, tmp_path):
     ]
     assert {path.name for path in tmp_path.iterdir()} == set(results)
     # 16 visual tokens: FastV leaves 8 from layer 2 on
-    compute = {name: result.scores["visual_compute"] for name, result in results.items()}
+    compute = {name: result.scores.cost.visual_compute for name, result in results.items()}
     assert compute["never+fastv-1-0.5"] == (16 + 3 * 8) / 64
     assert compute["fixed-2+fastv-1-0.5"] == (16 + 8) / 64
     assert compute["fixed-2"] == compute["fixed-2+random_tokens-2-7"] == 0.5
     fastv = results["never+fastv-1-0.5"]
-    assert fastv.scores["run"]["policy"] == "never"
-    assert fastv.scores["run"]["reduction"] == "fastv:1:0.5"
-    assert fastv.scores["mean_exit_layer"] == LAYERS
-    assert fastv.scores["score_row_flops_per_question"] > 0
+    assert fastv.scores.run.policy == "never"
+    assert fastv.scores.run.reduction == "fastv:1:0.5"
+    assert fastv.scores.cost.mean_exit_layer == LAYERS
+    assert fastv.scores.cost.score_row_flops_per_question > 0
     assert 0.5 < compute["never+random_tokens-2-7"] < 1
     for given in results["never+random_tokens-2-7"].answers:
         visual_L, text_L = unpack_layers(given.visual_tokens), unpack_layers(given.text_tokens)
         # as many tokens leave as there were visual ones, of all kinds
         assert visual_L[2] + text_L[2] == given.num_text
     only = results["fixed-2"].scores
-    assert only["run"]["reduction"] == "none"
-    assert only["same_answer_as_never"] is not None
+    assert only.run.reduction == "none"
+    assert only.same_answer_as_never is not None
 
 
 def test_a_reduction_is_part_of_what_a_folder_holds(asker, data, tmp_path):

@@ -100,22 +100,22 @@ def test_costs_of_fixed_and_given_exits(asker, data, tmp_path):
     policies = [*parse_policies(["never", "fixed:1"]), given_exits("mixed", given)]
     _, results = _run(asker, _config(data, tmp_path), policies)
     never, fixed, mixed = (results[name].scores for name in ("never", "fixed-1", "mixed"))
-    assert (never["mean_exit_layer"], never["visual_compute"], never["same_answer_as_never"]) == (
+    assert (never.cost.mean_exit_layer, never.cost.visual_compute, never.same_answer_as_never) == (
         LAYERS,
         1,
         1,
     )
-    assert (fixed["mean_exit_layer"], fixed["visual_compute"]) == (1, 0.25)
-    assert fixed["prefill"]["vtw"]["tflops"] < never["prefill"]["vtw"]["tflops"]
-    assert fixed["prefill"]["pyramiddrop"]["ratio"] == pytest.approx(0.25)
+    assert (fixed.cost.mean_exit_layer, fixed.cost.visual_compute) == (1, 0.25)
+    assert fixed.cost.prefill["vtw"].tflops < never.cost.prefill["vtw"].tflops
+    assert fixed.cost.prefill["pyramiddrop"].ratio == pytest.approx(0.25)
     assert [a.exit_layer for a in results["mixed"].answers] == list(given.values())
-    assert mixed["visual_compute"] == pytest.approx(sum(given.values()) / LAYERS / len(given))
-    assert fixed["kv_bytes_per_question"] < never["kv_bytes_per_question"]
+    assert mixed.cost.visual_compute == pytest.approx(sum(given.values()) / LAYERS / len(given))
+    assert fixed.cost.kv_bytes_per_question < never.cost.kv_bytes_per_question
     assert all(a.num_visual == 16 for a in results["never"].answers)
     same = [
         a.prediction == b.prediction for a, b in zip(results["fixed-1"].answers, results["never"].answers)
     ]
-    assert fixed["same_answer_as_never"] == pytest.approx(sum(same) / len(same))
+    assert fixed.same_answer_as_never == pytest.approx(sum(same) / len(same))
 
 
 def test_gate_logits_on_disk_explain_the_exits(asker, data, tmp_path, gates_folder):
@@ -193,7 +193,7 @@ def test_another_run_in_the_folder_is_refused_by_field(asker, data, tmp_path):
 
 def test_mme_end_to_end_and_submission(asker, data, tmp_path):
     questions, results = _run(asker, _config(data, tmp_path, "mme"), ["never", "fixed:2"])
-    scores = results["fixed-2"].scores["scores"]
+    scores = results["fixed-2"].scores.scores
     assert scores["perception_subtasks"] == ["color"]
     assert scores["cognition_subtasks"] == ["code_reasoning"]
     mme = get_benchmark("mme")
@@ -205,10 +205,10 @@ def test_timing_covers_every_policy(asker, data, tmp_path):
     config = _config(data, tmp_path, timing_batches=1, timing_repeats=1)
     _, results = _run(asker, config, ["never", "fixed:1"])
     for result in results.values():
-        timing = result.scores["timing"]
-        assert timing["first_token_ratio"] > 0
-        assert timing["time_per_token_ms"] > 0
-        assert timing["batches"] == 1
+        timing = result.scores.timing
+        assert timing.times.first_token_ratio > 0
+        assert timing.times.time_per_token_ms > 0
+        assert timing.batches == 1
 
 
 def test_policies_by_name(gates_folder, tmp_path):

@@ -83,7 +83,7 @@ def test_videos_are_asked_and_left_behind(asker, questions, tmp_path):
     assert {a.num_visual for result in results for a in result.answers} == {FRAMES * PER_FRAME}
     assert {a.exit_layer for a in never.answers} == {layers}
     assert {a.exit_layer for a in fixed.answers} == {1}
-    assert fixed.scores["visual_compute"] == pytest.approx(1 / layers)
+    assert fixed.scores.cost.visual_compute == pytest.approx(1 / layers)
     for question, answer in zip(questions, never.answers, strict=True):
         one = encode_questions(asker, [question], [benchmark.prompt(question)])
         tokens = asker.model.generate(**one.inputs, max_new_tokens=3, do_sample=False)
