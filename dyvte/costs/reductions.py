@@ -64,10 +64,14 @@ def window_share(window: Neighbourhood | None, num_visual: float) -> float:
 
 
 def _heads(work: VisualWork) -> float:
+    if work.frozen:
+        return 0.0
     return 1.0 if work.heads is None else float(work.heads.double().mean())
 
 
 def _neurons(work: VisualWork, size: int) -> float:
+    if work.frozen:
+        return 0.0
     if work.neurons is None:
         return 1.0
     neurons = work.neurons.of(size)

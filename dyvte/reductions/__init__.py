@@ -21,6 +21,7 @@ from dyvte.reductions.base import (
 )
 from dyvte.reductions.fastv import FastV
 from dyvte.reductions.ffn import SparseFFN
+from dyvte.reductions.frozen import FrozenLayers
 from dyvte.reductions.heads import InactiveHeads
 from dyvte.reductions.learned_with import NO_REDUCTION, identity, warn_of_others
 from dyvte.reductions.neighbours import Neighbours
@@ -31,6 +32,7 @@ __all__ = [
     "NO_REDUCTION",
     "REDUCTIONS",
     "FastV",
+    "FrozenLayers",
     "InactiveHeads",
     "Neighbourhood",
     "Neighbours",
