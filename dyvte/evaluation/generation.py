@@ -213,7 +213,7 @@ def answer(
     return [
         Answer(
             question_id=question_id,
-            prediction=text,
+            prediction=text.strip(),  # as LLaVA writes its answers
             exit_layer=int(record.exit_layers_B[row]),
             num_visual=int(record.num_visual_B[row]),
             num_text=int(batch.num_tokens_B[row] - record.num_visual_B[row]),

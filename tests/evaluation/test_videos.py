@@ -88,7 +88,7 @@ def test_videos_are_asked_and_left_behind(asker, questions, tmp_path):
         one = encode_questions(asker, [question], [benchmark.prompt(question)])
         tokens = asker.model.generate(**one.inputs, max_new_tokens=3, do_sample=False)
         new = tokens[0, one.inputs["input_ids"].shape[1] :]
-        assert answer.prediction == asker.processor.tokenizer.decode(new, skip_special_tokens=True)
+        assert answer.prediction == asker.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
     assert (never.folder / "tgifqa_results.jsonl").is_file()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from dyvte.errors import DataError
 from dyvte.tasks import ai2d, mmbench, scienceqa, seed
+from dyvte.tasks.answers.choices import vlmevalkit_letter
 from dyvte.tasks.answers.mmmu_open import gold_forms, is_right, read_open
 from dyvte.tasks.base import Predictions, get_benchmark
 from dyvte.tasks.mmmu import read_letter
@@ -114,6 +115,28 @@ def test_seed(answer, original, lmms, vlmevalkit):
 )
 def test_mmbench(answer, original, lmms, vlmevalkit):
     assert [mmbench.read_answer(answer, OPTIONS, d) for d in DIALECTS] == [original, lmms, vlmevalkit]
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("Of A and C, the answer is **B**", "B"),
+        ("A or C? The Correct Answer IS\n***c*** then", "C"),
+        ("A cat is B, so the answer is d not A", "D"),
+        # more than four words behind the only letter
+        ("The answer is B as far as I can see it here", "B"),
+        ("A, B: the answer is E", None),
+        ("A, B: the answer is: C", None),
+        ("A, B: the answer is (C)", None),
+        # the first such place decides, whatever it leads to
+        ("A, B: the answer is dog, so answer is A", "D"),
+        ("A, B: the answer is C", None),
+    ],
+)
+def test_verbose_answers_of_vlmevalkit(answer, letter):
+    """Worked out from matching_util.py at d21c5e9; the third option is blank in the last case."""
+    options = {k: v for k, v in OPTIONS.items() if k != "C"} if answer.endswith("is C") else OPTIONS
+    assert vlmevalkit_letter(answer, options) == letter
 
 
 @pytest.fixture

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
 from dyvte.errors import ScoreError
-from dyvte.tasks.answers.vqa import evalai_answer, official_answer
+from dyvte.tasks.answers.vqa import evalai_answer, official_answer, without_punctuation
 from dyvte.tasks.base import Predictions, Question, get_benchmark
 from dyvte.tasks.vqav2 import HumanAnswers
-from tests.helpers.benchmark_files import write_benchmark
+from tests.helpers.benchmark_files import put, write_benchmark
 
 DIALECTS = ("original", "lmms", "vlmevalkit")
 
@@ -108,6 +109,44 @@ def test_vqav2_leaves_out_equal_records_together():
     assert _vqa(humans, "yes") == 1
     # without ids each "yes" is the same record: none is left when one is left out
     assert _vqa(humans, "yes", ids=False) == pytest.approx(0.4)
+
+
+def _published_rule(prediction, records):
+    """VQA accuracy as vqaEval.py states it, on whole records."""
+    records = [dict(record) for record in records]
+    if len({record["answer"] for record in records}) > 1:
+        for record in records:
+            record["answer"] = without_punctuation(record["answer"])
+    shares = []
+    for one in records:
+        others = [other for other in records if other != one]
+        shares.append(min(1, len([other for other in others if other["answer"] == prediction]) / 3))
+    return sum(shares) / len(shares)
+
+
+def test_vqav2_at_random_against_the_published_rule(tmp_path):
+    """Also records without ids, with ids that repeat, and with fewer or more than ten of them."""
+    draw = random.Random(7)
+    words = ["yes", "no", "Yes.", "two", "2", "red, white", "t-shirt", "a dog", "dog", ""]
+    benchmark, annotations, questions = get_benchmark("vqav2"), [], []
+    for n in range(300):
+        keep = draw.choice(((), ("answer_id",), ("answer_confidence",), ("answer_id", "answer_confidence")))
+        records = [
+            {"answer": draw.choice(words)} | {key: draw.choice((1, 2, "yes", 3 + i)) for key in keep}
+            for i in range(draw.choice((1, 3, 10, 10, 10, 12)))
+        ]
+        annotations.append({"question_id": n, "answers": records})
+        questions.append({"question_id": n, "image_id": n, "question": "?"})
+    put(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
+    put(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": annotations})
+    loaded = benchmark.load(tmp_path, images=False)
+    texts = {q.id: draw.choice(words) for q in loaded}
+    expected = [
+        _published_rule(official_answer(texts[str(one["question_id"])]), one["answers"])
+        for one in annotations
+    ]
+    assert benchmark.correct(loaded, Predictions(texts)) == pytest.approx(expected)
+    assert 0.1 < sum(expected) / 300 < 0.9
 
 
 def test_scores_by_type_and_the_server_file(tmp_path):

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dyvte.data.defects import Unusable, check_text
 from dyvte.errors import DataError, ScoreError
-from dyvte.tasks.readers.rows import Row, is_whole_text, read_json, read_jsonl, read_rows, shown
+from dyvte.tasks.readers.rows import Row, read_json, read_jsonl, read_rows, shown
 from dyvte.tasks.readers.tables import read_tsv
 from dyvte.tasks.readers.xlsx import read_xlsx
 from dyvte.tasks.records import Predictions, Question
@@ -106,8 +107,10 @@ def answer_text(row: Row, keys: Sequence[str] = ("text",)) -> str:
 def _check_text(text: Any, where: str) -> None:
     if not isinstance(text, str):
         raise ScoreError(f"{where}: expected a text, found {shown(text)}")
-    if not is_whole_text(text):
-        raise ScoreError(f"{where}: half a character (a lone surrogate) in {shown(text)}")
+    try:
+        check_text(text, where)
+    except Unusable as problem:
+        raise ScoreError(f"{where}: {problem}") from problem
 
 
 def joined_by_prompt(

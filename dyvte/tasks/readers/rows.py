@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from dyvte.data.defects import Unusable, check_text
 from dyvte.errors import DataError
 from dyvte.formatting import name_some
 
@@ -120,8 +121,10 @@ class Row(dict[str, Any]):
 
     def _as_text(self, value: Any, keys: Sequence[str]) -> str:
         if isinstance(value, str):
-            if not is_whole_text(value):
-                raise self.error(f"{_named(keys)} holds half a character (a lone surrogate): {value!a}")
+            try:
+                check_text(value, _named(keys))
+            except Unusable as problem:
+                raise self.error(f"{problem.field}: {problem}") from problem
             return value
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
@@ -136,17 +139,6 @@ def is_absent(value: Any) -> bool:
 def is_blank(value: Any) -> bool:
     """Absent, or a text without anything to see."""
     return is_absent(value) or (isinstance(value, str) and not value.strip())
-
-
-def is_whole_text(text: str) -> bool:
-    """Whether a text can be written: it holds no lone surrogate."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def shown(value: Any) -> str:
