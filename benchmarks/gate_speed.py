@@ -25,7 +25,7 @@ from dyvte.distributed import join_processes
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.teacher import Trace
 from dyvte.training.config import TrainConfig
-from dyvte.training.loop import GateTraining
+from dyvte.training.gate_training import GateTraining
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 50.0

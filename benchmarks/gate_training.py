@@ -13,9 +13,9 @@ from dyvte.comparison.baselines import GateContender, load_gates
 from dyvte.comparison.scenes import TracedScenes, load_scenes
 from dyvte.config import load_config
 from dyvte.teacher import TraceStore
+from dyvte.tracing import trace_data
 from dyvte.training.config import TrainConfig
-from dyvte.training.gate_training import train
-from dyvte.training.tracing import trace_data
+from dyvte.training.train import train
 
 SPLITS = ("train", "calibration", "test")
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from dyvte.backbones import load_backbone  # noqa: E402
 from dyvte.config import load_config  # noqa: E402
+from dyvte.data import select_samples  # noqa: E402
 from dyvte.distributed import Processes  # noqa: E402
 from dyvte.progress import progress  # noqa: E402
 from dyvte.runtime import VisualExit  # noqa: E402
@@ -32,7 +33,6 @@ from dyvte.teacher import Teacher, TeacherConfig, greedy_answers  # noqa: E402
 from dyvte.training.config import TrainConfig  # noqa: E402
 from dyvte.training.lora.labels import Labelled, label  # noqa: E402
 from dyvte.training.lora.metrics import TARGETS, exit_columns, first_reaching  # noqa: E402
-from dyvte.training.tracing import select_samples  # noqa: E402
 
 CONFIG = ROOT / "configs" / "embedded_lora.yaml"
 RUNS = {
@@ -83,7 +83,7 @@ def judge(args: argparse.Namespace, path: Path) -> dict:
     cfg = load_config(
         TrainConfig, CONFIG, [f"data.path={path}", f"data.limit={args.test}", "data.seed=1", "output_dir=."]
     )
-    selection, alone = select_samples(cfg), Processes(0, 1, torch.device("cpu"))
+    selection, alone = select_samples(cfg.data), Processes(0, 1, torch.device("cpu"))
     figures = {}
     for name in TITLES:
         adapter = args.output / ("adapter" if name == "base" else name) / "adapter"

@@ -19,15 +19,16 @@ from pathlib import Path
 from common import write_json
 from gate_training import Bench, bench_arguments
 
-from dyvte.backbones import Backbone, describe
+from dyvte.backbones import Backbone, describe, open_backbone
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.comparison.plan_compare import compare_plans, plot_comparison
 from dyvte.comparison.plans import PlanJudge, folder_name
+from dyvte.distributed import own_device
 from dyvte.evaluation.latency import machine
 from dyvte.gates import GateStack
 from dyvte.reductions import parse_reductions
 from dyvte.teacher import TraceStore
-from dyvte.training.tracing import open_model, visual_profile
+from dyvte.tracing.search import visual_profile
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11)
 # FastV alone at about these budgets: nothing but its never leaving is of interest.
@@ -103,7 +104,7 @@ def main() -> None:
         split: {text: traced(bench, split, text, limit) for text in reductions}
         for split, limit in (("calibration", args.calibration), ("test", args.test))
     }
-    backbone = describe(open_model(bench.settings()))
+    backbone = describe(open_backbone(bench.settings().model, own_device())[0])
     image_ids = stores["test"]["none"].image_ids()
     found = compare_plans(
         judges(backbone, stores["calibration"], seeds),

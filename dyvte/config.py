@@ -58,7 +58,13 @@ def setting_names(cls: Any) -> list[str]:
     return [*names, *(key for _, _, inside in open_groups(cls) for key in inside)]
 
 
-def load_config(cls: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    cls: type[Config],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    within: type | None = None,
+) -> Config:
     """Build ``cls`` from a YAML file and overrides; what neither names keeps the class's default.
 
     Parameters
@@ -73,6 +79,9 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
     overrides:
         ``"a.b=value"`` strings, applied in order after the file. The value is read as YAML, so ``3``,
         ``true``, ``null`` and ``[1, 2]`` mean what they mean in the file.
+    within:
+        A larger configuration whose files are read too: settings of it that ``cls`` does not have are passed
+        over.
 
     Raises
     ------
@@ -87,6 +96,9 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
     for override in overrides:
         _apply_override(cls, values, override)
         origin = f"{path or 'defaults'} with overrides"
+    if within is not None:
+        passed_over = {*setting_names(within)} - {*setting_names(cls)}
+        values = {key: value for key, value in values.items() if key not in passed_over}
     return from_dict(cls, values, origin=origin)
 
 

@@ -19,6 +19,7 @@ ORDER = [
         "teacher",
         "objectives",
         "calibration",
+        "tracing",
         "tasks",
         "evaluation",
         "comparison",

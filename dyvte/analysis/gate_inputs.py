@@ -14,8 +14,7 @@ from dyvte.errors import ConfigError
 from dyvte.formatting import number, percentage
 from dyvte.gates import DEFAULT_FEATURES, FEATURES, check_features
 from dyvte.reporting.plots import COLORS, plain_axes
-from dyvte.training import TrainConfig
-from dyvte.training.gate_training import train
+from dyvte.training import TrainConfig, train
 
 PAPER_SETS = (
     "mean_visual",

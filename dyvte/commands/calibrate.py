@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from dyvte.commands import profile
-from dyvte.commands.training_options import add_tracing, config_of
+from dyvte.commands.training_options import add_tracing, tracing_config_of
 
 EXAMPLES = """
 dyvte calibrate --gates runs/embedded/gates --trace runs/trace_calibration --budget 0.5
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{' and '.join(missing)} must be given, see dyvte calibrate --help")
     gates = GateStack.from_pretrained(args.gates).eval()
     if "data.path" in args or "data.hub_id" in args:
-        from dyvte.training.tracing import trace_data
+        from dyvte.tracing import trace_data
 
         model = gates.config.backbone.get("id")
         known = [f"model.path={json.dumps(model)}"] if model and args.config is None else []
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             known.append("teacher.reference=base")
         if (reductions := gates.config.training.get("reductions", "none")) != "none":
             known.append(f"teacher.reductions={json.dumps(reductions)}")
-        trace_data(config_of(args, ["output_dir=.", *known]), args.trace)
+        trace_data(tracing_config_of(args, [*known]), args.trace)
     store = TraceStore.open(args.trace)
     if args.budget is not None:
         if trained_on(gates.config, store):

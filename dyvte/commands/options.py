@@ -67,15 +67,23 @@ def add_settings(
 
 
 def config_from(
-    cls: type[Config], args: argparse.Namespace, *, before: Iterable[str] = (), after: Iterable[str] = ()
+    cls: type[Config],
+    args: argparse.Namespace,
+    *,
+    before: Iterable[str] = (),
+    after: Iterable[str] = (),
+    within: type | None = None,
 ) -> Config:
-    """A configuration from ``--config``, then ``before``, options that were given, ``after``, ``--set``."""
+    """A configuration from ``--config``, then ``before``, options that were given, ``after``, ``--set``.
+
+    The file may be that of the larger configuration ``within`` (see :func:`dyvte.config.load_config`).
+    """
     given = [
         f"{one.key}={json.dumps(vars(args)[one.key], ensure_ascii=False)}"
         for one in settings_of(cls)
         if vars(args).get(one.key, MISSING) is not MISSING
     ]
-    return load_config(cls, args.config, [*before, *given, *after, *args.set])
+    return load_config(cls, args.config, [*before, *given, *after, *args.set], within=within)
 
 
 def _add(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from dyvte.commands.training_options import add_tracing, config_of
+from dyvte.commands.training_options import add_tracing, tracing_config_of
 
 EXAMPLES = """
 dyvte profile --config configs/embedded.yaml \\
@@ -35,11 +35,11 @@ def add_own_arguments(parser: argparse.ArgumentParser, *, hidden: bool = False) 
 def run(args: argparse.Namespace) -> int:
     """Write a visual profile; print what it says."""
     from dyvte.errors import ConfigError
-    from dyvte.training.tracing import visual_profile
+    from dyvte.tracing.search import visual_profile
 
     if args.output is None:
         raise ConfigError("--output must be given, see dyvte profile --help")
-    profile = visual_profile(config_of(args, ["output_dir=.", f"data.limit={args.num_samples}"]))
+    profile = visual_profile(tracing_config_of(args, [f"data.limit={args.num_samples}"]))
     profile.save_pretrained(args.output)
     print(f"{len(profile.rho_SLH)} samples; attention to the image over attention to text, by layer:")
     for index, rho_SH in enumerate(profile.rho_SLH.unbind(1)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dyvte.commands.training_options import add_tracing, config_of
+from dyvte.commands.training_options import add_tracing, tracing_config_of
 
 EXAMPLES = """
 dyvte search-k --config configs/embedded.yaml --data_path data/scenes/instruct/calibration.json
@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
     from dyvte.backbones import describe_config, read_model_config
     from dyvte.calibration import check_plot, plot_search, write_fixed_layer
     from dyvte.gates import GateConfig
-    from dyvte.training.tracing import search_k
+    from dyvte.tracing.search import search_k
 
     if args.plot:
         check_plot(args.plot)  # before the model runs, not after
-    cfg = config_of(args, ["output_dir=.", f"data.limit={args.num_samples}"])
+    cfg = tracing_config_of(args, [f"data.limit={args.num_samples}"])
     found = search_k(
         cfg,
         eta=args.eta,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from dyvte.commands.training_options import add_tracing, config_of
+from dyvte.commands.training_options import add_tracing, tracing_config_of
 
 EXAMPLES = """
 dyvte profile --config configs/embedded.yaml \\
@@ -47,16 +47,17 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from dyvte.backbones import describe, read_model_config
+    from dyvte.backbones import describe, open_backbone, read_model_config
     from dyvte.backbones.sizes import decoder_shape
     from dyvte.comparison.plan_search import combinations, search_plans
     from dyvte.comparison.plans import traces_of
+    from dyvte.distributed import own_device
     from dyvte.errors import ConfigError
     from dyvte.gates import GateStack
     from dyvte.reductions import parse_reductions
-    from dyvte.training.tracing import open_model, trace_data
+    from dyvte.tracing import trace_data
 
-    cfg = config_of(args, ["output_dir=."])
+    cfg = tracing_config_of(args)
     root = Path(args.output)
     shape = decoder_shape(read_model_config(cfg.model))
     given = args.reduction or combinations(shape.num_layers, args.profile, shape.num_heads)
@@ -75,11 +76,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for index, text in enumerate(reductions):
         print(f"[{index + 1}/{len(reductions)}] {text}", flush=True)
-        trace_data(
-            config_of(args, ["output_dir=.", f"teacher.reductions={json.dumps(text)}"]), traces_of(root, text)
-        )
+        trace_data(tracing_config_of(args, [f"teacher.reductions={json.dumps(text)}"]), traces_of(root, text))
     gates = GateStack.from_pretrained(args.gates).eval() if args.gates else None
-    found = search_plans(describe(open_model(cfg)), root, reductions, args.budget, gates)
+    model, _ = open_backbone(cfg.model, own_device())
+    found = search_plans(describe(model), root, reductions, args.budget, gates)
     found.write(root)
     print(found.table())
     print(f"written: {root}")

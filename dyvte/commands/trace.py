@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from dyvte.commands.training_options import add_tracing, config_of
+from dyvte.commands.training_options import add_tracing, tracing_config_of
 
 EXAMPLES = """
 dyvte trace --config configs/embedded.yaml --data_path data/scenes/instruct/test.json \\
@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trace; print what is there."""
-    from dyvte.training.tracing import trace_data
+    from dyvte.tracing import trace_data
 
-    store = trace_data(config_of(args, ["output_dir=."]), args.output)
+    store = trace_data(tracing_config_of(args), args.output)
     if store is None:  # not the first process
         return 0
     trace = store.trace()

@@ -25,8 +25,8 @@ from dyvte.commands.training_options import add_training, config_of
 
 if TYPE_CHECKING:
     from dyvte.training.config import TrainConfig
-    from dyvte.training.gate_training import TrainResult
     from dyvte.training.lora.train import LoraResult
+    from dyvte.training.train import TrainResult
 
 
 EXAMPLES = """
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         if first:
             print(describe_dry_run(dry_run(cfg, world_size)))
         return 0
-    from dyvte.training.gate_training import train
+    from dyvte.training.train import train
 
     result = train(cfg)
     if first:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dyvte.commands.options import add_settings, config_from
 
 if TYPE_CHECKING:
+    from dyvte.tracing import TracingConfig
     from dyvte.training.config import TrainConfig
 
 # setting -> options: short ones, and those of LLaVA's and transformers' training scripts
@@ -71,11 +72,6 @@ TRAINING_NAMES: dict[str, tuple[str, ...]] = {
     "lora.last_exit": ("last_exit",),
     "lora.full_share": ("full_share",),
 }
-# what a run of the teacher alone has no use for
-_TRAINING_ONLY = (
-    *["gates", "objective", "optimizer", "checkpoint", "tracking", "lora"],
-    *["output_dir", "trace_dir", "epochs", "batch_size", "accumulation"],
-)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -92,9 +88,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 def add_tracing(parser: argparse.ArgumentParser, *, omit: Collection[str] = ()) -> None:
     """``--config``, ``--set`` and an option for every setting of a run of the teacher."""
-    from dyvte.training.config import TrainConfig
+    from dyvte.tracing import TracingConfig
 
-    add_settings(parser, TrainConfig, TRACING_NAMES, omit=(*_TRAINING_ONLY, *omit))
+    add_settings(parser, TracingConfig, TRACING_NAMES, omit=omit)
     _add_bf16(parser)
 
 
@@ -102,11 +98,22 @@ def config_of(args: argparse.Namespace, extra: Iterable[str] = ()) -> TrainConfi
     """The training configuration: file, then ``extra``, then options that were given, then ``--set``."""
     from dyvte.training.config import TrainConfig
 
-    after = []
-    if args.bf16 is not None:
-        wanted = args.bf16.lower() in ("true", "1", "yes")
-        after = [f"model.dtype={'bfloat16' if wanted else 'float32'}"]
-    return config_from(TrainConfig, args, before=extra, after=after)
+    return config_from(TrainConfig, args, before=extra, after=_bf16(args))
+
+
+def tracing_config_of(args: argparse.Namespace, extra: Iterable[str] = ()) -> TracingConfig:
+    """What of it a run of the teacher needs; the file may be that of a whole training."""
+    from dyvte.tracing import TracingConfig
+    from dyvte.training.config import TrainConfig
+
+    return config_from(TracingConfig, args, before=extra, after=_bf16(args), within=TrainConfig)
+
+
+def _bf16(args: argparse.Namespace) -> list[str]:
+    if args.bf16 is None:
+        return []
+    wanted = args.bf16.lower() in ("true", "1", "yes")
+    return [f"model.dtype={'bfloat16' if wanted else 'float32'}"]
 
 
 def _add_bf16(parser: argparse.ArgumentParser) -> None:

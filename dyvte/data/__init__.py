@@ -1,5 +1,6 @@
 """Data: LLaVA conversations from files, datasets and the hub; the synthetic scenes."""
 
+from dyvte.data.config import DataConfig, select_samples
 from dyvte.data.defects import Defect, check_defects
 from dyvte.data.images import load_image
 from dyvte.data.llava import Conversations
@@ -9,6 +10,7 @@ from dyvte.data.sources import open_conversations, open_hub_conversations
 
 __all__ = [
     "Conversations",
+    "DataConfig",
     "Defect",
     "EmbeddedImage",
     "Sample",
@@ -18,5 +20,6 @@ __all__ = [
     "open_conversations",
     "open_hub_conversations",
     "select",
+    "select_samples",
     "selection_sha256",
 ]

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from dyvte.training.config import TrainConfig
-from dyvte.training.gate_training import TrainResult, train
+from dyvte.training.train import TrainResult, train
 
 __all__ = ["TrainConfig", "TrainResult", "train"]

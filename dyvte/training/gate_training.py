@@ -1,208 +1,98 @@
-"""``train``: data and backbone in, traces, gates and a summary out; safe to start again at any point.
+"""How gates learn from traces: the step of their training. The backbone is not there any more.
 
-Output folder::
-
-    config.yaml         the resolved configuration
-    trace/              what the teacher said (reused by every later start)
-    checkpoints/        of the running training
-    train_log.jsonl     figures by step
-    exit_histogram.png  where held-out samples leave
-    gates/              gate_config.json + gates.safetensors: the result
-    summary.json        the final figures; written last
+Shape letters: B samples, L decoder layers, F gate features.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from dyvte import __version__
-from dyvte.calibration import gate_logits
-from dyvte.config import to_dict
-from dyvte.data import Selection
-from dyvte.distributed import Processes, join_processes
-from dyvte.errors import GateMismatchError
-from dyvte.gates import GateConfig, GateStack, close_gates, exit_layers, uniform_offsets
-from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
-from dyvte.teacher import TraceStore
+from dyvte.distributed import Processes, import_deepspeed
+from dyvte.gates import GateStack
+from dyvte.teacher.trace import Trace
 from dyvte.training.config import TrainConfig
-from dyvte.training.engine import Plan
-from dyvte.training.loop import GateTraining
-from dyvte.training.metrics import budget_rows, budget_table, exit_rate
-from dyvte.training.running import SUMMARY_FILE, disk_errors_named, prepare_output, run_tracked
-from dyvte.training.schedule import held_out
-from dyvte.training.tracing import run_traces, select_samples
-
-log = logging.getLogger(__name__)
+from dyvte.training.loop import Training
+from dyvte.training.metrics import validation_metrics
+from dyvte.training.schedule import drawn_layer
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """Where the gates are and how they fared on the held-out samples."""
+class _Gates(nn.Module):
+    """What the engine wraps: all gates, or one of them alone."""
 
-    gates: Path
-    summary: dict[str, Any]
+    def __init__(self, stack: GateStack) -> None:
+        super().__init__()
+        self.stack = stack
 
-    def table(self) -> str:
-        """The summary table."""
-        return budget_table(self.summary["budgets"])
-
-
-def train(cfg: TrainConfig) -> TrainResult:
-    """Run a training from its configuration, or go on with it; see the module's text.
-
-    Under a launcher every process calls this. A run that is already complete returns its result at once.
-
-    Raises
-    ------
-    ConfigError, DataError, CheckpointError, GateMismatchError, UnsupportedBackboneError, TrainingError
-        Each naming what is wrong and what to do.
-    """
-    with join_processes(engine=True) as processes, disk_errors_named(cfg.output_dir):
-        return _train(cfg, processes)
+    def forward(self, features_BLF: Tensor, layer: int | None = None) -> Tensor:
+        if layer is None:
+            return self.stack(features_BLF)
+        return self.stack.gate(layer, features_BLF[:, layer - 1])
 
 
-def _train(cfg: TrainConfig, processes: Processes) -> TrainResult:
-    prepare_output(cfg, processes)
-    finished = _finished(cfg)
-    if finished is not None:
-        return finished
-    started = time.perf_counter()
-    selection = select_samples(cfg)
-    store, backbone = run_traces(cfg, selection, processes)
-    traced = time.perf_counter()
+class GateTraining(Training):
+    """One training of one stack of gates; :meth:`run` does it."""
 
-    made = store.manifest
-    hidden_size = made.feature_size // len(made.features)
-    gates = make_gates(cfg, made.num_layers, hidden_size, backbone, made.exits)
-    trace = store.trace(gates.config.features)
-    out_B = held_out(store.image_ids(), cfg.data.validation_fraction, cfg.seed)
-    train_part, validation = trace.rows((~out_B).nonzero().flatten()), None
-    if bool(out_B.any()):
-        validation = trace.rows(out_B.nonzero().flatten())
-    training = GateTraining(cfg, gates, train_part, validation, processes)
-    try:
-        run_tracked(cfg, training, processes)
-        weights = training.gathered()
-    finally:
-        training.close()
+    trained = "gates"
 
-    finished_at = time.perf_counter()
-    times = {"trace_seconds": traced - started, "train_seconds": finished_at - traced}
-    result = processes.first_alone(lambda: _finish(cfg, training, weights, selection, store, times))
-    return result if result is not None else _finished(cfg)  # type: ignore[return-value]
+    def __init__(
+        self, cfg: TrainConfig, gates: GateStack, train: Trace, validation: Trace | None, processes: Processes
+    ) -> None:
+        self.train, self.validation = train, validation
+        self.validates = validation is not None
+        self.num_layers = train.num_layers
+        self.gates = gates.float()
+        # Nothing is left to leave after the last layer: its gate is never asked.
+        self.gates.gates[-1].requires_grad_(False)
+        super().__init__(cfg, _Gates(self.gates), len(train), processes)
+        self.objective = cfg.objective.prepared(train)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The gates' weights on the CPU, whatever the ZeRO stage."""
+        if self.zero_stage < 3:
+            return {name: tensor.detach().cpu().clone() for name, tensor in self.gates.state_dict().items()}
+        deepspeed = import_deepspeed()
+        with deepspeed.zero.GatheredParameters(list(self.gates.parameters())):
+            return {name: tensor.detach().cpu().clone() for name, tensor in self.gates.state_dict().items()}
 
-def make_gates(
-    cfg: TrainConfig,
-    num_layers: int,
-    hidden_size: int,
-    backbone: Mapping[str, str | None],
-    exits: Sequence[int] | None = None,
-) -> GateStack:
-    """New gates for the run, or those it starts from.
+    @contextmanager
+    def micro_step(self, step: int, micro: int) -> Iterator[tuple[Tensor, Sequence[str]]]:
+        """The objective on one batch of traces."""
+        batch = self.train.rows(self.drawn(step, micro)).to(self.processes.device)
+        layer = self._layer(step, micro) if self.cfg.objective.one_layer_per_step else None
+        logits = self.engine(batch.features, layer)
+        loss = self.objective(logits, batch, layer=layer) if layer else self.objective(logits, batch)
+        yield loss, batch.sample_ids
 
-    New gates get offsets that make all exits equally likely where the objective starts so. Gates at layers
-    that are not among ``exits`` (None: all are) are closed.
+    def before_update(self, step: int) -> None:
+        """With one layer per step, gates that were not drawn have no gradient."""
+        if self.cfg.objective.one_layer_per_step:
+            drawn = {self._layer(step, micro) for micro in range(self.cfg.accumulation)}
+            self._forget_gradients_except(drawn)
 
-    Raises
-    ------
-    GateMismatchError
-        If the gates to start from have another shape, or belong to another backbone.
-    """
-    if cfg.gates.init_from is None:
-        closed = close_gates((0.0,) * num_layers, exits) if exits is not None else ()
-        config = GateConfig(
-            num_layers=num_layers,
-            hidden_size=hidden_size,
-            architecture=cfg.gates.architecture,
-            gate_hidden_size=cfg.gates.hidden_size,
-            features=cfg.gates.features or cfg.teacher.features,
-            offsets=uniform_offsets(num_layers, exits) if cfg.objective.starts_uniform else closed,
-            backbone=dict(backbone),
-        )
-        return GateStack.init(config, seed=cfg.seed)
-    gates = GateStack.from_pretrained(cfg.gates.init_from)
-    given = (gates.config.num_layers, gates.config.hidden_size)
-    if given != (num_layers, hidden_size):
-        raise GateMismatchError(
-            f"{cfg.gates.init_from}: gates for {given[0]} layers of size {given[1]}, the backbone has "
-            f"{num_layers} of size {hidden_size}; make new ones with `dyvte init --model {cfg.model.path}`"
-        )
-    theirs = gates.config.backbone.get("fingerprint")
-    if theirs is not None and theirs != backbone.get("fingerprint"):
-        raise GateMismatchError(
-            f"{cfg.gates.init_from}: gates of another backbone ({gates.config.backbone.get('id')}, "
-            f"fingerprint {theirs}); this one is {backbone.get('id')}, {backbone.get('fingerprint')}"
-        )
-    offsets = gates.config.offsets if exits is None else close_gates(gates.config.offsets, exits)
-    gates.config = replace(gates.config, backbone=dict(backbone), calibration={}, offsets=offsets)
-    return gates
+    def validate(self) -> dict[str, Any]:
+        """Decisions on the held-out samples."""
+        with torch.no_grad():
+            parts = [
+                self.engine(self.validation.features[start : start + 512].to(self.processes.device)).cpu()
+                for start in range(0, len(self.validation), 512)
+            ]
+        logits_BL = torch.cat(parts)
+        metrics = validation_metrics(logits_BL, self.validation, self.gates.config.threshold)
+        objective = self.objective(logits_BL, self.validation)
+        return {"validation/objective": float(objective), **metrics}
 
+    def _layer(self, step: int, micro: int) -> int:
+        layers = [k for k in self.train.exits if 1 <= k < self.num_layers]
+        return layers[drawn_layer(self.cfg.seed, step * self.cfg.accumulation + micro, len(layers) + 1) - 1]
 
-def _finished(cfg: TrainConfig) -> TrainResult | None:
-    path = cfg.output_dir / SUMMARY_FILE
-    if not path.is_file() or not (cfg.output_dir / "gates" / GATES_CONFIG).is_file():
-        return None
-    return TrainResult(cfg.output_dir / "gates", json.loads(path.read_text(encoding="utf-8")))
-
-
-def _finish(
-    cfg: TrainConfig,
-    training: GateTraining,
-    weights: dict[str, torch.Tensor],
-    selection: Selection,
-    store: TraceStore,
-    times: dict[str, float],
-) -> TrainResult:
-    """Write the gates with their record, then the summary."""
-    record = _record(cfg, training.plan, selection, store)
-    config = replace(training.gates.config, training=record, dyvte_version=__version__)
-    gates = GateStack(config)
-    gates.load_state_dict(weights)
-    gates.eval().save_pretrained(cfg.output_dir / "gates")
-
-    judged = training.validation if training.validation is not None else training.train
-    train_logits, logits = gate_logits(gates, training.train), gate_logits(gates, judged)
-    summary = {
-        "gates": str(cfg.output_dir / "gates"),
-        "judged_on": "held-out samples" if training.validation is not None else "training samples",
-        "num_judged": len(judged),
-        "budgets": budget_rows(train_logits, training.train, logits, judged),
-        "exit_rate": exit_rate(exit_layers(logits, 0.5), judged.num_layers),
-        "parameters": sum(parameter.numel() for parameter in gates.parameters()),
-        "dropped": list(store.dropped()),
-        **times,
-        **record,
-    }
-    path = cfg.output_dir / SUMMARY_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return TrainResult(cfg.output_dir / "gates", summary)
-
-
-def _record(cfg: TrainConfig, plan: Plan, selection: Selection, store: TraceStore) -> dict[str, Any]:
-    """How the weights came about: kept in ``gate_config.json``."""
-    return {
-        "objective": to_dict(cfg.objective),
-        "optimizer": to_dict(cfg.optimizer),
-        "epochs": cfg.epochs,
-        "steps": plan.steps,
-        "global_batch": plan.global_batch,
-        "num_samples": plan.num_samples,
-        "seed": cfg.seed,
-        "init_from": str(cfg.gates.init_from) if cfg.gates.init_from else None,
-        "data": selection.record(),
-        "trace": store.manifest.fingerprint,
-        "reductions": cfg.teacher.reductions,
-        "trace_notes": store.notes(),
-    }
+    def _forget_gradients_except(self, layers: set[int]) -> None:
+        # DeepSpeed fills missing gradients with zeros, and a zero gradient still moves Adam.
+        for k, gate in enumerate(self.gates.gates, start=1):
+            if k not in layers:
+                for parameter in gate.parameters():
+                    parameter.grad = None

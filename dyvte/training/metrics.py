@@ -20,7 +20,7 @@ from dyvte.teacher.trace import Trace
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
-def validation_figures(logits_BL: Tensor, trace: Trace, threshold: float) -> dict[str, Any]:
+def validation_metrics(logits_BL: Tensor, trace: Trace, threshold: float) -> dict[str, Any]:
     """Decisions at one threshold; ``exit_rate`` has L+1 entries, the share of samples leaving at each
     layer."""
     exits_B = exit_layers(logits_BL, threshold)

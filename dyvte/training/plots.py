@@ -1,4 +1,4 @@
-"""Pictures of a run, for the trackers and the output folder."""
+"""Plots of a run, for the trackers and the output folder."""
 
 from __future__ import annotations
 

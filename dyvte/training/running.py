@@ -1,26 +1,79 @@
-"""What every kind of training run does around its training: its folder, its trackers, its disk."""
+"""What gates and adapters have in common around their training: folder, resuming, trackers, disk, summary."""
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from dyvte.config import dump_config, to_dict
-from dyvte.distributed import Processes
+from dyvte.distributed import Processes, join_processes
 from dyvte.errors import TrainingError
+from dyvte.files import write_atomically
 from dyvte.progress import progress
 from dyvte.training.config import TrainConfig
-from dyvte.training.engine import Training
+from dyvte.training.loop import Training
 from dyvte.training.resuming import check_same_run
+from dyvte.training.schedule import held_out
 from dyvte.training.trackers import open_trackers
 
 log = logging.getLogger(__name__)
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+Result = TypeVar("Result")
+Part = TypeVar("Part")
+Work = Callable[[TrainConfig, Processes], Callable[[], Result]]
+
+
+def carry_out(cfg: TrainConfig, work: Work, finished: Callable[[TrainConfig], Result | None]) -> Result:
+    """Do a run from its configuration, or go on with it; under a launcher every process calls this.
+
+    Parameters
+    ----------
+    work
+        Trains, in all processes; returns what writes and judges the result, for the first process alone.
+    finished
+        The result that the output folder holds; None if there is none yet.
+    """
+    with join_processes(engine=True) as processes, disk_errors_named(cfg.output_dir):
+        prepare_output(cfg, processes)
+        if (found := finished(cfg)) is not None:
+            return found
+        result = processes.first_alone(work(cfg, processes))
+        return result if result is not None else finished(cfg)  # type: ignore[return-value]
+
+
+def without_held_out(
+    rows: Callable[[Tensor], Part], image_ids: Sequence[str], cfg: TrainConfig
+) -> tuple[Part, Part | None]:
+    """What is trained on, and what is judged on: the samples of the held-out images, None if there are none.
+
+    Parameters
+    ----------
+    rows
+        From indices of samples to a part of them.
+    """
+    out_B = held_out(tuple(image_ids), cfg.data.validation_fraction, cfg.seed)
+    validation = rows(out_B.nonzero().flatten()) if bool(out_B.any()) else None
+    return rows((~out_B).nonzero().flatten()), validation
+
+
+def write_summary(cfg: TrainConfig, summary: Mapping[str, Any]) -> None:
+    """The last file of a run: its settings and metrics, as JSON."""
+    write_atomically(cfg.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+
+
+def read_summary(cfg: TrainConfig) -> dict[str, Any] | None:
+    """The summary in the output folder; None if there is none."""
+    path = cfg.output_dir / SUMMARY_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 @contextmanager
@@ -56,8 +109,14 @@ def prepare_output(cfg: TrainConfig, processes: Processes) -> None:
     processes.first_alone(write)
 
 
-def run_tracked(cfg: TrainConfig, training: Training, processes: Processes) -> None:
-    """Train, from the last checkpoint if there is one, under a progress bar and with all trackers."""
+def train_tracked(cfg: TrainConfig, training: Training, processes: Processes) -> dict[str, Tensor]:
+    """Train, from the last checkpoint if there is one, under a progress bar and with all trackers.
+
+    Returns
+    -------
+    dict
+        The trained weights on the CPU, by name. The engine is gone then.
+    """
     start = training.resume()
     if start and processes.first:
         log.info("going on from step %d of %d", start, training.plan.steps)
@@ -72,14 +131,16 @@ def run_tracked(cfg: TrainConfig, training: Training, processes: Processes) -> N
             resume_step=start,
         )
 
-    def report(step: int, figures: Mapping[str, Any]) -> None:
+    def report(step: int, metrics: Mapping[str, Any]) -> None:
         for tracker in trackers:
-            tracker.write(step, figures)
+            tracker.write(step, metrics)
 
     try:
         steps = training.plan.steps
         with progress(steps, training.trained, "step", shown=processes.first, done=start) as advance:
             training.run(start, report, advance)
+        return training.weights()
     finally:
         for tracker in trackers:
             tracker.close()
+        training.close()

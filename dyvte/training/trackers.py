@@ -1,11 +1,12 @@
-"""Where a run's figures go: a JSONL file always, wandb and TensorBoard on request.
+"""Where a run's metrics go: a JSONL file always, wandb and TensorBoard on request.
 
-Figures are numbers, or lists of numbers over exit layers. A run that goes on from an earlier step takes up
+Metrics are numbers, or lists of numbers over exit layers. A run that goes on from an earlier step takes up
 each tracker there: what a killed run had written beyond that step does not count.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,18 +18,19 @@ from typing import Any, Protocol
 import yaml
 
 from dyvte.errors import ConfigError
+from dyvte.files import write_atomically
 from dyvte.training.plots import exit_histogram
 
-LOG_FILE, PICTURE_FILE = "train_log.jsonl", "exit_histogram.png"
+LOG_FILE, PLOT_FILE = "train_log.jsonl", "exit_histogram.png"
 EXIT_RATE = "validation/exit_rate"
 log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Takes figures by step; ``figures`` values are numbers or lists of numbers."""
+    """Takes metrics by step; ``metrics`` values are numbers or lists of numbers."""
 
-    def write(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Record the figures of a step."""
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record the metrics of a step."""
 
     def close(self) -> None:
         """Finish."""
@@ -47,14 +49,12 @@ class JsonlTracker:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     continue  # the torn last line of a killed run
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._stream = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line and hand it to the system at once."""
-        self._stream.write(json.dumps({"step": step, **figures}) + "\n")
+        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
@@ -74,9 +74,7 @@ class WandbTracker:
 
         id_file = folder / "wandb_run_id"
         if not id_file.is_file():
-            temporary = id_file.with_suffix(".tmp")
-            temporary.write_text(secrets.token_hex(4), encoding="utf-8")
-            os.replace(temporary, id_file)
+            write_atomically(id_file, secrets.token_hex(4))
         self._run = wandb.init(
             project=project,
             name=name,
@@ -89,26 +87,26 @@ class WandbTracker:
         )
         self._wandb, self._last = wandb, _LastExits()
 
-    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log numbers as they are; a list becomes one series per entry, and a histogram."""
-        self._last.take(step, figures)
-        flat: dict[str, Any] = dict(_flat(figures))
-        for name, value in figures.items():
+        self._last.take(step, metrics)
+        flat: dict[str, Any] = dict(_flat(metrics))
+        for name, value in metrics.items():
             if _is_list(value):
                 edges = [index - 0.5 for index in range(len(value) + 1)]
                 flat[name] = self._wandb.Histogram(np_histogram=(list(value), edges))
         self._run.log(flat, step=step)
 
     def close(self) -> None:
-        """Add the picture of the last exits and finish the run."""
-        picture = self._last.picture()
-        if picture is not None:
-            self._run.log({f"{EXIT_RATE}_picture": self._wandb.Image(picture)}, step=self._last.step)
+        """Add the plot of the last exits and finish the run."""
+        plot = self._last.plot()
+        if plot is not None:
+            self._run.log({f"{EXIT_RATE}_plot": self._wandb.Image(plot)}, step=self._last.step)
         self._run.finish()
 
 
 class TensorboardTracker:
-    """TensorBoard event files: scalars, the configuration as text, the last exits as a picture."""
+    """TensorBoard event files: scalars, the configuration as text, the last exits as a plot."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -120,63 +118,65 @@ class TensorboardTracker:
             self._writer.add_text("config", f"```\n{yaml.safe_dump(dict(config), sort_keys=False)}```", 0)
         self._last = _LastExits()
 
-    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Numbers as they are, lists entry by entry."""
-        self._last.take(step, figures)
-        for name, value in _flat(figures):
+        self._last.take(step, metrics)
+        for name, value in _flat(metrics):
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Add the picture, flush and close."""
-        picture = self._last.picture()
-        if picture is not None:
-            self._writer.add_image(EXIT_RATE, picture, self._last.step, dataformats="HWC")
+        """Add the plot, flush and close."""
+        plot = self._last.plot()
+        if plot is not None:
+            self._writer.add_image(EXIT_RATE, plot, self._last.step, dataformats="HWC")
         self._writer.close()
 
 
-class PictureTracker:
+class PlotTracker:
     """``exit_histogram.png`` in the output folder: where held-out samples leave, at the end of the run."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._last = folder / PICTURE_FILE, _LastExits()
+        self._path, self._last = folder / PLOT_FILE, _LastExits()
 
-    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Remember the exits."""
-        self._last.take(step, figures)
+        self._last.take(step, metrics)
 
     def close(self) -> None:
         """Draw them."""
-        picture = self._last.picture()
-        if picture is not None:
+        plot = self._last.plot()
+        if plot is not None:
             from PIL import Image
 
-            Image.fromarray(picture).save(self._path)
+            png = io.BytesIO()
+            Image.fromarray(plot).save(png, format="PNG")
+            write_atomically(self._path, png.getvalue())
 
 
 class _LastExits:
-    """The newest exit rates among the figures."""
+    """The newest exit rates among the metrics."""
 
     def __init__(self) -> None:
         self.step, self._rate = 0, None
 
-    def take(self, step: int, figures: Mapping[str, Any]) -> None:
-        if EXIT_RATE in figures:
-            self.step, self._rate = step, figures[EXIT_RATE]
+    def take(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if EXIT_RATE in metrics:
+            self.step, self._rate = step, metrics[EXIT_RATE]
 
-    def picture(self) -> Any:
+    def plot(self) -> Any:
         """Pixels; None where there is nothing to draw or to draw with."""
         if self._rate is None:
             return None
         try:
             return exit_histogram(self._rate, f"held-out samples, step {self.step}")
         except ConfigError as error:
-            log.warning("no picture of the exits: %s", error)
+            log.warning("no plot of the exits: %s", error)
             return None
 
 
-def _flat(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _flat(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Numbers by name; entry k of a list is ``name/k``, in two digits."""
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if _is_list(value):
             yield from ((f"{name}/{index:02d}", item) for index, item in enumerate(value))
         else:
@@ -197,7 +197,7 @@ def open_trackers(
     resume_step: int,
 ) -> list[Tracker]:
     """The run's trackers; one that is not installed is left out with a warning, training does not need it."""
-    trackers: list[Tracker] = [JsonlTracker(folder / LOG_FILE, resume_step), PictureTracker(folder)]
+    trackers: list[Tracker] = [JsonlTracker(folder / LOG_FILE, resume_step), PlotTracker(folder)]
     for name in report_to:
         try:
             if name == "wandb":
@@ -205,5 +205,5 @@ def open_trackers(
             elif name == "tensorboard":
                 trackers.append(TensorboardTracker(folder, config, resume_step))
         except ImportError as error:
-            log.warning("report_to %s: not installed (%s); figures go to %s only", name, error, LOG_FILE)
+            log.warning("report_to %s: not installed (%s); metrics go to %s only", name, error, LOG_FILE)
     return trackers

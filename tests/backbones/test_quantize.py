@@ -11,8 +11,8 @@ from dyvte.backbones import BackboneConfig, load_backbone, open_backbone, weight
 from dyvte.config import from_dict
 from dyvte.distributed import Processes
 from dyvte.errors import ConfigError, UnsupportedBackboneError
+from dyvte.tracing.sharded import opened_backbone
 from dyvte.training.config import TrainConfig
-from dyvte.training.sharded import opened_backbone
 from tests.helpers.models import tiny_llava
 
 

@@ -42,7 +42,7 @@ def _before_renaming(moment: str) -> None:
 
 
 def _in_step(_: str) -> None:
-    from dyvte.training.engine import Training
+    from dyvte.training.loop import Training
 
     real = Training._step
 

@@ -87,7 +87,7 @@ def test_a_killed_writer_is_resumed_without_loss_or_double(whole, tmp_path: Path
 def test_a_sweep_over_ten_settings_costs_one_teacher_pass(tmp_path: Path, monkeypatch) -> None:
     from dyvte.config import load_config
     from dyvte.training.config import TrainConfig
-    from dyvte.training.gate_training import train
+    from dyvte.training.train import train
 
     model, processor = tiny_llava(layers=3)
     model.save_pretrained(tmp_path / "backbone")

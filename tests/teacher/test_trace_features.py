@@ -12,7 +12,7 @@ from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.gates import FEATURES, GateConfig, GateStack, exit_layers
 from dyvte.teacher import Manifest, Shard, Trace, TraceStore
-from dyvte.training.gate_training import make_gates
+from dyvte.training.train import make_gates
 
 ROWS, LAYERS, HIDDEN = 12, 4, 3
 

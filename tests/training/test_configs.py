@@ -18,7 +18,7 @@ from dyvte.config import load_config
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.training import TrainConfig
 from dyvte.training.dryrun import describe_dry_run, dry_run
-from dyvte.training.gate_training import train
+from dyvte.training.train import train
 from dyvte.training.zero import engine_config
 from tests.helpers.families import FAMILIES
 from tests.helpers.models import random_image

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import dyvte
 from dyvte.backbones import describe_config, fingerprint, load_backbone, resolve_adapter, weights_digest
 from dyvte.config import from_dict
+from dyvte.data import select_samples
 from dyvte.distributed import Processes, join_processes
 from dyvte.errors import (
     CheckpointError,
@@ -27,12 +28,11 @@ from dyvte.gates import GateConfig, GateStack
 from dyvte.teacher import Teacher, TeacherConfig
 from dyvte.teacher.exits import positions_before
 from dyvte.training.config import TrainConfig
+from dyvte.training.lora.distillation import LoraTraining, distillation_loss
 from dyvte.training.lora.labels import Labelled, label
-from dyvte.training.lora.loop import LoraTraining, distillation_loss
 from dyvte.training.lora.model import add_adapter, trainable
 from dyvte.training.lora.train import train_lora
 from dyvte.training.schedule import drawn_exits
-from dyvte.training.tracing import select_samples
 from tests.helpers.batches import VISUAL_ID
 from tests.helpers.models import random_image, tiny_llava
 from tests.helpers.reference import exit_by_masks
@@ -238,7 +238,7 @@ def fresh(world: Path, output: Path, processes: Processes, **changed):
     model = add_adapter(model, cfg.lora, cfg.seed)
     teacher = Teacher(model, processor, TeacherConfig(template="chat", max_new_tokens=3, reference="base"))
     quiet = {"file": "", "max_bad_samples": 0, "progress": lambda _: None}
-    data = label(output / "answers", teacher, select_samples(cfg), processes, **quiet)
+    data = label(output / "answers", teacher, select_samples(cfg.data), processes, **quiet)
     return LoraTraining(cfg, model, data, None, processes), model, data
 
 

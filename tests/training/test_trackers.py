@@ -29,9 +29,9 @@ def jsonl(folder: Path) -> dict[int, dict]:
     return by_step
 
 
-def flat(figures: dict) -> dict[str, float]:
+def flat(metrics: dict) -> dict[str, float]:
     out = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         pairs = [(f"{name}/{k:02d}", v) for k, v in enumerate(value)] if isinstance(value, list) else None
         out.update(pairs or [(name, value)])
     return out
@@ -46,9 +46,9 @@ def logged(tmp_path_factory, processes) -> Path:  # noqa: F811
     """A whole training, told to all trackers."""
     folder = tmp_path_factory.mktemp("logged")
     cfg = make_config(folder, tracking={"log_every": 2})
-    _, figures = run(cfg, processes, make_trace(), validation=make_trace(20, seed=1))
+    _, metrics = run(cfg, processes, make_trace(), validation=make_trace(20, seed=1))
     trackers = opened(folder, ["wandb", "tensorboard"])
-    for step, found in figures:
+    for step, found in metrics:
         for tracker in trackers:
             tracker.write(step, found)
     for tracker in trackers:
@@ -63,34 +63,34 @@ def test_the_log_holds_every_series(logged: Path) -> None:
     assert (logged / "exit_histogram.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tensorboard_holds_the_same_figures_and_a_picture(logged: Path) -> None:
+def test_tensorboard_holds_the_same_metrics_and_a_plot(logged: Path) -> None:
     from PIL import Image
 
     scalars, events = tensorboard_run(logged / "tensorboard")
     expected = jsonl(logged)
     assert set(scalars) == set(expected)
-    for step, figures in expected.items():
-        assert scalars[step] == pytest.approx(flat(figures), rel=1e-6, abs=1e-6)
+    for step, metrics in expected.items():
+        assert scalars[step] == pytest.approx(flat(metrics), rel=1e-6, abs=1e-6)
     (image,) = events.Images("validation/exit_rate")
     assert image.step == 20
-    picture = Image.open(io.BytesIO(image.encoded_image_string))
-    assert len(picture.getcolors(10**6)) > 2  # not blank
+    plot = Image.open(io.BytesIO(image.encoded_image_string))
+    assert len(plot.getcolors(10**6)) > 2  # not blank
     assert b"epochs: 4.0" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_wandb_offline_holds_the_same_figures_the_config_and_a_picture(logged: Path) -> None:
+def test_wandb_offline_holds_the_same_metrics_the_config_and_a_plot(logged: Path) -> None:
     (file,) = (logged / "wandb").glob("offline-run-*/*.wandb")
     config, history = wandb_run(file)
     assert {name: config[name] for name in CONFIG} == CONFIG
     expected = jsonl(logged)
     assert set(history) == set(expected)
-    for step, figures in expected.items():
-        wanted = flat(figures)
+    for step, metrics in expected.items():
+        wanted = flat(metrics)
         assert {name: history[step][name] for name in wanted} == pytest.approx(wanted)
     assert history[20]["validation/exit_rate/_type"] == "histogram"
     assert history[20]["validation/exit_rate/values"] == pytest.approx(expected[20]["validation/exit_rate"])
-    picture = file.parent / "files" / history[20]["validation/exit_rate_picture/path"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    plot = file.parent / "files" / history[20]["validation/exit_rate_plot/path"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_resumed_run_goes_on_in_every_tracker(tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_a_resumed_run_goes_on_in_every_tracker(tmp_path: Path) -> None:
     for tracker in second:
         tracker.close()
     expected = {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0, 5: 50.0, 6: 60.0, 7: 70.0}
-    assert {step: figures["loss"] for step, figures in jsonl(tmp_path).items()} == expected
+    assert {step: metrics["loss"] for step, metrics in jsonl(tmp_path).items()} == expected
     scalars, _ = tensorboard_run(tmp_path / "tensorboard")
-    assert {step: figures["loss"] for step, figures in scalars.items()} == expected
+    assert {step: metrics["loss"] for step, metrics in scalars.items()} == expected
     files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len({file.name for file in files}) == 1  # one run id
     assert (tmp_path / "wandb_run_id").read_text() in files[0].name
@@ -128,7 +128,7 @@ def test_trackers_that_are_not_installed_are_left_out(tmp_path: Path, monkeypatc
     assert not (tmp_path / "wandb").exists()
 
 
-def test_without_matplotlib_the_figures_are_kept_and_the_picture_is_named(
+def test_without_matplotlib_the_metrics_are_kept_and_the_plot_is_named(
     tmp_path: Path, monkeypatch, caplog
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -136,5 +136,5 @@ def test_without_matplotlib_the_figures_are_kept_and_the_picture_is_named(
     for tracker in trackers:
         tracker.write(1, {"validation/exit_rate": [0.5, 0.5]})
         tracker.close()
-    assert "no picture of the exits" in caplog.text
+    assert "no plot of the exits" in caplog.text
     assert jsonl(tmp_path) == {1: {"validation/exit_rate": [0.5, 0.5]}}

@@ -19,8 +19,8 @@ from dyvte.objectives import expected_risk, reference_label
 from dyvte.teacher.trace import Trace
 from dyvte.training.checkpoints import Checkpoints, RunState
 from dyvte.training.config import TrainConfig
-from dyvte.training.loop import GateTraining
-from dyvte.training.metrics import budget_rows, fixed_at, validation_figures
+from dyvte.training.gate_training import GateTraining
+from dyvte.training.metrics import budget_rows, fixed_at, validation_metrics
 from dyvte.training.schedule import SampleOrder, drawn_layer, lr_factor
 
 LAYERS, HIDDEN = 4, 6
@@ -64,22 +64,22 @@ def make_gates() -> GateStack:
 
 
 def run(cfg: TrainConfig, processes: Processes, trace: Trace, stop_at: int | None = None, validation=None):
-    """Train (again); returns weights and the reported figures. ``stop_at`` fails right after that step."""
-    figures = []
+    """Train (again); returns weights and the reported metrics. ``stop_at`` fails right after that step."""
+    metrics = []
     training = GateTraining(cfg, make_gates(), trace, validation, processes)
 
     def advance(_: int) -> None:
-        if stop_at is not None and figures and figures[-1][0] >= stop_at:
+        if stop_at is not None and metrics and metrics[-1][0] >= stop_at:
             raise KeyboardInterrupt
 
     try:
         start = training.resume()
-        training.run(start, lambda step, found: figures.append((step, dict(found))), advance)
+        training.run(start, lambda step, found: metrics.append((step, dict(found))), advance)
     except KeyboardInterrupt:
-        return None, figures
+        return None, metrics
     finally:
         training.close()
-    return training.gathered(), figures
+    return training.weights(), metrics
 
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -90,7 +90,7 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 def test_engine_equals_a_plain_loop(tmp_path: Path, processes: Processes, accumulation: int) -> None:
     cfg = make_config(tmp_path, accumulation=accumulation, batch_size=8 // accumulation)
     trace = make_trace()
-    weights, figures = run(cfg, processes, trace)
+    weights, metrics = run(cfg, processes, trace)
 
     gates = make_gates()
     parameters = [p for gate in gates.gates[:-1] for p in gate.parameters()]
@@ -105,8 +105,8 @@ def test_engine_equals_a_plain_loop(tmp_path: Path, processes: Processes, accumu
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    assert len(figures) == 2
-    assert figures[-1][1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert len(metrics) == 2
+    assert metrics[-1][1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
     for name, tensor in gates.state_dict().items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=1e-4)
 
@@ -122,14 +122,14 @@ def test_gate_L_is_never_moved(tmp_path: Path, processes: Processes) -> None:
 def test_an_interrupted_run_ends_bit_identical(tmp_path: Path, processes: Processes, stop_at: int) -> None:
     settings = {"tracking": {"log_every": 1}}
     trace = make_trace()
-    whole, all_figures = run(make_config(tmp_path / "a", **settings), processes, trace)
+    whole, all_metrics = run(make_config(tmp_path / "a", **settings), processes, trace)
     cfg = make_config(tmp_path / "b", **settings)
     _, first = run(cfg, processes, trace, stop_at=stop_at)
     assert first[-1][0] == stop_at
     resumed, second = run(cfg, processes, trace)
     assert second[0][0] == 11  # from the checkpoint of step 10
     assert equal(resumed, whole)
-    losses = {step: found["loss"] for step, found in all_figures}
+    losses = {step: found["loss"] for step, found in all_metrics}
     assert all(found["loss"] == losses[step] for step, found in second)
 
 
@@ -144,8 +144,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, processes: Processe
     largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
     (folder / ".writing-step-00000020").mkdir()  # a writer that was killed
-    resumed, figures = run(cfg, processes, trace)
-    assert figures[0][0] == 11
+    resumed, metrics = run(cfg, processes, trace)
+    assert metrics[0][0] == 11
     assert equal(resumed, whole)
     assert [path.name for path in sorted(folder.iterdir())] == [
         "step-00000010", "step-00000015", "step-00000020"
@@ -202,8 +202,8 @@ def test_every_zero_stage_trains_the_same_gates(tmp_path: Path, processes: Proce
         tracking={"log_every": 1},
     )  # fmt: skip
     run(cfg, processes, make_trace(), stop_at=12)
-    weights, figures = run(cfg, processes, make_trace())
-    assert figures[0][0] == 11  # resumed
+    weights, metrics = run(cfg, processes, make_trace())
+    assert metrics[0][0] == 11  # resumed
     for name, tensor in plain.items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=1e-5)
 
@@ -214,7 +214,7 @@ def test_zero3_holds_the_backbone_in_shards_and_leaves_nothing_behind(
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     from dyvte.backbones import weights_digest
-    from dyvte.training.sharded import opened_backbone
+    from dyvte.tracing.sharded import opened_backbone
     from tests.helpers.models import tiny_llava
 
     model, processor = tiny_llava()
@@ -285,19 +285,19 @@ def test_one_layer_per_step_leaves_other_gates_and_their_moments_alone(
 def test_gates_learn_what_the_features_tell(tmp_path: Path, processes: Processes, name: str) -> None:
     cfg = make_config(tmp_path, epochs=8, objective={"name": name})
     train, test = make_trace(200, seed=1), make_trace(100, seed=2)
-    weights, figures = run(cfg, processes, train, validation=test)
+    weights, metrics = run(cfg, processes, train, validation=test)
     gates = make_gates()
     gates.load_state_dict(weights)
     with torch.no_grad():
         exits = exit_layers(gates(test.features), 0.5)
     ideal = (test.risk == 0).float().argmax(1).clamp(max=LAYERS)
     assert (exits == ideal).float().mean() > 0.95
-    last = [found for _, found in figures if "validation/risk" in found][-1]
+    last = [found for _, found in metrics if "validation/risk" in found][-1]
     assert last["validation/risk"] < 0.02
     assert sum(last["validation/exit_rate"]) == pytest.approx(1)
 
 
-# --- figures ---
+# --- metrics ---
 
 
 def test_budget_rows_compare_at_equal_compute() -> None:
@@ -319,9 +319,9 @@ def test_fixed_at_is_the_lower_hull() -> None:
     assert fixed_at(values, values, 1.0) == 0.0
 
 
-def test_validation_figures_at_a_threshold() -> None:
+def test_validation_metrics_at_a_threshold() -> None:
     trace = make_trace(10)
-    figures = validation_figures(torch.full((10, LAYERS), -9.0), trace, 0.5)
-    assert figures["validation/mean_exit_layer"] == LAYERS
-    assert figures["validation/same_answer"] == 1.0
-    assert figures["validation/exit_rate"] == [0.0] * LAYERS + [1.0]
+    metrics = validation_metrics(torch.full((10, LAYERS), -9.0), trace, 0.5)
+    assert metrics["validation/mean_exit_layer"] == LAYERS
+    assert metrics["validation/same_answer"] == 1.0
+    assert metrics["validation/exit_rate"] == [0.0] * LAYERS + [1.0]

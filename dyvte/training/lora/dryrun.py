@@ -6,27 +6,26 @@ from typing import Any
 
 import torch
 
-from dyvte.backbones import describe_config, read_model_config
+from dyvte.backbones import describe_config
+from dyvte.data import select_samples
+from dyvte.tracing.estimates import model_without_weights
+from dyvte.tracing.zero import stage_of
 from dyvte.training.config import TrainConfig
-from dyvte.training.engine import Plan
+from dyvte.training.loop import Plan
 from dyvte.training.lora.model import add_adapter, target_pattern, trainable
 from dyvte.training.lora.train import check_settings
-from dyvte.training.tracing import select_samples
-from dyvte.training.zero import engine_config, stage_of
+from dyvte.training.zero import engine_config
 
 
 def lora_dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     """Numbers of the run; raises what the run itself would raise about its data and settings."""
-    from transformers import AutoModelForImageTextToText
-
     check_settings(cfg)
-    config = read_model_config(cfg.model)
-    shape = describe_config(config)
+    model = model_without_weights(cfg.model)
+    shape = describe_config(model.config)
+    pattern = target_pattern(model, cfg.lora)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
-        pattern = target_pattern(model, cfg.lora)
         model = add_adapter(model, cfg.lora, cfg.seed)
-    selection = select_samples(cfg)
+    selection = select_samples(cfg.data)
     held_out = round(len(selection.samples) * cfg.data.validation_fraction)
     plan = Plan.of(cfg, max(1, len(selection.samples) - held_out), world_size)
     first, last = cfg.lora.exits(shape.num_layers)

@@ -18,7 +18,7 @@ from torch import Tensor
 from dyvte.data import Sample, Selection, check_defects
 from dyvte.distributed import Processes
 from dyvte.errors import CheckpointError
-from dyvte.evaluation.run_log import write_atomically
+from dyvte.files import write_atomically
 from dyvte.teacher import Teacher
 from dyvte.teacher.labels import append_answers, greedy_answers
 

@@ -6,15 +6,15 @@ Output folder::
     answers/            what the un-adapted full model answers (made once, reused by every later start; in
                         trace_dir if that is set, to share them between runs)
     checkpoints/        of the running training
-    train_log.jsonl     figures by step
+    train_log.jsonl     metrics by step
     adapter/            adapter_config.json + adapter_model.safetensors: the result, as PEFT writes it
     summary.json        every fixed exit before and after; written last
 """
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,19 @@ from dyvte import __version__
 from dyvte.backbones import describe, fingerprint, open_backbone, resolve_adapter, weights_digest
 from dyvte.backbones.adapter import ADAPTER_WEIGHTS
 from dyvte.config import to_dict
-from dyvte.distributed import Processes, join_processes
+from dyvte.data import select_samples
+from dyvte.distributed import Processes
 from dyvte.errors import ConfigError
-from dyvte.evaluation.run_log import write_atomically
 from dyvte.progress import progress
 from dyvte.teacher import Teacher
+from dyvte.tracing.zero import stage_of
 from dyvte.training.config import TrainConfig
+from dyvte.training.lora.distillation import LoraTraining
 from dyvte.training.lora.labels import Labelled, label
-from dyvte.training.lora.loop import LoraTraining
 from dyvte.training.lora.metrics import exit_columns, exit_rows, exit_table
 from dyvte.training.lora.model import add_adapter, save_adapter, trainable
-from dyvte.training.running import SUMMARY_FILE, disk_errors_named, prepare_output, run_tracked
-from dyvte.training.schedule import held_out
-from dyvte.training.tracing import select_samples
-from dyvte.training.zero import engine_config, stage_of
+from dyvte.training.running import carry_out, read_summary, train_tracked, without_held_out, write_summary
+from dyvte.training.zero import engine_config
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def train_lora(cfg: TrainConfig) -> LoraResult:
         Each naming what is wrong and what to do.
     """
     check_settings(cfg)
-    with join_processes(engine=True) as processes, disk_errors_named(cfg.output_dir):
-        return _train(cfg, processes)
+    return carry_out(cfg, _train, _finished)
 
 
 def check_settings(cfg: TrainConfig) -> None:
@@ -81,13 +79,9 @@ def check_settings(cfg: TrainConfig) -> None:
         )
 
 
-def _train(cfg: TrainConfig, processes: Processes) -> LoraResult:
-    prepare_output(cfg, processes)
-    finished = _finished(cfg)
-    if finished is not None:
-        return finished
+def _train(cfg: TrainConfig, processes: Processes) -> Callable[[], LoraResult]:
     began = time.perf_counter()
-    selection = select_samples(cfg)
+    selection = select_samples(cfg.data)
     model, processor = open_backbone(cfg.model, processes.device)
     base = {"id": cfg.model.path, "fingerprint": fingerprint(model), "weights": weights_digest(model)}
     model = add_adapter(model, cfg.lora, cfg.seed)
@@ -103,22 +97,16 @@ def _train(cfg: TrainConfig, processes: Processes) -> LoraResult:
             max_bad_samples=cfg.data.max_bad_samples,
             progress=advance,
         )
-    images = tuple(sample.image_id for sample in labelled.samples)
-    out_B = held_out(images, cfg.data.validation_fraction, cfg.seed)
-    train = labelled.rows((~out_B).nonzero().flatten().tolist())
-    validation = labelled.rows(out_B.nonzero().flatten().tolist()) if bool(out_B.any()) else None
+    images = [sample.image_id for sample in labelled.samples]
+    train, validation = without_held_out(lambda index: labelled.rows(index.tolist()), images, cfg)
     answered = time.perf_counter()
 
     training = LoraTraining(cfg, model, train, validation, processes)
-    try:
-        run_tracked(cfg, training, processes)
-    finally:
-        training.close()
+    train_tracked(cfg, training, processes)
     times = {"answer_seconds": answered - began, "train_seconds": time.perf_counter() - answered}
     data = {"file": cfg.data.path.name if cfg.data.path else None, "sha256": selection.sha256}
     record = {"base": base, "data": {**data, **selection.counts}, **_record(cfg, training)}
-    result = processes.first_alone(lambda: _finish(cfg, training, labelled, record, times))
-    return result if result is not None else _finished(cfg)  # type: ignore[return-value]
+    return lambda: _finish(cfg, training, labelled, record, times)
 
 
 def _finish(
@@ -145,7 +133,7 @@ def _finish(
         **times,
         **record,
     }
-    write_atomically(cfg.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    write_summary(cfg, summary)
     return LoraResult(folder, summary)
 
 
@@ -167,7 +155,5 @@ def _record(cfg: TrainConfig, training: LoraTraining) -> dict[str, Any]:
 
 
 def _finished(cfg: TrainConfig) -> LoraResult | None:
-    path, adapter = cfg.output_dir / SUMMARY_FILE, cfg.output_dir / "adapter"
-    if not path.is_file() or not (adapter / ADAPTER_WEIGHTS).is_file():
-        return None
-    return LoraResult(adapter, json.loads(path.read_text(encoding="utf-8")))
+    adapter, summary = cfg.output_dir / "adapter", read_summary(cfg)
+    return LoraResult(adapter, summary) if summary and (adapter / ADAPTER_WEIGHTS).is_file() else None

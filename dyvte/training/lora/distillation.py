@@ -23,7 +23,7 @@ from dyvte.teacher import kl_divergence
 from dyvte.teacher.exits import positions_before
 from dyvte.teacher.plain import predicted_logits
 from dyvte.training.config import TrainConfig
-from dyvte.training.engine import Training
+from dyvte.training.loop import Training
 from dyvte.training.lora.labels import Labelled
 from dyvte.training.lora.metrics import exit_columns, first_reaching
 from dyvte.training.lora.model import trainable

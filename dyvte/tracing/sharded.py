@@ -22,14 +22,14 @@ from dyvte.distributed import Processes, import_deepspeed
 from dyvte.errors import ConfigError, DataError
 from dyvte.teacher import Teacher
 from dyvte.teacher.store import Manifest, Shard
-from dyvte.training.config import TrainConfig
-from dyvte.training.zero import backbone_config, shards_backbone
+from dyvte.tracing.config import TracingConfig
+from dyvte.tracing.zero import backbone_engine, shards_backbone, start_engine
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def opened_backbone(cfg: TrainConfig, processes: Processes) -> Iterator[tuple[Any, Any]]:
+def opened_backbone(cfg: TracingConfig, processes: Processes) -> Iterator[tuple[Any, Any]]:
     """Model and processor for the teacher pass; sharded where the DeepSpeed file says stage 3.
 
     All processes must enter and leave together. The model must not be used afterwards.
@@ -50,18 +50,18 @@ def opened_backbone(cfg: TrainConfig, processes: Processes) -> Iterator[tuple[An
     deepspeed = import_deepspeed()
     from transformers.integrations import HfDeepSpeedConfig
 
-    settings = backbone_config(cfg, _stored_dtype(cfg.model, processes.device), processes.world_size)
+    settings = backbone_engine(cfg, _stored_dtype(cfg.model, processes.device), processes.world_size)
     told_transformers = HfDeepSpeedConfig(
         settings
     )  # holds from_pretrained and generate to ZeRO-3 while alive
     engine = None
     try:
-        model, processor = open_backbone(
-            cfg.model, None if processes.device.type == "cpu" else processes.device
-        )
+        # On a CPU no weight is moved: the shards are where they belong.
+        device = None if processes.device.type == "cpu" else processes.device
+        model, processor = open_backbone(replace(cfg.model, device=None), device)
         # A layer runs on the full stream and then on the exit streams: its weights stay gathered in between.
         deepspeed.utils.set_z3_leaf_modules(model, [type(describe(model).layers[0])])
-        engine, *_ = deepspeed.initialize(model=model, config=settings)
+        engine = start_engine(cfg.deepspeed, settings, model=model)
         engine.eval()
         yield model, processor
     finally:
@@ -84,7 +84,7 @@ class Lockstep:
 
     @staticmethod
     def of(
-        cfg: TrainConfig, model: Any, processor: Any, selection: Selection, processes: Processes
+        cfg: TracingConfig, model: Any, processor: Any, selection: Selection, processes: Processes
     ) -> Lockstep:
         """For a sharded backbone. Whether an answer must be generated may depend on no process's own data,
         so ``try_answers`` (the same labels, sooner) is off."""

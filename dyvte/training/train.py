@@ -1,0 +1,185 @@
+"""``train``: data and backbone in, traces, gates and a summary out; safe to start again at any point.
+
+Output folder::
+
+    config.yaml         the resolved configuration
+    trace/              what the teacher said (reused by every later start)
+    checkpoints/        of the running training
+    train_log.jsonl     metrics by step
+    exit_histogram.png  where held-out samples leave
+    gates/              gate_config.json + gates.safetensors: the result
+    summary.json        the final metrics; written last
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyvte import __version__
+from dyvte.calibration import gate_logits
+from dyvte.config import to_dict
+from dyvte.data import Selection, select_samples
+from dyvte.distributed import Processes
+from dyvte.errors import GateMismatchError
+from dyvte.gates import GateConfig, GateStack, close_gates, exit_layers, uniform_offsets
+from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
+from dyvte.teacher import TraceStore
+from dyvte.tracing import run_traces
+from dyvte.training.config import TrainConfig
+from dyvte.training.gate_training import GateTraining
+from dyvte.training.loop import Plan
+from dyvte.training.metrics import budget_rows, budget_table, exit_rate
+from dyvte.training.running import carry_out, read_summary, train_tracked, without_held_out, write_summary
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the gates are and how they fared on the held-out samples."""
+
+    gates: Path
+    summary: dict[str, Any]
+
+    def table(self) -> str:
+        """The summary table."""
+        return budget_table(self.summary["budgets"])
+
+
+def train(cfg: TrainConfig) -> TrainResult:
+    """Run a training from its configuration, or go on with it; see the module's text.
+
+    Under a launcher every process calls this. A run that is already complete returns its result at once.
+
+    Raises
+    ------
+    ConfigError, DataError, CheckpointError, GateMismatchError, UnsupportedBackboneError, TrainingError
+        Each naming what is wrong and what to do.
+    """
+    return carry_out(cfg, _train, _finished)
+
+
+def _train(cfg: TrainConfig, processes: Processes) -> Callable[[], TrainResult]:
+    started = time.perf_counter()
+    selection = select_samples(cfg.data)
+    store, backbone = run_traces(cfg, selection, cfg.traces, processes)
+    traced = time.perf_counter()
+
+    made = store.manifest
+    hidden_size = made.feature_size // len(made.features)
+    gates = make_gates(cfg, made.num_layers, hidden_size, backbone, made.exits)
+    trace = store.trace(gates.config.features)
+    train_part, validation = without_held_out(trace.rows, store.image_ids(), cfg)
+    training = GateTraining(cfg, gates, train_part, validation, processes)
+    weights = train_tracked(cfg, training, processes)
+    times = {"trace_seconds": traced - started, "train_seconds": time.perf_counter() - traced}
+    return lambda: _finish(cfg, training, weights, selection, store, times)
+
+
+def make_gates(
+    cfg: TrainConfig,
+    num_layers: int,
+    hidden_size: int,
+    backbone: Mapping[str, str | None],
+    exits: Sequence[int] | None = None,
+) -> GateStack:
+    """New gates for the run, or those it starts from.
+
+    New gates get offsets that make all exits equally likely where the objective starts so. Gates at layers
+    that are not among ``exits`` (None: all are) are closed.
+
+    Raises
+    ------
+    GateMismatchError
+        If the gates to start from have another shape, or belong to another backbone.
+    """
+    if cfg.gates.init_from is None:
+        closed = close_gates((0.0,) * num_layers, exits) if exits is not None else ()
+        config = GateConfig(
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            architecture=cfg.gates.architecture,
+            gate_hidden_size=cfg.gates.hidden_size,
+            features=cfg.gates.features or cfg.teacher.features,
+            offsets=uniform_offsets(num_layers, exits) if cfg.objective.starts_uniform else closed,
+            backbone=dict(backbone),
+        )
+        return GateStack.init(config, seed=cfg.seed)
+    gates = GateStack.from_pretrained(cfg.gates.init_from)
+    given = (gates.config.num_layers, gates.config.hidden_size)
+    if given != (num_layers, hidden_size):
+        raise GateMismatchError(
+            f"{cfg.gates.init_from}: gates for {given[0]} layers of size {given[1]}, the backbone has "
+            f"{num_layers} of size {hidden_size}; make new ones with `dyvte init --model {cfg.model.path}`"
+        )
+    theirs = gates.config.backbone.get("fingerprint")
+    if theirs is not None and theirs != backbone.get("fingerprint"):
+        raise GateMismatchError(
+            f"{cfg.gates.init_from}: gates of another backbone ({gates.config.backbone.get('id')}, "
+            f"fingerprint {theirs}); this one is {backbone.get('id')}, {backbone.get('fingerprint')}"
+        )
+    offsets = gates.config.offsets if exits is None else close_gates(gates.config.offsets, exits)
+    gates.config = replace(gates.config, backbone=dict(backbone), calibration={}, offsets=offsets)
+    return gates
+
+
+def _finished(cfg: TrainConfig) -> TrainResult | None:
+    folder, summary = cfg.output_dir / "gates", read_summary(cfg)
+    return TrainResult(folder, summary) if summary and (folder / GATES_CONFIG).is_file() else None
+
+
+def _finish(
+    cfg: TrainConfig,
+    training: GateTraining,
+    weights: dict[str, torch.Tensor],
+    selection: Selection,
+    store: TraceStore,
+    times: dict[str, float],
+) -> TrainResult:
+    """Write the gates with their record, then the summary."""
+    record = _record(cfg, training.plan, selection, store)
+    config = replace(training.gates.config, training=record, dyvte_version=__version__)
+    gates = GateStack(config)
+    gates.load_state_dict(weights)
+    gates.eval().save_pretrained(cfg.output_dir / "gates")
+
+    judged = training.validation if training.validation is not None else training.train
+    train_logits, logits = gate_logits(gates, training.train), gate_logits(gates, judged)
+    summary = {
+        "gates": str(cfg.output_dir / "gates"),
+        "judged_on": "held-out samples" if training.validation is not None else "training samples",
+        "num_judged": len(judged),
+        "budgets": budget_rows(train_logits, training.train, logits, judged),
+        "exit_rate": exit_rate(exit_layers(logits, 0.5), judged.num_layers),
+        "parameters": sum(parameter.numel() for parameter in gates.parameters()),
+        "dropped": list(store.dropped()),
+        **times,
+        **record,
+    }
+    write_summary(cfg, summary)
+    return TrainResult(cfg.output_dir / "gates", summary)
+
+
+def _record(cfg: TrainConfig, plan: Plan, selection: Selection, store: TraceStore) -> dict[str, Any]:
+    """How the weights came about: kept in ``gate_config.json``."""
+    return {
+        "objective": to_dict(cfg.objective),
+        "optimizer": to_dict(cfg.optimizer),
+        "epochs": cfg.epochs,
+        "steps": plan.steps,
+        "global_batch": plan.global_batch,
+        "num_samples": plan.num_samples,
+        "seed": cfg.seed,
+        "init_from": str(cfg.gates.init_from) if cfg.gates.init_from else None,
+        "data": selection.record(),
+        "trace": store.manifest.fingerprint,
+        "reductions": cfg.teacher.reductions,
+        "trace_notes": store.notes(),
+    }
