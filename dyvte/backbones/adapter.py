@@ -102,12 +102,29 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> Any:
             raise UnsupportedBackboneError(
                 f"the adapter at {adapter} does not fit the backbone: {error}"
             ) from error
+        _check_all_used(loaded, adapter)
     if any(getattr(one, "is_prompt_learning", False) for one in loaded.peft_config.values()):
         raise UnsupportedBackboneError(
             f"the adapter at {adapter} puts tokens of its own before the prompt, so positions in the prompt "
             "no longer say where the visual tokens are: use LoRA or another adapter of the weights"
         )
     return loaded
+
+
+def _check_all_used(loaded: Any, adapter: str | os.PathLike[str]) -> None:
+    """Refuse an adapter of which a part has no place: PEFT passes over it without a word."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    stored = load_peft_weights(str(adapter), device="cpu").keys()
+    placed = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
+    # whole modules that were saved with it, such as embeddings, go by the model's own names
+    if unused := sorted(stored - placed - loaded.state_dict().keys()):
+        shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+        raise UnsupportedBackboneError(
+            f"the adapter at {adapter} does not fit the backbone: it holds weights for modules that are not "
+            f"there ({shown}). Give the backbone that it was trained on"
+        )
 
 
 @contextmanager

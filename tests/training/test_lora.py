@@ -155,10 +155,14 @@ def test_gates_of_one_are_refused_on_the_other(world: Path, trained) -> None:
         (lambda f: edit(f, base_model_name_or_path="/nowhere/base"), "/nowhere/base, which is not there"),
         (lambda f: edit(f, r=8), "does not fit the backbone"),
         (lambda f: drop_a_tensor(f), "missing adapter keys"),
+        (
+            lambda f: add_a_layer(f),
+            r"modules that are not there \(.*layers\.9\..* more\)\. Give the backbone",
+        ),
         (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "config.json").write_text("{}"), "holds a model and an adapter"),
     ],
-    ids=["no weights", "no base", "base gone", "other rank", "half of it", "torn", "both"],
+    ids=["no weights", "no base", "base gone", "other rank", "half of it", "layers more", "torn", "both"],
 )
 def test_an_adapter_that_cannot_be_used_is_named(trained, tmp_path: Path, spoil, message: str) -> None:
     folder = tmp_path / "adapter"
@@ -181,6 +185,26 @@ def drop_a_tensor(folder: Path) -> None:
     save_file(found, folder / "adapter_model.safetensors")
 
 
+def add_a_layer(folder: Path) -> None:
+    """As an adapter of a deeper backbone of the same width holds them."""
+    from safetensors.torch import save_file
+
+    found = weights(folder)
+    last = f"layers.{LAYERS - 1}."
+    more = {key.replace(last, "layers.9."): value.clone() for key, value in found.items() if last in key}
+    assert len(more) > 3
+    save_file({**found, **more}, folder / "adapter_model.safetensors")
+
+
+def test_an_adapter_of_a_deeper_backbone_is_refused(world: Path, trained, tmp_path: Path) -> None:
+    """Every second backbone of a family: the same width, fewer layers."""
+    shallow, processor = tiny_llava(layers=LAYERS - 1)
+    shallow.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBackboneError, match=r"modules that are not there \(.*layers\.3\."):
+        load_backbone(tmp_path, adapter=trained.adapter)
+
+
 def tokens(processor):
     from dyvte.backbones import encode, get_template
 
@@ -196,7 +220,7 @@ def test_traces_against_the_base_compare_with_the_unadapted_model(world: Path, t
     """Column k is KL(base full || adapted behind exit k), each from a masked pass of its own."""
     base, processor = load_backbone(world / "base")
     adapted, _ = load_backbone(trained.adapter)
-    samples = select_samples(config(world, Path("unused"))).samples[:4]
+    samples = select_samples(config(world, Path("unused")).data).samples[:4]
     settings = {"template": "chat", "max_new_tokens": 3}
     shard, _ = Teacher(adapted, processor, TeacherConfig(**settings, reference="base")).trace(samples)
     plain = Teacher(base, processor, TeacherConfig(**settings))
