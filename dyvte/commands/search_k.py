@@ -48,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search; print the curve and K; return the exit code."""
     import json
-    from pathlib import Path
 
     from dyvte.backbones import describe_config, read_model_config
     from dyvte.calibration import check_plot, plot_search, write_fixed_layer
+    from dyvte.files import write_atomically
     from dyvte.gates import GateConfig
     from dyvte.tracing.search import search_k
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         "kl": found.kl.tolist(),
     }
     if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_atomically(args.json, json.dumps(record, indent=2) + "\n")
     if args.plot:
         plot_search(found, args.plot)
         print(f"written: {args.plot}")

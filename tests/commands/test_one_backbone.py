@@ -88,7 +88,7 @@ COMMANDS = {
     "trace": (["trace", "--output", "OUT"], training_file),
     "calibrate": (["calibrate", "--gates", "GATES", "--trace", "OUT", "--budget", "0.5", "--data_path",
                    "DATA"], training_file),
-    "profile": (["calibrate", "--reduction", "yopo", "--output", "OUT"], training_file),
+    "profile": (["profile", "--output", "OUT"], training_file),
     "search-k": (["search-k"], training_file),
     "search-plan": (["search-plan", "--budget", "0.5", "--output", "OUT"], training_file),
     "eval": (["eval"], evaluation_file),
