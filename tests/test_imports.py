@@ -38,6 +38,8 @@ FLOORS = {
     "reductions": ["base", "profile", "fastv"],
     "runtime": ["cache", "replay", "prefill", "engine", "visual_exit"],
     "tasks": ["readers", "answers", "base", "choices", "gqa", "mmbench"],
+    "tracing": ["config", "zero", "sharded", "traces"],
+    "training": ["config", "zero", "loop", "gate_training", "running", "train", "dryrun"],
     "teacher": ["streams", "trace", "store", "teacher", "pipeline"],
 }
 LARGEST_SHARE = 0.15

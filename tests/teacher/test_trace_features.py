@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
 from dyvte.calibration import calibrate_compute
-from dyvte.commands.training_options import MODEL_AND_DATA, add_settings, config_of
+from dyvte.commands.parser import Parser
+from dyvte.commands.training_options import add_training, config_of
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.gates import FEATURES, GateConfig, GateStack, exit_layers
 from dyvte.teacher import Manifest, Shard, Trace, TraceStore
@@ -68,8 +67,8 @@ def test_gates_of_another_size_are_refused(store) -> None:
 
 
 def test_features_on_the_command_line() -> None:
-    parser = argparse.ArgumentParser()
-    add_settings(parser, MODEL_AND_DATA)
+    parser = Parser()
+    add_training(parser)
     common = ["--model_name_or_path", "backbone", "--data_path", "data.json"]
     args = parser.parse_args([*common, "--features", "mean_visual,last_prompt"])
     assert config_of(args, ["output_dir=."]).teacher.features == ("mean_visual", "last_prompt")
@@ -78,5 +77,9 @@ def test_features_on_the_command_line() -> None:
     assert make_gates(cfg, LAYERS, HIDDEN, {}).config.features == ("mean_visual", "last_prompt")
     cfg = config_of(args, ["output_dir=.", 'gates.features=["last_prompt"]'])
     assert make_gates(cfg, LAYERS, HIDDEN, {}).config.feature_size == HIDDEN
-    with pytest.raises(ConfigError, match="each at most once"):
-        config_of(parser.parse_args([*common, "--features", "last_prompt,colour"]), ["output_dir=."])
+    for given, message in (
+        ("last_prompt,colour", "unknown value 'colour'"),
+        ("last_prompt,last_prompt", "once"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config_of(parser.parse_args([*common, "--features", given]), ["output_dir=."])
