@@ -10,25 +10,17 @@ import pytest
 from dyvte.analysis import STUDIES
 from dyvte.cli import main
 from dyvte.data.scenes.writers import write_all
-from tests.helpers.fixtures import write_mini_gqa
-from tests.helpers.models import tiny_llava
+from tests.helpers.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("analyze")
-    model, processor = tiny_llava(4, 32)
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
-    write_mini_gqa(root / "gqa", questions=6, images=3)
-    return root
+WORLD = World(gqa=(6, 3))
 
 
 def _options(world, output, *more):
     return [
-        *("--model", str(world / "model"), "--benchmark", "gqa", "--data", str(world / "gqa")),
+        *("--model", str(world / "backbone"), "--benchmark", "gqa", "--data", str(world / "gqa")),
         *("--output", str(output), "--question-suffix", "", "--max-new-tokens", "3"),
         *("--samples", "3", *more),
     ]

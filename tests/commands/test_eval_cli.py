@@ -11,26 +11,17 @@ from pathlib import Path
 import pytest
 
 from dyvte.cli import main
-from tests.helpers.fixtures import write_mini_gqa, write_mini_mme
-from tests.helpers.models import tiny_llava
+from tests.helpers.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("cli")
-    model, processor = tiny_llava(4, 32)
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
-    write_mini_gqa(root / "gqa", questions=9, images=3)
-    write_mini_mme(root / "mme", images=2)
-    return root
+WORLD = World(gqa=(9, 3), mme=2)
 
 
 def _options(world, benchmark, output, *more):
     return [
-        *("eval", "--model", str(world / "model"), "--benchmark", benchmark),
+        *("eval", "--model", str(world / "backbone"), "--benchmark", benchmark),
         *("--data", str(world / benchmark), "--output", str(output)),
         *("--question-suffix", "", "--timing-batches", "0", "--max-new-tokens", "3", *more),
     ]

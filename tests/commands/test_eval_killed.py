@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.fixtures import write_mini_gqa
-from tests.helpers.models import tiny_llava
+from tests.helpers.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ("never", "fixed-2", "never+fastv-1-0.5", "fixed-2+fastv-1-0.5")
@@ -22,20 +21,19 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 pytestmark = pytest.mark.full
 
 
+WORLD = World(gqa=(240, 6))
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("killed")
-    model, processor = tiny_llava(4, 32)
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
-    write_mini_gqa(root / "gqa", questions=240, images=6)
-    _start(root, root / "whole").wait(300)
-    return root
+def world(world):
+    """With the files of a run that nobody kills."""
+    _start(world, world / "whole").wait(300)
+    return world
 
 
 def _start(world, output, launcher=()):
     options = [
-        *("--model", world / "model", "--benchmark", "gqa", "--data", world / "gqa", "--output", output),
+        *("--model", world / "backbone", "--benchmark", "gqa", "--data", world / "gqa", "--output", output),
         *("--question-suffix", "", "--timing-batches", "0", "--max-new-tokens", "8", "--batch-size", "4"),
         *("--policy", "never", "--policy", "fixed:2", "--reduction", "none", "--reduction", "fastv:1:0.5"),
     ]

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.test_training_cli import LIMIT_SECONDS, ROOT, environment, options, same, weights, world  # noqa: F401
+from tests.helpers.trainings import LIMIT_SECONDS, ROOT, environment, options, same, weights
+from tests.helpers.world import World
 
+WORLD = World(conversations={"train": range(12), "calibration": range(12, 20)}, stops=True)
 SABOTEUR = str(Path(__file__).parents[1] / "helpers" / "saboteur.py")
 CASES = [
     # moment, rank that dies, processes
@@ -30,7 +32,7 @@ CASES = [
 pytestmark = pytest.mark.full
 
 
-def command(world: Path, output: Path, processes: int, *program: str) -> list[str]:  # noqa: F811
+def command(world: Path, output: Path, processes: int, *program: str) -> list[str]:
     zero = {"--deepspeed": str(ROOT / "configs" / "deepspeed" / "zero2.json")} if processes > 1 else {}
     flags = {
         "--save_steps": "5", "--logging_steps": "1", "--per_device_train_batch_size": str(8 // processes),
@@ -50,7 +52,7 @@ def start(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world: Path, tmp_path_factory):  # noqa: F811
+def undisturbed(world: Path, tmp_path_factory):
     """An uninterrupted run with so many processes."""
 
     @cache
@@ -71,7 +73,7 @@ def log(output: Path) -> list[dict]:
 
 @pytest.mark.parametrize(("moment", "rank", "processes"), CASES)
 def test_the_same_command_ends_as_if_nothing_had_happened(
-    world: Path,  # noqa: F811
+    world: Path,
     undisturbed,
     tmp_path: Path,
     moment: str,

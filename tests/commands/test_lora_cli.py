@@ -13,18 +13,11 @@ from dyvte.cli import main
 from dyvte.config import load_config
 from dyvte.gates import load_checkpoint
 from dyvte.training.config import TrainConfig
-from tests.commands.test_training_cli import (
-    LIMIT_SECONDS,
-    ROOT,
-    conversation,
-    environment,
-    options,
-    script,
-    world,
-)
 from tests.helpers.killing import train_and_kill
+from tests.helpers.trainings import LIMIT_SECONDS, ROOT, environment, options, script
+from tests.helpers.world import World, conversation
 
-__all__ = ["world"]  # the fixture
+WORLD = World(conversations={"train": range(12), "calibration": range(12, 20)}, stops=True)
 # peft asks for it
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 SHORT = {

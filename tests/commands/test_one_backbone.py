@@ -18,8 +18,8 @@ from dyvte.evaluation.runner import EvalConfig
 from dyvte.gates import GateConfig, GateStack
 from dyvte.plugins.answering import Answering, plugin_config
 from dyvte.training import TrainConfig
-from tests.helpers.fixtures import write_mini_gqa
-from tests.helpers.models import random_image, tiny_llava
+from tests.helpers.models import tiny_llava
+from tests.helpers.world import World
 
 SETTINGS = {
     "adapter": "/some/adapter",
@@ -38,23 +38,16 @@ class Loaded(Exception):
     """What would have been loaded."""
 
 
+WORLD = World(gqa=(4, 2), conversations={"data": range(2)}, questions=1)
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava(4)
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
-    write_mini_gqa(root / "gqa", questions=4, images=2)
-    (root / "images").mkdir()
-    turns = [{"from": "human", "value": "<image>\nhow many ?"}, {"from": "gpt", "value": "red"}]
-    for index in range(2):
-        random_image(index).save(root / "images" / f"{index}.png")
-    entries = [{"id": f"{i}", "image": f"{i}.png", "conversations": turns} for i in range(2)]
-    (root / "data.json").write_text(json.dumps(entries))
-    shape = describe_config(root / "model")
+def world(world: Path) -> Path:
+    """With gates for the backbone."""
+    shape = describe_config(world / "backbone")
     config = GateConfig(num_layers=shape.num_layers, hidden_size=shape.hidden_size)
-    GateStack.init(config, seed=0).save_pretrained(root / "gates")
-    return root
+    GateStack.init(config, seed=0).save_pretrained(world / "gates")
+    return world
 
 
 def training_file(world: Path, folder: Path, model: dict) -> str:
@@ -107,7 +100,7 @@ def test_every_setting_reaches_the_loader(command, flat, world, tmp_path, monkey
     settings = dict(SETTINGS)
     if command == "train --lora":  # it makes the adapter
         del settings["adapter"]
-    path = str(world / "model")
+    path = str(world / "backbone")
     model = {"model": path, **settings} if flat else {"model": {"path": path, **settings}}
     words, write = COMMANDS[command]
     named = {"OUT": str(tmp_path / "made"), "GATES": str(world / "gates"), "DATA": str(world / "data.json")}
@@ -125,8 +118,8 @@ def test_plugins_load_the_same(world, monkeypatch):
 
     monkeypatch.setattr("dyvte.backbones.load.load_backbone", spy)
     with pytest.raises(Loaded) as loaded:
-        Answering(plugin_config("--model_args", str(world / "model"), **SETTINGS))
-    assert loaded.value.args == (str(world / "model"), SETTINGS)
+        Answering(plugin_config("--model_args", str(world / "backbone"), **SETTINGS))
+    assert loaded.value.args == (str(world / "backbone"), SETTINGS)
     with pytest.raises(ConfigError, match="unknown key 'adaptor'; did you mean 'adapter'"):
         plugin_config("--model_args", "m", adaptor="x")
 
@@ -196,13 +189,13 @@ def test_a_cpu_computes_in_float32_unless_asked(tmp_path):
 def test_plans_are_searched_for_an_adapter_folder(world, tmp_path, capsys):
     """Its backbone's config is read, not its own."""
     (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": str(world / "model"), "peft_type": "LORA"})
+        json.dumps({"base_model_name_or_path": str(world / "backbone"), "peft_type": "LORA"})
     )
     words = ["search-plan", "--model_name_or_path", str(tmp_path), "--data_path", str(world / "data.json")]
     words += ["--budget", "0.5", "--output", str(tmp_path / "plans"), "--dry-run"]
     assert main(words) == 0
     assert "4 exits" in capsys.readouterr().out
-    assert fingerprint(tmp_path) == fingerprint(world / "model")
+    assert fingerprint(tmp_path) == fingerprint(world / "backbone")
     words[2] = str(world / "nowhere")
     assert main(words) == 2
     assert f"no model folder at {world / 'nowhere'}: check the path" in capsys.readouterr().err

@@ -12,38 +12,13 @@ from dyvte.cli import main
 from dyvte.comparison.plans import folder_name
 from dyvte.gates import load_checkpoint
 from dyvte.reductions import VisualProfile, parse_reductions
-from tests.helpers.models import random_image, tiny_llava
+from tests.helpers.world import World
 
 QUESTIONS = ["how many ?", "what color is the circle ?"]
 LAYERS = 4
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A backbone folder and two sets of conversations about eight pictures."""
-    root = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava(layers=LAYERS)
-    model.generation_config.eos_token_id = [2, 31, 34]
-    model.save_pretrained(root / "backbone")
-    processor.save_pretrained(root / "backbone")
-    (root / "images").mkdir()
-    for index in range(8):
-        random_image(index).save(root / "images" / f"{index}.png")
-    for name, images in (("train", range(5)), ("calibration", range(5, 8))):
-        entries = [
-            {
-                "id": f"{name}-{image}-{number}",
-                "image": f"{image}.png",
-                "conversations": [
-                    {"from": "human", "value": f"<image>\n{question}"},
-                    {"from": "gpt", "value": "red"},
-                ],
-            }
-            for image in images
-            for number, question in enumerate(QUESTIONS)
-        ]
-        (root / f"{name}.json").write_text(json.dumps(entries))
-    return root
+WORLD = World(conversations={"train": range(5), "calibration": range(5, 8)}, questions=2, stops=True)
 
 
 def options(world: Path, data: str) -> list[str]:

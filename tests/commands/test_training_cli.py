@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import socket
@@ -19,58 +18,11 @@ from safetensors.torch import load_file
 from dyvte.cli import main
 from dyvte.gates import GateStack, load_checkpoint
 from tests.helpers.killing import train_and_kill
-from tests.helpers.models import random_image, tiny_llava
+from tests.helpers.models import tiny_llava
+from tests.helpers.trainings import LIMIT_SECONDS, ROOT, environment, options, same, script, weights
+from tests.helpers.world import World, conversation
 
-ROOT = Path(__file__).resolve().parents[2]
-QUESTIONS = ["how many ?", "what color is the circle ?", "is there any red square on the left ?"]
-LIMIT_SECONDS = 240
-
-
-def environment() -> dict[str, str]:
-    return {
-        **os.environ, "PYTHONPATH": str(ROOT), "DYVTE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A backbone folder, training and calibration data, images."""
-    root = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava(layers=4)
-    model.generation_config.eos_token_id = [2, 31, 34]
-    model.save_pretrained(root / "backbone")
-    processor.save_pretrained(root / "backbone")
-    (root / "images").mkdir()
-    for index in range(20):
-        random_image(index).save(root / "images" / f"{index}.png")
-    for name, images in (("train", range(12)), ("calibration", range(12, 20))):
-        entries = [conversation(f"{name}{i}-{j}", f"{i}.png", QUESTIONS[j]) for i in images for j in range(3)]
-        (root / f"{name}.json").write_text(json.dumps(entries))
-    return root
-
-
-def conversation(sample_id: str, image: str, question: str = QUESTIONS[0], answer: str = "red") -> dict:
-    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": sample_id, "image": image, "conversations": turns}
-
-
-def options(world: Path, output: Path, **changed: str) -> list[str]:
-    given = {
-        "--model_name_or_path": str(world / "backbone"), "--data_path": str(world / "train.json"),
-        "--image_folder": str(world / "images"), "--output_dir": str(output), "--num_train_epochs": "4",
-        "--per_device_train_batch_size": "8", "--max_new_tokens": "3", "--teacher_batch_size": "8",
-        "--learning_rate": "1e-2", "--report_to": "none", **changed,
-    }  # fmt: skip
-    return [word for pair in given.items() for word in pair]
-
-
-def script(*words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "scripts" / "finetune_visual_gate.sh"), *words]
-    return subprocess.run(
-        command, cwd=cwd, env={**environment(), **variables}, timeout=LIMIT_SECONDS,
-        capture_output=True, text=True,
-    )  # fmt: skip
+WORLD = World(conversations={"train": range(12), "calibration": range(12, 20)}, stops=True)
 
 
 def reference_flags(output: Path) -> dict[str, str]:
@@ -80,14 +32,6 @@ def reference_flags(output: Path) -> dict[str, str]:
         "--gradient_accumulation_steps": "1", "--warmup_ratio": "0.03", "--lr_scheduler_type": "cosine",
         "--model_max_length": "2048",
     }  # fmt: skip
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "gates" / "gates.safetensors")
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.fixture(scope="module")
