@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _data(entries: list[str]) -> dict[str, Path]:
     from dyvte.errors import ConfigError
-    from dyvte.tasks.base import check_benchmark
+    from dyvte.tasks.base import TASKS
 
     found = {}
     for entry in entries:
         name, equals, folder = entry.partition("=")
         if not equals or not folder:
             raise ConfigError(f"--data {entry}: expected BENCHMARK=FOLDER, for example gqa=/data/gqa")
-        check_benchmark(name)
+        TASKS.get(name)
         found[name] = Path(folder)
     return found

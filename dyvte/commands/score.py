@@ -1,14 +1,17 @@
 """Score a predictions file by a benchmark's rules; no model is needed.
 
-Predictions: raw answers as jsonl ({"question_id", "prediction"} or LLaVA's {"question_id", "text"}), or the
-benchmark's submission format, compared as it stands (docs/benchmarks.md lists them). Every question must have
-a prediction; images need not be there (MME's release layout excepted).
+Predictions: raw answers as jsonl ({"question_id", "prediction"} or LLaVA's {"question_id", "text"}),
+VLMEvalKit's table or workbook (index, prediction), or the benchmark's submission format, compared as it
+stands (docs/benchmarks.md lists them). Every question must have a prediction; images need not be there
+(MME's release layout excepted).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 EXAMPLES = """
@@ -20,9 +23,9 @@ dyvte score mmvet --data /data/mm-vet --predictions answers.jsonl --submission f
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte score``."""
-    from dyvte.tasks.base import benchmark_names
+    from dyvte.tasks.base import DIALECTS, TASKS
 
-    parser.add_argument("benchmark", help=", ".join(benchmark_names()))
+    parser.add_argument("benchmark", help=", ".join(TASKS))
     parser.add_argument(
         "--predictions", required=True, type=Path, help="file or folder of answers (required)"
     )
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dialect",
         default="original",
-        help="whose rule: original, lmms, vlmevalkit, or all that exist for the benchmark",
+        help=f"whose rule: {', '.join(DIALECTS)}, or all that exist for the benchmark",
     )
     parser.add_argument("--output", type=Path, help="also write the scores here, as JSON")
     parser.add_argument(
@@ -43,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the scores as JSON."""
     from dyvte.errors import ScoreError
+    from dyvte.files import write_atomically
     from dyvte.tasks.base import get_benchmark
 
     benchmark = get_benchmark(args.benchmark)
@@ -55,28 +59,19 @@ def run(args: argparse.Namespace) -> int:
         raise ScoreError(f"no score can be given: {why}. --submission FOLDER writes the file to submit")
     text = json.dumps(scores if args.dialect == "all" else scores[args.dialect], indent=2)
     print(text)
-    if args.output is not None:
-        _write(args.output, text)
-    if args.submission is not None:
-        _folder(args.submission)
-        print(f"submission: {benchmark.write_submission(args.submission, questions, predictions)}")
+    with _disk_errors_named():
+        if args.output is not None:
+            write_atomically(args.output, text + "\n")
+        if args.submission is not None:
+            print(f"submission: {benchmark.write_submission(args.submission, questions, predictions)}")
     return 0
 
 
-def _write(path: Path, text: str) -> None:
-    from dyvte.errors import ConfigError
-
-    _folder(path.parent)
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _folder(path: Path) -> None:
+@contextmanager
+def _disk_errors_named() -> Iterator[None]:
     from dyvte.errors import ConfigError
 
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot write {error.filename or ''}: {error.strerror or error}") from error

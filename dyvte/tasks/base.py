@@ -19,7 +19,7 @@ from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.formatting import name_some
 from dyvte.registry import Registry
 from dyvte.tasks.readers.files import fit, is_file, shards_below, tables_below
-from dyvte.tasks.readers.predictions import read_answers, read_submitted
+from dyvte.tasks.readers.predictions import read_answers, read_json_table, read_submitted
 from dyvte.tasks.readers.rows import Row
 from dyvte.tasks.readers.rows import read_jsonl as read_jsonl
 from dyvte.tasks.readers.tables import read_table
@@ -280,8 +280,8 @@ class Benchmark:
     # --- predictions ------------------------------------------------------------------------------------
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read raw answers (jsonl, or VLMEvalKit's table or workbook) or this benchmark's submission file
-        (json).
+        """Read raw answers (jsonl, or VLMEvalKit's table as TSV, workbook or JSON) or this benchmark's
+        submission file (JSON).
 
         Raises
         ------
@@ -290,7 +290,7 @@ class Benchmark:
         """
         path = Path(path)
         if path.suffix.lower() == ".json":
-            return self.read_submission(path, questions)
+            return read_json_table(path) or self.read_submission(path, questions)
         return read_answers(path)
 
     def read_submission(self, path: Path, questions: Sequence[Question]) -> Predictions:
@@ -308,16 +308,6 @@ class Benchmark:
 
 TASKS: Registry[type[Benchmark]] = Registry("benchmark", "dyvte.tasks")
 """The benchmarks by name."""
-
-
-def benchmark_names() -> tuple[str, ...]:
-    """Names that :func:`get_benchmark` takes."""
-    return TASKS.names()
-
-
-def check_benchmark(name: str) -> None:
-    """Raise ConfigError, naming the nearest name, unless ``name`` is a benchmark."""
-    TASKS.get(name)
 
 
 def get_benchmark(name: str) -> Benchmark:

@@ -23,7 +23,7 @@ from dyvte.tasks.readers.files import (
     shards_below,
     table_images,
 )
-from dyvte.tasks.readers.predictions import read_answers, read_submitted
+from dyvte.tasks.readers.predictions import read_submitted
 from dyvte.tasks.readers.rows import Row, read_entries, read_jsonl
 from dyvte.tasks.readers.tables import read_table
 from dyvte.tasks.records import ImageSource, count_unknown
@@ -140,12 +140,9 @@ class GQA(Benchmark):
         balanced = [q.details.get("balanced", True) for q in questions]
         return mean_statistic([q.image_id for q in questions], hits, balanced)
 
-    def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read a submission (``[{"questionId", "prediction"}]``) or raw answers."""
-        path = Path(path)
-        if path.suffix.lower() == ".json":
-            return read_submitted(path, "questionId", "prediction")
-        return read_answers(path)
+    def read_submission(self, path: Path, questions: Sequence[Question]) -> Predictions:
+        """Read what ``eval.py`` takes: ``[{"questionId", "prediction"}]``."""
+        return read_submitted(path, "questionId", "prediction")
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
         """Write ``testdev_balanced_predictions.json`` for the official ``eval.py``."""

@@ -417,14 +417,16 @@ def test_mmbenchs_own_workbook_is_read_back(tmp_path):
 
 @pytest.mark.parametrize("name", ["ai2d", "gqa", "pope"])
 def test_vlmevalkits_tables_of_answers_are_read(tmp_path, name):
-    """Workbooks with shared strings and numbers, as pandas writes them, and TSV."""
+    """In each of the three formats that VLMEvalKit offers."""
     from dyvte.tasks.readers.xlsx import write_xlsx
 
     benchmark = get_benchmark(name)
     questions = benchmark.load(write_benchmark(tmp_path / "d", name, "tsv"))
     rows = [["index", "question", "prediction"], *([int(q.id), q.text, q.answer] for q in questions)]
     write_xlsx(tmp_path / "model_X.xlsx", rows)
-    put_tsv(tmp_path / "model_X.tsv", [dict(zip(rows[0], row, strict=True)) for row in rows[1:]])
+    records = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    put_tsv(tmp_path / "model_X.tsv", records)
+    put(tmp_path / "model_X.json", records)
     for path in tmp_path.glob("model_X.*"):
         assert benchmark.read_predictions(path, questions).texts == {q.id: q.answer for q in questions}
     put_tsv(tmp_path / "model_X.tsv", [{"index": 0, "answer": "A"}])

@@ -11,7 +11,7 @@ from PIL import Image
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.evaluation.generation import pictures
-from dyvte.tasks.base import Predictions, benchmark_names, get_benchmark
+from dyvte.tasks.base import TASKS, Predictions, get_benchmark
 from dyvte.tasks.readers.tables import PackedImage
 from tests.helpers.benchmark_files import CASES, CHOICES, WRITERS, picture, put, rendered, write_benchmark
 
@@ -27,7 +27,7 @@ def _pixels(image):
 
 
 def test_the_minis_cover_every_benchmark():
-    assert sorted(WRITERS) == sorted(benchmark_names())
+    assert sorted(WRITERS) == sorted(TASKS)
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -89,7 +89,7 @@ def test_submissions_read_back_to_the_same_scores(tmp_path, name, form):
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize("name", benchmark_names())
+@pytest.mark.parametrize("name", TASKS.names())
 def test_another_layout_shows_the_expected_tree(tmp_path, name):
     benchmark = get_benchmark(name)
     (tmp_path / "readme.txt").write_text("nothing here")
@@ -100,7 +100,7 @@ def test_another_layout_shows_the_expected_tree(tmp_path, name):
         assert problem in str(error.value)
 
 
-@pytest.mark.parametrize("name", benchmark_names())
+@pytest.mark.parametrize("name", TASKS.names())
 def test_a_missing_prediction_is_named(tmp_path, name):
     benchmark = get_benchmark(name)
     questions = _load(tmp_path, name, next(iter(WRITERS[name])))

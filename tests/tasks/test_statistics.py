@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dyvte.tasks.base import Predictions, benchmark_names, get_benchmark
+from dyvte.tasks.base import TASKS, Predictions, get_benchmark
 from tests.helpers.benchmark_files import WRITERS, write_benchmark
 
 SCORES = {
@@ -17,7 +17,7 @@ SCORES = {
 }
 """The figure that the statistic is, where it is not ``accuracy``."""
 
-GRADED = [name for name in benchmark_names() if name != "mmvet"]
+GRADED = [name for name in TASKS if name != "mmvet"]
 
 
 def _copy(question, number):
@@ -74,7 +74,7 @@ def test_unbalanced_questions_of_gqa_weigh_nothing(tmp_path):
 
 
 def test_units_are_named():
-    units = {name: get_benchmark(name).unit for name in benchmark_names()}
+    units = {name: get_benchmark(name).unit for name in TASKS}
     assert {units[name] for name in ("gqa", "mme", "pope")} == {"image"}
     assert units["mmbench"] == "question"
     assert units["videomme"] == units["tgifqa"] == "video"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 
 import pytest
 
 from dyvte.errors import ConfigError, DataError
 from dyvte.tasks.readers.tables import read_parquet, read_tsv
+from dyvte.tasks.readers.xlsx import read_xlsx, write_xlsx
 from tests.helpers.benchmark_files import picture, put_parquet, put_tsv, text64
 
 
@@ -78,3 +80,60 @@ def test_what_is_no_parquet_is_said(tmp_path):
     (tmp_path / "t.parquet").write_text("no")
     with pytest.raises(DataError, match="cannot read"):
         list(read_parquet(tmp_path / "t.parquet"))
+
+
+SHARED = (
+    '<sst xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><si><t>index</t></si>'
+    "<si><t>prediction</t></si><si><r><t>a </t></r><r><t>dog</t></r></si>"
+    "<si><t>漢字</t><rPh><t>かんじ</t></rPh></si></sst>"
+)
+SHEET = (
+    '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>'
+    '<row r="1"><c r="A1" t="s"><v>0</v></c><c r="C1" t="s"><v>1</v></c></row>'
+    '<row r="2"><c r="A2"><v>1000007</v></c><c r="C2" t="s"><v>2</v></c></row>'
+    '<row r="3"><c r="A3"><v>3.0</v></c><c r="C3" t="s"><v>3</v></c></row>'
+    '<row r="4"><c r="C4" t="str"><v>0.50</v></c><c r="A4"><v>4</v></c></row>'
+    '<row r="5"><c r="A5"><v>5</v></c><c r="C5"><v>0.5</v></c></row><row r="6"/>'
+    "</sheetData></worksheet>"
+)
+
+
+def _workbook(path, **parts):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(f"xl/{name.replace('__', '/')}.xml", content)
+    return path
+
+
+def test_workbooks_of_other_writers(tmp_path):
+    """Shared strings in runs and with reading aids, numbers, gaps between columns, cells out of order."""
+    path = _workbook(tmp_path / "t.xlsx", sharedStrings=SHARED, worksheets__sheet1=SHEET)
+    rows = read_xlsx(path)
+    assert [(row["index"], row["prediction"]) for row in rows[:2]] == [("1000007", "a dog"), ("3", "漢字")]
+    assert rows[3]["prediction"] == "0.5"
+    assert len(rows) == 4
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"sharedStrings": SHARED},
+        {"worksheets__sheet1": SHEET},  # the strings it refers to are absent
+        {"worksheets__sheet1": SHEET[:-9], "sharedStrings": SHARED},
+        {"worksheets__sheet1": SHEET.replace("A2", "ZZZZZZ2"), "sharedStrings": SHARED},
+    ],
+)
+def test_damaged_workbooks_are_named(tmp_path, parts):
+    path = _workbook(tmp_path / "t.xlsx", **parts)
+    with pytest.raises(DataError, match=r"t\.xlsx is no workbook"):
+        read_xlsx(path)
+
+
+def test_workbooks_keep_line_ends_and_say_what_is_none(tmp_path):
+    texts = ["a\nb", "a\r\nb", "\ttab", "", None, 7, "<&>", " outer "]
+    path = write_xlsx(tmp_path / "t.xlsx", [["n", "text"], *([n, text] for n, text in enumerate(texts))])
+    read = [row["text"] for row in read_xlsx(path)]
+    assert read == [None if text is None else str(text) for text in texts]
+    (tmp_path / "no.xlsx").write_text("no")
+    with pytest.raises(DataError, match=r"no\.xlsx is no workbook"):
+        read_xlsx(tmp_path / "no.xlsx")

@@ -8,18 +8,18 @@ from typing import Any
 
 from dyvte.data.defects import Unusable, check_text
 from dyvte.errors import DataError, ScoreError
-from dyvte.tasks.readers.rows import Row, read_json, read_jsonl, read_rows, shown
+from dyvte.tasks.readers.rows import Row, read_json, read_jsonl, read_rows, rows_of, shown
 from dyvte.tasks.readers.tables import read_tsv
 from dyvte.tasks.readers.xlsx import read_xlsx
 from dyvte.tasks.records import Predictions, Question
 
-_ID_KEYS = ("question_id", "index", "id")
+_ID_KEYS = ("index", "question_id", "id")
 _TEXT_KEYS = ("prediction", "text")
 
 
 def read_answers(path: Path) -> Predictions:
-    """Raw answers: jsonl (our ``predictions.jsonl``, LLaVA's ``question_id`` and ``text``), or a table or
-    workbook with the columns ``index`` and ``prediction`` as VLMEvalKit writes them.
+    """Raw answers: jsonl (our ``predictions.jsonl``, LLaVA's ``question_id`` and ``text``), or VLMEvalKit's
+    table or workbook.
 
     Raises
     ------
@@ -28,14 +28,31 @@ def read_answers(path: Path) -> Predictions:
     ScoreError
         A row without id or text, or an id that occurs twice.
     """
-    if path.suffix.lower() in (".tsv", ".xlsx"):
-        rows = list(read_xlsx(path) if path.suffix.lower() == ".xlsx" else read_tsv(path, keep_words=True))
-        if rows and "prediction" not in rows[0]:
-            raise ScoreError(f"{path}: no column 'prediction', found {', '.join(rows[0])}")
-        # an empty cell is an empty answer: a table has no other way to store one
-        filled = [Row({**row, "prediction": row.value("prediction") or ""}, row.where) for row in rows]
-        return collected(filled, _ID_KEYS, ("prediction",))
+    if path.suffix.lower() == ".xlsx":
+        return _tabled(read_xlsx(path), path)
+    if path.suffix.lower() == ".tsv":
+        return _tabled(list(read_tsv(path, keep_words=True)), path)
     return collected(read_jsonl(path), ("question_id",), _TEXT_KEYS)
+
+
+def read_json_table(path: Path) -> Predictions | None:
+    """VLMEvalKit's table of answers as it writes it to JSON; None for other JSON."""
+    content = read_json(path)
+    wanted = {"index", "prediction"}
+    if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
+        return _tabled(rows_of(content, path), path) if all(wanted <= row.keys() for row in content) else None
+    return None
+
+
+def _tabled(rows: Sequence[Row], path: Path) -> Predictions:
+    """Answers from the columns ``index`` (or another id) and ``prediction``.
+
+    An empty cell is an empty answer: a table has no other way to store one.
+    """
+    if rows and "prediction" not in rows[0]:
+        raise ScoreError(f"{path}: no column 'prediction', found {', '.join(rows[0])}")
+    filled = [Row({**row, "prediction": row.value("prediction") or ""}, row.where) for row in rows]
+    return collected(filled, _ID_KEYS, ("prediction",))
 
 
 def read_submitted(path: Path, id_key: str, *text_keys: str) -> Predictions:

@@ -3,6 +3,7 @@ first sheet of any workbook."""
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
 import zlib
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from dyvte.errors import DataError
+from dyvte.files import write_atomically
 from dyvte.tasks.readers.rows import Row
 
 _HEAD = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
@@ -50,9 +52,11 @@ def write_xlsx(path: Path, rows: Sequence[Sequence[str | int | None]]) -> Path:
     """Write rows; None is an empty cell, and characters that XML forbids are dropped."""
     body = "".join(f"<row>{''.join(map(_cell, row))}</row>" for row in rows)
     sheet = f'<worksheet xmlns="{_MAIN}"><sheetData>{body}</sheetData></worksheet>'
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in {**_PARTS, _SHEET: sheet}.items():
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), _HEAD + content)
+    write_atomically(path, stream.getvalue())
     return path
 
 
