@@ -76,6 +76,8 @@ class EvalConfig(AskingConfig):
     """Appended to every question; null: the benchmark's short-answer request, as LLaVA does."""
     dialect: str = field(default="original", metadata={"choices": DIALECTS})
     """Whose rule reads the answers: the benchmark's own tool's, lmms-eval's or VLMEvalKit's."""
+    max_new_tokens: int | None = None
+    """Tokens of an answer at most; null: as many as the benchmark's answers need."""
     limit: int | None = None
     """Ask about this many questions only (whole images where questions are paired)."""
     timing_batches: int = 3
@@ -88,6 +90,9 @@ class EvalConfig(AskingConfig):
     """Start anew where the output folder holds a run."""
 
     def __post_init__(self) -> None:
+        needed = TASKS.get(self.benchmark).max_new_tokens
+        if self.max_new_tokens is None:
+            object.__setattr__(self, "max_new_tokens", needed)
         super().__post_init__()
         for name in ("timing_repeats", "timing_tokens"):
             if getattr(self, name) < 1:

@@ -68,6 +68,8 @@ class Benchmark:
         Whose rules exist for it.
     suffix : str
         What LLaVA appends to its questions.
+    max_new_tokens : int
+        How long an answer may be.
     submission_name : str
         Of the file that its own tool or server takes.
     unit : str
@@ -85,6 +87,7 @@ class Benchmark:
     shard_columns: ClassVar[tuple[str, ...]] = ()
     dialects: ClassVar[tuple[str, ...]] = DIALECTS
     suffix: ClassVar[str] = SHORT_ANSWER_SUFFIX
+    max_new_tokens: ClassVar[int] = 16
     submission_name: ClassVar[str] = "submission.json"
     unit: ClassVar[str] = "image"
     score_name: ClassVar[str] = "accuracy, %"

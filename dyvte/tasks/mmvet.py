@@ -32,6 +32,7 @@ class MMVet(Benchmark):
     title = "MM-Vet"
     dialects = ("original",)
     suffix = ""
+    max_new_tokens = 1024  # of LLaVA's script
     submission_name = "mmvet_results.json"
     expected_tree = (
         "  <root>/                                 release (mm-vet.zip)\n"

@@ -33,7 +33,5 @@ if [ "$#" -eq 0 ]; then
     else
         echo "[eval] no gates in runs/embedded/gates yet (scripts/finetune_visual_gate.sh trains them): full model only"
     fi
-elif [ "$name" = mmvet ]; then
-    set -- --max-new-tokens 1024 "$@" # as long as LLaVA lets these answers be
 fi
 exec "$PYTHON" -m dyvte eval --benchmark "$name" "$@"

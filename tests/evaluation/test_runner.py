@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +255,15 @@ def test_bad_settings(data, tmp_path):
         _config(data, tmp_path, "gqq")
     with pytest.raises(ConfigError, match="batch_size must be at least 1"):
         _config(data, tmp_path, batch_size=0)
+    with pytest.raises(ConfigError, match="max_new_tokens must be at least 1"):
+        _config(data, tmp_path, max_new_tokens=0)
+
+
+def test_answers_are_as_long_as_the_benchmark_says():
+    given = {"model": BackboneConfig(path="tiny"), "data": Path("d"), "output": Path("o")}
+    lengths = [EvalConfig(benchmark=name, **given).max_new_tokens for name in ("gqa", "mmvet")]
+    assert lengths == [16, 1024]
+    assert EvalConfig(benchmark="mmvet", max_new_tokens=8, **given).max_new_tokens == 8
 
 
 def test_probe_notes_what_the_gates_would_say(asker, data, tmp_path, gates_folder):
