@@ -40,23 +40,53 @@ def teacher_flops(
     sample: SampleShape,
     exits: Sequence[int] | None = None,
     *,
+    freezes: Sequence[int] = (),
+    questions: int = 1,
     num_features: int = len(DEFAULT_FEATURES),
 ) -> int:
-    """FLOPs of one pass over one sample, for these exits (None: all, 0..L); L is always among them."""
+    """FLOPs of one pass over samples of one shape that ask about one image.
+
+    Parameters
+    ----------
+    shape:
+        Sizes of the decoder.
+    sample:
+        Tokens of each sample.
+    exits:
+        Labelled exits; L is always among them. None: all, 0..L.
+    freezes:
+        Freeze layers behind which the exits are labelled too.
+    questions:
+        Samples, all behind the same text; two or more share the image.
+    num_features:
+        Parts that gates read.
+    """
     num_layers = shape.num_layers
     exits = sorted({*(range(num_layers) if exits is None else exits), num_layers})
-    text, keys = sample.read, sample.prefix + sample.read
-    total = 0
+    text, keys, before = sample.read, sample.prefix + sample.read, sample.prefix + sample.visual
+    feature = 2 * num_features * text * shape.hidden_size
+    shared, own = 0, feature if freezes else 0
     for layer in range(num_layers):
-        streams = sum(k <= layer for k in exits[:-1])
-        if layer < num_layers - 1:
-            total += _layer(shape, layer, sample.total, sample.total)
-            total += streams * _layer(shape, layer, text, keys)
-        else:  # only what is read goes on; the other tokens give keys and values
-            total += _projections(shape, sample.total) + _layer(shape, layer, text, sample.total)
-            total += streams * (_projections(shape, text) + _layer(shape, layer, sample.answer, keys))
-        total += 2 * num_features * text * shape.hidden_size
-    return total + len(exits) * sample.answer * _head(shape)
+        last = layer == num_layers - 1
+        left = sum((1 + sum(f < k for f in freezes)) for k in exits[:-1] if k <= layer)
+        frozen = sum(f <= layer for f in freezes)
+        if questions > 1:  # the image, then each text that reads it
+            shared += _projections(shape, before) if last else _layer(shape, layer, before, before)
+            own += _layer(shape, layer, text, before + text)
+        elif last:  # only what is read goes on; the other tokens give keys and values
+            own += _projections(shape, sample.total) + _layer(shape, layer, text, sample.total)
+        else:
+            own += _layer(shape, layer, sample.total, sample.total)
+        shared += frozen * _keys_and_values(shape, sample.visual)
+        own += frozen * _layer(shape, layer, text, before + text)
+        if last:
+            own += left * (_projections(shape, text) + _layer(shape, layer, sample.answer, keys))
+        else:
+            own += left * _layer(shape, layer, text, keys)
+        own += (1 + frozen) * feature
+    schedules = len(exits) + sum(sum(f < k for k in exits) for f in freezes)
+    own += schedules * sample.answer * _head(shape)
+    return shared + questions * own
 
 
 def reference_step_flops(shape: DecoderShape, sample: SampleShape, layer: int) -> int:
@@ -88,6 +118,11 @@ def _projections(shape: DecoderShape, tokens: int) -> int:
     """Queries, keys and values."""
     width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     return 2 * tokens * shape.hidden_size * width
+
+
+def _keys_and_values(shape: DecoderShape, tokens: int) -> int:
+    """Keys and values alone."""
+    return 2 * tokens * shape.hidden_size * 2 * shape.num_kv_heads * shape.head_dim
 
 
 def _head(shape: DecoderShape) -> int:

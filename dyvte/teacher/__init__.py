@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dyvte.teacher.exits import exit_logits, kl_divergence, thinned_exits, trace_exits
+from dyvte.teacher.exits import exit_logits, kl_divergence, trace_exits
 from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.pipeline import prepared_batches, write_traces
+from dyvte.teacher.schedules import thinned_exits, thinned_freezes
 from dyvte.teacher.store import Manifest, Shard, TraceStore
 from dyvte.teacher.teacher import Teacher, TeacherConfig
 from dyvte.teacher.trace import Trace
@@ -21,6 +22,7 @@ __all__ = [
     "kl_divergence",
     "prepared_batches",
     "thinned_exits",
+    "thinned_freezes",
     "trace_exits",
     "write_traces",
 ]

@@ -1,7 +1,7 @@
 """One teacher pass over a batch: a whole :class:`~dyvte.teacher.trace.Trace` from one forward.
 
 Shape letters: B rows, N tokens, A predicted positions of a row, R of all rows, V vocabulary, K exits (0..L,
-or those of a thinned pass), F features.
+or those of a thinned pass), S schedules (exits, and exits behind a freeze), F features.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.backbones import Backbone, describe
+from dyvte.backbones.sizes import decoder_shape
+from dyvte.costs.schedules import kv_share
 from dyvte.errors import DataError
 from dyvte.gates import DEFAULT_FEATURES
 from dyvte.spans import Spans, find_spans
+from dyvte.teacher.freeze_grid import FreezeGrid
 from dyvte.teacher.plain import forward_inputs
 from dyvte.teacher.streams import ExitStreams, all_exits
 from dyvte.teacher.trace import COLUMNS, Trace
@@ -39,6 +42,29 @@ class ExitLogits:
     exits: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A trace, and what its pass found beside it.
+
+    Attributes
+    ----------
+    trace:
+        The labels and features.
+    is_greedy_B:
+        (B,) bool: the answer is the full model's argmax at every position. On greedy labels False means that
+        generation and this pass disagree by rounding (a near tie, low precision).
+    num_images:
+        Visual streams that were computed.
+    not_shared:
+        Why rows that hold the same image did not share its stream; None where nothing stood in the way.
+    """
+
+    trace: Trace
+    is_greedy_B: Tensor
+    num_images: int
+    not_shared: str | None
+
+
 def trace_exits(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -46,15 +72,17 @@ def trace_exits(
     *,
     sample_ids: Sequence[str] | None = None,
     exits: Sequence[int] | None = None,
+    freezes: Sequence[int] = (),
     exits_per_chunk: int | None = None,
     memory_budget: int | None = None,
+    share_images: bool = True,
     visual_token_ids: Iterable[int] | None = None,
     features: Sequence[str] = DEFAULT_FEATURES,
 ) -> Trace:
-    """What every exit layer of a frozen backbone would say, from ONE forward.
+    """What every exit layer of a frozen backbone would say, from ONE forward; on demand behind every freeze.
 
-    Equal to L+1 separate passes that hide the visual keys past each exit; text before the image is computed
-    once.
+    Equal to separate passes that hand on the visual states as they are past each freeze and hide the visual
+    keys past each exit; text before the image is computed once.
 
     Parameters
     ----------
@@ -71,12 +99,18 @@ def trace_exits(
     exits:
         Exit layers to label; L, the full model, always belongs to them. None: all, 0..L. Fewer are cheaper
         (:func:`thinned_exits`); the columns of the others are NaN.
+    freezes:
+        Freeze layers f, each in 0..L-1: the trace's ``grid`` then labels every exit k >= f where the visual
+        tokens were updated in the layers 1..f only. None by default.
     exits_per_chunk:
         Exit streams per layer call. None: as many as ``memory_budget`` allows.
     memory_budget:
         Bytes that the decoder and the output head may hold beside the weights, by the estimate of
         :mod:`dyvte.teacher.memory`: exits are taken through a layer, and answer positions through the output
         head, as many at a time as fit. None: no call is larger than the full model's own.
+    share_images:
+        Rows that hold the same image behind the same text (what enters the first layer decides) hang on one
+        visual stream. Equal to rounding; families whose image tokens see the question compute each row's own.
     visual_token_ids:
         For families whose config does not name them.
     features:
@@ -94,19 +128,22 @@ def trace_exits(
         position (the logits there mean nothing once the visual tokens left).
     MemoryBudgetError
         If the batch does not fit the budget even with one exit at a time.
+    UnsupportedBackboneError
+        If something is to be frozen in a family that cannot, by name.
     """
-    trace, _ = trace_checked(
+    return trace_checked(
         model,
         inputs,
         answer_mask,
         sample_ids=sample_ids,
         exits=exits,
+        freezes=freezes,
         exits_per_chunk=exits_per_chunk,
         memory_budget=memory_budget,
+        share_images=share_images,
         visual_token_ids=visual_token_ids,
         features=features,
-    )
-    return trace
+    ).trace
 
 
 @torch.no_grad()
@@ -118,48 +155,55 @@ def trace_checked(
     sample_ids: Sequence[str] | None = None,
     reference_BAV: Tensor | None = None,
     **how: Any,
-) -> tuple[Trace, Tensor]:
-    """:func:`trace_exits`, and (B,) bool: the answer is the full model's argmax at every position.
-
-    On greedy labels False means that generation and this pass disagree by rounding (a near tie, low
-    precision).
+) -> Checked:
+    """:func:`trace_exits`, and what its pass found beside the trace.
 
     ``reference_BAV`` (see :func:`dyvte.teacher.plain.predicted_logits`) stands in for the full model, in the
-    trace and in that answer: exits of a model with an adapter are compared with the model without it.
+    trace and in its greedy answer: exits of a model with an adapter are compared with the model without it.
     """
     answer_BN = torch.as_tensor(answer_mask, dtype=torch.bool)
     ids = tuple(sample_ids) if sample_ids is not None else tuple(map(str, range(len(answer_BN))))
     if len(ids) != len(answer_BN):
         raise ValueError(f"{len(ids)} sample ids for {len(answer_BN)} rows")
 
-    def measure(streams: ExitStreams, at: slice, logits_KRV: Tensor) -> dict[str, Tensor]:
+    def measure(streams: ExitStreams, at: slice, logits_SRV: Tensor) -> dict[str, Tensor]:
         # Both masks list the answer tokens of a row from left to right, rows one after the other.
-        labels_R = inputs["input_ids"][answer_BN.to(inputs["input_ids"].device)][at].to(logits_KRV.device)
-        full_RV = logits_KRV[-1]
+        labels_R = inputs["input_ids"][answer_BN.to(inputs["input_ids"].device)][at].to(logits_SRV.device)
+        full_RV = logits_SRV[-1]
         if reference_BAV is not None:
             full_RV = reference_BAV[streams.slots.predict.valid][at]
-        visual_ids = torch.tensor(streams.backbone.visual_token_ids, device=logits_KRV.device)
-        return compare(logits_KRV, full_RV, labels_R, visual_ids)
+        visual_ids = torch.tensor(streams.backbone.visual_token_ids, device=logits_SRV.device)
+        return compare(logits_SRV, full_RV, labels_R, visual_ids)
 
     predict_BN = positions_before(answer_BN, ids)
     streams, parts = _pass(
         model, inputs, measure, predict_BN=predict_BN, answer_BN=answer_BN, sample_ids=ids, **how
     )
     values = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
-    valid_BA, num_columns = streams.slots.predict.valid, streams.backbone.num_layers + 1
+    valid_BA, schedules = streams.slots.predict.valid, streams.schedules
+    rows = per_row(values, valid_BA)
     trace = Trace(
-        **{
-            name: in_columns(rows_KB.T, streams.exits, num_columns)
-            for name, rows_KB in per_row(values, valid_BA).items()
-        },
+        **{name: schedules.columns(rows_SB) for name, rows_SB in rows.items()},
         features=torch.stack(streams.features_BF, 1),
         sample_ids=ids,
         num_visual=streams.spans.visual_BN.sum(1),
-        exits=streams.exits,
+        exits=schedules.exits,
+        grid=_grid(streams, rows) if schedules.freezes else None,
     )
     greedy_BA = torch.ones_like(valid_BA)
     greedy_BA[valid_BA] = values["greedy"]
-    return trace, greedy_BA.all(1)
+    return Checked(trace, greedy_BA.all(1), streams.num_images, streams.not_shared)
+
+
+def _grid(streams: ExitStreams, rows: Mapping[str, Tensor]) -> FreezeGrid:
+    schedules, of = streams.schedules, streams.frozen_features
+    return FreezeGrid(
+        **{name: schedules.grid(rows_SB) for name, rows_SB in rows.items()},
+        embeddings=streams.embeddings_BF,
+        features=torch.stack([of[pair] for pair in schedules.stream_layers], 1),
+        freeze_layers=schedules.freezes,
+        kv_share=kv_share(decoder_shape(streams.backbone.model.config)),
+    )
 
 
 @torch.no_grad()
@@ -177,7 +221,7 @@ def exit_logits(
     streams, parts = _pass(
         model,
         inputs,
-        lambda _streams, _at, logits_KRV: logits_KRV,
+        lambda _streams, _at, logits_SRV: logits_SRV,
         predict_BN=predict_BN,
         answer_BN=answer_BN,
         sample_ids=sample_ids,
@@ -185,7 +229,8 @@ def exit_logits(
     )
     logits_KRV = torch.cat(parts, 1)
     valid_BA = streams.slots.predict.valid
-    logits_KBAV = logits_KRV.new_zeros(len(streams.exits), *valid_BA.shape, logits_KRV.shape[-1])
+    exits = streams.schedules.exits
+    logits_KBAV = logits_KRV.new_zeros(len(exits), *valid_BA.shape, logits_KRV.shape[-1])
     logits_KBAV[:, valid_BA] = logits_KRV
     return ExitLogits(
         logits_KBAV=logits_KBAV,
@@ -193,15 +238,8 @@ def exit_logits(
         features_BLF=torch.stack(streams.features_BF, 1),
         spans=streams.spans,
         backbone=streams.backbone,
-        exits=streams.exits,
+        exits=exits,
     )
-
-
-def thinned_exits(num_layers: int, every: int) -> tuple[int, ...]:
-    """Exit layers 0, m, 2m, ... and L: every m-th, as a thinned pass labels them."""
-    if every < 1:
-        raise ValueError(f"exits can be thinned to every m-th with m >= 1, found {every}")
-    return tuple(sorted({*range(0, num_layers + 1, every), num_layers}))
 
 
 def _pass(
@@ -255,13 +293,13 @@ def _check_predicted(spans: Spans, predict_BN: Tensor, sample_ids: Sequence[str]
         )
 
 
-def compare(logits_KRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: Tensor) -> dict[str, Tensor]:
-    """(K, R) measures of each exit against the full model; log-probabilities in float32, one exit at a time
-    to bound memory."""
+def compare(logits_SRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: Tensor) -> dict[str, Tensor]:
+    """(S, R) measures of each schedule against the full model; log-probabilities in float32, one schedule at
+    a time to bound memory."""
     full_RV = full_RV.float().log_softmax(-1)
     full_argmax_R = _argmax(full_RV, visual_ids)
     columns: dict[str, list[Tensor]] = {name: [] for name in ("risk", "reverse_risk", "agreement", "loss")}
-    for logits_RV in logits_KRV:
+    for logits_RV in logits_SRV:
         exit_RV = logits_RV.float().log_softmax(-1)
         columns["risk"].append(kl_divergence(full_RV, exit_RV))
         columns["reverse_risk"].append(kl_divergence(exit_RV, full_RV))
@@ -272,21 +310,14 @@ def compare(logits_KRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: T
 
 
 def per_row(values: Mapping[str, Tensor], valid_BA: Tensor) -> dict[str, Tensor]:
-    """(K, B) means over each row's positions; ``same_answer`` where all of them agree."""
+    """(S, B) means over each row's positions; ``same_answer`` where all of them agree."""
     rows: dict[str, Tensor] = {}
     for name in ("risk", "reverse_risk", "agreement", "loss"):
-        padded_KBA = values[name].new_zeros(len(values[name]), *valid_BA.shape)
-        padded_KBA[:, valid_BA] = values[name]
-        rows[name] = padded_KBA.sum(-1) / valid_BA.sum(1)
+        padded_SBA = values[name].new_zeros(len(values[name]), *valid_BA.shape)
+        padded_SBA[:, valid_BA] = values[name]
+        rows[name] = padded_SBA.sum(-1) / valid_BA.sum(1)
     rows["same_answer"] = (rows["agreement"] == 1).float()
     return {name: rows[name] for name in COLUMNS}
-
-
-def in_columns(values_BK: Tensor, exits: Sequence[int], num_columns: int) -> Tensor:
-    """(B, L+1) columns by exit layer; NaN where an exit has no label."""
-    columns = values_BK.new_full((len(values_BK), num_columns), torch.nan)
-    columns[:, list(exits)] = values_BK
-    return columns
 
 
 def kl_divergence(log_p_V: Tensor, log_q_V: Tensor) -> Tensor:

@@ -3,15 +3,23 @@
 The estimate covers what the decoder and the output head hold beside the weights. The vision tower runs before
 them, and its memory is free again by then.
 
-Shape letters: B rows, N tokens, P prefix slots, T suffix slots, R predicted positions of all rows, D hidden,
-F feature size, V vocabulary, K exits (the full model included).
+Shape letters: B rows, N tokens, P prefix slots, V visual slots, T suffix slots, R predicted positions of all
+rows, D hidden, F feature size, W vocabulary, S schedules (the full model included), G images that rows share
+and their tokens up to the last visual one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dyvte.errors import MemoryBudgetError
+from torch import Tensor
+
+from dyvte.backbones.sizes import decoder_shape
+from dyvte.errors import MemoryBudgetError, UnsupportedBackboneError
+from dyvte.teacher.schedules import Schedules
+from dyvte.teacher.slots import StreamSlots
 
 GIB = 2**30
 _FP32 = 4
@@ -26,7 +34,7 @@ class PassSizes:
     prefix: int
     suffix: int
     predicted: int
-    exits: int
+    schedules: int
     num_layers: int
     hidden: int
     query_width: int
@@ -41,10 +49,22 @@ class PassSizes:
     """Bytes of a number of the model."""
     eager: bool
     """Attention scores are held (no fused attention)."""
+    visual: int = 0
+    frozen: int = 0
+    """Freeze layers."""
+    frozen_features: int = 0
+    """Layers of frozen streams whose features are kept."""
+    images: int = 0
+    """Images that rows share; 0: every row computes its own."""
+    image_tokens: int = 0
+    """Of an image, up to its last visual one, where rows share it."""
 
-    def call(self, rows: int, queries: int, keys: int) -> int:
-        """Bytes that come and go inside one layer call on ``rows`` rows of ``queries`` tokens."""
-        e, beside = self.element_size, 2 * self.hidden * self.element_size  # residual and normed states
+    def call(self, rows: int, queries: int, keys: int, borrowed: int = 0) -> int:
+        """Bytes that come and go inside one layer call on ``rows`` rows of ``queries`` tokens; ``borrowed``
+        keys and values are copied for it before."""
+        e, beside = self.element_size, 3 * self.hidden * self.element_size  # input, residual, normed states
+        # Mask, cosines and sines, in every part of the layer.
+        given = queries * (keys * (e if self.eager else 1) + 2 * self.query_width // self.heads * e)
         norm = self.hidden * (self.element_size + 2 * _FP32)
         # Queries, keys and values, and the products of the rotary embedding before they are summed.
         projected = (2 * self.query_width + 5 * self.key_width) * e
@@ -53,32 +73,113 @@ class PassSizes:
         scores = keys * (self.heads * (2 * e + _FP32) if self.eager else e)
         attention = queries * (beside + projected + scores) + seen
         mlp = queries * (beside + 3 * self.ffn * e)
-        return rows * max(attention, mlp, queries * norm)
+        copies = borrowed * 4 * self.key_width * e
+        return rows * (max(attention, mlp, queries * norm) + given + copies)
 
     def kept(self) -> int:
-        """Bytes held through all layers, however the exits are cut up."""
-        e, rows = self.element_size, self.rows
-        streams = (self.exits - 1) * rows * self.suffix * self.hidden * e
-        features = self.num_layers * rows * self.features * _FP32
-        full = rows * self.tokens * (2 * self.hidden + 2 * self.key_width) * e
-        masks = rows * (self.tokens**2 + self.suffix * (self.prefix + self.suffix)) * (e if self.eager else 1)
-        return streams + features + full + masks
+        """Bytes held through all layers, however the streams are cut up."""
+        e, rows, pair = self.element_size, self.rows, 2 * self.key_width
+        streams = self.schedules * rows * self.suffix * self.hidden * e
+        features = (self.num_layers + self.frozen_features) * rows * self.features * _FP32
+        own_rows = self.images or rows
+        if self.images:  # the embeddings, and the images
+            full = rows * self.tokens * self.hidden * e
+            full += self.images * self.image_tokens * (2 * self.hidden + 2 * pair) * e
+        else:
+            full = rows * self.tokens * (2 * self.hidden + pair) * e
+        # All frozen states, and what a layer makes of one of them.
+        frozen = own_rows * self.visual * (self.frozen * self.hidden + 2 * pair * bool(self.frozen)) * e
+        keys = self.prefix + self.suffix + (self.visual if self.frozen or self.images else 0)
+        masks = rows * (self.tokens**2 + self.suffix * keys) + self.images * self.image_tokens**2
+        return streams + features + full + frozen + masks * (e if self.eager else 1)
 
     def head(self, positions: int) -> int:
-        """Bytes of the logits of all exits at some positions, and of their comparison in float32."""
-        logits = self.exits * (self.element_size * self.vocab + 2 * self.hidden * (self.element_size + _FP32))
-        return positions * (logits + 7 * self.vocab * _FP32)
+        """Bytes of the logits of all schedules at some positions, and of their comparison in float32."""
+        logits = self.element_size * self.vocab + 2 * self.hidden * (self.element_size + _FP32)
+        return positions * (self.schedules * logits + 7 * self.vocab * _FP32)
 
     def states(self) -> int:
-        """Bytes of the last layer's states of all exits at all predicted positions."""
-        return 2 * self.exits * self.predicted * self.hidden * self.element_size
+        """Bytes of the last layer's states of all schedules at all predicted positions."""
+        return 2 * self.schedules * self.predicted * self.hidden * self.element_size
+
+    def full_call(self) -> int:
+        """Bytes inside the largest call that no budget can cut: on the visual tokens, or on text that reads
+        them."""
+        reading = self.call(
+            self.rows,
+            self.suffix,
+            self.prefix + self.visual + self.suffix,
+            borrowed=self.prefix + self.visual,
+        )
+        if self.images:
+            return max(self.call(self.images, self.image_tokens, self.image_tokens), reading)
+        full = self.call(self.rows, self.tokens, self.tokens)
+        return max(full, reading) if self.frozen else full
 
     def least(self, may_cut_head: bool = True) -> int:
         """Bytes of a pass that takes one exit, and one position (if it may), at a time."""
-        full = self.call(self.rows, self.tokens, self.tokens)
         one_exit = self.call(self.rows, self.suffix, self.prefix + self.suffix)
         head = self.head(1 if may_cut_head else max(1, self.predicted))
-        return self.kept() + self.states() + max(full, one_exit, head)
+        return self.kept() + self.states() + max(self.full_call(), one_exit, head)
+
+
+def pass_sizes(
+    config: Any,
+    hidden_BND: Tensor,
+    slots: StreamSlots,
+    schedules: Schedules,
+    *,
+    images: Sequence[int] | None,
+    features: int,
+    eager: bool,
+) -> PassSizes:
+    """The sizes of a pass.
+
+    Parameters
+    ----------
+    config:
+        The model's.
+    hidden_BND:
+        What enters the first layer.
+    slots, schedules:
+        Of the pass.
+    images:
+        Images that rows share, and their tokens up to the last visual one; None: every row has its own.
+    features:
+        How many parts gates read.
+    eager:
+        Attention scores are held.
+    """
+    rows, tokens, hidden = hidden_BND.shape
+    try:
+        shape = decoder_shape(config)
+        query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        heads, ffn, vocab = shape.num_heads, max(shape.ffn_sizes_L), shape.vocab_size
+    except UnsupportedBackboneError:  # a config without these names: a usual shape
+        query, key, heads, ffn, vocab = hidden, hidden, max(1, hidden // 64), 4 * hidden, 32 * hidden
+    return PassSizes(
+        rows=rows,
+        tokens=tokens,
+        prefix=slots.prefix.index.shape[1],
+        suffix=slots.suffix.index.shape[1],
+        predicted=int(slots.predict.valid.sum()),
+        schedules=len(schedules.pairs),
+        num_layers=schedules.num_layers,
+        hidden=hidden,
+        query_width=query,
+        key_width=key,
+        heads=heads,
+        ffn=ffn,
+        vocab=vocab,
+        features=features * hidden,
+        element_size=hidden_BND.element_size(),
+        eager=eager,
+        visual=slots.visual.index.shape[1],
+        frozen=len(schedules.freezes),
+        frozen_features=len(schedules.stream_layers) + bool(schedules.freezes),
+        images=images[0] if images else 0,
+        image_tokens=images[1] if images else 0,
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +189,7 @@ class PassPlan:
     Attributes
     ----------
     exits_per_call:
-        Exit streams in one call of a layer.
+        Streams without visual tokens in one call of a layer.
     positions_per_head:
         Predicted positions whose logits (of all exits) exist at once.
     peak_bytes:
@@ -117,12 +218,11 @@ def plan_pass(
     MemoryBudgetError
         If even one exit and one position at a time do not fit: the full model itself needs that much.
     """
-    streams = max(1, sizes.exits - 1)
-    full_call = sizes.call(sizes.rows, sizes.tokens, sizes.tokens)
+    streams = max(1, sizes.schedules - 1)
     one_call = sizes.call(sizes.rows, sizes.suffix, sizes.prefix + sizes.suffix)
     one_head = sizes.head(1)
     smallest_head = 1 if may_cut_head else max(1, sizes.predicted)
-    room = full_call
+    room = sizes.call(sizes.rows, sizes.tokens, sizes.tokens)
     if budget is not None:
         room = budget - sizes.kept() - sizes.states()
         if budget < (least := sizes.least(may_cut_head)):
@@ -136,5 +236,5 @@ def plan_pass(
         exits_per_call = by_tokens if budget is None else room // max(1, one_call)
     exits_per_call = min(max(1, exits_per_call), streams)
     positions = min(max(smallest_head, room // one_head), max(1, sizes.predicted))
-    inside = max(full_call, exits_per_call * one_call, positions * one_head)
+    inside = max(sizes.full_call(), exits_per_call * one_call, positions * one_head)
     return PassPlan(exits_per_call, positions, sizes.kept() + sizes.states() + inside)

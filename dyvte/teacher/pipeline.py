@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dyvte.data import Defect, Sample, Selection, check_defects
+from dyvte.teacher.batches import batches
 from dyvte.teacher.store import Shard, TraceStore
 from dyvte.teacher.teacher import Prepared, Teacher
 
@@ -105,13 +106,11 @@ def _log(defects: Sequence[Defect]) -> None:
 def _trace_shard(
     teacher: Teacher, samples: Sequence[Sample], file: str, progress: Progress | None
 ) -> tuple[Shard, list[Defect]]:
-    """All batches of a shard, neighbours in length together; samples come back in the given order."""
-    order = sorted(range(len(samples)), key=lambda i: (samples[i].num_characters, samples[i].id))
-    size = teacher.config.batch_size
+    """All batches of a shard, samples of one image together; they come back in the given order."""
     parts: list[Shard] = []
     defects: list[Defect] = []
-    for start in range(0, len(order), size):
-        batch = [samples[i] for i in order[start : start + size]]
+    for chosen in batches(samples, teacher.config.batch_size, by_image=teacher.config.share_images):
+        batch = [samples[i] for i in chosen]
         part, bad = teacher.trace(batch, file)
         parts.append(part)
         defects += bad

@@ -24,8 +24,9 @@ from dyvte.reductions import Reduction
 from dyvte.runtime import VisualExit
 from dyvte.runtime.replay import Replay
 from dyvte.spans import visual_mask
-from dyvte.teacher.exits import compare, in_columns, per_row, positions_before
+from dyvte.teacher.exits import compare, per_row, positions_before
 from dyvte.teacher.plain import forward_inputs, predicted_logits
+from dyvte.teacher.schedules import Schedules
 from dyvte.teacher.trace import Trace
 
 
@@ -90,31 +91,28 @@ def trace_reduced_exits(
     backbone = describe(model)
     answer_BN = answer_mask.bool().to(inputs["input_ids"].device)
     ids = tuple(sample_ids) if sample_ids is not None else tuple(map(str, range(len(answer_BN))))
-    exits = tuple(range(backbone.num_layers + 1)) if exits is None else tuple(exits)
+    schedules = Schedules.of(exits, (), backbone.num_layers)
     turn = Turn.of(inputs, answer_BN)
     valid_BA = turn.is_answer_BA
     if reference_BAV is None:
         reference_BAV, _ = predicted_logits(model, inputs, positions_before(answer_BN, ids))
     probe, replay, rows = _Probe(features), Replay(), {}
     # Without an exit first: it runs every layer, and the others take their first k from it.
-    for k in sorted({*exits, backbone.num_layers}, reverse=True):
+    for k in reversed(schedules.exits):
         never = k == backbone.num_layers
         one = VisualExit.from_policy(probe if never else FixedPolicy(k), reductions=reductions)
         one.replay, replay.upto = replay, None if never else k
         rows[k] = answer_logits(model, turn, one, sample_ids=ids)[valid_BA]
     visual_ids = torch.tensor(backbone.visual_token_ids, device=valid_BA.device)
-    logits_KSV = torch.stack([rows[k] for k in exits])
+    logits_KSV = torch.stack([rows[k] for k in schedules.exits])
     values = compare(logits_KSV, reference_BAV[valid_BA], turn.answer_BA[valid_BA], visual_ids)
     visual_BN = visual_mask(inputs["input_ids"], backbone.visual_token_ids)
     trace = Trace(
-        **{
-            name: in_columns(rows_KB.T, exits, backbone.num_layers + 1)
-            for name, rows_KB in per_row(values, valid_BA).items()
-        },
+        **{name: schedules.columns(rows_KB) for name, rows_KB in per_row(values, valid_BA).items()},
         features=probe.features_BLF(),
         sample_ids=ids,
         num_visual=visual_BN.sum(1),
-        exits=exits,
+        exits=schedules.exits,
     )
     greedy_BA = torch.ones_like(valid_BA)
     greedy_BA[valid_BA] = values["greedy"]

@@ -1,10 +1,12 @@
-"""Which tokens an exit stream holds.
+"""Which tokens a text stream holds, and which keys it borrows.
 
 An exit stream is the batch without its visual tokens. Text before the first visual token never sees an image
 in a causal decoder, so its keys and values are those of the full stream: a stream then holds only the text
-after it (the suffix) and borrows the prefix.
+after it (the suffix) and borrows the prefix. A stream that reads visual tokens borrows their keys and values
+too.
 
-Shape letters: B rows, N tokens, P prefix slots, T suffix slots, A prediction slots, D hidden size.
+Shape letters: B rows, N tokens, P prefix slots, V visual slots, T suffix slots, A prediction slots, D hidden
+size.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from dyvte.spans import Spans
 
 @dataclass(frozen=True)
 class StreamSlots:
-    """The slots of one batch: borrowed prefix, suffix of the streams, and predicted positions.
+    """The slots of some rows: borrowed prefix and visual tokens, suffix of the streams, predicted positions.
 
     ``predict`` indexes the full sequence, ``predict_suffix`` the same positions within the suffix.
     """
 
     prefix: Slots
+    visual: Slots
     suffix: Slots
     predict: Slots
     predict_suffix: Slots
@@ -49,6 +52,7 @@ class StreamSlots:
         suffix = Slots.of(text_BN & ~prefix_BN & ~unread_BN)
         return StreamSlots(
             prefix=Slots.of(prefix_BN),
+            visual=Slots.of(spans.visual_BN),
             suffix=suffix,
             predict=Slots.of(predict_BN),
             predict_suffix=Slots.of(suffix.take(predict_BN) & suffix.valid),
@@ -57,9 +61,17 @@ class StreamSlots:
     @property
     def keys(self) -> Slots:
         """Keys of an exit stream: prefix slots, then suffix slots."""
-        return Slots(
-            torch.cat((self.prefix.index, self.suffix.index), 1),
-            torch.cat((self.prefix.valid, self.suffix.valid), 1),
+        return _joined(self.prefix, self.suffix)
+
+    @property
+    def read_keys(self) -> Slots:
+        """Keys of a stream that reads visual tokens: prefix, visual, then suffix slots."""
+        return _joined(self.prefix, self.visual, self.suffix)
+
+    def rows(self, rows_R: Tensor) -> StreamSlots:
+        """Some rows alone, each kind of slot no wider than they need."""
+        return StreamSlots(
+            **{name: _narrowed(getattr(self, name), rows_R) for name in self.__dataclass_fields__}
         )
 
 
@@ -72,14 +84,23 @@ def sees(mask: Any, queries_BN: Tensor, keys_BN: Tensor) -> bool:
     return bool((allowed_BNN & queries_BN[:, :, None] & keys_BN[:, None, :]).any())
 
 
-def repeat_streams(value: Any, count: int, rows: int) -> Any:
-    """A layer argument of B rows as that of ``count`` streams of B rows, stream by stream."""
+def repeat_streams(value: Any, count: int, rows: int, tokens: int) -> Any:
+    """A layer argument of B rows and T tokens as that of ``count`` streams, stream by stream."""
     if isinstance(value, tuple):
-        return tuple(repeat_streams(item, count, rows) for item in value)
-    if not isinstance(value, Tensor) or value.dim() < 2 or count == 1:
+        return tuple(repeat_streams(item, count, rows, tokens) for item in value)
+    if not isinstance(value, Tensor) or count == 1:
         return value
-    if value.shape[0] == rows:
-        return value.repeat(count, *(1,) * (value.dim() - 1))
-    if value.dim() >= 3 and value.shape[1] == rows:  # (3, B, T): multi-axis positions
-        return value.repeat(1, count, *(1,) * (value.dim() - 2))
+    for axis in range(value.dim() - 1):
+        if tuple(value.shape[axis : axis + 2]) == (rows, tokens):
+            return value.repeat(*(1,) * axis, count, *(1,) * (value.dim() - axis - 1))
     return value
+
+
+def _joined(*parts: Slots) -> Slots:
+    return Slots(torch.cat([part.index for part in parts], 1), torch.cat([part.valid for part in parts], 1))
+
+
+def _narrowed(slots: Slots, rows_R: Tensor) -> Slots:
+    valid_RS = slots.valid[rows_R]
+    width = int(valid_RS.sum(1).max()) if valid_RS.numel() else 0
+    return Slots(slots.index[rows_R, :width], valid_RS[:, :width])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,17 +29,21 @@ from dyvte.backbones import (
 )
 from dyvte.backbones.encode import check_prompt
 from dyvte.backbones.greedy import end_tokens
+from dyvte.backbones.sizes import decoder_shape
+from dyvte.costs.schedules import kv_share
 from dyvte.data import Defect, Sample, Selection, load_image
 from dyvte.data.defects import collected, is_of_sample
 from dyvte.errors import ConfigError, DataError, MemoryBudgetError
 from dyvte.gates import DEFAULT_FEATURES, FEATURES, check_features
 from dyvte.reductions import identity, parse_reductions
-from dyvte.teacher.exits import positions_before, thinned_exits, trace_checked
+from dyvte.runtime.frozen import check_can_freeze
+from dyvte.teacher.exits import positions_before, trace_checked
 from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.memory import GIB
 from dyvte.teacher.plain import predicted_logits
 from dyvte.teacher.reduced import trace_reduced_exits
-from dyvte.teacher.store import Manifest, Shard, empty_trace, exits_text
+from dyvte.teacher.schedules import Schedules, thinned_exits, thinned_freezes
+from dyvte.teacher.store import Manifest, Shard, empty_trace, exits_text, grid_fingerprint
 from dyvte.teacher.streams import is_sharded
 from dyvte.teacher.trace import Trace
 
@@ -69,6 +74,13 @@ class TeacherConfig:
     """Samples per forward."""
     exit_every: int = 1
     """Label the exits 0, m, 2m, ... and L only; gates at the others stay closed. 1: every exit."""
+    freeze_every: int | None = None
+    """Label freeze layers too, 0, m, 2m, ...: every labelled exit behind each of them; null: none."""
+    freeze_layers: tuple[int, ...] = ()
+    """The same for the freeze layers listed here."""
+    share_images: bool = True
+    """Questions about one image hang on one visual stream, computed once; which do is decided by what the
+    decoder is given, not by names. The same labels, to rounding."""
     memory_budget: float | None = None
     """GiB that a pass may hold beside the weights (an estimate): exits and answer positions are taken as many
     at a time as fit, and a batch that does not fit is cut in halves; null: no call larger than the full
@@ -93,8 +105,15 @@ class TeacherConfig:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.memory_budget is not None and not self.memory_budget > 0:
             raise ValueError(f"memory_budget must be positive (GiB) or null, found {self.memory_budget}")
+        if self.freeze_every is not None and self.freeze_every < 1:
+            raise ValueError(f"freeze_every must be at least 1 or null, found {self.freeze_every}")
+        if self.freeze_every is not None and self.freeze_layers:
+            raise ConfigError("give the freeze layers by freeze_every or by freeze_layers, not by both")
         check_features(self.features)
-        parse_reductions(self.reductions)
+        if parse_reductions(self.reductions) and (self.freeze_every is not None or self.freeze_layers):
+            raise ConfigError(
+                f"reductions: {self.reductions} and freeze layers cannot be traced together: leave one out"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,14 @@ class Teacher:
         self.template: PromptTemplate = get_template(config.template, processor)
         self.backbone = describe(model)
         self.exits = thinned_exits(self.backbone.num_layers, config.exit_every)
+        freezes = config.freeze_layers
+        if config.freeze_every is not None:
+            freezes = thinned_freezes(self.backbone.num_layers, config.freeze_every)
+        self.freezes = Schedules.of(self.exits, freezes, self.backbone.num_layers).freezes
+        self.kv_share = math.nan
+        if self.freezes:
+            check_can_freeze(self.backbone)
+            self.kv_share = kv_share(decoder_shape(self.backbone.model.config))
         self.reductions = parse_reductions(config.reductions)
         for reduction in self.reductions:
             reduction.check(self.backbone.num_layers)
@@ -146,6 +173,7 @@ class Teacher:
             compared["decoding"] = decoding_identity(self.model)
         return {
             **compared,
+            **grid_fingerprint(self.freezes, self.kv_share),
             "backbone": fingerprint(self.model),
             "backbone_weights": str(weights_digest(self.model)),
             "data": selection_sha256,
@@ -319,26 +347,34 @@ class Teacher:
             )
             return self._kept(trace), is_greedy_B
         budget = self.config.memory_budget
-        trace, is_greedy_B = trace_checked(
+        found = trace_checked(
             self.model,
             inputs,
             answer_BN,
             sample_ids=ids,
             exits=self.exits,
+            freezes=self.freezes,
+            share_images=self.config.share_images,
             exits_per_chunk=self.config.exits_per_chunk,
             memory_budget=None if budget is None else int(budget * GIB),
             features=self.config.features,
             reference_BAV=reference_BAV,
         )
-        return self._kept(trace), is_greedy_B
+        return self._kept(found.trace), found.is_greedy_B
 
     def _empty(self) -> Trace:
         features = len(self.config.features) * self.backbone.hidden_size
-        return empty_trace(self.backbone.num_layers, features, self.dtype, self.exits)
+        return empty_trace(
+            self.backbone.num_layers, features, self.dtype, self.exits, self.freezes, self.kv_share
+        )
 
     def _kept(self, trace: Trace) -> Trace:
         """As it goes to disk."""
-        return replace(trace.to("cpu"), features=trace.features.to("cpu", self.dtype))
+        trace, grid = trace.to("cpu"), None
+        if trace.grid is not None:
+            stored = {name: getattr(trace.grid, name).to(self.dtype) for name in ("embeddings", "features")}
+            grid = replace(trace.grid, **stored)
+        return replace(trace, features=trace.features.to(self.dtype), grid=grid)
 
     def _too_long(self, samples: Sequence[Sample], inputs: dict[str, Tensor], file: str) -> dict[int, Defect]:
         """Rows whose prompt and answer exceed the length limit."""

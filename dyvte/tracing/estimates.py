@@ -22,7 +22,7 @@ from dyvte.data import Selection
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.spans import find_spans
 from dyvte.teacher import Teacher
-from dyvte.teacher.exits import thinned_exits
+from dyvte.teacher.schedules import thinned_exits
 from dyvte.tracing.config import TracingConfig
 
 log = logging.getLogger(__name__)

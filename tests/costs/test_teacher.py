@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
 from dyvte.costs.teacher import SampleShape, mean_reference_step_flops, reference_step_flops, teacher_flops
+from dyvte.costs.vision import vision_tower_flops
 from dyvte.errors import MemoryBudgetError
 from dyvte.teacher import Trace, streams, trace_exits
 from dyvte.teacher.memory import GIB, PassPlan, PassSizes, plan_pass
@@ -76,6 +77,28 @@ def test_the_formula_is_what_runs(kv_heads: int, exits, prefix: int, text: int, 
     assert found == 2 * teacher_flops(decoder_shape(model.config), sample, exits)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(
+    ("exits", "freezes"), [(None, ()), (None, (0, 2)), ((0, 3), (0, 1, 3)), ((2,), (3,))]
+)
+def test_the_formula_counts_grids_and_shared_images(kv_heads: int, share: bool, exits, freezes) -> None:
+    """Exact: frozen tokens cost keys and values, the image and its frozen states are paid for once."""
+    model = llava(kv_heads=kv_heads)
+    inputs, mask = batch(4, 9, 12, 5)
+    # Two images with two questions each, behind the same text.
+    inputs["pixel_values"] = inputs["pixel_values"][[0, 1, 0, 1]]
+    inputs["input_ids"][:, :9] = inputs["input_ids"][0, :9]
+    one, two = inputs["pixel_values"][:2], inputs["pixel_values"]
+    vision = counted(lambda: model.model.get_image_features(pixel_values=one if share else two))
+    how = {"exits": exits, "freezes": freezes}
+    found = counted(lambda: trace_exits(model, inputs, mask, share_images=share, **how)) - vision
+    sample = SampleShape(prefix=9, visual=16, text=12, answer=5)
+    together, alone = (teacher_flops(decoder_shape(model.config), sample, questions=q, **how) for q in (2, 1))
+    assert found == (2 * together if share else 4 * alone)
+    assert together < 2 * alone
+
+
 def test_a_step_of_the_reference_is_two_passes_after_its_layer() -> None:
     model = llava()
     inputs, _ = batch(1, 9, 12, 5)
@@ -101,6 +124,28 @@ def test_labels_per_flop_at_the_shape_of_llava_7b(text: int, least: float, answe
     )
     sample = SampleShape(prefix=35, visual=576, text=text, answer=answer)
     assert 32 * mean_reference_step_flops(shape, sample) / teacher_flops(shape, sample) >= least
+
+
+@pytest.mark.parametrize("answer", [1, 5, 10])
+def test_labels_per_flop_where_ten_questions_share_an_image(answer: int) -> None:
+    """At the shape of LLaVA-1.5-7B; the vision tower, once an image, counted on both sides."""
+    shape = DecoderShape(
+        hidden_size=4096,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        ffn_sizes_L=(11008,) * 32,
+        vocab_size=32000,
+    )
+    tower = {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 336, "patch_size": 14,
+    }  # fmt: skip
+    vision = vision_tower_flops(transformers.CLIPVisionConfig(**tower))
+    sample = SampleShape(prefix=35, visual=576, text=25, answer=answer)
+    labels = 10 * 32
+    ours = (teacher_flops(shape, sample, questions=10) + vision) / labels
+    assert (mean_reference_step_flops(shape, sample) + vision) / ours >= 62
 
 
 # --- memory ---
@@ -165,10 +210,44 @@ def test_the_peak_stays_within_the_estimate_and_the_estimate_is_no_guess(
             torch.testing.assert_close(getattr(traces[0], name), getattr(roomy, name), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(
+    ("attention", "freezes", "images", "text", "answer"),
+    [("sdpa", (0, 1, 2, 3), 6, 40, 4), ("eager", (0, 2), 3, 80, 4), ("sdpa", (), 3, 80, 10)],
+    ids=["all frozen", "attention scores", "no grid"],
+)
+def test_the_peak_of_grids_and_shared_images_stays_within_the_estimate(
+    share, attention, freezes, images, text, answer, monkeypatch, tmp_path
+) -> None:
+    model = llava(attention)
+    inputs, mask = batch(4, 20, text, answer, images)
+    # Two sets of images, each asked about twice.
+    inputs["pixel_values"] = inputs["pixel_values"][: 2 * images].repeat(2, 1, 1, 1)
+    inputs["input_ids"][:, :20] = inputs["input_ids"][0, :20]
+    plans = made_plans(monkeypatch)
+    how = {"freezes": freezes, "share_images": share}
+    roomy = trace_exits(model, inputs, mask, memory_budget=10**12, **how)
+    sizes, plan = plans[-1]
+    assert sizes.images == (2 if share else 0)
+    for budget in (sizes.least(), (sizes.least() + plan.peak_bytes) // 2):
+        traces: list[Trace] = []
+
+        def traced(budget: int = budget, into: list[Trace] = traces) -> None:
+            into.append(trace_exits(model, inputs, mask, memory_budget=budget, **how))
+
+        peak = peak_bytes(traced, tmp_path / "trace.json")
+        estimate = plans[-1][1].peak_bytes
+        assert 0.4 * estimate <= peak <= estimate <= budget
+        for name in COLUMNS:
+            torch.testing.assert_close(
+                traces[0].labels(name), roomy.labels(name), atol=1e-5, rtol=1e-4, equal_nan=True
+            )
+
+
 def test_a_budget_decides_how_much_runs_at_once(monkeypatch) -> None:
     """Where text behind the image is long, exits take the memory; where the vocabulary is, positions do."""
     sizes = PassSizes(
-        rows=2, tokens=900, prefix=35, suffix=300, predicted=200, exits=33, num_layers=32, hidden=4096,
+        rows=2, tokens=900, prefix=35, suffix=300, predicted=200, schedules=33, num_layers=32, hidden=4096,
         query_width=4096, key_width=4096, heads=32, ffn=11008, vocab=32000, features=8192, element_size=2,
         eager=False,
     )  # fmt: skip
@@ -179,6 +258,6 @@ def test_a_budget_decides_how_much_runs_at_once(monkeypatch) -> None:
     unlimited = plan_pass(sizes)
     assert unlimited.exits_per_call == 3  # no call of more tokens than the full model's
     assert plan_pass(sizes, may_cut_head=False).positions_per_head == 200
-    assert plan_pass(replace(sizes, exits=9), budget=sizes.least()).peak_bytes < tight.peak_bytes
+    assert plan_pass(replace(sizes, schedules=9), budget=sizes.least()).peak_bytes < tight.peak_bytes
     with pytest.raises(MemoryBudgetError, match="raise the budget"):
         plan_pass(sizes, budget=sizes.least() - 1)

@@ -1,7 +1,8 @@
 """The one-pass teacher on every family that the runtime serves: M-RoPE, deepstack, sliding windows,
 bidirectional images, prefix-LM; rows with one, no and two images, padded on either side.
 
-The reference takes each layer's own mask and hides the visual keys past the exit in it; one pass per exit.
+The reference takes each layer's own mask and hides the visual keys past the exit in it, and hands the visual
+states on as they are past the freeze; one pass per schedule.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import pytest
 import torch
 
 from dyvte.backbones import describe
-from dyvte.teacher import streams
-from dyvte.teacher.exits import exit_logits, thinned_exits
+from dyvte.errors import ConfigError, UnsupportedBackboneError
+from dyvte.gates import FEATURES, prompt_features
+from dyvte.spans import find_spans
+from dyvte.teacher import streams, trace_exits
+from dyvte.teacher.exits import exit_logits
 from dyvte.teacher.memory import PassPlan
+from dyvte.teacher.schedules import thinned_exits
 from tests.helpers.families import FAMILIES
+from tests.helpers.passes import answers_of, before, close, padded, schedules_of, separate_pass
 
 FAST = {
     ("qwen2_vl", "eager", "left"),
@@ -33,79 +39,20 @@ CASES = [
 ]
 
 
-def padded(inputs: dict[str, torch.Tensor], side: str) -> dict[str, torch.Tensor]:
-    """The same rows, padded on ``side``; they come padded on the left."""
-    if side == "left":
-        return inputs
-    mask = inputs["attention_mask"]
-    shift = (mask == 0).sum(1).tolist()
-
-    def moved(value):
-        return torch.stack([row.roll(-by) for row, by in zip(value, shift, strict=True)])
-
-    return {
-        name: moved(value) if value.dim() == 2 and value.shape == mask.shape else value
-        for name, value in inputs.items()
-    }
-
-
-def masked_logits(model, layers, inputs, k: int, visual: torch.Tensor) -> torch.Tensor:
-    """Logits when layers k+1..L see no visual key; the mask is otherwise the model's own."""
-
-    def hide(module, args, kwargs):
-        mask = kwargs["attention_mask"]
-        if mask.dtype == torch.bool:
-            mask = mask & ~visual[:, None, None, :]
-        else:
-            mask = mask.masked_fill(visual[:, None, None, :], torch.finfo(mask.dtype).min)
-        return args, {**kwargs, "attention_mask": mask}
-
-    handles = [layer.register_forward_pre_hook(hide, with_kwargs=True) for layer in layers[k:]]
-    try:
-        with torch.no_grad():
-            return model(**inputs, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def reference(model, inputs, predict: torch.Tensor, exits) -> dict[int, list[torch.Tensor]]:
-    """For each exit, the logits of every row at its predicted positions."""
-    backbone = describe(model)
-    valid = inputs["attention_mask"].bool()
-    visual = torch.isin(inputs["input_ids"], torch.tensor(backbone.visual_token_ids))
-    placed = dict(inputs)
-    if not any(hasattr(module, "get_rope_index") for module in backbone.path):
-        placed["position_ids"] = (valid.long().cumsum(1) - 1).clamp(min=0)
-    found = {}
-    for k in exits:
-        logits = masked_logits(model, backbone.layers, placed, k, visual)
-        found[k] = [logits[row][predict[row]] for row in range(len(predict))]
-    return found
-
-
-def answers_of(inputs: dict[str, torch.Tensor], count: int = 3) -> torch.Tensor:
-    """The last tokens of every row."""
-    mask = inputs["attention_mask"]
-    left = mask.sum(1, keepdim=True) - mask.cumsum(1)
-    return mask.bool() & (left < count)
-
-
 @pytest.mark.parametrize(("name", "attention", "side"), CASES)
 def test_one_pass_equals_masked_passes(name: str, attention: str, side: str, monkeypatch) -> None:
     model, inputs, _ = FAMILIES[name](attention)
     inputs = padded(inputs, side)
     answer = answers_of(inputs)
-    predict = answer.roll(-1, dims=1)
-    predict[:, -1] = False
+    predict = before(answer)
     num_layers = describe(model).num_layers
-    expected = reference(model, inputs, predict, range(num_layers + 1))
+    expected = {k: separate_pass(model, inputs, num_layers, k)[0] for k in range(num_layers + 1)}
 
     def check(found) -> None:
         for place, k in enumerate(found.exits):
             for row in range(len(predict)):
                 mine = found.logits_KBAV[place, row][found.valid_BA[row]]
-                torch.testing.assert_close(mine, expected[k][row], atol=1e-4, rtol=0)
+                torch.testing.assert_close(mine, expected[k][row][predict[row]], atol=1e-4, rtol=0)
 
     found = exit_logits(model, inputs, predict_BN=predict, answer_BN=answer)
     assert found.exits == tuple(range(num_layers + 1))
@@ -119,3 +66,70 @@ def test_one_pass_equals_masked_passes(name: str, attention: str, side: str, mon
     assert thinned.exits == (0, 3, 4)
     check(thinned)
     torch.testing.assert_close(thinned.features_BLF, found.features_BLF, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "attention", "side"), CASES)
+def test_the_grid_equals_passes_with_frozen_visual_tokens(name: str, attention: str, side: str) -> None:
+    model, inputs, visual_ids = FAMILIES[name](attention)
+    inputs = padded(inputs, side)
+    answer = answers_of(inputs)
+    num_layers = describe(model).num_layers
+    trace = trace_exits(model, inputs, answer, freezes=range(num_layers), features=FEATURES)
+    assert trace.freezes == tuple(range(num_layers))
+    changed = trace.grid.risk[[0, 2], 0, 1:] - trace.risk[[0, 2], 1:]
+    assert changed.abs().max() > 1e-3, "a freeze that changes nothing tests nothing"
+    check_grid(trace, model, inputs, answer, visual_ids)
+    trace.grid.check(trace.exits, trace.tensors())
+    # What gates read of the text alone lets the last layer stop early; thinned, as the whole grid thinned.
+    thin = trace_exits(model, inputs, answer, freezes=(1, 3), exits=(0, 2, 3), exits_per_chunk=2)
+    close(thin, trace.select(FEATURES, FEATURES[:2]).thinned(exits=(0, 2, 3), freezes=(1, 3)), atol=2e-5)
+
+
+def check_grid(trace, model, inputs, answer, visual_ids) -> None:
+    """Labels and features of all schedules of a trace against separate passes."""
+    predict = before(answer)
+    spans = find_spans(inputs["input_ids"], visual_ids, inputs["attention_mask"], answer)
+
+    def of(states):
+        return prompt_features(states, spans.prompt_BN, spans.visual_BN, FEATURES)
+
+    full, states = separate_pass(model, inputs, trace.num_layers, trace.num_layers)
+    full = full.double().log_softmax(-1)
+    embeddings = of(states[0])
+    torch.testing.assert_close(trace.grid.embeddings, embeddings, atol=1e-4, rtol=0)
+    place = {pair: column for column, pair in enumerate(trace.grid.stream_layers)}
+    for f, k in schedules_of(trace.num_layers, trace.freezes):
+        logits, states = separate_pass(model, inputs, f, k)
+        logits = logits.double().log_softmax(-1)
+        kl_BN = (full.exp() * (full - logits)).sum(-1)
+        back_BN = (logits.exp() * (logits - full)).sum(-1)
+        column = trace.freezes.index(f)
+        for row in range(len(predict)):
+            at = predict[row]
+            labels = inputs["input_ids"][row][answer[row]]
+            loss = -logits[row][at].gather(-1, labels[:, None]).mean()
+            expected = {"risk": kl_BN[row][at].mean(), "reverse_risk": back_BN[row][at].mean(), "loss": loss}
+            for label, value in expected.items():
+                mine = getattr(trace.grid, label)[row, column, k].double()
+                torch.testing.assert_close(mine, value, atol=1e-4, rtol=0)
+        if k == trace.num_layers:
+            for layer in range(f + 1, k + 1):
+                mine = trace.grid.features[:, place[f, layer]]
+                torch.testing.assert_close(mine, of(states[layer]), atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_frozen_is_refused_by_name() -> None:
+    model, inputs, _ = FAMILIES["llava"]("sdpa")
+    answer = answers_of(inputs)
+    with pytest.raises(ConfigError, match=r"freeze layers \(4,\): expected layers in 0\.\.3"):
+        trace_exits(model, inputs, answer, freezes=(4,))
+    attention = describe(model).layers[1].self_attn
+    projection = attention.q_proj
+    del attention.q_proj
+    attention.qkv_proj = projection
+    try:
+        with pytest.raises(UnsupportedBackboneError, match="visual tokens of llava cannot be frozen"):
+            trace_exits(model, inputs, answer, freezes=(1,))
+    finally:
+        del attention.qkv_proj
+        attention.q_proj = projection

@@ -47,7 +47,7 @@ def exit_columns(
 
 def _trace(model, inputs, answer_BN, ids, full_BAV, teacher: TeacherConfig) -> Any:
     options = {"sample_ids": ids, "exits_per_chunk": teacher.exits_per_chunk, "reference_BAV": full_BAV}
-    return trace_checked(model, inputs, answer_BN, **options)[0].to("cpu")
+    return trace_checked(model, inputs, answer_BN, **options).trace.to("cpu")
 
 
 def first_reaching(same_answer_K: Tensor, target: float) -> int:
