@@ -1,7 +1,8 @@
 """What a label costs: the one-pass teacher against a step of DyVTE's reference trainer.
 
 A step of the reference labels each sample at one exit layer (`reference_step.py`); one teacher pass labels it
-at all L of them, and at K = 0, which is paid for and not counted. The reference's way is checked against the
+at all L of them, and at K = 0, which is paid for and not counted. Questions about one image share its visual
+stream; the reference's trainer computes the image for each. The reference's way is checked against the
 teacher's labels, then counted and timed beside it.
 
 FLOPs are exact: the formulas of `dyvte.costs.teacher` at the shape of LLaVA-1.5-7B, after a check that torch
@@ -43,7 +44,7 @@ from dyvte.backbones.sizes import DecoderShape, decoder_shape
 from dyvte.costs.teacher import SampleShape, mean_reference_step_flops, teacher_flops
 from dyvte.costs.vision import vision_tower_flops
 from dyvte.objectives import reference_labels
-from dyvte.teacher import thinned_exits, trace_exits
+from dyvte.teacher import thinned_exits, thinned_freezes, trace_exits
 from dyvte.teacher.memory import GIB
 
 SEVEN_B = DecoderShape(
@@ -55,6 +56,8 @@ CLIP_L_336 = {
 }  # fmt: skip
 TEXTS = (25, 50, 75, 150)
 TARGETS = {25: 25.0, 75: 18.0}
+QUESTIONS = (1, 2, 5, 10, 32)
+SHARED_TARGETS = {(25, 10): 62.0}
 
 
 # --- counts ---
@@ -76,6 +79,41 @@ def table(shape: DecoderShape, vision: float, answer: int, every: int) -> list[s
             f"{text:20d}  {reference / 1e12:24.2f}  {whole / 1e12:22.3f}  {reference / whole:5.1f}  "
             f"{target:>7}   {reference / thinned:5.1f}"
         )
+    return lines
+
+
+def shared_table(shape: DecoderShape, vision: float, answer: int) -> list[str]:
+    """Labels per FLOP against the reference by questions an image; the vision tower on both sides, here once
+    an image."""
+    head = "text after the image" + "".join(f"{f'{count} an image':>14}" for count in QUESTIONS)
+    lines = [head, "-" * len(head)]
+    for text in TEXTS:
+        sample = SampleShape(prefix=PREFIX, visual=VISUAL, text=text, answer=answer)
+        reference = mean_reference_step_flops(shape, sample) + vision
+        cells = []
+        for count in QUESTIONS:
+            labels = count * shape.num_layers
+            ours = (teacher_flops(shape, sample, questions=count) + vision) / labels
+            target = SHARED_TARGETS.get((text, count))
+            cells.append(f"{reference / ours:.1f}" + (f" (>= {target:.0f})" if target else ""))
+        lines.append(f"{text:20d}" + "".join(f"{cell:>14}" for cell in cells))
+    return lines
+
+
+def grid_table(shape: DecoderShape, answer: int, every: int) -> list[str]:
+    """What a thinned grid of freeze and exit layers costs, against all exits and no freeze."""
+    layers = shape.num_layers
+    grid = {"exits": thinned_exits(layers, every), "freezes": thinned_freezes(layers, every)}
+    head = "text after the image" + "".join(f"{f'{count} an image':>14}" for count in QUESTIONS)
+    lines = [head, "-" * len(head)]
+    for text in TEXTS:
+        sample = SampleShape(prefix=PREFIX, visual=VISUAL, text=text, answer=answer)
+        ratios = [
+            teacher_flops(shape, sample, questions=count, **grid)
+            / teacher_flops(shape, sample, questions=count)
+            for count in QUESTIONS
+        ]
+        lines.append(f"{text:20d}" + "".join(f"{ratio:14.2f}" for ratio in ratios))
     return lines
 
 
@@ -105,6 +143,15 @@ def check_counts(args: argparse.Namespace) -> str:
     found = (teacher, sum(steps) / 2)
     if found != expected:
         raise SystemExit(f"torch counts {found} FLOPs, the formulas say {expected}")
+    # The whole batch asks about one image, exits behind a freeze included.
+    alike = {name: value[:1].expand_as(value) for name, value in inputs.items()}
+    once = counted(lambda: model.model.get_image_features(pixel_values=inputs["pixel_values"][:1]))
+    shared = counted(lambda: trace_exits(model, alike, answer, freezes=(0, 1))) - once
+    wanted = teacher_flops(shape, sample, freezes=(0, 1), questions=args.batch)
+    if shared != wanted:
+        raise SystemExit(
+            f"torch counts {shared} FLOPs where {args.batch} rows share, the formulas say {wanted}"
+        )
     return (
         f"torch counts what the formulas say, on 2 layers: teacher {teacher:,} FLOPs, "
         f"mean step of the reference {found[1]:,.0f}"
@@ -251,6 +298,10 @@ def main() -> None:
     vision = vision_tower_flops(transformers.CLIPVisionConfig(**CLIP_L_336)) or 0.0
     print(f"LLaVA-1.5-7B, {PREFIX} + {VISUAL} visual + text, {args.answer} of it answer: FLOPs, exact")
     print("\n".join(table(SEVEN_B, vision, args.answer, args.every)), end="\n\n")
+    print("labels per FLOP against the reference, where several questions are asked about an image")
+    print("\n".join(shared_table(SEVEN_B, vision, args.answer)), end="\n\n")
+    print(f"FLOPs of every {args.every}th exit behind every {args.every}th freeze, against all exits alone")
+    print("\n".join(grid_table(SEVEN_B, args.answer, args.every)), end="\n\n")
     compare(args)
 
 

@@ -40,7 +40,7 @@ FLOORS = {
     "tasks": ["readers", "answers", "base", "choices", "gqa", "mmbench"],
     "tracing": ["config", "zero", "sharded", "traces"],
     "training": ["config", "zero", "loop", "gate_training", "running", "train", "dryrun"],
-    "teacher": ["streams", "trace", "store", "teacher", "pipeline"],
+    "teacher": ["slots", "texts", "images", "streams", "trace", "store", "teacher", "pipeline"],
 }
 LARGEST_SHARE = 0.15
 LAZY_ONLY = {"deepspeed", "wandb", "datasets", "sklearn", "matplotlib", "peft", "lmms_eval", "vlmeval"}

@@ -32,6 +32,7 @@ TRACING_NAMES: dict[str, tuple[str, ...]] = {
     "teacher.features": ("features",),
     "teacher.batch_size": ("teacher_batch_size",),
     "teacher.exit_every": ("exit_every",),
+    "teacher.freeze_every": ("freeze_every",),
     "teacher.memory_budget": ("memory_budget",),
     "teacher.reductions": ("reduction",),
 }

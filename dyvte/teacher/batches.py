@@ -7,45 +7,52 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dyvte.data import EmbeddedImage, Sample
+from dyvte.teacher.config import TeacherConfig
 
 
-def batches(samples: Sequence[Sample], size: int, *, by_image: bool) -> list[list[int]]:
-    """Indices of samples, batch by batch, at most ``size`` each.
+def batches_of(
+    samples: Sequence[Sample], config: TeacherConfig, *, by_length: bool = True
+) -> list[list[Sample]]:
+    """All samples, batch by batch.
+
+    Where questions share images, those whose image files have the same content come one after the other, in
+    one batch if they fit.
 
     Parameters
     ----------
     samples:
         What is to run.
-    size:
-        Samples of a batch.
-    by_image:
-        Samples whose image files have the same content come one after the other, in one batch where they fit.
-        Else all are sorted by the length of their text, as little padding as can be.
+    config:
+        Says how many samples a batch has at most, and whether images are shared.
+    by_length:
+        Samples of about one length run together, so that there is little padding. Else they keep their order.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[Sample]] = {}
     for i, sample in enumerate(samples):
-        groups.setdefault(_content(sample.image) if by_image else str(i), []).append(i)
-
-    def length(i: int) -> tuple[int, str]:
-        return samples[i].num_characters, samples[i].id
-
-    ordered = [sorted(group, key=length) for group in groups.values()]
-    ordered.sort(key=lambda group: length(group[-1]))
-    found: list[list[int]] = []
+        groups.setdefault(_content(sample.image) if config.share_images else str(i), []).append(sample)
+    ordered = list(groups.values())
+    if by_length:
+        ordered = sorted((sorted(group, key=_length) for group in ordered), key=lambda one: _length(one[-1]))
+    found: list[list[Sample]] = []
     for group in ordered:
-        fits = found and len(found[-1]) + len(group) <= size
-        if found and (fits or len(group) > size):
-            room = size - len(found[-1])
-            found[-1] += group[:room]
-            group = group[room:]
-        found += [group[start : start + size] for start in range(0, len(group), size)]
+        room = config.batch_size - len(found[-1]) if found else 0
+        # A group that fits into no batch fills up the one before it.
+        taken = group[:room] if len(group) <= room or len(group) > config.batch_size else []
+        if taken:
+            found[-1] += taken
+        rest = group[len(taken) :]
+        found += [rest[at : at + config.batch_size] for at in range(0, len(rest), config.batch_size)]
     return found
 
 
+def _length(sample: Sample) -> tuple[int, str]:
+    return sample.num_characters, sample.id
+
+
 def _content(image: Path | EmbeddedImage | None) -> str:
-    """Of an image's file; its name where it cannot be read (whoever opens it will say so)."""
+    """Of an image's file; its name where it cannot be read (whoever opens it will say why)."""
     try:
         data = image.data if isinstance(image, EmbeddedImage) else Path(str(image)).read_bytes()
-    except OSError:
+    except (OSError, ValueError):
         return f"unreadable {image}"
     return hashlib.sha256(data).hexdigest()

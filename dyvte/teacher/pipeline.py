@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dyvte.data import Defect, Sample, Selection, check_defects
-from dyvte.teacher.batches import batches
+from dyvte.teacher.batches import batches_of
 from dyvte.teacher.store import Shard, TraceStore
 from dyvte.teacher.teacher import Prepared, Teacher
 
@@ -72,6 +72,7 @@ def prepared_batches(
 ) -> Iterator[Prepared]:
     """The selection as the model takes it, batch by batch, by the rules of a trace: unusable samples are left
     out, counted and logged, so a batch may be smaller than others; one without a usable sample is left out.
+    Samples come in their order, but for those of one image, which come with the first of them.
 
     Parameters
     ----------
@@ -85,17 +86,18 @@ def prepared_batches(
     """
     bad = list(selection.defects)
     _log(bad)
-    size = teacher.config.batch_size
+    size = teacher.config.batch_size * teacher.config.shard_batches
     for start in range(0, len(selection.samples), size):
         samples = selection.samples[start : start + size]
-        ready = teacher.prepare(samples, file)
-        bad += ready.defects
-        check_defects(bad, max_bad_samples)
-        _log(ready.defects)
-        if ready.samples:
-            yield ready
-        if progress:
-            progress(len(samples))
+        for batch in batches_of(samples, teacher.config, by_length=False):
+            ready = teacher.prepare(batch, file)
+            bad += ready.defects
+            check_defects(bad, max_bad_samples)
+            _log(ready.defects)
+            if ready.samples:
+                yield ready
+            if progress:
+                progress(len(batch))
 
 
 def _log(defects: Sequence[Defect]) -> None:
@@ -109,8 +111,7 @@ def _trace_shard(
     """All batches of a shard, samples of one image together; they come back in the given order."""
     parts: list[Shard] = []
     defects: list[Defect] = []
-    for chosen in batches(samples, teacher.config.batch_size, by_image=teacher.config.share_images):
-        batch = [samples[i] for i in chosen]
+    for batch in batches_of(samples, teacher.config):
         part, bad = teacher.trace(batch, file)
         parts.append(part)
         defects += bad

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +36,9 @@ from dyvte.costs.schedules import kv_share
 from dyvte.data import Defect, Sample, Selection, load_image
 from dyvte.data.defects import collected, is_of_sample
 from dyvte.errors import ConfigError, DataError, MemoryBudgetError
-from dyvte.gates import DEFAULT_FEATURES, FEATURES, check_features
 from dyvte.reductions import identity, parse_reductions
 from dyvte.runtime.frozen import check_can_freeze
+from dyvte.teacher.config import TeacherConfig
 from dyvte.teacher.exits import positions_before, trace_checked
 from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.memory import GIB
@@ -47,73 +49,7 @@ from dyvte.teacher.store import Manifest, Shard, empty_trace, exits_text, grid_f
 from dyvte.teacher.streams import is_sharded
 from dyvte.teacher.trace import Trace
 
-LabelSource = Literal["greedy", "data"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """How samples are traced.
-
-    ``label_source``: "greedy" traces the full model's own greedy answer (``same_answer`` is then exact,
-    ``loss`` is the cross-entropy of that answer); "data" traces the answer the data gives, as the papers do.
-
-    ``reference``: what exits are compared with. "self": the full model; "base", for a model with a PEFT
-    adapter: the full model with the adapter switched off, whose greedy answers are then the labels too.
-    """
-
-    label_source: LabelSource = "greedy"
-    """Whose answer is traced."""
-    reference: Literal["self", "base"] = "self"
-    """What exits are compared with: the full model, or (a model with an adapter) that without its adapter."""
-    template: str = "auto"
-    """Prompt template: "v1", "chat" or "auto"."""
-    try_answers: bool = False
-    """Greedy labels: pass over the data's answers first and generate only where the model would say something
-    else. The same labels; faster where the model is mostly right."""
-    batch_size: int = 32
-    """Samples per forward."""
-    exit_every: int = 1
-    """Label the exits 0, m, 2m, ... and L only; gates at the others stay closed. 1: every exit."""
-    freeze_every: int | None = None
-    """Label freeze layers too, 0, m, 2m, ...: every labelled exit behind each of them; null: none."""
-    freeze_layers: tuple[int, ...] = ()
-    """The same for the freeze layers listed here."""
-    share_images: bool = True
-    """Questions about one image hang on one visual stream, computed once; which do is decided by what the
-    decoder is given, not by names. The same labels, to rounding."""
-    memory_budget: float | None = None
-    """GiB that a pass may hold beside the weights (an estimate): exits and answer positions are taken as many
-    at a time as fit, and a batch that does not fit is cut in halves; null: no call larger than the full
-    model's own."""
-    exits_per_chunk: int | None = None
-    """Exit streams per layer call; null: as many as memory_budget allows."""
-    max_new_tokens: int = 32
-    """Longest greedy answer, in tokens."""
-    max_length: int = 2048
-    """Longest prompt plus answer, in tokens; longer samples are dropped and counted, never cut."""
-    shard_batches: int = 8
-    """Batches per shard file: what a killed pass loses at most."""
-    reductions: str = "none"
-    """What is spent on visual tokens before they leave, such as "fastv:2:0.5" or several joined by "+": exits
-    of the reduced backbone are traced, against the un-pruned one."""
-    features: tuple[str, ...] = field(default=DEFAULT_FEATURES, metadata={"choices": FEATURES})
-    """Kept for the gates; gates may read fewer."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "max_length", "shard_batches", "exit_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.memory_budget is not None and not self.memory_budget > 0:
-            raise ValueError(f"memory_budget must be positive (GiB) or null, found {self.memory_budget}")
-        if self.freeze_every is not None and self.freeze_every < 1:
-            raise ValueError(f"freeze_every must be at least 1 or null, found {self.freeze_every}")
-        if self.freeze_every is not None and self.freeze_layers:
-            raise ConfigError("give the freeze layers by freeze_every or by freeze_layers, not by both")
-        check_features(self.features)
-        if parse_reductions(self.reductions) and (self.freeze_every is not None or self.freeze_layers):
-            raise ConfigError(
-                f"reductions: {self.reductions} and freeze layers cannot be traced together: leave one out"
-            )
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,6 +68,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, processor: Any, config: TeacherConfig) -> None:
         self.model, self.processor, self.config = model, processor, config
+        self._said: set[str] = set()
         self.template: PromptTemplate = get_template(config.template, processor)
         self.backbone = describe(model)
         self.exits = thinned_exits(self.backbone.num_layers, config.exit_every)
@@ -222,15 +159,15 @@ class Teacher:
 
     def _trace_whole(self, samples: Sequence[Sample], file: str) -> tuple[Shard, list[Defect]]:
         ready = self.prepare(samples, file)
-        notes: dict[str, int] = {}
+        notes: Counter[str] = Counter()
         if not ready.samples:
             trace = self._empty()
         elif self.config.label_source == "greedy":
             trace = self._trace_greedy(ready.samples, ready.images, ready.inputs, notes)
         else:
-            trace, _ = self._run(ready.samples, ready.inputs, ready.answer_BN)
+            trace, _ = self._run(ready.samples, ready.inputs, ready.answer_BN, notes)
         image_ids = tuple(sample.image_id for sample in ready.samples)
-        return Shard(trace=trace, image_ids=image_ids, notes=notes), ready.defects
+        return Shard(trace=trace, image_ids=image_ids, notes=dict(notes)), ready.defects
 
     def prepare(self, samples: Sequence[Sample], file: str = "") -> Prepared:
         """Inputs of those samples that can be used; the rest by name.
@@ -272,13 +209,13 @@ class Teacher:
         samples: Sequence[Sample],
         images: Sequence[Any],
         prompts: dict[str, Tensor],
-        notes: dict[str, int],
+        notes: Counter[str],
     ) -> Trace:
         """Traces of the model's own answers, in the given order."""
         parts: list[Trace] = []
         rest = list(range(len(samples)))
         if self.config.try_answers:
-            parts.append(self._trace_confirmed(samples, images, prompts))
+            parts.append(self._trace_confirmed(samples, images, prompts, notes))
             known = set(parts[0].sample_ids)
             rest = [row for row in rest if samples[row].id not in known]
         cut = lost = 0
@@ -288,7 +225,7 @@ class Teacher:
                 prompts, _ = self._encode(chosen, [images[row] for row in rest], with_answer=False)
             with self.as_reference():
                 inputs, answer_BN = greedy_answers(self.model, prompts, self.config.max_new_tokens)
-            trace, is_greedy_B = self._run(chosen, inputs, answer_BN)
+            trace, is_greedy_B = self._run(chosen, inputs, answer_BN, notes)
             cut = int((~self.ends_answer(inputs, answer_BN).any(1)).sum())
             lost = int((~is_greedy_B).sum())
             parts.append(trace)
@@ -298,7 +235,11 @@ class Teacher:
         return joined.rows([place[sample.id] for sample in samples])
 
     def _trace_confirmed(
-        self, samples: Sequence[Sample], images: Sequence[Any], prompts: dict[str, Tensor]
+        self,
+        samples: Sequence[Sample],
+        images: Sequence[Any],
+        prompts: dict[str, Tensor],
+        notes: Counter[str],
     ) -> Trace:
         """Traces of those samples whose given answer is the model's own, told by the pass over it.
 
@@ -314,7 +255,7 @@ class Teacher:
             samples, images = [samples[row] for row in fits], [images[row] for row in fits]
             prompts = {name: prompts[name][fits] for name in ("input_ids", "attention_mask")}
             inputs, answer_BN = self._encode(samples, images, with_answer=True)
-        trace, own_B = self._run(samples, inputs, answer_BN)
+        trace, own_B = self._run(samples, inputs, answer_BN, notes)
         prompt_BN = inputs["attention_mask"].bool() & ~answer_BN
         is_eos_BN = self.ends_answer(inputs, answer_BN)
         for row in range(len(samples)):
@@ -326,7 +267,11 @@ class Teacher:
         return trace.rows(own_B.nonzero().flatten())
 
     def _run(
-        self, samples: Sequence[Sample], inputs: dict[str, Tensor], answer_BN: Tensor
+        self,
+        samples: Sequence[Sample],
+        inputs: dict[str, Tensor],
+        answer_BN: Tensor,
+        notes: Counter[str],
     ) -> tuple[Trace, Tensor]:
         """One pass: the trace on the CPU, features in the model's dtype; is each answer the argmax?"""
         ids = [sample.id for sample in samples]
@@ -360,6 +305,10 @@ class Teacher:
             features=self.config.features,
             reference_BAV=reference_BAV,
         )
+        notes["visual_streams"] += found.num_images
+        if found.not_shared is not None and found.not_shared not in self._said:
+            self._said.add(found.not_shared)
+            log.warning("questions about one image compute it each on their own: %s", found.not_shared)
         return self._kept(found.trace), found.is_greedy_B
 
     def _empty(self) -> Trace:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dyvte.backbones import BackboneConfig
 from dyvte.config import open_group
 from dyvte.data import DataConfig
-from dyvte.teacher.teacher import TeacherConfig
+from dyvte.teacher.config import TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)

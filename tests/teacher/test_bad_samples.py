@@ -125,7 +125,8 @@ def test_every_reader_counts_by_the_same_limit(backbone, selection, tmp_path: Pa
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert search(5).num_samples == 5
-    assert [record.getMessage().split("'")[1] for record in caplog.records] == list(BAD)
+    named = [record.getMessage().split("'")[1] for record in caplog.records]
+    assert sorted(named) == sorted(BAD)  # samples of one image come together
     assert profile(5).about["num_samples"] == 5
     good = replace(selection, samples=tuple(s for s in selection.samples if s.id not in BAD))
     expected = search_exit_layer(teacher.model, (r.inputs for r in prepared_batches(teacher, good)))
