@@ -8,7 +8,6 @@ means, and what an answer is worth.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -18,10 +17,11 @@ import numpy as np
 from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.formatting import name_some
 from dyvte.registry import Registry
+from dyvte.tasks.metrics import NOT_GRADED, breakdown, percent, ungraded
+from dyvte.tasks.prompts import SHORT_ANSWER_SUFFIX
 from dyvte.tasks.readers.files import fit, is_file, shards_below, tables_below
 from dyvte.tasks.readers.predictions import read_answers, read_json_table, read_submitted
 from dyvte.tasks.readers.rows import Row
-from dyvte.tasks.readers.rows import read_jsonl as read_jsonl
 from dyvte.tasks.readers.tables import read_table
 from dyvte.tasks.records import Predictions as Predictions
 from dyvte.tasks.records import Question as Question
@@ -31,14 +31,6 @@ from dyvte.tasks.writing import write_json
 
 DIALECTS = ("original", "lmms", "vlmevalkit")
 """Whose rule reads an answer: the benchmark's own tool, lmms-eval, or VLMEvalKit."""
-
-SHORT_ANSWER_SUFFIX = "\nAnswer the question using a single word or phrase."
-"""What LLaVA's evaluation appends to questions with a short answer."""
-
-LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
-"""What LLaVA's evaluation appends to multiple-choice questions."""
-
-NOT_GRADED = "not graded"
 
 Source: TypeAlias = Callable[[Path], "list[Question] | None"]
 """Questions below a root, or None where the root is not of that format."""
@@ -186,7 +178,15 @@ class Benchmark:
         return questions[:limit]
 
     def prompt(self, question: Question, suffix: str | None = None) -> str:
-        """Text asked of the model, without image placeholder; ``suffix`` None is what LLaVA appends."""
+        """The text asked of the model, without image placeholder.
+
+        Parameters
+        ----------
+        question
+            As :meth:`load` gives it.
+        suffix
+            Appended; None: what LLaVA appends.
+        """
         return question.text + (self.suffix if suffix is None else suffix)
 
     # --- scores -----------------------------------------------------------------------------------------
@@ -194,7 +194,17 @@ class Benchmark:
     def hits(
         self, questions: Sequence[Question], predictions: Predictions, dialect: str
     ) -> list[bool] | list[float]:
-        """What each question is worth; all are there and all have a gold answer."""
+        """What each question is worth: right or wrong, or a share in [0, 1].
+
+        Parameters
+        ----------
+        questions
+            All have a gold answer.
+        predictions
+            Hold an answer to each.
+        dialect
+            One of ``dialects``.
+        """
         raise NotImplementedError
 
     def correct(
@@ -202,6 +212,13 @@ class Benchmark:
     ) -> list[bool] | list[float]:
         """Whether each question, in order, is answered rightly under ``dialect``; a share where answers can
         be partly right.
+
+        Parameters
+        ----------
+        questions, predictions
+            As :meth:`load` and :meth:`read_predictions` give them; predictions for others are ignored.
+        dialect
+            Whose rule reads the answers.
 
         Raises
         ------
@@ -229,7 +246,8 @@ class Benchmark:
     ) -> dict[str, Any]:
         """Scores, JSON-ready: counts and :meth:`metrics`.
 
-        On a split without public answers: ``graded`` is False and there is no metric.
+        On a split without public answers: ``graded`` is False and there is no metric. Parameters and errors
+        are those of :meth:`correct`.
         """
         self.check(questions, predictions, dialect)
         scores: dict[str, Any] = {
@@ -250,7 +268,15 @@ class Benchmark:
         predictions: Predictions,
         dialect: str,
     ) -> dict[str, Any]:
-        """What :meth:`score` reports beside the counts: accuracy in percent, over all and per kind."""
+        """What :meth:`score` reports beside the counts: accuracy in percent, over all and per kind.
+
+        Parameters
+        ----------
+        questions, predictions, dialect
+            Those of :meth:`score`.
+        hits
+            What :meth:`correct` gives for them.
+        """
         return {"accuracy": percent(hits), "per_kind": breakdown([q.kind for q in questions], hits)}
 
     def headline(self, scores: Mapping[str, Any]) -> str:
@@ -286,6 +312,13 @@ class Benchmark:
         """Read raw answers (jsonl, or VLMEvalKit's table as TSV, workbook or JSON) or this benchmark's
         submission file (JSON).
 
+        Parameters
+        ----------
+        path
+            The file; its ending says what it is.
+        questions
+            Those that are answered, for files that name images instead.
+
         Raises
         ------
         ScoreError, DataError
@@ -301,7 +334,20 @@ class Benchmark:
         return read_submitted(path, "question_id", "answer", "prediction")
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
-        """Write the file or folder that the benchmark's own tool or server takes."""
+        """Write the file or folder that the benchmark's own tool or server takes.
+
+        Parameters
+        ----------
+        folder
+            Where it is written.
+        questions, predictions
+            In this order; each has a prediction.
+
+        Returns
+        -------
+        Path
+            What was written.
+        """
         return write_json(Path(folder) / self.submission_name, self.submission(questions, predictions))
 
     def submission(self, questions: Sequence[Question], predictions: Predictions) -> Any:
@@ -332,31 +378,6 @@ def check_dialect(dialect: str, known: Sequence[str] = DIALECTS, benchmark: str 
         raise ConfigError(
             f"{benchmark} has no {dialect!r} dialect: that tool does not score it. Use {' or '.join(known)}"
         )
-
-
-def ungraded(why: str) -> dict[str, Any]:
-    """The part of the scores that says there are none."""
-    return {"graded": False, "why": why}
-
-
-def percent(hits: Sequence[bool] | Sequence[float]) -> float:
-    """Mean of hits in percent; 0 for none, as the official tools print."""
-    return 100.0 * sum(hits) / len(hits) if hits else 0.0
-
-
-def breakdown(kinds: Sequence[Any], hits: Sequence[bool] | Sequence[float]) -> dict[str, Any]:
-    """Accuracy in percent and number of questions for every kind, in order of first appearance."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for kind, hit in zip(kinds, hits, strict=True):
-        groups[str(kind)].append(hit)
-    return {kind: {"accuracy": percent(own), "num_questions": len(own)} for kind, own in groups.items()}
-
-
-def strip_suffix(text: str) -> str:
-    """A LLaVA question without what its authors appended."""
-    for suffix in (SHORT_ANSWER_SUFFIX, LETTER_SUFFIX):
-        text = text.removesuffix(suffix)
-    return text.strip()
 
 
 def _best_fit(name: str) -> int:

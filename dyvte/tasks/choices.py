@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from dyvte.tasks.answers.choices import LETTERS, Options
-from dyvte.tasks.base import LETTER_SUFFIX, Benchmark, Predictions, Question
+from dyvte.tasks.base import Benchmark, Predictions, Question
+from dyvte.tasks.prompts import LETTER_SUFFIX
 from dyvte.tasks.readers.rows import Row, is_blank
 
 
@@ -25,7 +26,14 @@ class ChoiceBenchmark(Benchmark):
 
 
 def lettered_options(row: Row, *keys: str) -> dict[str, str]:
-    """The options of a row, from the columns A, B, ... or from a list under one of ``keys``.
+    """The options of a row.
+
+    Parameters
+    ----------
+    row
+        Has a list under one of ``keys``, or the columns A, B, ...
+    keys
+        Where the list may stand.
 
     Raises
     ------
@@ -51,6 +59,15 @@ def listed_options(row: Row, texts: Sequence[str | None]) -> dict[str, str]:
 
 def gold_letter(row: Row, options: Options, key: str = "answer") -> str | None:
     """The gold answer, a letter; None where the row has none.
+
+    Parameters
+    ----------
+    row
+        Of a question.
+    options
+        Those that are there.
+    key
+        Where the letter stands.
 
     Raises
     ------

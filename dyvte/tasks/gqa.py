@@ -15,7 +15,8 @@ from typing import Any
 
 from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
-from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, percent
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
+from dyvte.tasks.metrics import percent
 from dyvte.tasks.readers.files import (
     IMAGE_EXTENSIONS,
     find_file,

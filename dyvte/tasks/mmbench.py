@@ -28,8 +28,9 @@ from dyvte.tasks.answers.choices import (
     vlmevalkit_letter,
     with_options,
 )
-from dyvte.tasks.base import TASKS, Predictions, Question, breakdown, percent
+from dyvte.tasks.base import TASKS, Predictions, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, lettered_options
+from dyvte.tasks.metrics import breakdown, percent
 from dyvte.tasks.readers.files import table_images
 from dyvte.tasks.readers.rows import Row
 from dyvte.tasks.readers.xlsx import write_xlsx

@@ -20,7 +20,9 @@ from dyvte.errors import DataError, ScoreError
 from dyvte.files import write_atomically
 from dyvte.formatting import name_some
 from dyvte.tasks.answers.yes_no import yes_no_words
-from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, percent, strip_suffix
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
+from dyvte.tasks.metrics import percent
+from dyvte.tasks.prompts import strip_suffix
 from dyvte.tasks.readers.files import find_file, table_images
 from dyvte.tasks.readers.mme_release import (
     COGNITION,

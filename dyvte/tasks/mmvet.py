@@ -14,7 +14,8 @@ from typing import Any
 
 from dyvte.errors import ScoreError
 from dyvte.formatting import name_some
-from dyvte.tasks.base import NOT_GRADED, TASKS, Benchmark, Predictions, Question, percent, ungraded
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
+from dyvte.tasks.metrics import NOT_GRADED, percent, ungraded
 from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
 from dyvte.tasks.readers.predictions import checked, read_by_id
 from dyvte.tasks.readers.rows import Row, read_entries, read_jsonl, shown

@@ -15,7 +15,9 @@ from typing import Any
 
 from dyvte.formatting import name_some
 from dyvte.tasks.answers.yes_no import yes_no_words
-from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, percent, strip_suffix
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
+from dyvte.tasks.metrics import percent
+from dyvte.tasks.prompts import strip_suffix
 from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
 from dyvte.tasks.readers.predictions import collected
 from dyvte.tasks.readers.rows import Row, read_jsonl

@@ -17,7 +17,8 @@ from typing import Any
 
 from dyvte.errors import DataError
 from dyvte.tasks.answers.vqa import official_answer, remembering
-from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, breakdown, percent
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
+from dyvte.tasks.metrics import breakdown, percent
 from dyvte.tasks.readers.files import find_file
 from dyvte.tasks.readers.predictions import collected
 from dyvte.tasks.readers.rows import Row, read_jsonl, read_rows

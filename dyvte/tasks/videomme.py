@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.tasks.answers.choices import lmms_letter
-from dyvte.tasks.base import TASKS, Predictions, Question, breakdown, percent
+from dyvte.tasks.base import TASKS, Predictions, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, listed_options
+from dyvte.tasks.metrics import breakdown, percent
 from dyvte.tasks.readers.files import find_file
 from dyvte.tasks.readers.predictions import collected
 from dyvte.tasks.readers.rows import Row, read_rows

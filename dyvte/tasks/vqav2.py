@@ -25,7 +25,9 @@ from dyvte.tasks.answers.vqa import (
     soft_accuracy,
     without_punctuation,
 )
-from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, breakdown, percent, strip_suffix
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
+from dyvte.tasks.metrics import breakdown, percent
+from dyvte.tasks.prompts import strip_suffix
 from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
 from dyvte.tasks.readers.rows import Row, read_jsonl, read_rows, shown
 from dyvte.tasks.records import ImageSource

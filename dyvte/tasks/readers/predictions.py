@@ -56,7 +56,20 @@ def _tabled(rows: Sequence[Row], path: Path) -> Predictions:
 
 
 def read_submitted(path: Path, id_key: str, *text_keys: str) -> Predictions:
-    """The rows of a submission file, a JSON list, compared as they stand."""
+    """The rows of a submission file, a JSON list, compared as they stand.
+
+    Parameters
+    ----------
+    path
+        The file.
+    id_key, text_keys
+        Where id and text of a row stand.
+
+    Raises
+    ------
+    ScoreError
+        No list of objects with an id and a text each.
+    """
     try:
         rows = read_rows(path)
     except DataError as error:
@@ -88,7 +101,16 @@ def checked(texts: Mapping[str, Any], where: Path, converted: bool = False) -> P
 def collected(
     rows: Sequence[Row], id_keys: Sequence[str], text_keys: Sequence[str], *, converted: bool = False
 ) -> Predictions:
-    """Collect id -> text over the rows, each under the first key that a row has.
+    """Collect id -> text over the rows.
+
+    Parameters
+    ----------
+    rows
+        Of a file of answers.
+    id_keys, text_keys
+        Where ids and texts stand: under the first of the keys that a row has.
+    converted
+        See :class:`~dyvte.tasks.records.Predictions`.
 
     Raises
     ------
@@ -140,6 +162,10 @@ def joined_by_prompt(
 
     Parameters
     ----------
+    path
+        LLaVA's file: lines of ``question_id``, ``prompt`` and ``text``.
+    questions
+        Those that are answered.
     key
         (image, question text) of a question.
     asked

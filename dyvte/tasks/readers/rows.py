@@ -190,6 +190,13 @@ def read_text(path: Path) -> str:
 def read_json(path: Path, unique_keys: bool = False) -> Any:
     """Parse a JSON file.
 
+    Parameters
+    ----------
+    path
+        The file.
+    unique_keys
+        Refuse an object that states a key twice.
+
     Raises
     ------
     DataError
