@@ -2,7 +2,7 @@
 
 A question is asked once for every rotation of its options and counts only if all are right. The release's TSV
 holds the rotations as rows of their own, index + 1,000,000 for each step; all rows are asked. Where a file
-holds unrotated rows only (LLaVA asks such files once), the figure is over those and ``circular`` says so.
+holds unrotated rows only (LLaVA asks such files once), the score is over those and ``circular`` says so.
 
 Sources: ``lmms_eval/tasks/mmbench/mmbench_evals.py``, whose first step is the evaluation of the MMBench paper
 (``original``) and whose static mode goes on with ``mcq_extract.py`` (``lmms``);

@@ -10,7 +10,7 @@ open question becomes a choice between its gold answer and "Other Answers").
 ``lmms`` here, with the official seed (42) and order (subjects, then questions as stored), so that a whole
 validation run scores as the official tool's first run does; lmms-eval does not state its own draws.
 ``num_random`` says how many answers that were and ``accuracy_without_chance`` counts them wrong. Draws depend
-on which answers are unreadable before: compare runs by the second figure.
+on which answers are unreadable before: compare runs by the second score.
 
 Options are shown as LLaVA does; images stand before the question, whose ``<image 1>`` marks stay in the text.
 """

@@ -118,7 +118,7 @@ class POPE(Benchmark):
     ) -> dict[str, Any]:
         """Accuracy, precision, recall, F1 and share of yes in percent, per category, and means over those.
 
-        A share over nothing is 0, where the official tool divides by zero. VLMEvalKit's figures over all rows
+        A share over nothing is 0, where the official tool divides by zero. VLMEvalKit's metrics over all rows
         are ``overall``; its own "Overall" is that F1. lmms-eval's ``yes_ratio`` is of the gold answers:
         ``gold_yes_rate``.
         """
@@ -134,8 +134,8 @@ class POPE(Benchmark):
         }
         overall = _rates([(gold, read) for _, gold, read in rows], dialect)
         means = {
-            figure: sum(own[figure] for own in per_category.values()) / len(per_category)
-            for figure in ("accuracy", "precision", "recall", "f1", "yes_rate")
+            metric: sum(own[metric] for own in per_category.values()) / len(per_category)
+            for metric in ("accuracy", "precision", "recall", "f1", "yes_rate")
         }
         return {
             **means,

@@ -2,7 +2,7 @@
 
 The papers that use it (Video-ChatGPT, Video-LLaVA) have a language model judge the answers: the file which
 ``videollava/eval/video/eval_video_qa.py`` takes is written (lines of id, question, answer, pred). The own
-figure is **exact match** and no paper's figure: the answer, normalised as VQA answers are, equals the gold
+metric is **exact match**, which no paper reports: the answer, normalised as VQA answers are, equals the gold
 answer so normalised. It is labelled ``exact_match``; there is no other dialect.
 
 That script's runner joins questions and answers by line; here they are joined by ``question_id`` where the
