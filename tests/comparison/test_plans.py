@@ -19,7 +19,7 @@ from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack
 from dyvte.reductions import parse_reductions
 from dyvte.teacher.plain import predicted_logits
 from dyvte.teacher.reduced import Turn, answer_logits, trace_reduced_exits
-from tests.reductions.test_reductions import LAYERS
+from tests.helpers.rules import LAYERS
 from tests.teacher.test_reduced import answered
 
 TEXTS = ["fastv:2:0.5", "ffn:0.5", "neighbours:1+fastv:1:0.5"]

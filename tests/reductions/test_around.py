@@ -13,9 +13,18 @@ from dyvte.gates import GateConfig, GateStack
 from dyvte.reductions import FastV, InactiveHeads, Neighbours, SparseFFN, VisualProfile
 from dyvte.runtime.visual_work import LighterLayer, Weights
 from tests.helpers.batches import batch, llava
-from tests.helpers.families import FAMILIES
-from tests.reductions.test_reductions import GREEDY, LAYERS, NEVER, build, fastv_rule, hidden_by_rule
-from tests.reductions.test_visual_work import ACTIVE, CASES, IMPORTANCE, less_work
+from tests.helpers.families import FAMILIES, build
+from tests.helpers.rules import (
+    ACTIVE,
+    CASES,
+    GREEDY,
+    IMPORTANCE,
+    LAYERS,
+    NEVER,
+    fastv_rule,
+    hidden_by_rule,
+    less_work,
+)
 
 # peft asks for it
 ADAPTS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

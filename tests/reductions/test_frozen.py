@@ -13,11 +13,10 @@ from dyvte.policies import OraclePolicy, parse_policy
 from dyvte.reductions import FastV, FrozenLayers, RandomTokens, SparseFFN, parse_reductions
 from tests.helpers import support
 from tests.helpers.batches import QUESTIONS, VISUAL_ID, batch, llava
-from tests.helpers.families import ATTENTION, FAMILIES, build
-from tests.helpers.reference import exit_by_masks, frozen_by_hooks, greedy_cached, greedy_reference
+from tests.helpers.families import build
+from tests.helpers.reference import frozen_by_hooks, greedy_cached, greedy_reference
+from tests.helpers.rules import GREEDY, LAYERS, draws, fastv_rule, hidden_by_rule, less_work
 from tests.helpers.zoo import generic
-from tests.reductions.test_reductions import GREEDY, LAYERS, draws, fastv_rule, hidden_by_rule
-from tests.reductions.test_visual_work import less_work
 
 SETS = ["0", "3", "1,3", "0-1,3", "0-3"]
 
@@ -46,22 +45,6 @@ def test_any_set_equals_brute_force(text, side):
     assert torch.equal(record.visual_tokens_BL, num_B1 * ~frozen_L)
     # what a policy decides is another matter
     assert run.freeze_layers.tolist() == run.exit_layers.tolist() == never
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_with_exits_on_every_family(family, attention):
-    model, inputs, visual_ids = build(family, attention)
-    exits = [2, -1, 4]
-    masks = exit_by_masks(model, exits, visual_ids, attention=ATTENTION.get(family))
-    with masks, frozen_by_hooks(model, which("1,3", 3), visual_ids):
-        expected = model.generate(**inputs, **GREEDY, use_cache=False)
-    frozen = [FrozenLayers([1, 3])]
-    with dyvte.VisualExit.from_policy(OraclePolicy(exits), reductions=frozen)(model):
-        got = model.generate(**inputs, **GREEDY)
-    assert torch.equal(got.sequences, expected.sequences)
-    for a, b in zip(got.logits, expected.logits, strict=True):
-        assert (a - b).abs().max() < 1e-4
 
 
 def test_a_set_and_a_freeze_add_up():

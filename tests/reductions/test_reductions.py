@@ -1,15 +1,10 @@
 """Reductions are exact: equal to the published rule, played by masks on the stock model.
 
-The reference decides from the eager model's own attention weights and hides keys in its own masks, layer by
-layer, at full length and without a cache; it shares no code with the runtime.
+The rules are those of `tests.helpers.rules`; the matrix of policies, reductions and families holds every
+reduction to its rule (`tests/runtime/test_matrix.py`), what is here is particular to some.
 """
 
 from __future__ import annotations
-
-import inspect
-import math
-from contextlib import contextmanager
-from functools import cache
 
 import pytest
 import torch
@@ -18,92 +13,12 @@ import dyvte
 from dyvte.errors import ConfigError, UnsupportedBackboneError
 from dyvte.gates import GateConfig, GateStack
 from dyvte.policies import OraclePolicy
-from dyvte.reductions import FastV, RandomTokens, TokenRows, parse_reductions
+from dyvte.reductions import FastV, RandomTokens, parse_reductions
 from dyvte.spans import find_spans
 from tests.helpers.batches import QUESTIONS, VISUAL_ID, batch, llava
-from tests.helpers.families import FAMILIES
+from tests.helpers.families import FAMILIES, build
 from tests.helpers.reference import greedy_cached
-
-LAYERS = 4
-NEVER = [LAYERS, -1, LAYERS]
-GREEDY = {
-    "max_new_tokens": 9,
-    "do_sample": False,
-    "output_logits": True,
-    "return_dict_in_generate": True,
-}
-
-
-@cache
-def build(family, attention):
-    """Nobody may change it."""
-    return FAMILIES[family](attention)
-
-
-@contextmanager
-def hidden_by_rule(model, exits_P, visual_ids, drop=None, after=None):
-    """Inside, keys are hidden in the masks that the eager model makes itself; only without a cache.
-
-    Visual keys of a row leave at its exit; from layer index `after` on also what ``drop(weights_BHNN,
-    visual_BN, valid_BN)`` said of the prompt, with the weights of the layer before. Yields what it holds.
-    """
-    layers, exits_P = model.get_decoder().layers, torch.as_tensor(exits_P)
-    now = {}
-
-    def look(module, args, kwargs):
-        ids_BN = kwargs["input_ids"]
-        now["visual"] = torch.isin(ids_BN, torch.tensor(list(visual_ids)))
-        now["valid"] = kwargs.get("attention_mask", torch.ones_like(ids_BN)).bool()
-        now["exits"] = exits_P.repeat_interleave(len(ids_BN) // len(exits_P))
-
-    def decide(module, args, output):
-        if "dropped" not in now:
-            now["dropped"] = drop(output[1], now["visual"], now["valid"])
-
-    def hide(index):
-        def hook(module, args, kwargs):
-            # the first argument, the states, stays where transformers looks for it
-            names = list(inspect.signature(module.forward).parameters)
-            kwargs = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-            gone_BN = now["visual"] & (now["exits"] <= index)[:, None]
-            if after is not None and index >= after:
-                length = now["dropped"].shape[1]
-                repeat = len(gone_BN) // len(now["dropped"])
-                gone_BN[:, :length] |= now["dropped"].repeat_interleave(repeat, 0)
-            mask = kwargs["attention_mask"]
-            kwargs["attention_mask"] = mask.masked_fill(gone_BN[:, None, None], torch.finfo(mask.dtype).min)
-            return args[:1], kwargs
-
-        return hook
-
-    handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
-    if after is not None:
-        handles.append(layers[after - 1].self_attn.register_forward_hook(decide))
-    handles += [layer.register_forward_pre_hook(hide(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        yield now
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def fastv_rule(ratio):
-    """Visual tokens outside the top floor((1 - R) n) by the last row of the mean over heads."""
-
-    def drop(weights_BHNN, visual_BN, valid_BN):
-        dropped_BN = torch.zeros_like(visual_BN)
-        for row, visual_N in enumerate(visual_BN):
-            last = int(valid_BN[row].nonzero().max())
-            columns = visual_N.nonzero().flatten()
-            score = weights_BHNN[row].mean(0)[last, columns]
-            keep = math.floor(round((1 - ratio) * len(columns), 9))
-            dropped_BN[row, columns] = True
-            # a sliding layer sees none of the far tokens: of equals the earlier ones stay
-            best = score.argsort(descending=True, stable=True)[:keep]
-            dropped_BN[row, columns[best]] = False
-        return dropped_BN
-
-    return drop
+from tests.helpers.rules import GREEDY, LAYERS, NEVER, draws, fastv_rule, hidden_by_rule
 
 
 def check(family, attention, layer, ratio, exits):
@@ -128,8 +43,9 @@ def check(family, attention, layer, ratio, exits):
     assert held["dropped"][2].any()
 
 
-FAST = [("sdpa", 1, 0.5, NEVER), ("sdpa", 2, 0.75, [3, -1, 1]), ("eager", 2, 0.5, [4, -1, 3])]
-REST = [
+# the normal tier has FastV on every family in the matrix
+CASES = [("sdpa", 1, 0.5, NEVER), ("sdpa", 2, 0.75, [3, -1, 1]), ("eager", 2, 0.5, [4, -1, 3])]
+CASES += [
     (attention, layer, ratio, exits)
     for attention in ("sdpa", "eager")
     for layer in (1, 2, 3)
@@ -138,14 +54,8 @@ REST = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fastv_equals_the_rule(family):
-    for case in FAST:
-        check(family, *case)
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("case", REST, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fastv_equals_the_rule_in_every_combination(family, case):
     check(family, *case)
@@ -244,31 +154,6 @@ def test_two_reductions_and_beams():
 
 
 # -- random tokens ------------------------------------------------------------------------------------------
-def draws(reduction, inputs, visual_ids, ids):
-    spans = find_spans(inputs["input_ids"], visual_ids, inputs["attention_mask"])
-    plan = reduction.start(TokenRows(LAYERS, spans, ids))
-    return spans, plan.keep(reduction.layer, spans.valid_BN, None)
-
-
-def test_random_tokens_equal_masks():
-    for family in ("llava", "qwen2_5_vl", "gemma3"):
-        model, inputs, visual_ids = build(family, "sdpa")
-        eager = build(family, "eager")[0]
-        reduction = RandomTokens(2, seed=5)
-        spans, kept_BN = draws(reduction, inputs, visual_ids, ["a", "b", "c"])
-        gone_BN = spans.valid_BN & ~kept_BN
-        assert gone_BN.sum(1).tolist() == spans.visual_BN.sum(1).tolist()
-        assert kept_BN[:, -1].all()
-        with hidden_by_rule(eager, NEVER, visual_ids, lambda *_: gone_BN, 2):  # noqa: B023
-            expected = eager.generate(**inputs, **GREEDY, use_cache=False)
-        with dyvte.VisualExit(reductions=[reduction])(model) as run:
-            run.sample_ids = ["a", "b", "c"]
-            got = model.generate(**inputs, **GREEDY)
-        assert torch.equal(got.sequences, expected.sequences)
-        for a, b in zip(got.logits, expected.logits, strict=True):
-            assert (a - b).abs().max() < 1e-4
-
-
 def test_random_tokens_are_uniform_and_depend_on_seed_and_sample_only():
     ids = torch.tensor([[1, 9, VISUAL_ID, VISUAL_ID, VISUAL_ID, 9, 9, 9]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

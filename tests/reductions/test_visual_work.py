@@ -6,18 +6,13 @@ projections, at full length and without a cache; grids are written down by hand.
 
 from __future__ import annotations
 
-import inspect
-from contextlib import ExitStack, contextmanager
-
 import pytest
 import torch
 
 import dyvte
 from dyvte.calibration import measure_profile
 from dyvte.errors import CheckpointError, ConfigError, GateMismatchError, UnsupportedBackboneError
-from dyvte.policies import OraclePolicy
 from dyvte.reductions import (
-    FastV,
     InactiveHeads,
     Neighbours,
     SparseFFN,
@@ -26,134 +21,32 @@ from dyvte.reductions import (
 )
 from dyvte.reductions.heads import active_heads, active_heads_for_mean
 from tests.helpers.batches import VISUAL_ID, batch, llava
-from tests.helpers.families import FAMILIES
-from tests.reductions.test_reductions import GREEDY, LAYERS, NEVER, build, fastv_rule, hidden_by_rule
+from tests.helpers.families import FAMILIES, build
+from tests.helpers.rules import (
+    ACTIVE,
+    CASES,
+    GREEDY,
+    GRIDS,
+    HEADS,
+    LAYERS,
+    NEVER,
+    PROFILE,
+    hidden_by_rule,
+    less_work,
+)
 
-# Height and width of every image's (or tile's) tokens: of the row with one image, of the row with two.
-GRIDS = {
-    "llava": ([(4, 4)], [(4, 4), (4, 4)]),
-    "llava_next": ([(4, 4), (4, 5)], [(4, 4), (4, 5), (4, 4), (4, 9)]),
-    "internvl": ([(2, 2)], [(2, 2)] * 4),
-    "idefics3": ([(2, 2)], [(2, 2)] * 4),
-    "smolvlm": ([(2, 2)], [(2, 2)] * 4),
-    "mistral3": ([(2, 2)], [(2, 1), (2, 2)]),
-    "qwen2_vl": ([(2, 2)], [(2, 2), (2, 4)]),
-    "qwen2_5_vl": ([(2, 2)], [(2, 2), (2, 4)]),
-    "qwen3_vl": ([(2, 2)], [(2, 2), (2, 4)]),
-}
-HEADS = 4
-
-
-def cells(family, visual_BN):
-    """(image, y, x) of every visual token of each row, in order."""
-    rows = [[], [], []]
-    for row, blocks in ((0, GRIDS[family][0]), (2, GRIDS[family][1])):
-        for image, (height, width) in enumerate(blocks):
-            rows[row] += [(image, y, x) for y in range(height) for x in range(width)]
-        assert len(rows[row]) == int(visual_BN[row].sum())
-    return rows
-
-
-def near(family, visual_BN, radius, causal):
-    """(B, N, N) bool: pairs of visual tokens that may not see each other."""
-    barred = torch.zeros(*visual_BN.shape, visual_BN.shape[1], dtype=torch.bool)
-    opened = torch.zeros_like(barred)
-    for row, places in enumerate(cells(family, visual_BN)):
-        at = visual_BN[row].nonzero().flatten().tolist()
-        for i, (a, y, x) in zip(at, places, strict=True):
-            for j, (b, v, u) in zip(at, places, strict=True):
-                together = a == b and abs(y - v) <= radius and abs(x - u) <= radius
-                if together and (j <= i or not causal):
-                    opened[row, i, j] = True
-                else:
-                    barred[row, i, j] = True
-    return barred, opened
-
-
-@contextmanager
-def less_work(model, family, visual_ids, *, radius=None, causal=False, active_LH=None, neurons=None):
-    """Inside, visual tokens get less of every layer; the model is eager and has no cache."""
-    layers, now = model.get_decoder().layers, {}
-
-    def look(module, args, kwargs):
-        visual_BN = torch.isin(kwargs["input_ids"], torch.tensor(list(visual_ids)))
-        now["visual"] = visual_BN
-        if radius is not None:
-            now["barred"], now["opened"] = near(family, visual_BN, radius, causal)
-
-    def mask(module, args, kwargs):
-        names = list(inspect.signature(module.forward).parameters)
-        kwargs = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-        lowest = torch.finfo(torch.float32).min
-        given = kwargs["attention_mask"].masked_fill(now["barred"][:, None], lowest)
-        kwargs["attention_mask"] = given.masked_fill(now["opened"][:, None], 0.0)
-        return args[:1], kwargs
-
-    def zero_heads(active_H):
-        def hook(module, args):
-            size = args[0].shape[-1] // HEADS
-            hidden = (~active_H).repeat_interleave(size)
-            return (args[0].masked_fill(now["visual"][..., None] & hidden, 0.0),)
-
-        return hook
-
-    def zero_neurons(kept):
-        def hook(module, args):
-            hidden = torch.ones(args[0].shape[-1], dtype=torch.bool)
-            hidden[kept] = False
-            return (args[0].masked_fill(now["visual"][..., None] & hidden, 0.0),)
-
-        return hook
-
-    handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
-    for index, layer in enumerate(layers):
-        if radius is not None:
-            handles.append(layer.register_forward_pre_hook(mask, with_kwargs=True))
-        if active_LH is not None:
-            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(zero_heads(active_LH[index])))
-        if neurons is not None:
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(zero_neurons(neurons[index])))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-ACTIVE = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-IMPORTANCE = torch.rand(LAYERS, 64, generator=torch.Generator().manual_seed(3))
-PROFILE = VisualProfile(rho_SLH=torch.zeros(1, LAYERS, HEADS), importance_LM=IMPORTANCE)
-TOP = [IMPORTANCE[i].topk(19).indices for i in range(LAYERS)]
-# name: (reductions, what the reference leaves out)
-CASES = {
-    "radius 1": ([Neighbours(1)], {"radius": 1}),
-    "radius 1, causal": ([Neighbours(1, causal=True)], {"radius": 1, "causal": True}),
-    "radius 0": ([Neighbours(0)], {"radius": 0}),
-    "heads": ([InactiveHeads(ACTIVE)], {"active_LH": ACTIVE}),
-    "first neurons": ([SparseFFN(0.5)], {"neurons": [slice(32)] * LAYERS}),
-    "best neurons": ([SparseFFN(0.3, PROFILE)], {"neurons": TOP}),
-    "no neurons": ([SparseFFN(0.0)], {"neurons": [slice(0)] * LAYERS}),
-    "all three": (
-        [Neighbours(1), InactiveHeads(ACTIVE), SparseFFN(0.5)],
-        {"radius": 1, "active_LH": ACTIVE, "neurons": [slice(32)] * LAYERS},
-    ),
-}
 FAST = {"llava": CASES, "llava_next": ["all three"], "qwen2_5_vl": ["all three", "radius 1"]}
 
 
-def check(family, attention, case, exits=NEVER, fastv=None):
+def check(family, attention, case):
     model, inputs, visual_ids = build(family, attention)
     eager = build(family, "eager")[0]
     reductions, left_out = CASES[case]
-    drop = {} if fastv is None else {"drop": fastv_rule(fastv.ratio), "after": fastv.layer}
-    with ExitStack() as reference:
-        # the innermost hook sees the mask first: exits and FastV hide keys after the windows opened some
-        reference.enter_context(less_work(eager, family, visual_ids, **left_out))
-        reference.enter_context(hidden_by_rule(eager, exits, visual_ids, **drop))
+    # the innermost hook sees the mask first: keys are hidden after the windows opened some
+    with less_work(eager, family, visual_ids, **left_out), hidden_by_rule(eager, NEVER, visual_ids):
         expected = eager.generate(**inputs, **GREEDY, use_cache=False)
     stock = eager(**inputs).logits[:, -1]
-    reductions = reductions if fastv is None else [*reductions, fastv]
-    with dyvte.VisualExit.from_policy(OraclePolicy(exits), reductions=reductions)(model):
+    with dyvte.VisualExit(reductions=reductions)(model):
         got = model.generate(**inputs, **GREEDY)
     for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
         assert (a - b).abs().max() < 1e-4, step
@@ -178,19 +71,6 @@ def test_less_work_equals_masks(family, case):
 @pytest.mark.parametrize("family", GRIDS)
 def test_less_work_equals_masks_in_every_family(family, attention, case):
     check(family, attention, case)
-
-
-@pytest.mark.parametrize(
-    ("family", "exits", "fastv"),
-    [
-        ("llava", [3, -1, 1], None),
-        ("llava", NEVER, FastV(2, 0.5)),
-        ("qwen2_vl", [3, -1, 4], FastV(1, 0.5)),
-        ("llava_next", [4, -1, 2], FastV(3, 0.7)),
-    ],
-)
-def test_it_combines_with_exits_and_fastv(family, exits, fastv):
-    check(family, "sdpa", "all three", exits, fastv)
 
 
 @torch.no_grad()

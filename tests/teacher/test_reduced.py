@@ -10,7 +10,8 @@ from dyvte.runtime.replay import Replay
 from dyvte.teacher import Trace, trace_exits
 from dyvte.teacher.labels import append_answers
 from dyvte.teacher.reduced import Turn, answer_logits, trace_reduced_exits
-from tests.reductions.test_reductions import LAYERS, build, fastv_rule, hidden_by_rule
+from tests.helpers.families import build
+from tests.helpers.rules import LAYERS, fastv_rule, hidden_by_rule
 
 
 def answered(family):

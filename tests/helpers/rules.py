@@ -1,0 +1,209 @@
+"""What reductions are said to do, played on the stock model: eager, at full length, without a cache.
+
+The rules decide from the eager model's own attention weights, and hide afterwards what a reduction does not
+compute: keys in the masks that the model makes itself, heads and neurons by hooks on its projections. Grids
+are written down by hand. Shares no code with the runtime.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from contextlib import contextmanager
+
+import torch
+
+from dyvte.reductions import InactiveHeads, Neighbours, SparseFFN, TokenRows, VisualProfile
+from dyvte.spans import find_spans
+
+LAYERS = 4
+NEVER = [LAYERS, -1, LAYERS]
+GREEDY = {
+    "max_new_tokens": 9,
+    "do_sample": False,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+
+
+@contextmanager
+def hidden_by_rule(model, exits_P, visual_ids, drop=None, after=None):
+    """Inside, keys are hidden in the masks that the eager model makes itself; only without a cache.
+
+    Visual keys of a row leave at its exit; from layer index `after` on also what ``drop(weights_BHNN,
+    visual_BN, valid_BN)`` said of the prompt, with the weights of the layer before. Yields what it holds.
+    """
+    layers, exits_P = model.get_decoder().layers, torch.as_tensor(exits_P)
+    now = {}
+
+    def look(module, args, kwargs):
+        ids_BN = kwargs["input_ids"]
+        now["visual"] = torch.isin(ids_BN, torch.tensor(list(visual_ids)))
+        now["valid"] = kwargs.get("attention_mask", torch.ones_like(ids_BN)).bool()
+        now["exits"] = exits_P.repeat_interleave(len(ids_BN) // len(exits_P))
+
+    def decide(module, args, output):
+        if "dropped" not in now:
+            now["dropped"] = drop(output[1], now["visual"], now["valid"])
+
+    def hide(index):
+        def hook(module, args, kwargs):
+            # the first argument, the states, stays where transformers looks for it
+            names = list(inspect.signature(module.forward).parameters)
+            kwargs = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+            gone_BN = now["visual"] & (now["exits"] <= index)[:, None]
+            if after is not None and index >= after:
+                length = now["dropped"].shape[1]
+                repeat = len(gone_BN) // len(now["dropped"])
+                gone_BN[:, :length] |= now["dropped"].repeat_interleave(repeat, 0)
+            mask = kwargs["attention_mask"]
+            kwargs["attention_mask"] = mask.masked_fill(gone_BN[:, None, None], torch.finfo(mask.dtype).min)
+            return args[:1], kwargs
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
+    if after is not None:
+        handles.append(layers[after - 1].self_attn.register_forward_hook(decide))
+    handles += [layer.register_forward_pre_hook(hide(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        yield now
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fastv_rule(ratio):
+    """Visual tokens outside the top floor((1 - R) n) by the last row of the mean over heads."""
+
+    def drop(weights_BHNN, visual_BN, valid_BN):
+        dropped_BN = torch.zeros_like(visual_BN)
+        for row, visual_N in enumerate(visual_BN):
+            last = int(valid_BN[row].nonzero().max())
+            columns = visual_N.nonzero().flatten()
+            score = weights_BHNN[row].mean(0)[last, columns]
+            keep = math.floor(round((1 - ratio) * len(columns), 9))
+            dropped_BN[row, columns] = True
+            # a sliding layer sees none of the far tokens: of equals the earlier ones stay
+            best = score.argsort(descending=True, stable=True)[:keep]
+            dropped_BN[row, columns[best]] = False
+        return dropped_BN
+
+    return drop
+
+
+def draws(reduction, inputs, visual_ids, ids):
+    spans = find_spans(inputs["input_ids"], visual_ids, inputs["attention_mask"])
+    plan = reduction.start(TokenRows(LAYERS, spans, ids))
+    return spans, plan.keep(reduction.layer, spans.valid_BN, None)
+
+
+# Height and width of every image's (or tile's) tokens: of the row with one image, of the row with two.
+GRIDS = {
+    "llava": ([(4, 4)], [(4, 4), (4, 4)]),
+    "llava_next": ([(4, 4), (4, 5)], [(4, 4), (4, 5), (4, 4), (4, 9)]),
+    "internvl": ([(2, 2)], [(2, 2)] * 4),
+    "idefics3": ([(2, 2)], [(2, 2)] * 4),
+    "smolvlm": ([(2, 2)], [(2, 2)] * 4),
+    "mistral3": ([(2, 2)], [(2, 1), (2, 2)]),
+    "qwen2_vl": ([(2, 2)], [(2, 2), (2, 4)]),
+    "qwen2_5_vl": ([(2, 2)], [(2, 2), (2, 4)]),
+    "qwen3_vl": ([(2, 2)], [(2, 2), (2, 4)]),
+}
+HEADS = 4
+
+
+def cells(family, visual_BN):
+    """(image, y, x) of every visual token of each row, in order."""
+    rows = [[], [], []]
+    for row, blocks in ((0, GRIDS[family][0]), (2, GRIDS[family][1])):
+        for image, (height, width) in enumerate(blocks):
+            rows[row] += [(image, y, x) for y in range(height) for x in range(width)]
+        assert len(rows[row]) == int(visual_BN[row].sum())
+    return rows
+
+
+def near(family, visual_BN, radius, causal):
+    """(B, N, N) bool: pairs of visual tokens that may not see each other."""
+    barred = torch.zeros(*visual_BN.shape, visual_BN.shape[1], dtype=torch.bool)
+    opened = torch.zeros_like(barred)
+    for row, places in enumerate(cells(family, visual_BN)):
+        at = visual_BN[row].nonzero().flatten().tolist()
+        for i, (a, y, x) in zip(at, places, strict=True):
+            for j, (b, v, u) in zip(at, places, strict=True):
+                together = a == b and abs(y - v) <= radius and abs(x - u) <= radius
+                if together and (j <= i or not causal):
+                    opened[row, i, j] = True
+                else:
+                    barred[row, i, j] = True
+    return barred, opened
+
+
+@contextmanager
+def less_work(model, family, visual_ids, *, radius=None, causal=False, active_LH=None, neurons=None):
+    """Inside, visual tokens get less of every layer; the model is eager and has no cache."""
+    layers, now = model.get_decoder().layers, {}
+
+    def look(module, args, kwargs):
+        visual_BN = torch.isin(kwargs["input_ids"], torch.tensor(list(visual_ids)))
+        now["visual"] = visual_BN
+        if radius is not None:
+            now["barred"], now["opened"] = near(family, visual_BN, radius, causal)
+
+    def mask(module, args, kwargs):
+        names = list(inspect.signature(module.forward).parameters)
+        kwargs = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+        lowest = torch.finfo(torch.float32).min
+        given = kwargs["attention_mask"].masked_fill(now["barred"][:, None], lowest)
+        kwargs["attention_mask"] = given.masked_fill(now["opened"][:, None], 0.0)
+        return args[:1], kwargs
+
+    def zero_heads(active_H):
+        def hook(module, args):
+            size = args[0].shape[-1] // HEADS
+            hidden = (~active_H).repeat_interleave(size)
+            return (args[0].masked_fill(now["visual"][..., None] & hidden, 0.0),)
+
+        return hook
+
+    def zero_neurons(kept):
+        def hook(module, args):
+            hidden = torch.ones(args[0].shape[-1], dtype=torch.bool)
+            hidden[kept] = False
+            return (args[0].masked_fill(now["visual"][..., None] & hidden, 0.0),)
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
+    for index, layer in enumerate(layers):
+        if radius is not None:
+            handles.append(layer.register_forward_pre_hook(mask, with_kwargs=True))
+        if active_LH is not None:
+            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(zero_heads(active_LH[index])))
+        if neurons is not None:
+            handles.append(layer.mlp.down_proj.register_forward_pre_hook(zero_neurons(neurons[index])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+ACTIVE = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+IMPORTANCE = torch.rand(LAYERS, 64, generator=torch.Generator().manual_seed(3))
+PROFILE = VisualProfile(rho_SLH=torch.zeros(1, LAYERS, HEADS), importance_LM=IMPORTANCE)
+TOP = [IMPORTANCE[i].topk(19).indices for i in range(LAYERS)]
+# name: (reductions, what the reference leaves out)
+CASES = {
+    "radius 1": ([Neighbours(1)], {"radius": 1}),
+    "radius 1, causal": ([Neighbours(1, causal=True)], {"radius": 1, "causal": True}),
+    "radius 0": ([Neighbours(0)], {"radius": 0}),
+    "heads": ([InactiveHeads(ACTIVE)], {"active_LH": ACTIVE}),
+    "first neurons": ([SparseFFN(0.5)], {"neurons": [slice(32)] * LAYERS}),
+    "best neurons": ([SparseFFN(0.3, PROFILE)], {"neurons": TOP}),
+    "no neurons": ([SparseFFN(0.0)], {"neurons": [slice(0)] * LAYERS}),
+    "all three": (
+        [Neighbours(1), InactiveHeads(ACTIVE), SparseFFN(0.5)],
+        {"radius": 1, "active_LH": ACTIVE, "neurons": [slice(32)] * LAYERS},
+    ),
+}
