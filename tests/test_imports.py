@@ -36,11 +36,22 @@ FLOORS = {
     "gates": ["features", "architectures", "config", "files", "stack"],
     "policies": ["base", "never"],
     "reductions": ["base", "profile", "fastv"],
-    "runtime": ["cache", "replay", "prefill", "engine", "visual_exit"],
+    "runtime": ["cache", "replay", "prompt_memory", "prefill", "engine", "visual_exit"],
     "tasks": ["readers", "answers", "base", "choices", "gqa", "mmbench"],
     "tracing": ["config", "zero", "sharded", "traces"],
     "training": ["config", "zero", "loop", "gate_training", "running", "train", "dryrun"],
-    "teacher": ["slots", "texts", "images", "streams", "trace", "store", "teacher", "pipeline"],
+    "teacher": [
+        "slots",
+        "texts",
+        "images",
+        "streams",
+        "trace",
+        "store",
+        "config",
+        "encoder",
+        "teacher",
+        "pipeline",
+    ],
 }
 LARGEST_SHARE = 0.15
 LAZY_ONLY = {"deepspeed", "wandb", "datasets", "sklearn", "matplotlib", "peft", "lmms_eval", "vlmeval"}

@@ -28,7 +28,7 @@ class Layout:
     num_visual_B, num_prompt_B
         (B,) int64: visual tokens, and text tokens after the last of them.
     last_B
-        (B,) int64 index of each row's last real token: its next token is read there.
+        (B,) int64 index of each prompt's last real token: the answer's first token is read there.
     """
 
     def __init__(self, spans: Spans) -> None:
@@ -37,7 +37,8 @@ class Layout:
         self.text_BN = spans.valid_BN & ~spans.visual_BN
         self.num_visual_B = spans.visual_BN.sum(1)
         self.num_prompt_B = spans.prompt_BN.sum(1)
-        self.last_B = self.tokens - 1 - spans.valid_BN.flip(1).to(torch.uint8).argmax(1)
+        prompt_BN = spans.valid_BN & ~spans.answer_BN
+        self.last_B = self.tokens - 1 - prompt_BN.flip(1).to(torch.uint8).argmax(1)
 
     @property
     def has_image_B(self) -> Tensor:

@@ -34,6 +34,8 @@ class LastRow:
         What the layer is called on.
     window
         The layer's reach.
+    last_B
+        (B,) int64 index of each prompt's last token in the batch.
     keys
         What the layer's tokens attend to; None: the stream itself. Where it is another, the layer must be
         given a 4D mask.
@@ -45,12 +47,19 @@ class LastRow:
     """
 
     def __init__(
-        self, layer: nn.Module, stream: Stream, window: Window | None, keys: Stream | None = None
+        self,
+        layer: nn.Module,
+        stream: Stream,
+        window: Window | None,
+        last_B: Tensor,
+        keys: Stream | None = None,
     ) -> None:
         self.attention = attention_of(layer)
         if self.attention is None:
             raise _refusal(layer, "it has no attention module `self_attn` with a config")
         self.layer, self.stream, self.window = layer, stream, window
+        is_last_RT = (stream.order_RT == last_B[stream.rows_R][:, None]) & stream.real_RT
+        self._last_R1 = is_last_RT.to(torch.uint8).argmax(1, keepdim=True)
         self.keys = stream if keys is None else keys
         self._handles: list[Any] = []
         self._scores_RK: Tensor | None = None
@@ -80,7 +89,7 @@ class LastRow:
 
     @property
     def scores_RK(self) -> Tensor:
-        """(R, K) float32 attention weights of each row's last real token, mean over heads."""
+        """(R, K) float32 attention weights of each prompt's last token, mean over heads."""
         if self._scores_RK is None:
             raise _refusal(self.layer, "the layer never called its attention")
         return self._scores_RK
@@ -97,7 +106,7 @@ class LastRow:
             raise _refusal(self.layer, "its attention does not hand its keys to the cache")
         hidden_RTD = kwargs["hidden_states"]
         rows, tokens = hidden_RTD.shape[:2]
-        last_R1 = tokens - 1 - self.stream.real_RT.flip(1).to(torch.uint8).argmax(1, keepdim=True)
+        last_R1 = self._last_R1
         pick = Picker(rows, tokens, torch.arange(rows), last_R1, hidden_RTD.device)
         given = {name: pick(value, remember=False) for name, value in kwargs.items()}
         given["attention_mask"] = self._mask(kwargs.get("attention_mask"), last_R1, hidden_RTD)
@@ -126,7 +135,8 @@ class LastRow:
             if row.dtype != torch.bool:
                 return row
             return torch.zeros_like(row, dtype=hidden_RTD.dtype).masked_fill(~row, lowest)
-        seen_RT = self.stream.real_RT
+        # Behind the prompt's last token there may be guesses at its answer.
+        seen_RT = self.stream.real_RT & (torch.arange(self.stream.real_RT.shape[1]) <= last_R1)
         if self.window is not None:
             # Compact streams are given a 4D mask where a window is short, so columns are positions here.
             first_R1 = seen_RT.to(torch.uint8).argmax(1, keepdim=True)

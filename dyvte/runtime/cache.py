@@ -130,8 +130,9 @@ class ExitLayer(DynamicLayer):
         Tokens that layer 0 of a stock cache would hold: what `get_seq_length` answers.
     window
         How far this layer's tokens see.
-    is_cut
-        What the next token cannot see was not stored.
+    floor
+        Tokens that a crop must leave: up to there, some row holds fewer (visual tokens left, padding, or what
+        a sliding window no longer sees).
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class ExitLayer(DynamicLayer):
         seen: int,
         window: Window | None = None,
         *,
-        is_cut: bool = False,
+        floor: int = 0,
     ) -> None:
         super().__init__()
         self.dtype, self.device = keys.dtype, keys.device
@@ -151,7 +152,7 @@ class ExitLayer(DynamicLayer):
         self.columns, self.seen, self.window = columns, seen, window
         self.is_sliding = window is not None
         self.length = columns.length
-        self._floor = seen if is_cut else 0
+        self.floor = floor
         self._expected: tuple[int, Tensor | None] | None = None
 
     def expect(self, num_new: int, new_valid_BQ: Tensor | None) -> None:
@@ -208,8 +209,12 @@ class ExitLayer(DynamicLayer):
         removed = abs(tokens_to_remove)
         if removed == 0:
             return
-        if self.seen - removed < self._floor:
-            raise ExitRuntimeError("this layer dropped what its sliding window no longer saw: cannot go back")
+        if self.seen - removed < self.floor:
+            raise ExitRuntimeError(
+                f"this cache cannot go back to {self.seen - removed} tokens, at least {self.floor} must "
+                "stay: of earlier ones it does not hold all (visual tokens that left, padding, or what a "
+                "sliding window dropped)"
+            )
         self.length -= removed
         self.seen -= removed
         self.columns.truncate(self.length)

@@ -9,16 +9,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dyvte.backbones import Backbone
 from dyvte.decoder import Layout, Window
-from dyvte.policies import Policy, Rows
-from dyvte.reductions import Reduction, TokenRows
+from dyvte.errors import ExitRuntimeError
+from dyvte.policies import Plan, Policy, Rows
+from dyvte.reductions import Reduction, ReductionPlan, TokenRows
 from dyvte.runtime.cache import ExitLayer
 from dyvte.runtime.masks import decode_mask
 from dyvte.runtime.positions import close_up
 from dyvte.runtime.prefill import Prefill
+from dyvte.runtime.prompt_memory import Decided
 from dyvte.runtime.records import Run
 from dyvte.runtime.replay import Replay
 from dyvte.runtime.stack import Stack
@@ -55,23 +58,40 @@ class Engine:
         return forward(hidden_BND, **kwargs)
 
     def start_prefill(
-        self, layout: Layout, sample_ids: list[str], plain: bool, places_BN3: Tensor | None = None
+        self,
+        layout: Layout,
+        sample_ids: list[str],
+        plain: bool,
+        places_BN3: Tensor | None = None,
+        decided: Decided | None = None,
+        *,
+        is_part: bool = False,
     ) -> bool:
-        """Take up a prefill with visual tokens; False where it will be the stock model's."""
-        rows = Rows(self.stack.backbone.num_layers, layout.num_visual_B, layout.num_prompt_B, sample_ids)
-        plan = self.policy.start(rows)
+        """Take up a prefill with visual tokens; False where it will be the stock model's.
+
+        ``decided`` is what was decided when the same prompts passed before; ``is_part``: the prompts go on in
+        a later pass.
+        """
+        num_layers = self.stack.backbone.num_layers
+        rows = Rows(num_layers, layout.num_visual_B, layout.num_prompt_B, sample_ids)
+        if decided is None:
+            plan = self.policy.start(rows)
+        else:
+            plan = Plan(decided.exit_layers_B.clone(), decided.freeze_layers_B.clone())
+        tokens = TokenRows(num_layers, layout.spans, sample_ids)
+        reducing = [reduction.start(tokens) for reduction in self.reductions]
+        if is_part:
+            _check_part(layout, plan, reducing, num_layers)
         stuck_B = layout.has_image_B & (layout.num_prompt_B == 0)
-        if stuck_B.any():
+        if stuck_B.any() and decided is None:
             # Its next token is read from a visual token, which therefore must stay.
             warnings.warn(
                 f"{int(stuck_B.sum())} rows have no text after the image: their visual tokens never leave",
                 stacklevel=2,
             )
-            plan.exit_layers_B[stuck_B] = self.stack.backbone.num_layers
-            plan.freeze_layers_B[stuck_B] = self.stack.backbone.num_layers
-        tokens = TokenRows(self.stack.backbone.num_layers, layout.spans, sample_ids)
-        reducing = [reduction.start(tokens) for reduction in self.reductions]
-        self.prefill = Prefill(self.stack, layout, plan, reducing, places_BN3, plain, self.replay)
+            plan.exit_layers_B[stuck_B] = num_layers
+            plan.freeze_layers_B[stuck_B] = num_layers
+        self.prefill = Prefill(self.stack, layout, plan, reducing, places_BN3, plain, self.replay, decided)
         return self.prefill.active
 
     def start_decode(self, new_valid_BQ: Tensor | None) -> None:
@@ -80,14 +100,16 @@ class Engine:
         self._closed_up.clear()
         self._new_valid_BQ = new_valid_BQ
 
-    def finish(self, *, failed: bool) -> None:
-        """The decoder has returned or raised; drop the state of the pass."""
+    def finish(self, *, failed: bool) -> Prefill | None:
+        """The decoder has returned or raised: drop the state of the pass, return a prefill that went well."""
         prefill, self.prefill = self.prefill, None
         self._masks.clear()
         self._closed_up.clear()
         self._new_valid_BQ = None
         if prefill is None or failed:
-            return
+            return None
+        if prefill.again is not None:
+            return prefill  # its prompts have their record
         record = prefill.record()
         if record.gate_fallbacks:
             warnings.warn(
@@ -95,6 +117,7 @@ class Engine:
                 stacklevel=2,
             )
         self.run.records.append(record)
+        return prefill
 
     def _expect(self, layer: ExitLayer, hidden_BND: Tensor, kwargs: dict[str, Any]) -> None:
         new_tokens = hidden_BND.shape[1]
@@ -113,6 +136,19 @@ class Engine:
             shift_B1 = layer.columns.shift_B[:, None]
             self._closed_up[key] = (layer.columns, close_up(self.stack.rotary, hidden_BND, kwargs, shift_B1))
         return self._closed_up[key][1]
+
+
+def _check_part(layout: Layout, plan: Plan, reducing: Sequence[ReductionPlan], num_layers: int) -> None:
+    """Raise ExitRuntimeError where what leaves cannot be decided on a part of the prompts: gates or
+    reductions read them, or a row's part ends with its image."""
+    reads = any(plan.asks(k) or any(one.drops(k) for one in reducing) for k in range(num_layers))
+    first_B = torch.minimum(plan.exit_layers_B, plan.freeze_layers_B)
+    ends_B = layout.has_image_B & (layout.num_prompt_B == 0) & (first_B < num_layers)
+    if reads or ends_B.any():
+        raise ExitRuntimeError(
+            f"a first pass of {layout.tokens} tokens holds a part of the prompt only, but what leaves is "
+            "decided once, on the whole of it: leave prefill_chunk_size away"
+        )
 
 
 def _is_exit_layer(cache: Any, index: int) -> bool:

@@ -21,6 +21,8 @@ class Packing:
     ----------
     columns
         Shared by all those layers.
+    floor
+        Columns that a cache must keep: up to there some row holds fewer tokens.
     """
 
     def __init__(self, part: Partition, first: int, *, with_places: bool) -> None:
@@ -28,6 +30,9 @@ class Packing:
         kept_BN = part.carried_BN.clone()
         kept_BN[:, :first] = False
         kept_B = kept_BN.sum(1)
+        # What an earlier token sees of a window has been dropped with what the next one does not.
+        whole = 0 if first > 0 else int(kept_BN.all(0).flip(0).cumprod(0).sum())
+        self.floor = layout.tokens - whole
         length = int(kept_B.max())
         streams = [stream.keys for stream in part.streams]
         only = streams[0]

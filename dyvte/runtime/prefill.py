@@ -21,6 +21,7 @@ from dyvte.reductions import ReductionPlan, VisualWork, merged
 from dyvte.runtime.attention_row import LastRow
 from dyvte.runtime.cache import layer_bytes, put_layer
 from dyvte.runtime.positions import dropped_before
+from dyvte.runtime.prompt_memory import Decided
 from dyvte.runtime.records import PrefillRecord
 from dyvte.runtime.replay import Replay
 from dyvte.runtime.split import SplitLayers
@@ -75,8 +76,12 @@ class Prefill:
         places_BN3: Tensor | None,
         plain: bool,
         replay: Replay | None = None,
+        again: Decided | None = None,
     ) -> None:
         self.replay = replay
+        # What was decided when the same prompts passed before; it holds for their whole answers.
+        self.again = again
+        self._kept_after: dict[int, Tensor] = {}
         self.stack, self.layout, self.plan, self.reducing = stack, layout, plan, reducing
         # Where visual tokens lie on their images, if a reduction must know.
         self.places_BN3 = places_BN3
@@ -156,6 +161,11 @@ class Prefill:
             return (step.output[0].clone(), *step.output[1:])
         return step.output.clone()
 
+    def decided(self) -> Decided:
+        """What was decided for the prompts of this pass, their answers left away."""
+        plan = self.plan
+        return Decided(plan.exit_layers_B.clone(), plan.freeze_layers_B.clone(), dict(self._kept_after))
+
     def record(self) -> PrefillRecord:
         """What happened, for the user."""
         plan, has_image_B = self.plan, self.layout.has_image_B
@@ -221,11 +231,11 @@ class Prefill:
         work, is_frozen = self._work(index), isinstance(stream, FrozenStream)
         if not (is_frozen or work.frozen or work.is_stock):
             around.enter_context(LighterLayer(layer, self._tokens(stream, device), work, self.stack.weights))
-        if any(one.reads_attention(index + 1) for one in self.reducing):
+        if self.again is None and any(one.reads_attention(index + 1) for one in self.reducing):
             if not scores:
                 self.score_layers.append(index + 1)
             tokens, keys = (stream.text, stream.keys) if is_frozen else (stream, None)
-            last = LastRow(layer, tokens, self.stack.windows[index], keys)
+            last = LastRow(layer, tokens, self.stack.windows[index], self.layout.last_B, keys)
             scores.append(around.enter_context(last))
         return around
 
@@ -270,7 +280,11 @@ class Prefill:
 
     def _reduce(self, k: int, carried_BN: Tensor, scores: Sequence[LastRow]) -> Tensor | None:
         """Let tokens go after layer k; (B,) bool: rows without a visual token now, None where none could."""
-        scores_BN = None
+        if self.again is not None:
+            self._reduce_again(k)
+            return None
+        scores_BN, answer_BN = None, self.layout.spans.answer_BN
+        carried_BN = carried_BN & ~answer_BN
         dropped = [one for one in self.reducing if k < self.num_layers and one.drops(k)]
         for one in dropped:
             if one.reads_attention(k):
@@ -286,7 +300,16 @@ class Prefill:
             carried_BN = carried_BN & self.kept_BN
         if not dropped:
             return None
+        self._kept_after[k] = self.kept_BN
         has_visual_B = (self.kept_BN & self.layout.spans.visual_BN).any(1)
         gone_B = self.layout.has_image_B & ~has_visual_B
         self.plan.settle(gone_B, k)
         return gone_B
+
+    def _reduce_again(self, k: int) -> None:
+        """Let the tokens go that went after layer k when the prompts passed before."""
+        if k in self.again.kept:
+            before_BP = self.again.kept[k]
+            kept_BN = self.kept_BN.clone()
+            kept_BN[:, : before_BP.shape[1]] &= before_BP
+            self.kept_BN = kept_BN

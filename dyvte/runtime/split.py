@@ -172,7 +172,7 @@ class SplitLayers:
         packing = self._packing(part, first)
         keys = packing.states([capture.keys for capture in captures])
         values = packing.states([capture.values for capture in captures])
-        layer = ExitLayer(keys, values, packing.columns, tokens, windows[index], is_cut=first > 0)
+        layer = ExitLayer(keys, values, packing.columns, tokens, windows[index], floor=packing.floor)
         put_layer(cache, index, layer)
 
     def _packing(self, part: Partition, first: int) -> Packing:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dyvte.backbones import Backbone, describe, fingerprint, visual_places, weights_digest
+from dyvte.backbones import describe, visual_places
 from dyvte.decoder import Layout, wrap_layers
-from dyvte.errors import ConfigError, ExitRuntimeError, GateMismatchError, NoVisualTokensError
-from dyvte.gates import GateConfig, GateStack, check_rule, load_checkpoint
+from dyvte.errors import ConfigError, ExitRuntimeError, NoVisualTokensError
+from dyvte.gates import GateStack, check_rule, load_checkpoint
 from dyvte.policies import FixedPolicy, FreezePolicy, LearnedPolicy, Policy
 from dyvte.reductions import Reduction, check_reductions, warn_of_others
 from dyvte.runtime.cache import check_cache, holds_exits
+from dyvte.runtime.checks import check_backbone, check_decode_mask, holds_images, warn_short_prompts
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.frozen import check_can_freeze
 from dyvte.runtime.positions import check_choice
+from dyvte.runtime.prompt_memory import Decided, PromptMemory, Prompts, tensors_in
 from dyvte.runtime.records import Run
 from dyvte.runtime.replay import Replay
 from dyvte.runtime.vision_calls import VisionCalls
@@ -174,6 +176,9 @@ class ExitSession:
         self._undo: list[Any] = []
         self._seen: dict[int, dict[str, Any]] = {}
         self._prefills = 0
+        self._prompts = PromptMemory()
+        # Remembers what the pass in progress decides; None where its prompts will not come again.
+        self._keep: Callable[[Decided], None] | None = None
 
     def __enter__(self) -> Run:
         if self._undo:
@@ -185,7 +190,7 @@ class ExitSession:
             reduction.check_backbone(backbone)
         if self.exits.policy.may_freeze or any(one.may_freeze for one in self.exits.reductions):
             check_can_freeze(backbone)
-        transferred = _check_backbone(self.exits.config, backbone, self.exits.allow_transfer)
+        transferred = check_backbone(self.exits.config, backbone, self.exits.allow_transfer)
         if self.exits.gates is not None and self.exits.mode == "gates":
             stored = self.exits.gates.config
             as_calibrated = self.exits.threshold == stored.threshold
@@ -216,6 +221,7 @@ class ExitSession:
     # -- hooks -----------------------------------------------------------------------------------------
     def _install(self) -> None:
         layers = self.backbone.layers[: self.backbone.num_layers]
+        self._undo.append(self._prompts.watch(self.backbone.model))
         self._undo.append(wrap_layers(layers, self.engine.run_layer))
         for depth, module in enumerate(self.backbone.path):
             signature = inspect.signature(module.forward)
@@ -238,6 +244,7 @@ class ExitSession:
         while self._undo:
             self._undo.pop()()
         self._seen.clear()
+        self._prompts.forget()
 
     def _noting(self, depth: int, signature: inspect.Signature) -> Any:
         var_keywords = [n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
@@ -267,19 +274,20 @@ class ExitSession:
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.engine.finish(failed=True)
+        self._keep = None
         ids_BN, cache = self._argument("input_ids"), self._argument("past_key_values")
         embeds_BND = self._argument("inputs_embeds")
-        images = any(_holds_images(self._argument(name)) for name in _IMAGE_ARGUMENTS)
+        images = any(holds_images(self._argument(name)) for name in _IMAGE_ARGUMENTS)
         past = int(cache.get_seq_length()) if cache is not None else 0
         new_tokens = (ids_BN if ids_BN is not None else embeds_BND).shape[1]
         mask_BN = self._two_dimensional_mask()
         try:
             if past == 0:
-                self._start_prefill(ids_BN, embeds_BND, mask_BN, images)
+                self._start_prompts(ids_BN, embeds_BND, mask_BN, images, cache)
             elif images:
                 self._start_later_image(ids_BN, embeds_BND, mask_BN, cache)
             else:
-                _check_decode_mask(mask_BN, cache, past + new_tokens)
+                check_decode_mask(mask_BN, cache, past + new_tokens)
                 new_valid = None
                 if new_tokens > 1 and mask_BN is not None and not mask_BN[:, -new_tokens:].all():
                     new_valid = mask_BN[:, -new_tokens:].bool()
@@ -288,8 +296,29 @@ class ExitSession:
             self._seen.clear()
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.engine.finish(failed=output is None)
+        prefill = self.engine.finish(failed=output is None)
+        if prefill is not None and self._keep is not None:
+            self._keep(prefill.decided())
+        self._keep = None
         self._seen.clear()
+
+    def _start_prompts(
+        self,
+        ids_BN: Tensor | None,
+        embeds_BND: Tensor | None,
+        mask_BN: Tensor | None,
+        images: bool,
+        cache: Any,
+    ) -> None:
+        """A pass without a past: prompts that come for the first time, or again without a cache."""
+        if ids_BN is None:
+            self._start_prefill(ids_BN, embeds_BND, mask_BN, images)
+            return
+        shown = tensors_in([self._argument(name) for name in _IMAGE_ARGUMENTS])
+        prompts = self._prompts.look(ids_BN, shown, cached=cache is not None)
+        self._start_prefill(ids_BN, embeds_BND, mask_BN, images, prompts)
+        if cache is None and prompts.decided is None and self.engine.prefill is not None:
+            self._keep = partial(self._prompts.keep, ids_BN, prompts, shown)
 
     def _start_later_image(
         self, ids_BN: Tensor | None, embeds_BND: Tensor | None, mask_BN: Tensor | None, cache: Any
@@ -305,9 +334,17 @@ class ExitSession:
             )
 
     def _start_prefill(
-        self, ids_BN: Tensor | None, embeds_BND: Tensor | None, mask_BN: Tensor | None, images: bool
+        self,
+        ids_BN: Tensor | None,
+        embeds_BND: Tensor | None,
+        mask_BN: Tensor | None,
+        images: bool,
+        prompts: Prompts | None = None,
     ) -> bool:
-        """Find the visual tokens and take up the prefill; True where some may leave."""
+        """Find the visual tokens and take up the prefill; True where some may leave.
+
+        ``prompts`` says which columns are prompts and what was decided for them; None: all of them, nothing.
+        """
         if ids_BN is None:
             raise ExitRuntimeError(
                 "the visual tokens are found in input_ids, but only inputs_embeds were given: pass input_ids"
@@ -326,7 +363,10 @@ class ExitSession:
         valid_BN = torch.ones_like(visual_BN) if mask_BN is None else mask_BN.bool()
         # The one copy to the host that every index of this prefill is worked out from.
         visual_BN, valid_BN = torch.stack([visual_BN, valid_BN]).cpu()
-        layout = Layout(find_spans(visual_BN.long(), (1,), valid_BN))
+        answer_BN = None
+        if prompts is not None and prompts.columns < ids_BN.shape[1]:
+            answer_BN = torch.arange(ids_BN.shape[1]).expand(visual_BN.shape) >= prompts.columns
+        layout = Layout(find_spans(visual_BN.long(), (1,), valid_BN, answer_BN))
         if not layout.has_image_B.any():
             if images:
                 raise NoVisualTokensError(
@@ -335,13 +375,17 @@ class ExitSession:
                     "visual_token_ids"
                 )
             return False
-        _warn_short_prompts(layout)
+        decided = None if prompts is None else prompts.decided
+        if decided is None:
+            warn_short_prompts(layout)
         decoder_mask = self._seen.get(len(self.backbone.path) - 1, {}).get("attention_mask")
         plain = decoder_mask is None or (isinstance(decoder_mask, Tensor) and decoder_mask.dim() == 2)
         places_BN3 = None
         if any(reduction.needs_grid for reduction in self.exits.reductions):
             places_BN3 = visual_places(self.backbone, visual_BN, self._vision)
-        if not self.engine.start_prefill(layout, self._sample_ids(layout.batch), plain, places_BN3):
+        sample_ids = self._sample_ids(layout.batch, again=decided is not None)
+        is_part = prompts is not None and prompts.is_part
+        if not self.engine.start_prefill(layout, sample_ids, plain, places_BN3, decided, is_part=is_part):
             return False
         if self._argument("output_attentions"):
             raise ExitRuntimeError("output_attentions has no meaning once tokens have left: switch it off")
@@ -361,59 +405,14 @@ class ExitSession:
                 return mask
         return None
 
-    def _sample_ids(self, rows: int) -> list[str]:
-        self._prefills += 1
+    def _sample_ids(self, rows: int, *, again: bool) -> list[str]:
+        self._prefills += not again
         given = self.run.sample_ids
         if given is None:
-            return [f"{self._prefills}:{row}" for row in range(rows)]
+            return [f"{self._prefills}:{self._prompts.prompt_of_row(row)}" for row in range(rows)]
         if len(given) == 0 or rows % len(given):
             raise ConfigError(f"run.sample_ids holds {len(given)} ids, the batch has {rows} rows")
         return [str(given[row // (rows // len(given))]) for row in range(rows)]
-
-
-def _check_decode_mask(mask_BN: Tensor | None, cache: Any, total: int) -> None:
-    # Stock layers would hide what a short mask does not name; shortened layers could not tell what it means.
-    if mask_BN is None or mask_BN.shape[1] == total or not holds_exits(cache):
-        return
-    raise ExitRuntimeError(
-        f"attention_mask has length {mask_BN.shape[1]}, expected {total}: one entry for every token of the "
-        "cache (those that left included) and for every new one"
-    )
-
-
-def _holds_images(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(item is not None for item in value.values())
-    return value is not None
-
-
-def _check_backbone(config: GateConfig | None, backbone: Backbone, allow_transfer: bool) -> bool:
-    """True where the gates belong to another backbone and that is allowed."""
-    if config is None or not config.backbone:
-        return False
-    found = {"fingerprint": fingerprint(backbone.model)}
-    if config.backbone.get("weights"):
-        found["weights"] = weights_digest(backbone.model)
-    for name, have in found.items():
-        want = config.backbone.get(name)
-        if not want or have is None or want == have:
-            continue
-        if allow_transfer:
-            return True
-        raise GateMismatchError(
-            f"these gates were made for {config.backbone.get('id', 'another backbone')} ({name} {want}), "
-            f"the model in hand has {name} {have}: use its own gates, or pass allow_transfer=True"
-        )
-    return False
-
-
-def _warn_short_prompts(layout: Layout) -> None:
-    short = int((layout.has_image_B & (layout.num_prompt_B == 1)).sum())
-    if short:
-        warnings.warn(
-            f"{short} rows have a single text token after the image: gates see little of the question",
-            stacklevel=2,
-        )
 
 
 def _first(*values: Any) -> Any:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dyvte.data import Defect, Sample, Selection, check_defects
 from dyvte.teacher.batches import batches_of
+from dyvte.teacher.encoder import Prepared
 from dyvte.teacher.store import Shard, TraceStore
-from dyvte.teacher.teacher import Prepared, Teacher
+from dyvte.teacher.teacher import Teacher
 
 log = logging.getLogger(__name__)
 

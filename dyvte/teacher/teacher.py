@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,25 +20,22 @@ from torch import Tensor, nn
 
 from dyvte.backbones import (
     PromptTemplate,
-    RenderedPrompt,
     decoding_identity,
     describe,
-    encode,
     fingerprint,
     get_template,
     image_padding,
     weights_digest,
 )
-from dyvte.backbones.encode import check_prompt
 from dyvte.backbones.greedy import end_tokens
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.costs.schedules import kv_share
-from dyvte.data import Defect, Sample, Selection, load_image
-from dyvte.data.defects import collected, is_of_sample
-from dyvte.errors import ConfigError, DataError, MemoryBudgetError
+from dyvte.data import Defect, Sample, Selection
+from dyvte.errors import ConfigError, MemoryBudgetError
 from dyvte.reductions import identity, parse_reductions
 from dyvte.runtime.frozen import check_can_freeze
 from dyvte.teacher.config import TeacherConfig
+from dyvte.teacher.encoder import Prepared, SampleEncoder
 from dyvte.teacher.exits import positions_before, trace_checked
 from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.memory import GIB
@@ -50,17 +47,6 @@ from dyvte.teacher.streams import is_sharded
 from dyvte.teacher.trace import Trace
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A batch as the model takes it: with the data's answers, or (greedy labels) prompts only."""
-
-    samples: list[Sample]
-    images: list[Any]
-    inputs: dict[str, Tensor]
-    answer_BN: Tensor
-    defects: list[Defect]
 
 
 class Teacher:
@@ -85,7 +71,8 @@ class Teacher:
             reduction.check(self.backbone.num_layers)
             reduction.check_backbone(self.backbone)
         self.dtype = next(model.parameters()).dtype
-        self.device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        self.encoder = SampleEncoder(processor, self.template, config, device, self.dtype)
         if config.reference == "base" and not hasattr(model, "disable_adapter"):
             raise ConfigError(
                 "reference: base compares with the model without its adapter, but it has none: give one as "
@@ -170,39 +157,8 @@ class Teacher:
         return Shard(trace=trace, image_ids=image_ids, notes=dict(notes)), ready.defects
 
     def prepare(self, samples: Sequence[Sample], file: str = "") -> Prepared:
-        """Inputs of those samples that can be used; the rest by name.
-
-        A sample is a defect whose image cannot be read, whose text no template or tokenizer takes, which the
-        processor refuses, or which is too long; the others form the batch.
-
-        Raises
-        ------
-        Exception
-            What the processor raises over samples each of which it takes alone: no sample's fault.
-        """
-        usable, images, defects = self._open(samples, file)
-        inputs, answer_BN = {}, torch.empty(0)
-        while usable:
-            try:
-                inputs, answer_BN = self._encode(usable, images, with_answer=self._labels_are_data)
-            except Exception as error:
-                if not is_of_sample(error):
-                    raise
-                bad = self._refused(usable, images, file)
-                if not bad:
-                    raise
-            else:
-                bad = self._too_long(usable, inputs, file)
-                if not bad:
-                    break
-            defects += bad.values()
-            images = [image for row, image in enumerate(images) if row not in bad]
-            usable = [sample for row, sample in enumerate(usable) if row not in bad]
-        return Prepared(usable, images, inputs if usable else {}, answer_BN, defects)
-
-    @property
-    def _labels_are_data(self) -> bool:
-        return self.config.label_source != "greedy"
+        """Inputs of those samples that can be used; the rest by name. See `SampleEncoder.prepare`."""
+        return self.encoder.prepare(samples, file)
 
     def _trace_greedy(
         self,
@@ -222,7 +178,7 @@ class Teacher:
         if rest:
             chosen = [samples[row] for row in rest]
             if len(rest) < len(samples):
-                prompts, _ = self._encode(chosen, [images[row] for row in rest], with_answer=False)
+                prompts, _ = self.encoder.encode(chosen, [images[row] for row in rest], with_answer=False)
             with self.as_reference():
                 inputs, answer_BN = greedy_answers(self.model, prompts, self.config.max_new_tokens)
             trace, is_greedy_B = self._run(chosen, inputs, answer_BN, notes)
@@ -247,23 +203,22 @@ class Teacher:
         one), the tokens before it are the prompt's own, and the one EOS comes last and within the token
         limit.
         """
-        inputs, answer_BN = self._encode(samples, images, with_answer=True)
+        inputs, answer_BN = self.encoder.encode(samples, images, with_answer=True)
         fits = (answer_BN.sum(1) <= self.config.max_new_tokens).nonzero().flatten().tolist()
         if not fits:
             return self._empty()
         if len(fits) < len(samples):
             samples, images = [samples[row] for row in fits], [images[row] for row in fits]
             prompts = {name: prompts[name][fits] for name in ("input_ids", "attention_mask")}
-            inputs, answer_BN = self._encode(samples, images, with_answer=True)
+            inputs, answer_BN = self.encoder.encode(samples, images, with_answer=True)
         trace, own_B = self._run(samples, inputs, answer_BN, notes)
         prompt_BN = inputs["attention_mask"].bool() & ~answer_BN
         is_eos_BN = self.ends_answer(inputs, answer_BN)
         for row in range(len(samples)):
             asked = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
             closed = is_eos_BN[row][answer_BN[row]].tolist()
-            own_B[row] &= torch.equal(inputs["input_ids"][row][prompt_BN[row]], asked) and closed == [
-                False
-            ] * (len(closed) - 1) + [True]
+            ends_once = closed == [False] * (len(closed) - 1) + [True]
+            own_B[row] &= torch.equal(inputs["input_ids"][row][prompt_BN[row]], asked) and ends_once
         return trace.rows(own_B.nonzero().flatten())
 
     def _run(
@@ -324,68 +279,6 @@ class Teacher:
             stored = {name: getattr(trace.grid, name).to(self.dtype) for name in ("embeddings", "features")}
             grid = replace(trace.grid, **stored)
         return replace(trace, features=trace.features.to(self.dtype), grid=grid)
-
-    def _too_long(self, samples: Sequence[Sample], inputs: dict[str, Tensor], file: str) -> dict[int, Defect]:
-        """Rows whose prompt and answer exceed the length limit."""
-        limit = self.config.max_length
-        room = self.config.max_new_tokens if self.config.label_source == "greedy" else 0
-        lengths = (inputs["attention_mask"].sum(1) + room).tolist()
-        problem = "prompt and answer have {} tokens, more than max_length {}: the answer would be cut"
-        return {
-            row: Defect(
-                file=file, sample_id=sample.id, field="conversations", problem=problem.format(length, limit)
-            )
-            for row, (sample, length) in enumerate(zip(samples, lengths, strict=True))
-            if length > limit
-        }
-
-    def _open(self, samples: Sequence[Sample], file: str) -> tuple[list[Sample], list[Any], list[Defect]]:
-        """Samples whose texts can be read by the tokenizer and whose image can be opened, with the images."""
-        usable: list[Sample] = []
-        images: list[Any] = []
-        defects: list[Defect] = []
-        for sample in samples:
-            of = {"file": file, "sample_id": sample.id}
-            known = len(defects)
-            # Its answer too, whoever's answers are traced: which samples are used must not depend on that.
-            with collected(defects, **of, field="conversations"):
-                check_prompt(self.processor, self._render(sample, with_answer=True))
-            if len(defects) > known:
-                continue
-            with collected(defects, **of, field="image"):
-                if sample.image is None:
-                    raise DataError("the sample has no image")
-                images.append(load_image(sample.image))
-                usable.append(sample)
-        return usable, images, defects
-
-    def _refused(self, samples: Sequence[Sample], images: Sequence[Any], file: str) -> dict[int, Defect]:
-        """Rows that cannot be encoded by themselves either."""
-        bad: dict[int, Defect] = {}
-        for row, (sample, image) in enumerate(zip(samples, images, strict=True)):
-            found: list[Defect] = []
-            with collected(found, file=file, sample_id=sample.id, field="image"):
-                self._encode([sample], [image], with_answer=self._labels_are_data)
-            bad.update((row, defect) for defect in found)
-        return bad
-
-    def _render(self, sample: Sample, *, with_answer: bool) -> RenderedPrompt:
-        answer = sample.answer if with_answer else None
-        return self.template.render(sample.question, answer, history=sample.history, system=sample.system)
-
-    def _encode(
-        self, samples: Sequence[Sample], images: Sequence[Any], *, with_answer: bool
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs and answer mask on the model's device, padded on the left as generation needs it."""
-        rendered = [self._render(sample, with_answer=with_answer) for sample in samples]
-        inputs, answer_BN = encode(
-            self.processor, rendered, [[image] for image in images], padding_side="left"
-        )
-        placed = {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
-        return placed, answer_BN.to(self.device)
 
     def ends_answer(self, inputs: dict[str, Tensor], answer_BN: Tensor) -> Tensor:
         """(B, N) bool: answer tokens that end a generation."""

@@ -73,7 +73,7 @@ def sample_tokens(cfg: TracingConfig, model: Any, selection: Selection) -> Token
         return _guess(model.config)
     set_image_padding(processor, cfg.model.image_padding, model.config.model_type)
     teacher = Teacher(model, processor, replace(cfg.teacher, label_source="data"))
-    teacher.device, teacher.dtype = torch.device("cpu"), torch.float32
+    teacher.encoder.device, teacher.encoder.dtype = torch.device("cpu"), torch.float32
     every = max(1, len(selection.samples) // _PROBED_SAMPLES)
     lengths = []
     for sample in selection.samples[::every][:_PROBED_SAMPLES]:

@@ -89,7 +89,7 @@ class Lockstep:
         """For a sharded backbone. Whether an answer must be generated may depend on no process's own data,
         so ``try_answers`` (the same labels, sooner) is off."""
         teacher = Teacher(model, processor, replace(cfg.teacher, try_answers=False))
-        teacher.device = processes.device  # a sharded weight may lie elsewhere
+        teacher.encoder.device = processes.device  # a sharded weight may lie elsewhere
         return Lockstep(teacher, selection, processes)
 
     def manifest(self, selection: Selection) -> Manifest:

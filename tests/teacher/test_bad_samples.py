@@ -160,21 +160,21 @@ def test_settings_and_the_machine_are_no_samples_fault(backbone, selection, monk
         def fail(*_args, error=error, **_options):
             raise error
 
-        monkeypatch.setattr("dyvte.teacher.teacher.load_image", fail)
+        monkeypatch.setattr("dyvte.teacher.encoder.load_image", fail)
         with pytest.raises(type(error)):
             teacher.prepare(selection.samples[:1])
 
 
 def test_what_fails_together_but_not_alone_is_no_samples_fault(backbone, selection, monkeypatch) -> None:
     teacher = teacher_of(backbone)
-    alone = teacher._encode
+    alone = teacher.encoder.encode
 
     def picky(samples, images, **options):
         if len(samples) > 1:
             raise RuntimeError("two at a time")
         return alone(samples, images, **options)
 
-    monkeypatch.setattr(teacher, "_encode", picky)
+    monkeypatch.setattr(teacher.encoder, "encode", picky)
     good = [s for s in selection.samples if s.id not in BAD]
     with pytest.raises(RuntimeError, match="two at a time"):
         teacher.prepare(good[:2])

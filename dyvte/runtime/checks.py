@@ -1,0 +1,62 @@
+"""What a block looks at before it lets a pass begin."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from dyvte.backbones import Backbone, fingerprint, weights_digest
+from dyvte.decoder import Layout
+from dyvte.errors import ExitRuntimeError, GateMismatchError
+from dyvte.gates import GateConfig
+from dyvte.runtime.cache import holds_exits
+
+
+def check_decode_mask(mask_BN: Tensor | None, cache: Any, total: int) -> None:
+    """Raise ExitRuntimeError if a mask does not name every token of a cache that tokens have left."""
+    # Stock layers would hide what a short mask does not name; shortened layers could not tell what it means.
+    if mask_BN is None or mask_BN.shape[1] == total or not holds_exits(cache):
+        return
+    raise ExitRuntimeError(
+        f"attention_mask has length {mask_BN.shape[1]}, expected {total}: one entry for every token of the "
+        "cache (those that left included) and for every new one"
+    )
+
+
+def holds_images(value: Any) -> bool:
+    """Whether an argument brings pictures."""
+    if isinstance(value, dict):
+        return any(item is not None for item in value.values())
+    return value is not None
+
+
+def check_backbone(config: GateConfig | None, backbone: Backbone, allow_transfer: bool) -> bool:
+    """True where the gates belong to another backbone and that is allowed."""
+    if config is None or not config.backbone:
+        return False
+    found = {"fingerprint": fingerprint(backbone.model)}
+    if config.backbone.get("weights"):
+        found["weights"] = weights_digest(backbone.model)
+    for name, have in found.items():
+        want = config.backbone.get(name)
+        if not want or have is None or want == have:
+            continue
+        if allow_transfer:
+            return True
+        raise GateMismatchError(
+            f"these gates were made for {config.backbone.get('id', 'another backbone')} ({name} {want}), "
+            f"the model in hand has {name} {have}: use its own gates, or pass allow_transfer=True"
+        )
+    return False
+
+
+def warn_short_prompts(layout: Layout) -> None:
+    """Warn of rows with next to no question."""
+    short = int((layout.has_image_B & (layout.num_prompt_B == 1)).sum())
+    if short:
+        warnings.warn(
+            f"{short} rows have a single text token after the image: gates see little of the question",
+            stacklevel=2,
+        )
