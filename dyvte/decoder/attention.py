@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dyvte.decoder.caches import keys_and_values
 from dyvte.decoder.wrapping import replace_forward
 
 _NAME = "dyvte"
@@ -34,15 +35,63 @@ def query_projections(layer: nn.Module) -> tuple[nn.Module, ...]:
 
 
 @contextmanager
-def without_queries(layer: nn.Module) -> Iterator[None]:
+def without_queries(layer: nn.Module, size: int | None = None) -> Iterator[None]:
     """Inside, a layer's queries are zeros that cost nothing.
 
     For calls that end once keys and values are made. The layer must have `query_projections`.
+
+    Parameters
+    ----------
+    layer
+        A decoder layer.
+    size
+        Width of the zeros; None: that of all heads.
     """
     with ExitStack() as undo:
         for projection in query_projections(layer):
-            undo.callback(replace_forward(projection, _zeros(projection.out_features)))
+            zeros = _zeros(projection.out_features if size is None else size)
+            undo.callback(replace_forward(projection, zeros))
         yield
+
+
+class KeysAlone:
+    """Keys and values of a layer's input, by its own norms, projections and positions, without its queries.
+
+    The layer must have `query_projections`. They are swapped for ones that give zeros: of one head where the
+    layer takes that (nothing then goes on with them), else of all.
+    """
+
+    def __init__(self) -> None:
+        # Kinds of layers that ask for all heads; found out once.
+        self._whole: set[type] = set()
+
+    def __call__(
+        self, layer: nn.Module, forward: Callable[..., Any], hidden_BND: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(B, H, N, d) keys and values.
+
+        Parameters
+        ----------
+        layer, forward
+            The decoder layer, and its own forward.
+        hidden_BND, kwargs
+            What that is called with.
+
+        Raises
+        ------
+        UnsupportedBackboneError
+            If the layer gives them to no cache.
+        """
+        size = getattr(layer.self_attn, "head_dim", None)
+        if len(query_projections(layer)) == 1 and isinstance(size, int) and type(layer) not in self._whole:
+            try:
+                with without_queries(layer, size):
+                    return keys_and_values(forward, hidden_BND, **kwargs)
+            except RuntimeError:
+                # A shape that names the number of heads. Whatever else it was shows again below.
+                self._whole.add(type(layer))
+        with without_queries(layer):
+            return keys_and_values(forward, hidden_BND, **kwargs)
 
 
 def _zeros(size: int) -> Callable[..., Tensor]:

@@ -5,7 +5,7 @@ Keys and values are (rows, heads, tokens, head size), as transformers' caches ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,13 +76,14 @@ class Interleaved(Capture):
     ----------
     keys, values
         Those known already.
-    order_RK
-        (R, K) int64: for each place, which of the known and then the given ones stands there.
+    order
+        For each place, which of the known and then the given ones stands there: (R, K) int64, or runs
+        (start, stop) that are the same in all rows.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, order_RK: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, order: Tensor | Sequence[tuple[int, int]]) -> None:
         super().__init__()
-        self._known, self._order_RK = (keys, values), order_RK
+        self._known, self._order = (keys, values), order
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """All of them, in order."""
@@ -90,8 +91,15 @@ class Interleaved(Capture):
         return super().update(self._merged(known_keys, key_states), self._merged(known_values, value_states))
 
     def _merged(self, known: Tensor, given: Tensor) -> Tensor:
+        if not isinstance(self._order, Tensor):
+            count = known.shape[-2]
+            parts = [
+                known[..., start:stop, :] if stop <= count else given[..., start - count : stop - count, :]
+                for start, stop in self._order
+            ]
+            return torch.cat(parts, dim=-2)
         both = torch.cat((known, given), dim=-2)
-        index = self._order_RK[:, None, :, None]
+        index = self._order[:, None, :, None]
         return both.gather(2, index.expand(-1, both.shape[1], -1, both.shape[3]))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dyvte.backbones import Backbone
 from dyvte.decoder import Slots, Window
-from dyvte.decoder.attention import attention_of, query_projections, use_attention, without_queries
-from dyvte.decoder.caches import Interleaved, keys_and_values
+from dyvte.decoder.attention import KeysAlone, attention_of, query_projections, use_attention
+from dyvte.decoder.caches import Interleaved
 from dyvte.decoder.masks import cut_mask, hide_keys
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.runtime.streams import FrozenStream
@@ -60,12 +60,19 @@ class FrozenCall:
         The rows.
     implementation
         The model's attention implementation.
+    keys_alone
+        Makes keys and values without queries.
     """
 
     def __init__(
-        self, layer: nn.Module, forward: Callable[..., Any], stream: FrozenStream, implementation: str
+        self,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        stream: FrozenStream,
+        implementation: str,
+        keys_alone: KeysAlone,
     ) -> None:
-        self.layer, self.forward, self.stream = layer, forward, stream
+        self.layer, self.forward, self.stream, self.keys_alone = layer, forward, stream, keys_alone
         self.implementation = implementation
 
     def __call__(
@@ -83,11 +90,13 @@ class FrozenCall:
             The layer's other arguments for each.
         """
         with _without_checkpointing(self.layer):
-            with without_queries(self.layer):
-                keys, values = keys_and_values(
-                    self.forward, self.stream.visual.gather(hidden_BND), **{**visual, "attention_mask": None}
-                )
-            cache = Interleaved(keys, values, self.stream.order_RK)
+            keys, values = self.keys_alone(
+                self.layer,
+                self.forward,
+                self.stream.visual.gather(hidden_BND),
+                **{**visual, "attention_mask": None},
+            )
+            cache = Interleaved(keys, values, self.stream.order)
             with ExitStack() as undo:
                 if self.implementation not in _TAKE_MASKS:
                     undo.callback(use_attention(self._attention(), _attend))

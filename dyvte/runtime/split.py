@@ -119,7 +119,8 @@ class SplitLayers:
         captures: list[Capture],
     ) -> Any:
         implementation = str(self.stack.config._attn_implementation)
-        call = FrozenCall(self.stack.backbone.layers[index], forward, stream, implementation)
+        layer = self.stack.backbone.layers[index]
+        call = FrozenCall(layer, forward, stream, implementation, self.stack.keys_alone)
         key = (id(mask), self.stack.windows[index])
         known = self._text_masks.get(key)
         if known is None or known[1] is not stream:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dyvte.backbones import Backbone
 from dyvte.decoder import layer_windows
+from dyvte.decoder.attention import KeysAlone
 from dyvte.runtime.positions import check_rearrange
 from dyvte.runtime.visual_work import Weights
 
@@ -25,6 +26,8 @@ class Stack:
         Are positions closed up behind an exit?
     weights
         Parts of weights that layers with less visual work need, cut once per block.
+    keys_alone
+        Makes the keys and values of frozen tokens.
 
     Raises
     ------
@@ -40,7 +43,7 @@ class Stack:
         self.rearranges = positions == "rearrange"
         if self.rearranges:
             check_rearrange(backbone, self.windows)
-        self.weights = Weights()
+        self.weights, self.keys_alone = Weights(), KeysAlone()
 
     def without_jumps(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Layer arguments of a text stream such that no attention function takes it for packed sequences."""

@@ -7,12 +7,16 @@ Shapes: B rows, N tokens of the padded batch, R rows of a stream, T tokens of a 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyvte.decoder import Layout, Picker, Slots
+
+# Beyond, one gather is cheaper than many small copies.
+_MOST_RUNS = 64
 
 
 class Stream:
@@ -105,8 +109,9 @@ class FrozenStream:
     ----------
     text, visual, keys
         The rows' text, their visual tokens, and both; each compact.
-    order_RK
-        (R, K) int64: of the visual tokens and then the text, which one stands at each place of `keys`.
+    order
+        Of the visual tokens and then the text, which one stands at each place of `keys`: (R, K) int64, or
+        runs (start, stop) where all rows are alike.
     first_R
         (R,) int64 position of each row's first real token in the batch, on the host.
     """
@@ -123,7 +128,8 @@ class FrozenStream:
         is_visual_RK = is_visual_BN[rows_R].gather(1, self.keys.order_RT)
         of_visual_RK, of_text_RK = is_visual_RK.cumsum(1) - 1, (~is_visual_RK).cumsum(1) - 1
         order_RK = torch.where(is_visual_RK, of_visual_RK, self.visual.length + of_text_RK)
-        self.order_RK = order_RK.masked_fill(~self.keys.real_RT, 0).to(device)
+        order_RK = order_RK.masked_fill(~self.keys.real_RT, 0)
+        self.order = _runs(order_RK, self.visual.length) or order_RK.to(device)
 
 
 class Partition:
@@ -191,6 +197,19 @@ class Partition:
             and torch.equal(self.frozen_B, frozen_B)
             and torch.equal(self.carried_BN, carried_BN)
         )
+
+
+def _runs(order_RK: Tensor, num_visual: int) -> list[tuple[int, int]]:
+    """(start, stop) of ascending stretches of the visual or the text, in order; none where rows differ."""
+    order_K = order_RK[0]
+    if not bool((order_RK == order_K).all()):
+        return []
+    ends = (order_K[1:] != order_K[:-1] + 1) | (order_K[1:] == num_visual)
+    starts = torch.cat([order_K.new_zeros(1), ends.nonzero().flatten() + 1]).tolist()
+    if len(starts) > _MOST_RUNS:
+        return []
+    lengths = [b - a for a, b in pairwise([*starts, len(order_K)])]
+    return [(first, first + n) for first, n in zip(order_K[starts].tolist(), lengths, strict=True)]
 
 
 def _indices(mask: Tensor, device: torch.device) -> Tensor:
