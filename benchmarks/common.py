@@ -242,9 +242,9 @@ def interleaved(variants: dict[str, Callable[[], float]], rounds: int, seed: int
     return times
 
 
-# -- figures -----------------------------------------------------------------------------------------------
+# -- ratios ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Figure:
+class Ratio:
     """A median of ratios with its 95 % bounds (NaN where there are too few), and what is aimed at."""
 
     median: float
@@ -253,14 +253,14 @@ class Figure:
     target: str = ""
 
 
-def ratio(times: Times, over: Sequence[str], under: Sequence[str], target: str = "") -> Figure:
+def ratio(times: Times, over: Sequence[str], under: Sequence[str], target: str = "") -> Ratio:
     """The per-round ratio of two sums of variants."""
     top = [sum(values) for values in zip(*(times[n] for n in over), strict=True)]
     bottom = [sum(values) for values in zip(*(times[n] for n in under), strict=True)]
     ratios = sorted(a / b for a, b in zip(top, bottom, strict=True))
     rank = median_rank(len(ratios))
     low, high = (ratios[rank - 1], ratios[-rank]) if rank else (math.nan, math.nan)
-    return Figure(statistics.median(ratios), low, high, target)
+    return Ratio(statistics.median(ratios), low, high, target)
 
 
 def median_rank(count: int) -> int:
@@ -290,7 +290,7 @@ def arguments(description: str | None, *, batch: int = 1) -> argparse.ArgumentPa
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", help="also write the ratios to this file")
     return parser
 
 
@@ -321,19 +321,19 @@ class Report:
 
     def __init__(self, setting: dict[str, str], path: str | None) -> None:
         self.path = path
-        self.found: dict[str, Any] = {"setting": setting, "figures": {}, "seconds": {}}
+        self.found: dict[str, Any] = {"setting": setting, "ratios": {}, "seconds": {}}
         print_setting(setting)
 
-    def add(self, times: Times, figures: dict[str, Figure]) -> None:
+    def add(self, times: Times, ratios: dict[str, Ratio]) -> None:
         """Print medians and ratios, and keep them."""
         for name, values in times.items():
             print(f"{name:34} {1e3 * statistics.median(values):9.2f} ms")
         print(f"\n{'median of ratios':40} {'':6}   95 % bounds        target")
-        for name, one in figures.items():
+        for name, one in ratios.items():
             print(f"{name:40} {one.median:6.3f}   {one.low:.3f} .. {one.high:.3f}     {one.target}".rstrip())
         print(flush=True)
         self.found["seconds"] |= times
-        self.found["figures"] |= {name: vars(one) for name, one in figures.items()}
+        self.found["ratios"] |= {name: vars(one) for name, one in ratios.items()}
         write_json(self.path, self.found)
 
 

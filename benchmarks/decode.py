@@ -89,14 +89,14 @@ def main() -> None:
     for name, count in waits.items():
         print(f"waits of the host in one step, {name:34} {count}")
     times = interleaved({name: one.seconds for name, one in decodings.items()}, args.rounds)
-    figures = {
+    ratios = {
         f"{name} / stock": ratio(
             times, [name], ["stock"], "" if name == "rows leave one by one" else NOT_GROUPED
         )
         for name in variants
         if name != "stock"
     }
-    report.add(times, figures)
+    report.add(times, ratios)
 
 
 if __name__ == "__main__":

@@ -122,13 +122,13 @@ def _add(report: Report, ways: dict[str, Way], times: Times) -> None:
     reference, full, *_ = ways
     # The first round warms up.
     processor = {name: way.processor[1:] for name, way in ways.items()}
-    figures = {}
+    ratios = {}
     for name in list(ways)[1:]:
-        figures[f"one by one / {name}"] = ratio(times, [reference], [name], "at least 3")
-        figures[f"the same, processor seconds: {name}"] = ratio(processor, [reference], [name])
+        ratios[f"one by one / {name}"] = ratio(times, [reference], [name], "at least 3")
+        ratios[f"the same, processor seconds: {name}"] = ratio(processor, [reference], [name])
     changed = [key for key, text in ways[reference].answers.items() if ways[full].answers[key] != text]
     print(f"answers that batching changed: {len(changed)} of {len(ways[reference].answers)}\n")
-    report.add(times, figures)
+    report.add(times, ratios)
     if changed:
         raise SystemExit(f"batching changed the answers of {changed}")
 

@@ -1,7 +1,7 @@
 """How fast gates train from traces: epochs a minute through the real DeepSpeed engine and loop.
 
 Traces are random, of the embedded backbone's size; checkpoints and log lines are as in a real run.
-Measured on a machine that does nothing else, or the figures mean little.
+Measured on a machine that does nothing else, or the numbers mean little.
 
     python benchmarks/gate_speed.py                    # 5,000 samples, two threads
     python benchmarks/gate_speed.py --profile          # where the time goes
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="the functions that take most of the time")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shape = describe_config(args.backbone)
@@ -98,7 +98,7 @@ def main() -> None:
             start, user = time.perf_counter(), time.process_time()
             if args.profile:
                 profiler.enable()
-            training.run(0, lambda step, figures: None, lambda steps: None)
+            training.run(0, lambda step, metrics: None, lambda steps: None)
             profiler.disable()
             rates.append(60 * args.epochs / (time.perf_counter() - start))
             seconds.append((time.process_time() - user) / args.epochs)

@@ -26,7 +26,7 @@ from common import (
     IMAGE_ID,
     PREFIX,
     VISUAL,
-    Figure,
+    Ratio,
     Report,
     arguments,
     build_model,
@@ -210,17 +210,17 @@ def compare(args: argparse.Namespace) -> None:
     report = Report(setting, args.json)
     times = interleaved({name: timed(run, device) for name, run in runs.items()}, args.rounds)
     labels = {"teacher": args.layers, thinned: sum(k > 0 for k in exits)}
-    figures = {}
+    ratios = {}
     for name, count in labels.items():
         one = ratio(times, list(steps), [name])
         scale = count / len(steps)
-        figures[f"labels per second, {name} / reference"] = Figure(
+        ratios[f"labels per second, {name} / reference"] = Ratio(
             scale * one.median, scale * one.low, scale * one.high
         )
     shape, sample = decoder_shape(model.config), sample_of(args)
     by_count = args.layers * mean_reference_step_flops(shape, sample) / teacher_flops(shape, sample)
-    figures["labels per FLOP, the same (exact)"] = Figure(by_count, by_count, by_count)
-    report.add(times, figures)
+    ratios["labels per FLOP, the same (exact)"] = Ratio(by_count, by_count, by_count)
+    report.add(times, ratios)
 
 
 # --- throughput ---

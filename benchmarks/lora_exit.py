@@ -79,12 +79,12 @@ def main() -> None:
 
 
 def judge(args: argparse.Namespace, path: Path) -> dict:
-    """Test figures of the backbone without an adapter and with each of them."""
+    """Test metrics of the backbone without an adapter and with each of them."""
     cfg = load_config(
         TrainConfig, CONFIG, [f"data.path={path}", f"data.limit={args.test}", "data.seed=1", "output_dir=."]
     )
     selection, alone = select_samples(cfg.data), Processes(0, 1, torch.device("cpu"))
-    figures = {}
+    metrics = {}
     for name in TITLES:
         adapter = args.output / ("adapter" if name == "base" else name) / "adapter"
         model, processor = load_backbone(cfg.model.path, dtype=torch.float32, adapter=adapter)
@@ -99,13 +99,13 @@ def judge(args: argparse.Namespace, path: Path) -> dict:
                 right = accuracy(model, teacher, data, cfg.teacher)
         else:
             right = accuracy(model, teacher, data, cfg.teacher)
-        figures[name] = {
+        metrics[name] = {
             "same_answer": same.tolist(),
             "risk": columns["risk"].mean(0).tolist(),
             "first": {str(target): first_reaching(same, target) for target in TARGETS},
             "accuracy": right,
         }
-    return {"num_test": len(selection.samples), "figures": figures}
+    return {"num_test": len(selection.samples), "metrics": metrics}
 
 
 def accuracy(model, teacher: Teacher, data: Labelled, cfg: TeacherConfig) -> float:
@@ -123,22 +123,22 @@ def accuracy(model, teacher: Teacher, data: Labelled, cfg: TeacherConfig) -> flo
 
 def table(result: dict) -> str:
     """Markdown: every fixed exit, the first that reach the targets, accuracy."""
-    figures = result["figures"]
-    last = len(figures["base"]["risk"]) - 1
-    head = "| exit layer | " + " | ".join(TITLES[name] for name in figures)
-    lines = [f"{head} | risk " + " | risk ".join(f"({TITLES[name]})" for name in figures) + " |"]
-    lines.append("|" + "---|" * (1 + 2 * len(figures)))
+    metrics = result["metrics"]
+    last = len(metrics["base"]["risk"]) - 1
+    head = "| exit layer | " + " | ".join(TITLES[name] for name in metrics)
+    lines = [f"{head} | risk " + " | risk ".join(f"({TITLES[name]})" for name in metrics) + " |"]
+    lines.append("|" + "---|" * (1 + 2 * len(metrics)))
     for k in range(last + 1):
-        same = " | ".join(f"{figures[name]['same_answer'][k]:.1%}" for name in figures)
-        risk = " | ".join(f"{figures[name]['risk'][k]:.4f}" for name in figures)
+        same = " | ".join(f"{metrics[name]['same_answer'][k]:.1%}" for name in metrics)
+        risk = " | ".join(f"{metrics[name]['risk'][k]:.4f}" for name in metrics)
         lines.append(f"| {k} | {same} | {risk} |")
     lines += [
         "",
-        "| | " + " | ".join(TITLES[name] for name in figures) + " |",
-        "|" + "---|" * (1 + len(figures)),
+        "| | " + " | ".join(TITLES[name] for name in metrics) + " |",
+        "|" + "---|" * (1 + len(metrics)),
     ]
     for target in TARGETS:
-        first = [figures[name]["first"][str(target)] for name in figures]
+        first = [metrics[name]["first"][str(target)] for name in metrics]
         lines.append(
             f"| first exit with same answer >= {target:.0%} | "
             + " | ".join(str(k) if k <= last else "none" for k in first)
@@ -146,7 +146,7 @@ def table(result: dict) -> str:
         )
     lines.append(
         "| accuracy of the full model | "
-        + " | ".join(f"{figures[name]['accuracy']:.1%}" for name in figures)
+        + " | ".join(f"{metrics[name]['accuracy']:.1%}" for name in metrics)
         + " |"
     )
     return "\n".join(lines)
@@ -160,7 +160,7 @@ def plot(result: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, values in result["figures"].items():
+    for name, values in result["metrics"].items():
         layers = range(len(values["risk"]))
         left.plot(layers, [100 * value for value in values["same_answer"]], marker="o", label=TITLES[name])
         right.plot(layers, [max(value, 1e-5) for value in values["risk"]], marker="o", label=TITLES[name])
@@ -172,10 +172,10 @@ def plot(result: dict, path: Path) -> None:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Put the figures between the marks of a document."""
-    before, rest = path.read_text(encoding="utf-8").split("<!-- figures -->\n")
-    _, after = rest.split("<!-- /figures -->")
-    path.write_text(f"{before}<!-- figures -->\n{text}\n<!-- /figures -->{after}", encoding="utf-8")
+    """Put the metrics between the marks of a document."""
+    before, rest = path.read_text(encoding="utf-8").split("<!-- metrics -->\n")
+    _, after = rest.split("<!-- /metrics -->")
+    path.write_text(f"{before}<!-- metrics -->\n{text}\n<!-- /metrics -->{after}", encoding="utf-8")
 
 
 def run(*words: str) -> None:

@@ -91,7 +91,7 @@ def main() -> None:
         "--retrain", help="train gates on the backbone reduced by this combination too, and use them there"
     )
     parser.add_argument("--train", type=int, default=4000, help="with --retrain: training questions")
-    parser.add_argument("--json", help="write all figures here")
+    parser.add_argument("--json", help="write all numbers here")
     args = parser.parse_args()
     bench = Bench.of(args)
     folders = args.gates or list(bench_gates(bench))

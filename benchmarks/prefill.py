@@ -64,14 +64,14 @@ def main() -> None:
     times = interleaved({name: timed(run, model.device) for name, run in variants.items()}, args.rounds)
 
     ideal = ["rest", "full layers", "text layers"]
-    figures = {
+    ratios = {
         "exit / stock": ratio(times, ["exit"], ["stock"]),
         "ideal / stock": ratio(times, ideal, ["stock"]),
         "exit / ideal": ratio(times, ["exit"], ideal, "at most 1.05"),
     }
     if args.batch > 1:
-        figures["half of the rows exit / stock"] = ratio(times, ["half of the rows exit"], ["stock"])
-    report.add(times, figures)
+        ratios["half of the rows exit / stock"] = ratio(times, ["half of the rows exit"], ["stock"])
+    report.add(times, ratios)
     print(f"one full layer: {1e3 * statistics.median(times['full layers']) / max(1, k):.1f} ms\n", flush=True)
     prices = {
         "exit that never fires": dyvte.VisualExit.fixed(args.layers),

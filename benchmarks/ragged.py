@@ -120,12 +120,12 @@ def main() -> None:
     }
     report = Report(setting_of(args, rounds=args.rounds, exit_layers=exits), args.json)
     times = interleaved({name: timed(run, model.device) for name, run in variants.items()}, args.rounds)
-    figures = {
+    ratios = {
         "ragged / ideal time": ratio(times, ["ragged batch"], ["rest", "layers"], "at most 1.15"),
         "ragged / rows one after the other": ratio(times, ["ragged batch"], ["rows one after the other"]),
         "ragged / stock time": ratio(times, ["ragged batch"], ["stock"]),
     }
-    report.add(times, figures)
+    report.add(times, ratios)
 
     unequal = [make_inputs(model, 1, MORE_TEXT * row) for row in range(args.batch)]
     batch = padded(unequal)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from common import (
-    Figure,
+    Ratio,
     Report,
     arguments,
     build_model,
@@ -75,16 +75,16 @@ def main() -> None:
     report = Report(setting_of(args), args.json)
     times = interleaved({name: timed(run, model.device) for name, run in variants.items()}, args.rounds)
 
-    figures: dict[str, Figure] = {}
+    ratios: dict[str, Ratio] = {}
     for name in list(variants)[1:]:
         share = flops[name] / flops["stock"]
         time = ratio(times, [name], ["stock"])
-        figures[f"{name}: FLOPs"] = Figure(share, share, share)
-        figures[f"{name}: time"] = time
-        figures[f"{name}: time / FLOPs"] = Figure(
+        ratios[f"{name}: FLOPs"] = Ratio(share, share, share)
+        ratios[f"{name}: time"] = time
+        ratios[f"{name}: time / FLOPs"] = Ratio(
             time.median / share, time.low / share, time.high / share, "at most 1.25"
         )
-    report.add(times, figures)
+    report.add(times, ratios)
 
 
 if __name__ == "__main__":

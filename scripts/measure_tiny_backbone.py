@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the embedded backbone can do, on held-out scenes: accuracy, shuffled images, exits, depth.
 
-Writes <model>/figures.json and prints the tables of checkpoints/README.md. The traces are the greedy-label
+Writes <model>/metrics.json and prints the tables of checkpoints/README.md. The traces are the greedy-label
 traces of the same data (`dyvte trace`).
 
     python scripts/measure_tiny_backbone.py --traces runs/quickstart/trace-test
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 def right_at_every_exit(teacher: Teacher, samples, batch_size: int, shuffle: bool) -> torch.Tensor:
     """(B, L+1) bool: the whole greedy answer equals the data's answer, for exits after 0..L layers.
 
-    `shuffle` gives every question the picture of a scene half the data away.
+    `shuffle` gives every question the image of a scene half the data away.
     """
     out = []
     images = [s.image for s in samples]
@@ -126,7 +126,7 @@ def main() -> int:
     accuracy = per_type(right, types)
     without = {k: v[0] for k, v in per_type(shuffled, types).items()}
     risk, same = per_type(scenes.trace.risk, traced_types), per_type(scenes.trace.same_answer, traced_types)
-    figures = {
+    metrics = {
         "samples": len(samples),
         "accuracy_over_k": accuracy,
         "shuffled_images": without,
@@ -134,7 +134,7 @@ def main() -> int:
         "same_answer_over_k": same,
         "oracle": depth(scenes),
     }
-    (args.model / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    (args.model / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     print("| type | accuracy | with shuffled images |\n|---|---|---|")
     for group in (SIMPLE_TYPES, HARD_TYPES, PICTURE_TYPES, ("mean over types",)):
         for t in group:
@@ -145,7 +145,7 @@ def main() -> int:
     print(markdown("Same answer over the exit layer", same, 3))
     print("| lambda | oracle's mean exit | same answer | risk | share of variance within one wording |")
     print("|---|---|---|---|---|")
-    for row in figures["oracle"]:
+    for row in metrics["oracle"]:
         print(
             f"| {row['lambda']:g} | {row['mean_exit']:.2f} | {row['same_answer']:.3f} | {row['risk']:.4f} "
             f"| {row['within_wording_share']:.2f} |"

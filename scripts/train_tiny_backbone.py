@@ -90,7 +90,7 @@ def work(rank: int, args: argparse.Namespace, rendezvous: Path) -> None:
     model = build_model(processor.tokenizer, args.seed)
     tower, tower_path = model.model.vision_tower, args.work / "tower.pt"
     if not tower_path.exists() and rank == 0:
-        # scenes far from those of the language stage, so that no picture is used twice
+        # scenes far from those of the language stage, so that no image is used twice
         pretrain(tower, steps=args.vision_steps, batch=64, seed=args.seed, first=10_000_000, log=log)
         torch.save({k: v.float() for k, v in tower.state_dict().items()}, tower_path)
     torch.distributed.barrier()

@@ -58,7 +58,7 @@ class AnalysisConfig(EvalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if tuple(self.policies) != (FULL_MODEL,) or len(self.reductions) != 1:
-            raise ConfigError("a study chooses its own policies and reductions: leave these settings away")
+            raise ConfigError("a study chooses its own policies and reductions: omit these settings")
         if self.samples < 1:
             raise ConfigError(f"samples must be at least 1, found {self.samples}")
         if not self.etas or min(self.etas) <= 0:

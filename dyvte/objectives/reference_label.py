@@ -59,7 +59,7 @@ def reference_label(logits_BL: Tensor, trace: Trace, *, layer: int | None = None
         (B, L), or with ``layer`` (B,) or (B, 1): that gate alone, so that no other gate gets a gradient.
     layer:
         1..L-1: only the gate after this layer (the reference's one random layer per step). None: all gates
-        at labelled exits, L left out.
+        at labelled exits, L omitted.
     """
     labels_BL = reference_labels(trace).to(logits_BL.device)
     if layer is None:

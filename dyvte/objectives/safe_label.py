@@ -48,7 +48,7 @@ def safe_labels(trace: Trace, epsilon: float) -> Tensor:
 def safe_label(
     logits_BL: Tensor, trace: Trace, *, epsilon: float = 0.01, balance_2L: Tensor | None = None
 ) -> Tensor:
-    """Mean binary cross-entropy of the gates (at labelled exits, L left out) against :func:`safe_labels`.
+    """Mean binary cross-entropy of the gates (at labelled exits, L omitted) against :func:`safe_labels`.
 
     ``balance_2L`` (see :func:`class_balance`) weighs stay and exit labels of each layer; without it the
     classes count as they come, which leaves the first gates with almost no exit to learn from.

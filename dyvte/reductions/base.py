@@ -41,7 +41,7 @@ class TokenRows:
 class Neighbourhood:
     """Which visual tokens a visual token attends to: those within `radius` rows and columns on its own image.
 
-    `causal` leaves out those that come later. It attends to the text before it as ever.
+    `causal` omits those that come later. It attends to the text before it as ever.
     """
 
     radius: int
@@ -94,12 +94,12 @@ class VisualWork:
 
     @property
     def is_stock(self) -> bool:
-        """Nothing is left out."""
+        """Nothing is omitted."""
         return not self.frozen and self.window is None and self.heads is None and self.neurons is None
 
 
 def merged(works: Sequence[VisualWork]) -> VisualWork:
-    """What is left when several reductions leave out work of one layer.
+    """What is left when several reductions omit work of one layer.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def merged(works: Sequence[VisualWork]) -> VisualWork:
             if value is None:
                 continue
             if name in given:
-                raise ConfigError(f"two reductions set the {name} of visual tokens: leave one away")
+                raise ConfigError(f"two reductions set the {name} of visual tokens: omit one of them")
             given[name] = value
     return VisualWork(**given, frozen=any(work.frozen for work in works))
 

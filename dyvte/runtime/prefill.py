@@ -162,7 +162,7 @@ class Prefill:
         return step.output.clone()
 
     def decided(self) -> Decided:
-        """What was decided for the prompts of this pass, their answers left away."""
+        """What was decided for the prompts of this pass, their answers omitted."""
         plan = self.plan
         return Decided(plan.exit_layers_B.clone(), plan.freeze_layers_B.clone(), dict(self._kept_after))
 

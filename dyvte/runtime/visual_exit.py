@@ -87,7 +87,7 @@ class VisualExit:
         check_choice(positions)
         self.positions, self.reductions = positions, check_reductions(reductions)
         if self.reductions and positions != "keep":
-            raise ConfigError("positions='rearrange' is defined for exits alone: leave reductions away")
+            raise ConfigError("positions='rearrange' is defined for exits alone: omit the reductions")
         if gates is not None and not isinstance(gates, GateStack):
             raise ConfigError(
                 f"gates must be a GateStack, got {type(gates).__name__}; see VisualExit.from_pretrained"

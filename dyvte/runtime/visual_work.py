@@ -1,4 +1,4 @@
-"""A decoder layer that does less for visual tokens than for text, with the work really left out.
+"""A decoder layer that does less for visual tokens than for text, with the work really omitted.
 
 Inside the block the layer's attention function, its query and output projections and its FFN are swapped for
 ones that treat visual tokens apart; everything else of the layer runs as its author wrote it.
@@ -115,7 +115,7 @@ class LighterLayer:
     Raises
     ------
     UnsupportedBackboneError
-        Naming what of the layer cannot be left out.
+        Naming what of the layer cannot be omitted.
     """
 
     def __init__(
@@ -332,5 +332,5 @@ def _indices(mask: Tensor, device: torch.device) -> Tensor:
 
 def _refusal(layer: nn.Module, reason: str) -> UnsupportedBackboneError:
     return UnsupportedBackboneError(
-        f"{type(layer).__name__} cannot do less for visual tokens: {reason}. Leave that reduction away"
+        f"{type(layer).__name__} cannot do less for visual tokens: {reason}. Omit that reduction"
     )

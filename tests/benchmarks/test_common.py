@@ -1,4 +1,4 @@
-"""The figures that benchmarks print: bounds of a median, ratios of rounds. No timings."""
+"""The ratios that benchmarks print: bounds of a median, ratios of rounds. No timings."""
 
 import math
 import random
