@@ -8,11 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dyvte.errors import CheckpointError
+from dyvte.errors import CheckpointError, DyvteError
 from dyvte.files import write_atomically
 from dyvte.gates.config import CONFIG_FILE, GateConfig
 
 WEIGHTS_FILE = "gates.safetensors"
+# Layers, or units of a layer, of the largest backbone that a configuration may speak of.
+_LARGEST = 1_000_000
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, dict[str, Tensor] | None]:
@@ -28,7 +30,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, dict[st
         raise CheckpointError(
             f"no {CONFIG_FILE} in {path}: this is not a dyvte gates checkpoint (see `dyvte init`)"
         )
-    config = GateConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = _read_config(path / CONFIG_FILE)
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
         return config, None
@@ -39,6 +41,20 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, dict[st
         return config, load_file(weights)
     except SafetensorError as error:
         raise CheckpointError(f"{weights} is not a readable safetensors file: {error}") from error
+
+
+def _read_config(path: Path) -> GateConfig:
+    try:
+        config = GateConfig.from_json(path.read_text(encoding="utf-8"))
+    except DyvteError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except (OSError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a readable gates configuration: {error}") from error
+    sizes = {"num_layers": config.num_layers, "hidden_size": config.hidden_size}
+    for name, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise CheckpointError(f"{path}: {name} is {value!r}: expected a whole number in 1..{_LARGEST}")
+    return config
 
 
 def write_checkpoint(

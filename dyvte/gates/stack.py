@@ -232,10 +232,23 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, GateSta
     config, tensors = read_checkpoint(folder)
     if tensors is None:
         return config, None
-    with torch.device("meta"):
-        stack = GateStack(config)
+    _check_count(config, tensors, str(folder))
+    try:
+        with torch.device("meta"):
+            stack = GateStack(config)
+    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{folder}: no gates can be made of its configuration: {reason}") from error
     _assign(stack, tensors, str(folder))
     return config, stack
+
+
+def _check_count(config: GateConfig, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise before gates are made for many more layers than there are tensors."""
+    if config.num_layers > 100 * max(1, len(tensors)):
+        raise CheckpointError(
+            f"{source} does not fit its config: {len(tensors)} tensors for {config.num_layers} layers"
+        )
 
 
 def has_freezes(names: Iterable[str]) -> bool:
