@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
 
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import AnalysisConfig, Subject, open_subject
 from dyvte.errors import ConfigError
+from dyvte.registry import unknown
 
 STUDIES: dict[str, tuple[str, str]] = {
     "migration": ("VTW Table 1", "no image, a blank image before K, the real image before K"),
@@ -43,11 +43,8 @@ def get_study(name: str) -> Callable[[Subject], Findings]:
 
 def check_study(name: str) -> None:
     """Raise ConfigError, naming the nearest name, unless ``name`` is a study."""
-    if name in STUDIES:
-        return
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), STUDIES, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ConfigError(f"unknown study {name!r}{hint}; known: {', '.join(STUDIES)}")
+    if name not in STUDIES:
+        raise ConfigError(unknown("study", name, STUDIES))
 
 
 __all__ = [

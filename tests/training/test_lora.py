@@ -36,29 +36,12 @@ from dyvte.training.schedule import drawn_exits
 from tests.helpers.batches import VISUAL_ID
 from tests.helpers.models import random_image, tiny_llava
 from tests.helpers.reference import exit_by_masks
+from tests.helpers.world import QUESTIONS, World
 
 # peft asks for it
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 LAYERS = 4
-QUESTIONS = ["how many ?", "what color is the circle ?", "is there any red square on the left ?"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A backbone folder and a LLaVA json of 24 questions about 8 pictures."""
-    root = tmp_path_factory.mktemp("lora")
-    model, processor = tiny_llava(layers=LAYERS)
-    model.save_pretrained(root / "base")
-    processor.save_pretrained(root / "base")
-    (root / "images").mkdir()
-    entries = []
-    for index in range(8):
-        random_image(index).save(root / "images" / f"{index}.png")
-        for number, question in enumerate(QUESTIONS):
-            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "red"}]
-            entries.append({"id": f"{index}-{number}", "image": f"{index}.png", "conversations": turns})
-    (root / "train.json").write_text(json.dumps(entries))
-    return root
+WORLD = World(conversations={"train": range(8)}, layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +53,7 @@ def processes() -> Iterator[Processes]:
 def config(world: Path, output: Path, **changed) -> TrainConfig:
     lora = {"enabled": True, "rank": 4, "first_exit": 1, "last_exit": 2, **changed.pop("lora", {})}
     values = {
-        "model": {"path": str(world / "base")},
+        "model": {"path": str(world / "backbone")},
         "data": {"path": str(world / "train.json"), "validation_fraction": 0.25},
         "teacher": {"template": "chat", "max_new_tokens": 3, "batch_size": 8},
         "optimizer": {"learning_rate": 0.01}, "checkpoint": {"every_steps": 2, "keep": 2},
@@ -101,10 +84,10 @@ def test_an_adapter_is_loaded_by_its_folder_or_beside_the_model(world: Path, tra
     from peft import PeftModel
 
     folder = trained.adapter
-    assert resolve_adapter(folder) == (str(world / "base"), str(folder))
+    assert resolve_adapter(folder) == (str(world / "backbone"), str(folder))
     by_folder, _ = load_backbone(folder)
-    beside, _ = load_backbone(world / "base", adapter=folder)
-    base, processor = load_backbone(world / "base")
+    beside, _ = load_backbone(world / "backbone", adapter=folder)
+    base, processor = load_backbone(world / "backbone")
     plain = PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).merge_and_unload()
     inputs = tokens(processor)
     with torch.no_grad():
@@ -113,11 +96,11 @@ def test_an_adapter_is_loaded_by_its_folder_or_beside_the_model(world: Path, tra
         for model in (by_folder, beside):
             torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
             assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert describe_config(folder) == describe_config(world / "base")
+    assert describe_config(folder) == describe_config(world / "backbone")
 
 
 def test_adapted_and_plain_weights_have_different_digests(world: Path, trained) -> None:
-    base, _ = load_backbone(world / "base")
+    base, _ = load_backbone(world / "backbone")
     adapted, _ = load_backbone(trained.adapter)
     half, _ = load_backbone(trained.adapter, dtype=torch.bfloat16)
     plain = weights_digest(base)
@@ -133,7 +116,7 @@ def test_adapted_and_plain_weights_have_different_digests(world: Path, trained) 
 
 
 def test_gates_of_one_are_refused_on_the_other(world: Path, trained) -> None:
-    base, processor = load_backbone(world / "base")
+    base, processor = load_backbone(world / "backbone")
     adapted, _ = load_backbone(trained.adapter)
     for made_for, used_on in ((base, adapted), (adapted, base)):
         identity = {"fingerprint": fingerprint(made_for), "weights": weights_digest(made_for)}
@@ -218,7 +201,7 @@ def tokens(processor):
 
 def test_traces_against_the_base_compare_with_the_unadapted_model(world: Path, trained) -> None:
     """Column k is KL(base full || adapted behind exit k), each from a masked pass of its own."""
-    base, processor = load_backbone(world / "base")
+    base, processor = load_backbone(world / "backbone")
     adapted, _ = load_backbone(trained.adapter)
     samples = select_samples(config(world, Path("unused")).data).samples[:4]
     settings = {"template": "chat", "max_new_tokens": 3}
@@ -283,7 +266,7 @@ def test_gradients_equal_brute_force(world: Path, tmp_path: Path, processes: Pro
     assert again == ids
     predict_BN = positions_before(answer_BN, ids)
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    base, _ = load_backbone(world / "base")
+    base, _ = load_backbone(world / "backbone")
     full = base(**inputs, position_ids=positions).logits.log_softmax(-1).detach()
     model.zero_grad()
     with exit_by_masks(model.get_base_model(), exits, [VISUAL_ID]):
@@ -332,7 +315,7 @@ def test_only_the_adapter_changes_and_only_in_its_layers(
         "3",
     }  # layers 2..L: exits from 1 on
     assert not any("vision" in name for name in adapters)
-    base, _ = load_backbone(world / "base")
+    base, _ = load_backbone(world / "backbone")
     for name, tensor in base.state_dict().items():
         kept = [value for other, value in before.items() if other.replace(".base_layer", "").endswith(name)]
         assert any(torch.equal(tensor, value) for value in kept), name
@@ -363,11 +346,11 @@ def test_the_summary_tells_before_from_after(trained) -> None:
 def test_the_result_is_an_ordinary_peft_checkpoint(world: Path, trained) -> None:
     from peft import PeftModel
 
-    base, _ = load_backbone(world / "base")
+    base, _ = load_backbone(world / "backbone")
     model = PeftModel.from_pretrained(base, str(trained.adapter))
     stored = json.loads((trained.adapter / "adapter_config.json").read_text())
     assert stored["peft_type"] == "LORA"
-    assert stored["base_model_name_or_path"] == str(world / "base")
+    assert stored["base_model_name_or_path"] == str(world / "backbone")
     found = weights(trained.adapter)
     assert len(found) == 2 * 7 * (LAYERS - 1)
     loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
@@ -375,7 +358,7 @@ def test_the_result_is_an_ordinary_peft_checkpoint(world: Path, trained) -> None
     for name, tensor in found.items():
         assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor)
     record = json.loads((trained.adapter / "dyvte_lora.json").read_text())
-    assert record["base"]["weights"] == weights_digest(load_backbone(world / "base")[0])
+    assert record["base"]["weights"] == weights_digest(load_backbone(world / "backbone")[0])
     assert record["exits_trained"] == [1, 2]
     assert not list(trained.adapter.parent.glob(".adapter*"))
 
@@ -419,7 +402,7 @@ def test_checkpoints_hold_the_adapter_alone(trained) -> None:
 def test_a_nan_stops_the_run_and_names_the_samples(world: Path, tmp_path: Path, processes: Processes) -> None:
     training, model, _ = fresh(world, tmp_path, processes)
     trainable(model)[1].data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match=r"step 1: the loss is nan; samples \d-\d"):
+    with pytest.raises(TrainingError, match=r"step 1: the loss is nan; samples train-\d-\d"):
         training.run(0, lambda *_: None, lambda _: None)
     training.close()
 
