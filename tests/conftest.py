@@ -50,8 +50,8 @@ def slowest_table(seconds: dict[str, float], count: int) -> str:
     lines = [
         "# The slowest tests",
         "",
-        f"Written by `scripts/test.sh --slowest tests/SLOWEST.md`. {len(seconds)} tests took {total:.0f} s on "
-        f"{machine}; these {len(ordered)} took {shown:.0f} s.",
+        "Written by `scripts/test.sh --slowest tests/SLOWEST.md`. "
+        f"{len(seconds)} tests took {total:.0f} s on {machine}; these {len(ordered)} took {shown:.0f} s.",
         "",
         "| seconds | share | test |",
         "|---|---|---|",
