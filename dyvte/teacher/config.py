@@ -8,6 +8,7 @@ from typing import Literal
 from dyvte.errors import ConfigError
 from dyvte.gates import DEFAULT_FEATURES, FEATURES, check_features
 from dyvte.reductions import parse_reductions
+from dyvte.teacher.schedules import Schedules, thinned_exits, thinned_freezes
 
 LabelSource = Literal["greedy", "data"]
 
@@ -76,3 +77,16 @@ class TeacherConfig:
             raise ConfigError(
                 f"reductions: {self.reductions} and freeze layers cannot be traced together: leave one out"
             )
+
+    def schedules(self, num_layers: int) -> Schedules:
+        """What is labelled on a backbone of L layers.
+
+        Raises
+        ------
+        ConfigError
+            If a freeze layer does not lie in 0..L-1.
+        """
+        freezes = self.freeze_layers
+        if self.freeze_every is not None:
+            freezes = thinned_freezes(num_layers, self.freeze_every)
+        return Schedules.of(thinned_exits(num_layers, self.exit_every), freezes, num_layers)

@@ -41,10 +41,10 @@ from dyvte.teacher.labels import greedy_answers
 from dyvte.teacher.memory import GIB
 from dyvte.teacher.plain import predicted_logits
 from dyvte.teacher.reduced import trace_reduced_exits
-from dyvte.teacher.schedules import Schedules, thinned_exits, thinned_freezes
 from dyvte.teacher.store import Manifest, Shard, empty_trace, exits_text, grid_fingerprint
 from dyvte.teacher.streams import is_sharded
 from dyvte.teacher.trace import Trace
+from dyvte.teacher.vision import each_image_once
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,8 @@ class Teacher:
         self._said: set[str] = set()
         self.template: PromptTemplate = get_template(config.template, processor)
         self.backbone = describe(model)
-        self.exits = thinned_exits(self.backbone.num_layers, config.exit_every)
-        freezes = config.freeze_layers
-        if config.freeze_every is not None:
-            freezes = thinned_freezes(self.backbone.num_layers, config.freeze_every)
-        self.freezes = Schedules.of(self.exits, freezes, self.backbone.num_layers).freezes
+        schedules = config.schedules(self.backbone.num_layers)
+        self.exits, self.freezes = schedules.exits, schedules.freezes
         self.kv_share = math.nan
         if self.freezes:
             check_can_freeze(self.backbone)
@@ -124,6 +121,14 @@ class Teacher:
         """Inside, the model is the one that exits are compared with."""
         return self.model.disable_adapter() if self.config.reference == "base" else nullcontext()
 
+    def answer(self, prompts: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Prompts grown by the full model's greedy answers, as labels are made; see `greedy_answers`."""
+        with self.as_reference(), self._each_image_once():
+            return greedy_answers(self.model, prompts, self.config.max_new_tokens)
+
+    def _each_image_once(self) -> AbstractContextManager[Any]:
+        return each_image_once(self.backbone) if self.config.share_images else nullcontext()
+
     def trace(self, samples: Sequence[Sample], file: str = "") -> tuple[Shard, list[Defect]]:
         """Trace one batch; samples that cannot be used come back as defects (see `prepare`).
 
@@ -179,8 +184,7 @@ class Teacher:
             chosen = [samples[row] for row in rest]
             if len(rest) < len(samples):
                 prompts, _ = self.encoder.encode(chosen, [images[row] for row in rest], with_answer=False)
-            with self.as_reference():
-                inputs, answer_BN = greedy_answers(self.model, prompts, self.config.max_new_tokens)
+            inputs, answer_BN = self.answer(prompts)
             trace, is_greedy_B = self._run(chosen, inputs, answer_BN, notes)
             cut = int((~self.ends_answer(inputs, answer_BN).any(1)).sum())
             lost = int((~is_greedy_B).sum())
@@ -232,7 +236,7 @@ class Teacher:
         ids = [sample.id for sample in samples]
         reference_BAV = None
         if self.config.reference == "base":
-            with torch.no_grad(), self.as_reference():
+            with torch.no_grad(), self.as_reference(), self._each_image_once():
                 reference_BAV, _ = predicted_logits(self.model, inputs, positions_before(answer_BN, ids))
         if self.reductions:
             trace, is_greedy_B = trace_reduced_exits(

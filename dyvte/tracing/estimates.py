@@ -22,7 +22,6 @@ from dyvte.data import Selection
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.spans import find_spans
 from dyvte.teacher import Teacher
-from dyvte.teacher.schedules import thinned_exits
 from dyvte.tracing.config import TracingConfig
 
 log = logging.getLogger(__name__)
@@ -98,8 +97,11 @@ def sample_tokens(cfg: TracingConfig, model: Any, selection: Selection) -> Token
     return Tokens(*means, source=f"{len(lengths)} samples of the data")
 
 
-def pass_flops(cfg: TracingConfig, shape: DecoderShape, tokens: Tokens) -> int:
-    """FLOPs of one sample's teacher pass; a generated answer takes one more full pass over its prompt."""
+def pass_flops(cfg: TracingConfig, shape: DecoderShape, tokens: Tokens, questions: float = 1) -> float:
+    """FLOPs of one sample's teacher pass; a generated answer takes one more full pass over its prompt.
+
+    ``questions``: mean number of samples about one image, which share it where the configuration lets them.
+    """
     text = max(2, round(tokens.suffix))
     sample = SampleShape(
         prefix=max(0, round(tokens.total - tokens.visual - tokens.suffix)),
@@ -107,9 +109,19 @@ def pass_flops(cfg: TracingConfig, shape: DecoderShape, tokens: Tokens) -> int:
         text=text,
         answer=min(text - 1, max(1, round(tokens.answer))),
     )
-    exits = thinned_exits(shape.num_layers, cfg.teacher.exit_every)
-    once = teacher_flops(shape, sample, exits, num_features=len(cfg.teacher.features))
-    return once + (teacher_flops(shape, sample, ()) if cfg.teacher.label_source == "greedy" else 0)
+    schedules = cfg.teacher.schedules(shape.num_layers)
+    together = max(1, round(min(questions, cfg.teacher.batch_size))) if cfg.teacher.share_images else 1
+    group = teacher_flops(
+        shape,
+        sample,
+        schedules.exits,
+        freezes=schedules.freezes,
+        questions=together,
+        num_features=len(cfg.teacher.features),
+    )
+    return group / together + (
+        teacher_flops(shape, sample, ()) if cfg.teacher.label_source == "greedy" else 0
+    )
 
 
 def loaded_dtype(backbone: BackboneConfig, config: Any, device: torch.device) -> str:

@@ -51,7 +51,8 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     device = own_device()
     dtype = loaded_dtype(cfg.model, model.config, device)
     samples = len(selection.samples)
-    flops = samples * pass_flops(cfg, sizes, tokens)
+    schedules = cfg.teacher.schedules(shape.num_layers)
+    flops = samples * pass_flops(cfg, sizes, tokens, samples / max(1, selection.counts["images"]))
     backbone = sum(parameter.numel() for parameter in model.parameters())
     feature_size = len(cfg.teacher.features) * shape.hidden_size
     parameters = _parameters(gates)
@@ -76,13 +77,14 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
         "backbone_bytes": backbone
         * PACKED_BYTES.get(cfg.model.quantization, DTYPE_BYTES[dtype])
         / (world_size if shards_backbone(cfg) else 1),
-        "logits_bytes": cfg.teacher.batch_size
-        * tokens.answer
-        * (shape.num_layers + 1)
-        * sizes.vocab_size
-        * 4,
+        "logits_bytes": cfg.teacher.batch_size * tokens.answer * len(schedules.pairs) * sizes.vocab_size * 4,
         "trace_bytes": samples
-        * (shape.num_layers * feature_size * DTYPE_BYTES[dtype] + 5 * (shape.num_layers + 1) * 4),
+        * (
+            (shape.num_layers + len(schedules.stream_layers) + bool(schedules.freezes))
+            * feature_size
+            * DTYPE_BYTES[dtype]
+            + 5 * (len(schedules.freezes) + 1) * (shape.num_layers + 1) * 4
+        ),
         "gate_training_bytes": parameters * 16,  # weight, gradient, two moments, fp32
         "teacher_flops": flops,
         "teacher_seconds": pass_seconds(flops, device, dtype, world_size),
@@ -106,7 +108,7 @@ def describe_dry_run(numbers: dict[str, Any]) -> str:
         ("steps", f"{numbers['steps']} of {numbers['samples_per_step']} samples, {numbers['processes']} "
                   f"processes, ZeRO {numbers['zero_stage']}"),
         ("backbone weights", f"about {_size(numbers['backbone_bytes'])}{sharded} ({numbers['dtype']})"),
-        ("teacher's logits", f"about {_size(numbers['logits_bytes'])} a batch, all exits"),
+        ("teacher's logits", f"about {_size(numbers['logits_bytes'])} a batch, all schedules"),
         ("traces on disk", f"about {_size(numbers['trace_bytes'])}"),
         ("gate training", f"about {_size(numbers['gate_training_bytes'])}"),
         ("teacher pass", f"about {numbers['teacher_flops'] / 1e12:,.1f} TFLOP in the decoder, "

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dyvte.backbones import describe
+from dyvte.gates import prompt_features
+from dyvte.spans import find_spans
 from dyvte.teacher import Trace
 from tests.helpers.families import FAMILIES, one_row
 from tests.helpers.reference import frozen_by_hooks
@@ -166,3 +168,36 @@ def close(found: Trace, expected: Trace, atol: float = 1e-4) -> None:
     assert (found.sample_ids, found.exits, found.freezes) == (
         expected.sample_ids, expected.exits, expected.freezes,
     )  # fmt: skip
+
+
+def check_grid(trace: Trace, model, inputs, answer, visual_ids, features: Sequence[str]) -> None:
+    """Labels and features of all schedules of a trace against separate passes."""
+    predict = before(answer)
+    spans = find_spans(inputs["input_ids"], visual_ids, inputs["attention_mask"], answer)
+
+    def of(states):
+        return prompt_features(states, spans.prompt_BN, spans.visual_BN, features)
+
+    full, states = separate_pass(model, inputs, trace.num_layers, trace.num_layers)
+    full = full.double().log_softmax(-1)
+    embeddings = of(states[0])
+    torch.testing.assert_close(trace.grid.embeddings, embeddings, atol=1e-4, rtol=0)
+    place = {pair: column for column, pair in enumerate(trace.grid.stream_layers)}
+    for f, k in schedules_of(trace.num_layers, trace.freezes):
+        logits, states = separate_pass(model, inputs, f, k)
+        logits = logits.double().log_softmax(-1)
+        kl_BN = (full.exp() * (full - logits)).sum(-1)
+        back_BN = (logits.exp() * (logits - full)).sum(-1)
+        column = trace.freezes.index(f)
+        for row in range(len(predict)):
+            at = predict[row]
+            labels = inputs["input_ids"][row][answer[row]]
+            loss = -logits[row][at].gather(-1, labels[:, None]).mean()
+            expected = {"risk": kl_BN[row][at].mean(), "reverse_risk": back_BN[row][at].mean(), "loss": loss}
+            for label, value in expected.items():
+                mine = getattr(trace.grid, label)[row, column, k].double()
+                torch.testing.assert_close(mine, value, atol=1e-4, rtol=0)
+        if k == trace.num_layers:
+            for layer in range(f + 1, k + 1):
+                mine = trace.grid.features[:, place[f, layer]]
+                torch.testing.assert_close(mine, of(states[layer]), atol=1e-4, rtol=0)

@@ -12,14 +12,13 @@ import torch
 
 from dyvte.backbones import describe
 from dyvte.errors import ConfigError, UnsupportedBackboneError
-from dyvte.gates import FEATURES, prompt_features
-from dyvte.spans import find_spans
+from dyvte.gates import FEATURES
 from dyvte.teacher import streams, trace_exits
 from dyvte.teacher.exits import exit_logits
 from dyvte.teacher.memory import PassPlan
 from dyvte.teacher.schedules import thinned_exits
 from tests.helpers.families import FAMILIES
-from tests.helpers.passes import answers_of, before, close, padded, schedules_of, separate_pass
+from tests.helpers.passes import answers_of, before, check_grid, close, padded, separate_pass
 
 FAST = {
     ("qwen2_vl", "eager", "left"),
@@ -78,44 +77,11 @@ def test_the_grid_equals_passes_with_frozen_visual_tokens(name: str, attention: 
     assert trace.freezes == tuple(range(num_layers))
     changed = trace.grid.risk[[0, 2], 0, 1:] - trace.risk[[0, 2], 1:]
     assert changed.abs().max() > 1e-3, "a freeze that changes nothing tests nothing"
-    check_grid(trace, model, inputs, answer, visual_ids)
+    check_grid(trace, model, inputs, answer, visual_ids, FEATURES)
     trace.grid.check(trace.exits, trace.tensors())
     # What gates read of the text alone lets the last layer stop early; thinned, as the whole grid thinned.
     thin = trace_exits(model, inputs, answer, freezes=(1, 3), exits=(0, 2, 3), exits_per_chunk=2)
     close(thin, trace.select(FEATURES, FEATURES[:2]).thinned(exits=(0, 2, 3), freezes=(1, 3)), atol=2e-5)
-
-
-def check_grid(trace, model, inputs, answer, visual_ids) -> None:
-    """Labels and features of all schedules of a trace against separate passes."""
-    predict = before(answer)
-    spans = find_spans(inputs["input_ids"], visual_ids, inputs["attention_mask"], answer)
-
-    def of(states):
-        return prompt_features(states, spans.prompt_BN, spans.visual_BN, FEATURES)
-
-    full, states = separate_pass(model, inputs, trace.num_layers, trace.num_layers)
-    full = full.double().log_softmax(-1)
-    embeddings = of(states[0])
-    torch.testing.assert_close(trace.grid.embeddings, embeddings, atol=1e-4, rtol=0)
-    place = {pair: column for column, pair in enumerate(trace.grid.stream_layers)}
-    for f, k in schedules_of(trace.num_layers, trace.freezes):
-        logits, states = separate_pass(model, inputs, f, k)
-        logits = logits.double().log_softmax(-1)
-        kl_BN = (full.exp() * (full - logits)).sum(-1)
-        back_BN = (logits.exp() * (logits - full)).sum(-1)
-        column = trace.freezes.index(f)
-        for row in range(len(predict)):
-            at = predict[row]
-            labels = inputs["input_ids"][row][answer[row]]
-            loss = -logits[row][at].gather(-1, labels[:, None]).mean()
-            expected = {"risk": kl_BN[row][at].mean(), "reverse_risk": back_BN[row][at].mean(), "loss": loss}
-            for label, value in expected.items():
-                mine = getattr(trace.grid, label)[row, column, k].double()
-                torch.testing.assert_close(mine, value, atol=1e-4, rtol=0)
-        if k == trace.num_layers:
-            for layer in range(f + 1, k + 1):
-                mine = trace.grid.features[:, place[f, layer]]
-                torch.testing.assert_close(mine, of(states[layer]), atol=1e-4, rtol=0)
 
 
 def test_what_cannot_be_frozen_is_refused_by_name() -> None:

@@ -20,7 +20,8 @@ from dyvte.distributed import Processes
 from dyvte.errors import CheckpointError
 from dyvte.files import write_atomically
 from dyvte.teacher import Teacher
-from dyvte.teacher.labels import append_answers, greedy_answers
+from dyvte.teacher.batches import batches_of
+from dyvte.teacher.labels import append_answers
 
 MANIFEST = "manifest.json"
 
@@ -115,21 +116,20 @@ def label(
 def _label_part(
     teacher: Teacher, samples: Sequence[Sample], file: str, progress: Callable[[int], None]
 ) -> tuple[dict[str, Any], list[Any]]:
-    size, greedy = teacher.config.batch_size, teacher.config.label_source == "greedy"
+    greedy = teacher.config.label_source == "greedy"
     answers: dict[str, list[int]] = {}
     defects: list[Any] = []
     cut = 0
-    for start in range(0, len(samples), size):
-        ready = teacher.prepare(samples[start : start + size], file)
+    for batch in batches_of(samples, teacher.config, by_length=False):
+        ready = teacher.prepare(batch, file)
         defects += ready.defects
         inputs, answer_BN = ready.inputs, ready.answer_BN
         if ready.samples and greedy:
-            with teacher.as_reference():
-                inputs, answer_BN = greedy_answers(teacher.model, inputs, teacher.config.max_new_tokens)
+            inputs, answer_BN = teacher.answer(inputs)
             cut += int((~teacher.ends_answer(inputs, answer_BN).any(1)).sum())
         for row, sample in enumerate(ready.samples):
             answers[sample.id] = inputs["input_ids"][row][answer_BN[row]].tolist()
-        progress(len(samples[start : start + size]))
+        progress(len(batch))
     notes = {"answers_generated": len(answers) if greedy else 0, "answers_cut": cut}
     return {"answers": answers, "dropped": [str(one) for one in defects], "notes": notes}, defects
 

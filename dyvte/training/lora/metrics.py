@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dyvte.teacher import TeacherConfig
+from dyvte.teacher.batches import batches_of
 from dyvte.teacher.exits import positions_before, trace_checked
 from dyvte.teacher.plain import predicted_logits
 from dyvte.training.lora.labels import Labelled
@@ -30,23 +31,32 @@ def exit_columns(
     adapted:
         False: the exits too are those of the model without its adapter.
     """
-    parts = []
-    for start in range(0, len(data), teacher.batch_size):
-        stop = min(start + teacher.batch_size, len(data))
-        inputs, answer_BN, ids = data.inputs(range(start, stop))
+    parts, order = [], []
+    place = {sample.id: row for row, sample in enumerate(data.samples)}
+    for batch in batches_of(data.samples, teacher, by_length=False):
+        rows = [place[sample.id] for sample in batch]
+        order += rows
+        inputs, answer_BN, ids = data.inputs(rows)
         with torch.no_grad(), model.disable_adapter():
             full_BAV, _ = predicted_logits(model, inputs, positions_before(answer_BN, ids))
             if not adapted:
                 parts.append(_trace(model, inputs, answer_BN, ids, full_BAV, teacher))
         if adapted:
             parts.append(_trace(model, inputs, answer_BN, ids, full_BAV, teacher))
+    back = torch.tensor(order).argsort()
     return {
-        name: torch.cat([getattr(part, name) for part in parts]).double() for name in ("risk", "same_answer")
+        name: torch.cat([getattr(part, name) for part in parts])[back].double()
+        for name in ("risk", "same_answer")
     }
 
 
 def _trace(model, inputs, answer_BN, ids, full_BAV, teacher: TeacherConfig) -> Any:
-    options = {"sample_ids": ids, "exits_per_chunk": teacher.exits_per_chunk, "reference_BAV": full_BAV}
+    options = {
+        "sample_ids": ids,
+        "exits_per_chunk": teacher.exits_per_chunk,
+        "share_images": teacher.share_images,
+        "reference_BAV": full_BAV,
+    }
     return trace_checked(model, inputs, answer_BN, **options).trace.to("cpu")
 
 
