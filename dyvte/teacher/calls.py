@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.decoder import Slots
-from dyvte.decoder.attention import without_queries
-from dyvte.decoder.caches import Capture, keys_and_values
+from dyvte.decoder.attention import KeysAlone
+from dyvte.decoder.caches import Capture
 from dyvte.decoder.masks import cut_mask
 
 KeysValues = tuple[Tensor, Tensor]
@@ -53,11 +53,10 @@ class LayerCall:
             mask = mask.index_select(0, rows_R.to(mask.device))
         return cut_mask(mask, queries, keys, self.implementation)
 
-    def read_only(self, states: Tensor, arguments: dict[str, Any]) -> KeysValues:
+    def read_only(self, states: Tensor, arguments: dict[str, Any], alone: KeysAlone) -> KeysValues:
         """Keys and values of states, without queries; where the layer cannot stop early, after all of it."""
         if self.returns_early:
-            with without_queries(self.layer):
-                return keys_and_values(self.forward, states, **arguments)
+            return alone(self.layer, self.forward, states, **arguments)
         cache = Capture()
         self.forward(states, **{**arguments, "past_key_values": cache})
         return cache.keys, cache.values

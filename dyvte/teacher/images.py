@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dyvte.backbones import Backbone
 from dyvte.decoder import Picker, Slots, hidden_of
+from dyvte.decoder.attention import KeysAlone
 from dyvte.decoder.caches import Capture, Given, keys_and_values
 from dyvte.spans import Spans
 from dyvte.teacher.calls import KeysValues, LayerCall, take_tokens
@@ -40,6 +41,7 @@ class FrozenImages:
 
     def __init__(self, visual: Slots, rows_G: Tensor | None, batch: int, tokens: int) -> None:
         self.states: list[Tensor] = []
+        self._alone = KeysAlone()
         device = visual.index.device
         rows_G = torch.arange(batch, device=device) if rows_G is None else rows_G
         self._pick = Picker(batch, tokens, rows_G, visual.index, device)
@@ -53,7 +55,7 @@ class FrozenImages:
         own = {**self._pick(call.kwargs), "attention_mask": None}
         for states_GVD in self.states:
             if states_GVD.shape[1]:
-                yield call.read_only(states_GVD, own)
+                yield call.read_only(states_GVD, own, self._alone)
             else:  # a batch without an image
                 yield prefix[0][:, :, :0], prefix[1][:, :, :0]
 
