@@ -1,1 +1,5 @@
-"""Subcommands of ``dyvte``: each module has ``add_arguments(parser)`` and ``run(args) -> int``."""
+"""Subcommands of ``dyvte``, one module each.
+
+A module's docstring is the description in ``--help``; it has ``EXAMPLES``, commands that are shown below the
+options as they are written, ``add_arguments(parser)`` and ``run(args) -> int``, the exit code.
+"""

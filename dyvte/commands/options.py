@@ -130,6 +130,8 @@ def _arguments(parser: argparse.ArgumentParser, one: Setting) -> dict[str, Any]:
     if one.is_list:
         taken |= {"action": Several, "nargs": None if has_positionals else "+"}
         taken["type"] = _several(one)
+        if not has_positionals and one.choices:
+            taken["metavar"] = (_metavar(one), "NAME")
     return taken
 
 

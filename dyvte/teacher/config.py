@@ -7,7 +7,7 @@ from typing import Literal
 
 from dyvte.errors import ConfigError
 from dyvte.gates import DEFAULT_FEATURES, FEATURES, check_features
-from dyvte.reductions import parse_reductions
+from dyvte.reductions import REDUCTIONS, parse_reductions
 from dyvte.teacher.schedules import Schedules, thinned_exits, thinned_freezes
 
 LabelSource = Literal["greedy", "data"]
@@ -56,7 +56,7 @@ class TeacherConfig:
     """Longest prompt plus answer, in tokens; longer samples are dropped and counted, never cut."""
     shard_batches: int = 8
     """Batches per shard file: what a killed pass loses at most."""
-    reductions: str = "none"
+    reductions: str = field(default="none", metadata={"forms": REDUCTIONS})
     """What is spent on visual tokens before they leave, such as "fastv:2:0.5" or several joined by "+": exits
     of the reduced backbone are traced, against the un-pruned one."""
     features: tuple[str, ...] = field(default=DEFAULT_FEATURES, metadata={"choices": FEATURES})
@@ -75,7 +75,7 @@ class TeacherConfig:
         check_features(self.features)
         if parse_reductions(self.reductions) and (self.freeze_every is not None or self.freeze_layers):
             raise ConfigError(
-                f"reductions: {self.reductions} and freeze layers cannot be traced together: leave one out"
+                f"reductions: {self.reductions} and freeze layers cannot be traced together: omit one of them"
             )
 
     def schedules(self, num_layers: int) -> Schedules:

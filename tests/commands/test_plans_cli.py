@@ -32,8 +32,8 @@ def options(world: Path, data: str) -> list[str]:
 @pytest.fixture(scope="module")
 def profile(world: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("profile") / "yopo"
-    asked = ["--reduction", "yopo", "--num-samples", "6", "--output", str(folder)]
-    assert main(["calibrate", *asked, *options(world, "train")]) == 0
+    asked = ["--num-samples", "6", "--output", str(folder)]
+    assert main(["profile", *asked, *options(world, "train")]) == 0
     return folder
 
 
@@ -59,6 +59,16 @@ def test_a_profile_says_what_it_was_measured_on(world: Path, profile: Path, caps
     assert main(["trace", *asked, "--output", str(profile.parent / "refused")]) == 2
     assert "measured on another backbone" in capsys.readouterr().err
     assert not (profile.parent / "refused").exists()
+
+
+def test_calibrate_reduction_yopo_does_it_too_and_says_so(
+    world: Path, profile: Path, tmp_path, capsys
+) -> None:
+    asked = ["--reduction", "yopo", "--num-samples", "6", "--output", str(tmp_path / "yopo")]
+    assert main(["calibrate", *asked, *options(world, "train")]) == 0
+    assert "note: this is `dyvte profile` now" in capsys.readouterr().err
+    for name in ("visual_profile.json", "visual_profile.safetensors"):
+        assert (tmp_path / "yopo" / name).read_bytes() == (profile / name).read_bytes()
 
 
 def test_what_calibrate_lacks_is_named(world: Path, capsys) -> None:
