@@ -74,8 +74,8 @@ def load_config(
     path:
         A YAML file holding one mapping, or the name of one that comes with dyvte (:mod:`dyvte.shipped`), or
         None for defaults alone. Relative paths in it are relative to the
-        file's own folder: fields of type ``Path``, and text fields with ``metadata={"path": True}`` whose
-        value starts with ``./`` or ``../`` (other values may be hub ids).
+        file's own folder: fields of type ``Path``, and texts of fields with ``metadata={"path": True}`` that
+        start with ``./`` or ``../`` (others may be hub ids), or that do so behind ``NAME=``.
     overrides:
         ``"a.b=value"`` strings, applied in order after the file. The value is read as YAML, so ``3``,
         ``true``, ``null`` and ``[1, 2]`` mean what they mean in the file.
@@ -173,11 +173,21 @@ def _anchor(cls: Any, values: Any, file: SettingsFile, origin: str) -> Any:
         hint = hints.get(name)
         if dataclasses.is_dataclass(hint):
             anchored[name] = _anchor(hint, value, file, origin)
-        elif isinstance(value, str) and (
-            (hint is Path or Path in get_args(hint)) or (name in marked and value.startswith(("./", "../")))
-        ):
+        elif isinstance(value, str) and (hint is Path or Path in get_args(hint)):
             anchored[name] = file.absolute(value)
+        elif name in marked:
+            several = isinstance(value, list)
+            texts = [_anchored_text(one, file) for one in (value if several else [value])]
+            anchored[name] = texts if several else texts[0]
     return anchored
+
+
+def _anchored_text(text: Any, file: SettingsFile) -> Any:
+    """A path that starts with ``./`` or ``../``, alone or behind ``NAME=``, made absolute; else as it is."""
+    if not isinstance(text, str):
+        return text
+    label, equals, path = text.rpartition("=")
+    return f"{label}{equals}{file.absolute(path)}" if path.startswith(("./", "../")) else text
 
 
 def _apply_override(cls: Any, values: dict[str, Any], override: str) -> None:

@@ -1,13 +1,16 @@
-"""Figures without a display and without matplotlib's global state."""
+"""Plots without a display and without matplotlib's global state; their colours and axes, everywhere alike."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dyvte.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+COLORS = ("#d62728", "#4d4d4d", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
+"""The first is that of what is shown (the gates), the second that of the full model and fixed layers."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -26,3 +29,9 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def plain_axes(axes: Any) -> None:
+    """A light grid, no frame above and on the right."""
+    axes.grid(alpha=0.25, lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)

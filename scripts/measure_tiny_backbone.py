@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dyvte.backbones import load_backbone
-from dyvte.comparison.router import oracle_exits, within_wording_share
+from dyvte.comparison.oracle import oracle_exits, within_wording_share
 from dyvte.comparison.scenes import load_scenes
 from dyvte.data import check_defects, open_conversations, select
 from dyvte.data.scenes.questions import HARD_TYPES, PICTURE_TYPES, SIMPLE_TYPES, TYPES

@@ -32,10 +32,15 @@ ORDER = [
 # Others may stand anywhere, but nowhere in a circle.
 FLOORS = {
     "backbones": ["config", "convert", "describe", "load"],
+    "calibration": ["operating_points", "compute", "risk", "apply"],
+    "comparison": ["records", "router", "tuned_gates", "tuned_router", "traces", "runs", "table", "compare"],
+    "costs": ["layers", "prefill", "visual", "reductions"],
     "data": ["samples", "images", "llava", "sources", "scenes"],
+    "evaluation": ["scores", "run_log", "generation", "runner"],
     "gates": ["features", "architectures", "config", "files", "stack"],
     "policies": ["base", "never"],
     "reductions": ["base", "profile", "fastv"],
+    "reporting": ["page", "sections", "section_tables", "report"],
     "runtime": ["cache", "replay", "prompt_memory", "prefill", "engine", "visual_exit"],
     "tasks": ["readers", "answers", "base", "choices", "gqa", "mmbench"],
     "tracing": ["config", "zero", "sharded", "traces"],

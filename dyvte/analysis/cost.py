@@ -15,7 +15,7 @@ from dyvte.evaluation.generation import answer, encoded_batches, plan_batches
 from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.evaluation.settings import NamedPolicy, with_reductions
 from dyvte.formatting import number
-from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.plotting import COLORS, plain_axes
 
 DEFINITION = (
     "Time to first token holds the vision tower, the prefill and the choice of the token, for a whole "

@@ -8,7 +8,7 @@ from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.outcomes import difference_text, outcomes_of
 from dyvte.analysis.subject import Subject
 from dyvte.formatting import percentage
-from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.plotting import COLORS, plain_axes
 
 DEFINITION = (
     "K is the first layer in 1..L-1 whose mean KL(exit || full) at the last prompt position is at most "

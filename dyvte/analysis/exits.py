@@ -12,7 +12,7 @@ from typing import Any
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.outcomes import outcomes_of
 from dyvte.analysis.subject import Subject, gates_of
-from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.plotting import COLORS, plain_axes
 
 DEFINITION = (
     "Share of the questions that leave behind each layer, with the gates' stored rule; L: never. Over all "

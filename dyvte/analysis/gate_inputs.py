@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.analysis.findings import Findings, Table
-from dyvte.analysis.outcomes import difference_text, outcomes_of
+from dyvte.analysis.outcomes import outcomes_of
 from dyvte.analysis.subject import Subject
 from dyvte.config import load_config
 from dyvte.errors import ConfigError
-from dyvte.formatting import number, percentage
+from dyvte.formatting import difference_text, number, percentage
 from dyvte.gates import DEFAULT_FEATURES, FEATURES, check_features
-from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.plotting import COLORS, plain_axes
 from dyvte.training import TrainConfig, train
 
 PAPER_SETS = (
@@ -82,7 +82,12 @@ def _of(cfg: TrainConfig, text: str) -> TrainConfig:
 
 def _cells(outcome: Any, row: dict[str, Any]) -> list[str]:
     half = row["held_out_at_half"]
-    cells = [outcome.label, outcome.headline, f"{outcome.correct:.1f} %", difference_text(outcome.difference)]
+    cells = [
+        outcome.label,
+        outcome.headline,
+        f"{outcome.correct:.1f} %",
+        difference_text(outcome.difference, 1),
+    ]
     cells += [percentage(outcome.same_answer), number(outcome.exit_layer), percentage(outcome.visual_compute)]
     return [*cells, *(percentage(half and half[key]) for key in ("visual_compute", "same_answer"))]
 

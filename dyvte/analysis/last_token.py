@@ -13,7 +13,7 @@ from torch import Tensor
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import Subject
 from dyvte.analysis.watching import KINDS, Watched, watch
-from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.plotting import COLORS, plain_axes
 from dyvte.teacher.exits import positions_before
 
 DEFINITION = (

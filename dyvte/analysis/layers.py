@@ -9,7 +9,7 @@ from dyvte.analysis.outcomes import Outcome, difference_text, outcomes_of
 from dyvte.analysis.subject import Subject
 from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.formatting import percentage
-from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.plotting import COLORS, plain_axes
 
 DEFINITION = (
     "Every question leaves behind layer K; K = 0: no layer sees the image, K = L: the full model. KL is "

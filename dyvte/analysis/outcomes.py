@@ -13,8 +13,8 @@ from dyvte.evaluation.metrics import same_answer
 from dyvte.evaluation.run_log import Answer, texts
 from dyvte.evaluation.runner import PolicyResult
 from dyvte.evaluation.scores import FULL_MODEL, CostMetrics
-from dyvte.formatting import number, percentage
-from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.formatting import difference_text, number, percentage
+from dyvte.plotting import COLORS, plain_axes
 from dyvte.tasks.base import Predictions, Question
 
 
@@ -99,7 +99,7 @@ def outcome_table(subject: Subject, outcomes: Sequence[Outcome], first: str = "s
             one.label,
             one.headline,
             f"{one.correct:.1f} %",
-            difference_text(one.difference),
+            difference_text(one.difference, 1),
             percentage(one.same_answer),
             number(one.exit_layer),
             percentage(one.visual_compute),
@@ -107,11 +107,6 @@ def outcome_table(subject: Subject, outcomes: Sequence[Outcome], first: str = "s
         for one in outcomes
     ]
     return Table(header, rows)
-
-
-def difference_text(found: PairedDifference) -> str:
-    """Difference in points with its interval."""
-    return f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 
 def paint_outcomes(outcomes: Sequence[Outcome], xlabel: str = "right answers, %") -> Any:

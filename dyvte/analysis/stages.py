@@ -14,7 +14,7 @@ from torch import Tensor
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import Subject
 from dyvte.analysis.watching import Watched, watch
-from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.plotting import COLORS, plain_axes
 
 FLOWS = ("text to image", "text to text", "text to first token", "image to image", "image to text")
 """Queries, and the keys whose share of their attention is counted."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import Subject
 from dyvte.analysis.watching import Watched, watch
-from dyvte.reporting.plots import COLORS, plain_axes
+from dyvte.plotting import COLORS, plain_axes
 
 DEFINITION = (
     "For every text token behind the image, the template's included: its attention to a visual token, "

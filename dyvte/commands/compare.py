@@ -1,9 +1,10 @@
 """Compare gates with VTW, a question-only router, the oracle and the full model.
 
-On traced test scenes: risk, same answer and agreement over visual compute, differences at equal compute with
-intervals over images. On (mini-)GQA and (mini-)MME: real generation with every policy. Prints the table;
-writes comparison.json, comparison.md and a plot (png, svg) below --output. Thresholds, the router and fixed
-layers are chosen on calibration data only.
+On traced test samples: risk, same answer and agreement over visual compute, differences at equal compute with
+intervals over images; with --budgets also at given shares of visual compute, with --plans also plans of
+policies and reductions. On each --benchmark: real generation with every policy. Prints the table; writes
+comparison.json, comparison.md and plots below --output. Thresholds, the router and fixed layers are chosen on
+calibration data only.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import argparse
 
 EXAMPLES = """
 dyvte compare --config configs/compare_embedded.yaml --gates runs/embedded/gates
+dyvte compare --config configs/compare_embedded.yaml --gates runs/embedded/gates --budgets 0.25:0.85 \\
+    --benchmark mini-GQA:gqa=data/scenes/mini_gqa --benchmark pope=/data/pope
 """
 
-NAMES = {"gqa": ("mini-gqa",), "mme": ("mini-mme",)}
+NAMES = {"benchmarks": ("benchmark",), "baselines": ("baseline",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte compare``: the settings of its configuration."""
     from dyvte.commands.options import add_settings
-    from dyvte.comparison.compare import CompareConfig
+    from dyvte.comparison.config import CompareConfig
 
     add_settings(parser, CompareConfig, NAMES)
 
@@ -28,10 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print the report, say where it lies."""
     from dyvte.commands.options import config_from
-    from dyvte.comparison.compare import CompareConfig, compare
+    from dyvte.comparison.compare import compare
+    from dyvte.comparison.config import CompareConfig
+    from dyvte.reporting.comparison import write_comparison
 
     config = config_from(CompareConfig, args)
-    compare(config)
-    print((config.output / "comparison.md").read_text(encoding="utf-8"))
+    page = write_comparison(compare(config), config.output)
+    print(page.read_text(encoding="utf-8"))
     print(f"report: {config.output}")
     return 0

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and say where it lies."""
-    from dyvte.reporting.build import ReportConfig, write_report
+    from dyvte.reporting.report import ReportConfig, write_report
 
     page = write_report(
         ReportConfig(

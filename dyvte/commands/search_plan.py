@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from dyvte.errors import ConfigError
     from dyvte.gates import GateStack
     from dyvte.reductions import parse_reductions
+    from dyvte.reporting.plans import search_table, write_search
     from dyvte.tracing import trace_data
 
     cfg = tracing_config_of(args)
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     gates = GateStack.from_pretrained(args.gates).eval() if args.gates else None
     model, _ = open_backbone(cfg.model, own_device())
     found = search_plans(describe(model), root, reductions, args.budget, gates)
-    found.write(root)
-    print(found.table())
+    write_search(found, root)
+    print(search_table(found))
     print(f"written: {root}")
     return 0

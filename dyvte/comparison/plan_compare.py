@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dyvte.backbones import describe
 from dyvte.calibration.operating_points import lower_hull, mixture_at
 from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
-from dyvte.comparison.plans import JudgedPlan, Plan, PlanJudge, front
+from dyvte.comparison.plan_search import judges, searched_reductions
+from dyvte.comparison.plans import JudgedPlan, Plan, PlanJudge, front, traces_of
 from dyvte.errors import CalibrationError
-from dyvte.formatting import markdown_table
+from dyvte.gates import GateStack
+from dyvte.reductions import NO_REDUCTION
+from dyvte.teacher import TraceStore
 
 CHOSEN = "any combination"
 # Which plans a method may use; the full model belongs to all.
@@ -30,18 +35,19 @@ SINGLE_METHODS = {
     "FastV": {"never", "FastV"},
     "YOPO": {"never", "YOPO"},
 }
+_CURVE_BUDGETS = np.linspace(0.06, 0.9, 43).round(4).tolist()
 
 
 @dataclass(frozen=True)
-class Mix:
-    """Draw `upper` with probability `weight`, else `lower`."""
+class PlanMixture:
+    """Draw ``upper`` with probability ``weight``, else ``lower``."""
 
     lower: JudgedPlan
     upper: JudgedPlan
     weight: float
 
     def judged(self, judge: Callable[[Plan], JudgedPlan]) -> JudgedPlan:
-        """Expected figures on the samples of a judge; the plan named is the one drawn more often."""
+        """Expected metrics on the samples of a judge; the plan named is the one drawn more often."""
         low, high = judge(self.lower.plan), judge(self.upper.plan)
         return JudgedPlan(
             (self.upper if self.weight > 0.5 else self.lower).plan,
@@ -56,24 +62,29 @@ class Mix:
         return f"{1 - self.weight:.0%} {self.lower.plan}, {self.weight:.0%} {self.upper.plan}"
 
 
-def hull(judged: Sequence[JudgedPlan]) -> list[JudgedPlan]:
-    """Corners of the lower convex hull of (compute, risk), from the cheapest to the one of least risk."""
-    best = front(judged)
-    return [best[index] for index in lower_hull([p.compute for p in best], [p.risk for p in best])]
-
-
-def mix_for(judged: Sequence[JudgedPlan], budget: float) -> Mix | None:
+def mixture_for(judged: Sequence[JudgedPlan], budget: float) -> PlanMixture | None:
     """The mixture of least risk that spends the budget; None where no plan is cheap enough."""
-    corners = hull(judged)
+    best = front(judged)
+    corners = [best[index] for index in lower_hull([p.compute for p in best], [p.risk for p in best])]
     if not corners or corners[0].compute > budget + 1e-9:
         return None
     at = mixture_at([corner.compute for corner in corners], budget)
-    return Mix(corners[at.lower], corners[at.upper], at.weight)
+    return PlanMixture(corners[at.lower], corners[at.upper], at.weight)
 
 
 @dataclass(frozen=True)
 class MethodAt:
-    """A method at a budget: figures on held-out samples, mean over the gates' seeds."""
+    """A method at a budget, on held-out samples.
+
+    Attributes
+    ----------
+    budget : share of the full model's visual compute, met on calibration samples.
+    method : its name.
+    compute : what it spends on the held-out samples.
+    risk_B : (B,) expected risk in nats, mean over the gates' seeds.
+    same_answer : mean over samples and seeds.
+    plans : what was chosen, for every seed that chose something else.
+    """
 
     budget: float
     method: str
@@ -87,19 +98,40 @@ class MethodAt:
         """Mean risk in nats."""
         return float(self.risk_B.mean())
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "budget": self.budget,
+            "method": self.method,
+            "risk": self.risk,
+            "same_answer": self.same_answer,
+            "visual_compute": self.compute,
+            "plans": list(self.plans),
+        }
+
 
 @dataclass(frozen=True)
 class PlanComparison:
     """All methods at all budgets, and how far the chosen plan is from each of them.
 
-    `methods` lacks those that no budget's plan of theirs is cheap enough for. A difference is the chosen
-    plan's risk less the method's.
+    Attributes
+    ----------
+    methods : without those that no plan of theirs is cheap enough for.
+    differences : risk of the chosen plan less a method's, by budget and method.
+    budgets : shares of the full model's visual compute.
+    curves : held-out (compute, risk) by method.
+    num_calibration, num_test, num_images, num_seeds : samples chosen on, samples judged on, their images, and
+        seeds of the gates.
     """
 
     methods: tuple[MethodAt, ...]
     differences: dict[tuple[float, str], PairedDifference]
     budgets: tuple[float, ...]
     curves: dict[str, list[tuple[float, float]]]
+    num_calibration: int
+    num_test: int
+    num_images: int
+    num_seeds: int
 
     def at(self, budget: float, method: str) -> MethodAt | None:
         """One entry."""
@@ -114,43 +146,12 @@ class PlanComparison:
         closest = min(mine, key=lambda d: d.mean_b)
         return "better" if closest.high < 0 else "worse" if closest.low > 0 else "equal"
 
-    def table(self) -> str:
-        """Markdown."""
-        rows = []
-        for budget in self.budgets:
-            for method in (*SINGLE_METHODS, CHOSEN):
-                one = self.at(budget, method)
-                if one is None:
-                    rows.append([f"{budget:.0%}", method, "out of reach", "", "", ""])
-                    continue
-                gap = self.differences.get((budget, method))
-                text = "" if gap is None else f"{gap.difference:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
-                figures = [f"{one.risk:.4f}", f"{one.same_answer:.1%}", f"{one.compute:.1%}", text]
-                rows.append([f"{budget:.0%}", method, *figures])
-        head = [
-            "budget",
-            "method",
-            "risk (nats)",
-            "same answer",
-            "compute, held out",
-            "any combination less it",
-        ]
-        return markdown_table(head, rows)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
+        counts = ("num_calibration", "num_test", "num_images", "num_seeds")
         return {
-            "methods": [
-                {
-                    "budget": one.budget,
-                    "method": one.method,
-                    "risk": one.risk,
-                    "same_answer": one.same_answer,
-                    "visual_compute": one.compute,
-                    "plans": list(one.plans),
-                }
-                for one in self.methods
-            ],
+            **{name: getattr(self, name) for name in counts},
+            "methods": [one.to_dict() for one in self.methods],
             "differences": [
                 {"budget": budget, "method": method, **gap.to_dict()}
                 for (budget, method), gap in self.differences.items()
@@ -160,13 +161,70 @@ class PlanComparison:
         }
 
 
+def shared_reductions(calibration: Path, test: Path) -> list[str]:
+    """The combinations of reductions of the calibration search, all of which the test search has traced.
+
+    Raises
+    ------
+    DataError
+        A folder holds no finished search.
+    CalibrationError
+        The test search lacks a combination.
+    """
+    tried, there = searched_reductions(calibration), searched_reductions(test)
+    if lacking := [text for text in tried if text not in there]:
+        raise CalibrationError(
+            f"{test} lacks traces of {lacking[0]}: search there with the combinations of {calibration}"
+        )
+    return tried
+
+
+def compare_searches(
+    model: nn.Module,
+    calibration: Path,
+    test: Path,
+    gates: Sequence[GateStack],
+    budgets: Sequence[float],
+    *,
+    num_draws: int = 2000,
+) -> PlanComparison:
+    """`compare_plans` on what two runs of ``dyvte search-plan`` traced.
+
+    Parameters
+    ----------
+    model : the un-pruned backbone.
+    calibration, test : folders of the two searches; the second must have traced what the first did.
+    gates : of every seed.
+    budgets : shares of the full model's visual compute.
+    num_draws : of the paired bootstrap.
+
+    Raises
+    ------
+    DataError
+        A folder holds no finished search.
+    CalibrationError
+        The test search lacks a combination of reductions.
+    """
+    tried = shared_reductions(calibration, test)
+    backbone = describe(model)
+    image_ids = TraceStore.open(traces_of(test, NO_REDUCTION)).image_ids()
+    bare = {root: list(judges(backbone, root, tried)) for root in (calibration, test)}
+    return compare_plans(
+        [[judge.with_gates(one) for judge in bare[calibration]] for one in gates],
+        [[judge.with_gates(one) for judge in bare[test]] for one in gates],
+        budgets,
+        image_ids,
+        num_draws=num_draws,
+    )
+
+
 def compare_plans(
     calibration: Sequence[Sequence[PlanJudge]],
     test: Sequence[Sequence[PlanJudge]],
     budgets: Sequence[float],
     image_ids: Sequence[str],
     *,
-    draws: int = 2000,
+    num_draws: int = 2000,
 ) -> PlanComparison:
     """Choose on calibration samples, judge on test samples.
 
@@ -174,8 +232,12 @@ def compare_plans(
     ----------
     calibration, test
         For each seed of the gates: a judge for every combination of reductions.
+    budgets
+        Shares of the full model's visual compute.
     image_ids
         The image of each test sample.
+    num_draws
+        Of the paired bootstrap.
 
     Raises
     ------
@@ -188,17 +250,16 @@ def compare_plans(
     on_test = [_lookup(judges) for judges in test]
     if any(plan.plan.reduction not in known for plans, known in zip(chosen, on_test) for plan in plans):
         raise CalibrationError("the test traces lack a combination of reductions that calibration has")
-    grid = sorted({*budgets, *np.linspace(0.06, 0.9, 43).round(4).tolist()})
     found: dict[tuple[float, str], MethodAt] = {}
     for method, kinds in {**SINGLE_METHODS, CHOSEN: None}.items():
         allowed = [[p for p in plans if kinds is None or p.plan.kind in kinds] for plans in chosen]
-        for budget in grid:
-            mixes = [mix_for(plans, budget) for plans in allowed]
-            if all(mix is not None for mix in mixes):
-                found[budget, method] = _judged(budget, method, mixes, on_test)
+        for budget in sorted({*budgets, *_CURVE_BUDGETS}):
+            mixtures = [mixture_for(plans, budget) for plans in allowed]
+            if all(mixture is not None for mixture in mixtures):
+                found[budget, method] = _judged(budget, method, mixtures, on_test)
     differences = {
         (budget, method): paired_bootstrap(
-            found[budget, CHOSEN].risk_B, found[budget, method].risk_B, image_ids, num_draws=draws
+            found[budget, CHOSEN].risk_B, found[budget, method].risk_B, image_ids, num_draws=num_draws
         )
         for budget in budgets
         for method in SINGLE_METHODS
@@ -207,8 +268,16 @@ def compare_plans(
     curves: dict[str, list[tuple[float, float]]] = {}
     for (_, method), one in found.items():
         curves.setdefault(method, []).append((one.compute, one.risk))
-    at_budgets = tuple(one for (budget, _), one in found.items() if budget in budgets)
-    return PlanComparison(at_budgets, differences, tuple(budgets), curves)
+    return PlanComparison(
+        methods=tuple(one for (budget, _), one in found.items() if budget in budgets),
+        differences=differences,
+        budgets=tuple(budgets),
+        curves=curves,
+        num_calibration=len(chosen[0][0].risk_B),
+        num_test=len(image_ids),
+        num_images=len(set(image_ids)),
+        num_seeds=len(calibration),
+    )
 
 
 def _lookup(judges: Sequence[PlanJudge]) -> dict[str, PlanJudge]:
@@ -216,11 +285,11 @@ def _lookup(judges: Sequence[PlanJudge]) -> dict[str, PlanJudge]:
 
 
 def _judged(
-    budget: float, method: str, mixes: Sequence[Mix], on_test: Sequence[dict[str, PlanJudge]]
+    budget: float, method: str, mixtures: Sequence[PlanMixture], on_test: Sequence[dict[str, PlanJudge]]
 ) -> MethodAt:
     got = [
-        mix.judged(lambda plan, known=known: known[plan.reduction].judge(plan))
-        for mix, known in zip(mixes, on_test, strict=True)
+        mixture.judged(lambda plan, known=known: known[plan.reduction].judge(plan))
+        for mixture, known in zip(mixtures, on_test, strict=True)
     ]
     return MethodAt(
         budget,
@@ -228,29 +297,5 @@ def _judged(
         float(np.mean([one.compute for one in got])),
         torch.stack([one.risk_B for one in got]).mean(0),
         float(torch.stack([one.same_answer_B for one in got]).mean()),
-        tuple(dict.fromkeys(map(str, mixes))),
+        tuple(dict.fromkeys(map(str, mixtures))),
     )
-
-
-def plot_comparison(found: PlanComparison, path: Any, title: str) -> None:
-    """Held-out risk over visual compute, one curve for each method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for method, points in found.curves.items():
-        strong = method == CHOSEN
-        x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, label=method, lw=2.2 if strong else 1.2, color="#d62728" if strong else None)
-    for budget in found.budgets:
-        axes.axvline(budget, color="#999999", lw=0.6, ls=":")
-    axes.set_yscale("symlog", linthresh=1e-2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("visual compute on held-out samples, share of the full model's")
-    axes.set_ylabel("risk on held-out samples, nats")
-    axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)

@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.backbones import Backbone
-from dyvte.backbones.sizes import decoder_shape
 from dyvte.comparison.plans import JudgedPlan, PlanJudge, choose, front, traces_of
-from dyvte.files import write_atomically
-from dyvte.formatting import markdown_table
+from dyvte.errors import DataError
 from dyvte.gates import GateStack
-from dyvte.plotting import new_figure
-from dyvte.reductions import parse_reductions
 from dyvte.teacher import TraceStore
 
-PLANS_FILE, TABLE_FILE, PLOT_FILE = "plans.json", "plans.md", "plans.png"
+PLANS_FILE = "plans.json"
 
 
 @dataclass(frozen=True)
@@ -35,16 +31,6 @@ class PlanSearch:
         """The plan of least risk within each budget."""
         return {budget: choose(self.judged, budget) for budget in self.budgets}
 
-    def table(self) -> str:
-        """Markdown: the choice for each budget beside the best single method."""
-        rows = []
-        for budget, best in self.chosen.items():
-            single = choose([one for one in self.judged if one.plan.kind != "combined"], budget)
-            for label, one in (("chosen", best), ("best single method", single)):
-                rows.append([f"{budget:.0%}", label, *_cells(one)])
-        head = ["budget", "", "policy", "reduction", "visual compute", "risk (nats)", "same answer"]
-        return markdown_table(head, rows)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -53,12 +39,6 @@ class PlanSearch:
             "front": [one.row() for one in front(self.judged)],
             "plans": [one.row() for one in self.judged],
         }
-
-    def write(self, folder: Path) -> None:
-        """plans.json, plans.md, plans.png."""
-        write_atomically(folder / PLANS_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
-        write_atomically(folder / TABLE_FILE, self.table() + "\n")
-        plot_plans(self, folder / PLOT_FILE)
 
 
 def combinations(num_layers: int, profile: str | None = None, num_heads: int = 0) -> list[str]:
@@ -93,7 +73,15 @@ def search_plans(
     budgets: Sequence[float],
     gates: GateStack | None = None,
 ) -> PlanSearch:
-    """Judge all plans on the traces below `root`; they must be complete (see `traces_of`).
+    """Judge all plans on the traces below ``root``; they must be complete (see `traces_of`).
+
+    Parameters
+    ----------
+    backbone : the un-pruned one.
+    root : folder of the search.
+    reductions : combinations, as the command line knows them.
+    budgets : shares of the full model's visual compute.
+    gates : their thresholds are tried too; None: fixed exits alone.
 
     Raises
     ------
@@ -111,47 +99,26 @@ def search_plans(
 def judges(
     backbone: Backbone, root: Path, reductions: Sequence[str], gates: GateStack | None = None
 ) -> Iterator[PlanJudge]:
-    """One judge for each combination of reductions."""
-    shape = decoder_shape(backbone.model.config)
+    """One judge for each combination of reductions; parameters as for `search_plans`."""
     for text in reductions:
-        store = TraceStore.open(traces_of(root, text))
-        accepted = parse_reductions(text)
-        for reduction in accepted:
-            reduction.check(backbone.num_layers)
-            reduction.check_backbone(backbone)
-        yield PlanJudge(text, accepted, store.trace(), shape, gates, store.manifest.features)
+        yield PlanJudge.on_store(backbone, text, TraceStore.open(traces_of(root, text)), gates)
 
 
-def plot_plans(found: PlanSearch, path: Path) -> None:
-    """Risk over visual compute: every plan, the front, and the front of single methods."""
-    figure = new_figure(6.4, 4.4)
-    axes = figure.subplots()
-    singles = [one for one in found.judged if one.plan.kind != "combined"]
-    axes.scatter(
-        [one.compute for one in found.judged],
-        [one.risk for one in found.judged],
-        s=5,
-        color="#bbbbbb",
-        label="all plans",
-    )
-    for name, plans, colour in (("single methods", singles, "#1f77b4"), ("all", found.judged, "#d62728")):
-        best = front(plans)
-        axes.step([p.compute for p in best], [p.risk for p in best], where="post", color=colour, lw=1.4)
-        axes.plot([], [], color=colour, label=f"front, {name}")
-    for budget in found.budgets:
-        axes.axvline(budget, color="#999999", lw=0.6, ls=":")
-    axes.set_yscale("symlog", linthresh=1e-3)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("visual compute, share of the full model's")
-    axes.set_ylabel("risk, nats")
-    axes.set_title(f"{len(found.judged)} plans on {found.num_samples} calibration samples", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+def searched_reductions(root: Path) -> list[str]:
+    """The combinations of reductions that a finished search tried, in its order.
 
-
-def _cells(one: JudgedPlan | None) -> list[str]:
-    if one is None:
-        return ["none is cheap enough", "", "", "", ""]
-    same = float(one.same_answer_B.mean())
-    return [one.plan.policy, one.plan.reduction, f"{one.compute:.1%}", f"{one.risk:.4f}", f"{same:.1%}"]
+    Raises
+    ------
+    DataError
+        ``root`` holds no finished search.
+    """
+    path = root / PLANS_FILE
+    try:
+        plans = json.loads(path.read_text(encoding="utf-8"))["plans"]
+        return list(dict.fromkeys(plan["reduction"] for plan in plans))
+    except OSError as error:
+        raise DataError(
+            f"no plans at {path} ({error.strerror or error}): run dyvte search-plan --output {root}"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not what dyvte search-plan writes ({error!r})") from error

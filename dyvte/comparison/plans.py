@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyvte.backbones.sizes import DecoderShape
+from dyvte.backbones import Backbone
+from dyvte.backbones.sizes import DecoderShape, decoder_shape
 from dyvte.calibration import at_exit, gate_logits
 from dyvte.costs.reductions import tokens_left, visual_factors
 from dyvte.costs.visual import visual_share
 from dyvte.errors import CalibrationError
 from dyvte.gates import GateStack, exit_layers
-from dyvte.reductions import Reduction
-from dyvte.teacher import Trace
+from dyvte.reductions import Reduction, parse_reductions
+from dyvte.teacher import Trace, TraceStore
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class PlanJudge:
         stored: Sequence[str] = (),
     ) -> None:
         self.text, self.trace, self.shape, self.reductions = text, trace, shape, reductions
+        self.stored = tuple(stored)
         mean_visual = float(trace.num_visual[trace.num_visual > 0].double().mean())
         self._factors = visual_factors(reductions, shape, mean_visual)
         self._logits_BL, self._min_layer = None, 1
@@ -126,6 +128,34 @@ class PlanJudge:
             # As in training: gates at exits that the traces do not label stay closed.
             closed = sorted(set(range(1, trace.num_layers)) - set(trace.exits))
             self._logits_BL[:, [k - 1 for k in closed]] = -torch.inf
+
+    @staticmethod
+    def on_store(
+        backbone: Backbone, text: str, store: TraceStore, gates: GateStack | None = None
+    ) -> PlanJudge:
+        """The judge of a combination on the traces of a backbone reduced by it.
+
+        Parameters
+        ----------
+        backbone
+            The un-pruned one; it must accept the reductions.
+        text
+            The combination, as the command line knows it.
+        store
+            The traces.
+        gates
+            See the class.
+        """
+        accepted = parse_reductions(text)
+        for reduction in accepted:
+            reduction.check(backbone.num_layers)
+            reduction.check_backbone(backbone)
+        shape = decoder_shape(backbone.model.config)
+        return PlanJudge(text, accepted, store.trace(), shape, gates, store.manifest.features)
+
+    def with_gates(self, gates: GateStack) -> PlanJudge:
+        """The judge of the same combination with these gates."""
+        return PlanJudge(self.text, self.reductions, self.trace, self.shape, gates, self.stored)
 
     def fixed(self) -> list[JudgedPlan]:
         """Every labelled fixed layer; the last of them is "never"."""
@@ -144,7 +174,7 @@ class PlanJudge:
         return [self.judge(Plan(self.text, threshold=threshold)) for threshold in thresholds]
 
     def judge(self, plan: Plan) -> JudgedPlan:
-        """The plan's figures on these samples."""
+        """The plan's metrics on these samples."""
         exits_B = self._exits(plan)
         has_image_B = self.trace.num_visual > 0
         layer_L = torch.arange(self.shape.num_layers)

@@ -5,19 +5,48 @@ Shape letters: B questions, N tokens, D hidden, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dyvte.backbones import describe, encode
-from dyvte.comparison.baselines import Featurise
-from dyvte.comparison.router import BagOfWords
 from dyvte.evaluation.generation import Asker
 from dyvte.gates import prompt_features
 
+Featurise = Callable[[Sequence[str]], Tensor]
+"""Maps B questions to (B, F) features."""
+
 _BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class BagOfWords:
+    """Word counts of a question; words not seen when fitting share the last column."""
+
+    words: tuple[str, ...]
+
+    @staticmethod
+    def fit(questions: Sequence[str], max_words: int = 2000) -> BagOfWords:
+        """Take the most frequent words."""
+        counts = Counter(word for question in questions for word in _words(question))
+        return BagOfWords(tuple(sorted(word for word, _ in counts.most_common(max_words))))
+
+    def __call__(self, questions: Sequence[str]) -> Tensor:
+        """(B, F) float32 counts."""
+        columns = {word: column for column, word in enumerate(self.words)}
+        features = torch.zeros(len(questions), len(self.words) + 1)
+        for row, question in enumerate(questions):
+            for word in _words(question):
+                features[row, columns.get(word, len(columns))] += 1
+        return features
+
+
+def _words(question: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", question.lower())
 
 
 def router_features(asker: Asker, questions: Sequence[str]) -> dict[str, Featurise]:

@@ -1,4 +1,4 @@
-"""What gates must beat: fixed layers, a router that sees the question only, and the bound that none can beat.
+"""A router that sees the question only: what gates, which see the states, must beat.
 
 Shape letters: B samples, L decoder layers, F features, S settings.
 """
@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,64 +21,6 @@ from dyvte.objectives.expected_risk import expected_risk
 from dyvte.teacher.trace import Trace
 
 NEVER = 1.0
-
-
-def oracle_exits(risk_BL1: Tensor, lam: float) -> Tensor:
-    """(B,) argmin over k in 1..L of risk_k + lam * k / L, ties to the smaller k."""
-    num_layers = risk_BL1.shape[1] - 1
-    price_L = lam * torch.arange(1, num_layers + 1, dtype=torch.float64) / num_layers
-    cost_BL = risk_BL1[:, 1:].double() + price_L
-    return cost_BL.nan_to_num(nan=math.inf).argmin(1) + 1  # nan: no label there, so no choice either
-
-
-def oracle_points(risk_BL1: Tensor, num_visual_B: Tensor, lams: Sequence[float]) -> OperatingPoints:
-    """oracle(lambda) over falling lambda: rising compute."""
-    lams = sorted(lams, reverse=True)
-    exits_SB = torch.stack([oracle_exits(risk_BL1, lam) for lam in lams])
-    return OperatingPoints("oracle", tuple(lams), exits_SB, num_visual_B, risk_BL1.shape[1] - 1)
-
-
-def within_wording_share(exits_B: Tensor, questions: Sequence[str]) -> float:
-    """Share of the exit layers' variance that lies within identical wordings; nan without any variance.
-
-    Deviations within a wording asked n times are scaled by n / (n - 1), since its own mean is fitted to it.
-    Wordings asked once cannot tell and are left out of both sums.
-    """
-    groups: dict[str, list[float]] = {}
-    for k, question in zip(exits_B.tolist(), questions, strict=True):
-        groups.setdefault(question, []).append(float(k))
-    repeated = [np.array(ks) for ks in groups.values() if len(ks) > 1]
-    if not repeated:
-        return float("nan")
-    within = sum(ks.var(ddof=1) * len(ks) for ks in repeated)
-    total = np.concatenate(repeated).var() * sum(map(len, repeated))
-    return min(1.0, float(within / total)) if total > 0 else float("nan")
-
-
-@dataclass(frozen=True)
-class BagOfWords:
-    """Word counts of a question; words not seen when fitting share the last column."""
-
-    words: tuple[str, ...]
-
-    @staticmethod
-    def fit(questions: Sequence[str], max_words: int = 2000) -> BagOfWords:
-        """Take the most frequent words."""
-        counts = Counter(word for question in questions for word in _words(question))
-        return BagOfWords(tuple(sorted(word for word, _ in counts.most_common(max_words))))
-
-    def __call__(self, questions: Sequence[str]) -> Tensor:
-        """(B, F) float32 counts."""
-        columns = {word: column for column, word in enumerate(self.words)}
-        features = torch.zeros(len(questions), len(self.words) + 1)
-        for row, question in enumerate(questions):
-            for word in _words(question):
-                features[row, columns.get(word, len(columns))] += 1
-        return features
-
-
-def _words(question: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", question.lower())
 
 
 @dataclass(frozen=True, kw_only=True)

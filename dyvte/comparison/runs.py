@@ -1,44 +1,51 @@
-"""Exit rules compared by real generation on the benchmarks: what the table of a comparison holds.
+"""Rules compared by real generation on a benchmark: what the table of a comparison holds.
 
 Gates are run first; VTW's mixture and the question-only router are then run at the visual compute that the
-gates really spent on these questions. For curves, the first questions are asked at every fixed K: an answer
-depends on the exit layer alone, so the answers of any rule can be read off.
+gates really spent on these questions.
 
-Shape letters: B questions, L decoder layers, K = L+1 exit layers.
+Shape letters: B questions, L decoder layers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dyvte.calibration.operating_points import OperatingPoints, fixed_points
-from dyvte.comparison.baselines import GateContender
-from dyvte.comparison.probe import probe_gates
-from dyvte.comparison.router import oracle_points
+from dyvte.calibration.operating_points import fixed_points
+from dyvte.comparison.bootstrap import PairedDifference
+from dyvte.comparison.records import RuleCurves, plain
 from dyvte.comparison.scenes import TracedScenes
-from dyvte.comparison.traces import ORACLE_LAMS, Pair
+from dyvte.comparison.significance import graded, score_difference, score_value
+from dyvte.comparison.traces import Pair
+from dyvte.comparison.tuned_gates import TunedGates
 from dyvte.evaluation.generation import Asker
-from dyvte.evaluation.run_log import Answer, texts
 from dyvte.evaluation.runner import EvalConfig, PolicyResult, prompts_of, run_policies
-from dyvte.evaluation.scores import FULL_MODEL
+from dyvte.evaluation.scores import FULL_MODEL, RunScores
 from dyvte.evaluation.settings import NamedPolicy, given_exits, learned, parse_named
 from dyvte.policies import LearnedPolicy
-from dyvte.tasks.base import Benchmark, Predictions, Question
+from dyvte.tasks.base import Benchmark, Question
 
 
 @dataclass
 class BenchmarkRuns:
-    """All runs on one benchmark, by policy name; seeds of one rule share a stem (``gates/seed``)."""
+    """All runs on one benchmark, by policy name; seeds of one rule share a stem (``gates-seed``).
+
+    Attributes
+    ----------
+    benchmark : its rules.
+    title : what it is called in tables and plots.
+    questions : all or the first of it.
+    dialect : whose rule reads the answers.
+    results, policies : by name.
+    """
 
     benchmark: Benchmark
+    title: str
     questions: list[Question]
     dialect: str
     results: dict[str, PolicyResult] = field(default_factory=dict)
@@ -54,10 +61,13 @@ class BenchmarkRuns:
         """(B,) visual tokens per question."""
         return torch.tensor([a.num_visual for a in self.results[FULL_MODEL].answers])
 
-    def hits(self, name: str) -> list[bool]:
-        """Right or wrong per question."""
-        predictions = Predictions(texts(self.results[name].answers))
-        return self.benchmark.correct(self.questions, predictions, self.dialect)
+    def hits(self, name: str) -> list[float] | None:
+        """What each question is worth, 0 to 1; None where nothing can be graded here."""
+        return graded(self.benchmark, self.questions, self.results[name].answers, self.dialect)
+
+    def value(self, hits: Sequence[float]) -> float:
+        """The score that intervals are of, from what each question is worth."""
+        return score_value(self.benchmark, self.questions, hits)
 
     def same_B(self, name: str) -> np.ndarray:
         """Whole answer equal to the full model's, per question."""
@@ -65,53 +75,119 @@ class BenchmarkRuns:
         return np.array([a.prediction == b.prediction for a, b in pairs], dtype=np.float64)
 
     def run(self, asker: Asker, policies: Sequence[NamedPolicy], config: EvalConfig, label: str) -> None:
-        """Ask what is not answered yet."""
-        found = run_policies(asker, self.benchmark, self.questions, policies, config, description=label)
+        """Answer what is not answered yet."""
+        found = run_policies(
+            asker, self.benchmark, self.questions, policies, config, description=f"{self.title}: {label}"
+        )
         self.results.update((result.name, result) for result in found)
         self.policies.update((named.name, named) for named in policies)
 
 
+@dataclass(frozen=True)
+class BenchmarkComparison:
+    """Scores of every rule on one benchmark, and what the gates are ahead or behind.
+
+    Attributes
+    ----------
+    benchmark, title : its name and what it is called.
+    score_name, unit : what values are, and what was resampled.
+    num_questions : answered.
+    runs : scores and costs by run.
+    values : the score that intervals are of, by run; None where nothing can be graded here.
+    gates_minus : mean of the gates' seeds less a baseline's, by baseline; empty where nothing can be graded.
+    curves : scores over visual compute; None unless they were asked for.
+    """
+
+    benchmark: str
+    title: str
+    score_name: str
+    unit: str
+    num_questions: int
+    runs: dict[str, RunScores]
+    values: dict[str, float | None]
+    gates_minus: dict[str, PairedDifference]
+    curves: ScoreCurves | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; identity and settings of the runs are in their own folders."""
+        values = {name: plain(value) for name, value in vars(self).items() if name not in ("runs", "curves")}
+        left_out = ("run", "timing", "config")
+        runs = {
+            name: {key: value for key, value in scores.to_dict().items() if key not in left_out}
+            for name, scores in self.runs.items()
+        }
+        curves = {} if self.curves is None else {"curves": self.curves.to_dict()}
+        return {**values, "runs": runs, **curves}
+
+
+@dataclass(frozen=True)
+class ScoreCurves:
+    """Curves of every rule on the first questions of a benchmark.
+
+    Attributes
+    ----------
+    num_questions : how many.
+    rules : metrics "score" and "same_answer" over visual compute.
+    lookup_agreement : by seed, the share of the gates' own answers that equal the fixed layer's at their exit
+        layer: an answer depends on the exit layer alone, so 1 up to rounding.
+    """
+
+    num_questions: int
+    rules: RuleCurves
+    lookup_agreement: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "num_questions": self.num_questions,
+            **self.rules.to_dict(),
+            "lookup_agreement": dict(self.lookup_agreement),
+        }
+
+
 def run_benchmark(
     asker: Asker,
-    benchmark: Benchmark,
-    root: Path,
+    runs: BenchmarkRuns,
     calibration: TracedScenes,
     pairs: Sequence[Pair],
     config: EvalConfig,
     *,
     fixed_layers: Sequence[int],
-) -> BenchmarkRuns:
-    """The full model, VTW at ``fixed_layers``, gates, and the rivals at the gates' compute."""
-    config = dataclasses.replace(
-        config, benchmark=benchmark.name, data=root, output=config.output / benchmark.name
-    )
-    runs = BenchmarkRuns(benchmark, benchmark.load(root, config.limit), config.dialect)
-    label = f"mini-{benchmark.name.upper()}"
+) -> None:
+    """The full model, VTW at ``fixed_layers``, gates, and the baselines at the gates' compute.
+
+    Parameters
+    ----------
+    asker : the backbone.
+    runs : takes the results.
+    calibration : what the mixture of fixed layers is chosen on.
+    pairs : gates and routers.
+    config : of the evaluation.
+    fixed_layers : VTW's K.
+    """
     first = [parse_named(FULL_MODEL), *(parse_named(f"fixed:{k}") for k in sorted(set(fixed_layers)))]
-    first += [_gates(pair.gates, gates_name(pair)) for pair in pairs]
-    runs.run(asker, first, config, f"{label}: full model, VTW, gates")
-    runs.run(asker, _at_gates_budget(runs, calibration, pairs, config), config, f"{label}: rivals")
-    return runs
+    first += [_learned(pair.gates, gates_name(pair)) for pair in pairs]
+    runs.run(asker, first, config, "full model, VTW, gates")
+    runs.run(asker, _at_gates_budget(runs, calibration, pairs, config), config, "baselines")
 
 
 def gates_name(pair: Pair) -> str:
     """Folder of the gates of one seed."""
-    return f"gates-{pair.gates.name}"
+    return f"gates-{pair.name}"
 
 
 def mixture_name(pair: Pair) -> str:
     """Folder of VTW's mixture at that seed's budget."""
-    return f"vtw-mixture-{pair.gates.name}"
+    return f"vtw-mixture-{pair.name}"
 
 
 def router_name(pair: Pair) -> str:
     """Folder of the router at that seed's budget."""
-    return f"router-{pair.gates.name}"
+    return f"router-{pair.name}"
 
 
-def _gates(contender: GateContender, name: str) -> NamedPolicy:
-    policy = LearnedPolicy(contender.gates, contender.threshold, contender.min_layer, contender.fallback)
-    return learned(name, policy)
+def _learned(gates: TunedGates, name: str) -> NamedPolicy:
+    return learned(name, LearnedPolicy(gates.gates, gates.threshold, gates.min_layer, gates.fallback))
 
 
 def _at_gates_budget(
@@ -131,55 +207,46 @@ def _at_gates_budget(
     return named
 
 
-def accuracy_curves(
-    asker: Asker, runs: BenchmarkRuns, pairs: Sequence[Pair], config: EvalConfig, num_questions: int
-) -> dict[str, Any]:
-    """Score over visual compute of every rule on the first questions (GQA: accuracy in percent)."""
-    sweep = BenchmarkRuns(runs.benchmark, runs.questions[:num_questions], runs.dialect)
-    config = dataclasses.replace(config, output=config.output / f"{runs.benchmark.name}-sweep")
-    names = [*(f"fixed-{k}" for k in range(runs.num_layers)), FULL_MODEL]
-    policies = [*(parse_named(f"fixed:{k}") for k in range(runs.num_layers)), parse_named(FULL_MODEL)]
-    sweep.run(asker, policies, config, f"mini-{runs.benchmark.name.upper()}: every fixed layer")
-    hits_BK = torch.tensor([sweep.hits(name) for name in names], dtype=torch.float64).T
-    same_BK = torch.tensor(np.stack([sweep.same_B(name) for name in names], axis=1))
-    prompts = prompts_of(sweep.benchmark, sweep.questions, config.question_suffix)
-    stacks = [pair.gates.gates for pair in pairs]
-    logits = probe_gates(asker, sweep.questions, prompts, stacks, config.batch_size)
-    visual_B = sweep.num_visual_B
-    oracle = oracle_points(1.0 - same_BK, visual_B, ORACLE_LAMS)
-    curves: dict[str, Any] = {
-        "num_questions": len(sweep.questions),
-        "fixed": _curve(_every_layer(runs.num_layers, visual_B), hits_BK, same_BK),
-        "oracle": _curve(oracle, hits_BK, same_BK),
-        "gates": {},
-        "router": {},
-        "lookup_agreement": {},
-    }
-    table = [texts(sweep.results[name].answers) for name in names]
-    for pair, logits_BL in zip(pairs, logits, strict=True):
-        name = pair.gates.name
-        curves["gates"][name] = _curve(pair.gates.points(logits_BL, visual_B), hits_BK, same_BK)
-        curves["router"][name] = _curve(pair.router.points(prompts, visual_B), hits_BK, same_BK)
-        answers = runs.results[gates_name(pair)].answers[:num_questions]
-        curves["lookup_agreement"][name] = _lookup_agreement(answers, table)
-    return curves
+def benchmark_comparison(
+    runs: BenchmarkRuns,
+    pairs: Sequence[Pair],
+    curves: ScoreCurves | None,
+    *,
+    num_draws: int = 2000,
+    seed: int = 0,
+) -> BenchmarkComparison:
+    """What the runs say.
 
-
-def _every_layer(num_layers: int, num_visual_B: Tensor) -> OperatingPoints:
-    layers = torch.arange(num_layers + 1)
-    exits_SB = layers[:, None].expand(-1, len(num_visual_B))
-    return OperatingPoints("fixed K", tuple(map(float, layers)), exits_SB, num_visual_B, num_layers)
-
-
-def _curve(points: OperatingPoints, hits_BK: Tensor, same_BK: Tensor) -> dict[str, list[float]]:
-    return {
-        "setting": list(points.settings_S),
-        "compute": points.compute_S.tolist(),
-        "accuracy": (100 * points.means_S(hits_BK)).tolist(),
-        "same_answer": points.means_S(same_BK).tolist(),
-    }
-
-
-def _lookup_agreement(answers: Sequence[Answer], table: Sequence[dict[str, str]]) -> float:
-    """Share of the gates' own answers equal to the fixed-K run's at their exit layer (1 up to rounding)."""
-    return sum(a.prediction == table[a.exit_layer][a.question_id] for a in answers) / len(answers)
+    Parameters
+    ----------
+    runs : of one benchmark.
+    pairs : gates and routers that were run.
+    curves : on the first questions; None without.
+    num_draws, seed : of the paired bootstrap.
+    """
+    hits = {name: runs.hits(name) for name in runs.results}
+    gates_minus = {}
+    if hits[FULL_MODEL] is not None:
+        compared = {
+            "vtw_mixture": [hits[mixture_name(pair)] for pair in pairs],
+            "router": [hits[router_name(pair)] for pair in pairs],
+            "full": [hits[FULL_MODEL]],
+        }
+        ours = [hits[gates_name(pair)] for pair in pairs]
+        gates_minus = {
+            name: score_difference(
+                runs.benchmark, runs.questions, ours, theirs, num_draws=num_draws, seed=seed
+            )
+            for name, theirs in compared.items()
+        }
+    return BenchmarkComparison(
+        benchmark=runs.benchmark.name,
+        title=runs.title,
+        score_name=runs.benchmark.score_name,
+        unit=runs.benchmark.unit,
+        num_questions=len(runs.questions),
+        runs={name: result.scores for name, result in runs.results.items()},
+        values={name: None if one is None else runs.value(one) for name, one in hits.items()},
+        gates_minus=gates_minus,
+        curves=curves,
+    )

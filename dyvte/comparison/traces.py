@@ -1,40 +1,143 @@
-"""Exit rules compared on traced test scenes: no generation, every exit layer known for every sample.
+"""Rules compared on traced test samples: no generation, every exit layer known for every sample.
 
 Shape letters: B samples, L decoder layers, S settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dyvte.calibration.operating_points import OperatingPoints, compute_to_reach, fixed_points, gate_logits
-from dyvte.comparison.baselines import GateContender, RouterContender
-from dyvte.comparison.bootstrap import paired_bootstrap
-from dyvte.comparison.router import oracle_exits, oracle_points, within_wording_share
+from dyvte.calibration import gate_logits
+from dyvte.calibration.operating_points import OperatingPoints, compute_to_reach, fixed_points
+from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
+from dyvte.comparison.oracle import first_safe_layer, oracle_exits, oracle_points, within_wording_share
+from dyvte.comparison.records import METRICS, Curve, RuleCurves, Spread, on_every_metric, plain
 from dyvte.comparison.scenes import TracedScenes, distinct_share
+from dyvte.comparison.tuned_gates import TunedGates
+from dyvte.comparison.tuned_router import TunedRouter
 
-# metric -> whether less is better
-METRICS = {"risk": True, "same_answer": False, "agreement": False}
-ORACLE_LAMS = tuple(float(x) for x in np.geomspace(1e-4, 30.0, 41))
+BASELINES = ("fixed", "router")
 SAME_ANSWER_TARGETS = (0.90, 0.95, 0.98, 0.99)
+
+Points = Mapping[str, OperatingPoints]
+"""Operating points of a rule, by metric (fixed K has another hull for each)."""
+ByMetric = dict[str, PairedDifference]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Gates of one seed and the router tuned like them."""
+    """Gates of one seed and the router tuned like them.
 
-    gates: GateContender
-    router: RouterContender
+    Attributes
+    ----------
+    gates : trained gates.
+    router : the candidate with the least risk at the gates' own budget, on calibration samples.
+    candidates : all of them; another budget may have another best one.
+    """
+
+    gates: TunedGates
+    router: TunedRouter
+    candidates: tuple[TunedRouter, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the seed."""
+        return self.gates.name
 
 
-Points = Callable[[str], OperatingPoints]
-"""Operating points of a rule for a metric (fixed K has another hull for each)."""
+@dataclass(frozen=True)
+class ComputeNeeded:
+    """Visual compute at which each rule keeps a share of the answers; nan where it never does."""
+
+    same_answer: float
+    gates: float
+    router: float
+    fixed: float
+
+    @property
+    def router_over_gates(self) -> float:
+        """How many times the gates' compute the router needs."""
+        return self.router / self.gates
+
+    @property
+    def fixed_over_gates(self) -> float:
+        """How many times the gates' compute a mixture of fixed K needs."""
+        return self.fixed / self.gates
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON-ready, ratios included."""
+        ratios = {name: getattr(self, name) for name in ("router_over_gates", "fixed_over_gates")}
+        return {**vars(self), **ratios}
+
+
+@dataclass(frozen=True)
+class SeedComparison:
+    """The gates of one seed at their stored threshold, and every rule at the same visual compute.
+
+    Attributes
+    ----------
+    threshold, visual_compute, mean_exit_layer : of the gates on the test samples.
+    router_kind, router_learning_rate : what was chosen for the router.
+    at_equal_compute : means, by rule and metric.
+    gates_minus : differences, by baseline and metric.
+    compute_at_the_gates_same_answer : what each rule needs to keep as many answers as the gates.
+    compute_at_equal_same_answer : what each needs to keep given shares of them.
+    """
+
+    threshold: float
+    visual_compute: float
+    mean_exit_layer: float
+    router_kind: str
+    router_learning_rate: float
+    at_equal_compute: dict[str, dict[str, float]]
+    gates_minus: dict[str, ByMetric]
+    compute_at_the_gates_same_answer: ComputeNeeded
+    compute_at_equal_same_answer: tuple[ComputeNeeded, ...]
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """Means over seeds with their spread; differences are of the seeds' means, intervals over images."""
+
+    visual_compute: Spread
+    mean_exit_layer: Spread
+    at_equal_compute: dict[str, dict[str, Spread]]
+    gates_minus: dict[str, ByMetric]
+    router_over_gates: Spread
+    fixed_over_gates: Spread
+
+
+@dataclass(frozen=True)
+class TraceComparison:
+    """Outcome of `compare_on_traces`.
+
+    Attributes
+    ----------
+    num_samples, num_images, num_layers : of the test samples' trace.
+    distinct_wordings : distinct questions as a share of all.
+    within_wording_share : of the variance of the layers that are needed, by what "needed" means.
+    curves : of every rule.
+    seeds : by the seed's name.
+    over_seeds : all seeds together.
+    """
+
+    num_samples: int
+    num_images: int
+    num_layers: int
+    distinct_wordings: float
+    within_wording_share: dict[str, float]
+    curves: RuleCurves
+    seeds: dict[str, SeedComparison]
+    over_seeds: OverSeeds
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {name: plain(value) for name, value in vars(self).items()}
 
 
 def compare_on_traces(
@@ -44,177 +147,157 @@ def compare_on_traces(
     *,
     num_draws: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Curves, differences at equal visual compute, and compute at equal same-answer rate; JSON-ready."""
+) -> TraceComparison:
+    """Curves, differences at equal visual compute, and compute at equal same-answer rate.
+
+    Parameters
+    ----------
+    calibration : what the hull of fixed K is chosen on.
+    test : what all rules are judged on.
+    pairs : gates of every seed with their routers.
+    num_draws, seed : of the paired bootstrap.
+    """
     fixed = {
         metric: fixed_points(
             getattr(calibration.trace, metric), test.trace.num_visual, smaller_is_better=less
         )
         for metric, less in METRICS.items()
     }
-    oracle = oracle_points(test.trace.risk, test.trace.num_visual, ORACLE_LAMS)
-    seeds = [_one_seed(test, pair, fixed, oracle, num_draws, seed) for pair in pairs]
-    return {
-        "num_samples": len(test.questions),
-        "num_images": len(set(test.image_ids)),
-        "num_layers": test.num_layers,
-        "distinct_wordings": distinct_share(test.questions),
-        "within_wording_share": _wording_shares(test, pairs),
-        "curves": {
-            "fixed": _all_fixed(test),
-            "oracle": _curve(lambda metric: oracle, test),
-            "gates": {pair.gates.name: one["_gates_curve"] for pair, one in zip(pairs, seeds)},
-            "router": {pair.gates.name: one["_router_curve"] for pair, one in zip(pairs, seeds)},
-        },
-        "seeds": {
-            pair.gates.name: {k: v for k, v in one.items() if k[0] != "_"} for pair, one in zip(pairs, seeds)
-        },
-        "over_seeds": _over_seeds(test, seeds, num_draws, seed),
-    }
+    oracle = oracle_points(test.trace.risk, test.trace.num_visual)
+    judged = [_OneSeed(test, pair, fixed, oracle) for pair in pairs]
+    return TraceComparison(
+        num_samples=len(test.questions),
+        num_images=len(set(test.image_ids)),
+        num_layers=test.num_layers,
+        distinct_wordings=distinct_share(test.questions),
+        within_wording_share=_wording_shares(test, pairs),
+        curves=RuleCurves(
+            fixed=_every_layer(test),
+            oracle=Curve.on_trace(on_every_metric(oracle), test.trace),
+            gates={one.pair.name: one.curve("gates") for one in judged},
+            router={one.pair.name: one.curve("router") for one in judged},
+        ),
+        seeds={one.pair.name: one.compared(num_draws, seed) for one in judged},
+        over_seeds=_over_seeds(judged, num_draws, seed),
+    )
 
 
-def _one_seed(
-    test: TracedScenes,
-    pair: Pair,
-    fixed: dict[str, OperatingPoints],
-    oracle: OperatingPoints,
-    num_draws: int,
-    seed: int,
-) -> dict[str, Any]:
-    num_visual_B = test.trace.num_visual
-    logits_BL = gate_logits(pair.gates.gates, test.trace, test.features)
-    gates_curve = pair.gates.points(logits_BL, num_visual_B)
-    router_curve = pair.router.points(test.questions, num_visual_B)
-    at = pair.gates.operating_point(logits_BL, num_visual_B)
-    compute = float(at.compute_S[0])
-    rules: dict[str, Points] = {
-        "fixed": lambda metric: fixed[metric],
-        "router": lambda metric: router_curve,
-        "oracle": lambda metric: oracle,
-    }
-    values = {"gates": {m: at.values_SB(getattr(test.trace, m))[0] for m in METRICS}}
-    for name, points in rules.items():
-        values[name] = {
-            metric: _values_at(points(metric), getattr(test.trace, metric), compute) for metric in METRICS
+class _OneSeed:
+    """Every rule on the test samples, at the visual compute of one seed's gates.
+
+    ``values`` holds (B,) expected values by rule and metric.
+    """
+
+    def __init__(self, test: TracedScenes, pair: Pair, fixed: Points, oracle: OperatingPoints) -> None:
+        self.test, self.pair = test, pair
+        visual_B = test.trace.num_visual
+        logits_BL = gate_logits(pair.gates.gates, test.trace, test.features)
+        self.own = pair.gates.operating_point(logits_BL, visual_B)
+        self.compute = float(self.own.compute_S[0])
+        self.points: dict[str, Points] = {
+            "gates": on_every_metric(pair.gates.points(logits_BL, visual_B)),
+            "fixed": fixed,
+            "router": on_every_metric(pair.router.points(test.questions, visual_B)),
+            "oracle": on_every_metric(oracle),
+        }
+        self.values = {
+            rule: {metric: self._at_compute(points[metric], metric) for metric in METRICS}
+            for rule, points in self.points.items()
+        }
+        self.values["gates"] = {m: self.own.values_SB(getattr(test.trace, m))[0] for m in METRICS}
+
+    def _at_compute(self, points: OperatingPoints, metric: str) -> Tensor:
+        return points.mixed_values(getattr(self.test.trace, metric), points.at_compute(self.compute))
+
+    def curve(self, rule: str) -> Curve:
+        """Of a rule's settings."""
+        return Curve.on_trace(self.points[rule], self.test.trace)
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """Of the gates."""
+        return float(self.own.exits_SB[0].double().mean())
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """By rule and metric."""
+        return {
+            rule: {m: float(column.mean()) for m, column in columns.items()}
+            for rule, columns in self.values.items()
         }
 
-    def needed(target: float) -> dict[str, float]:
-        return _compute_row(target, test, gates_curve, router_curve, fixed["same_answer"])
+    def needed(self, target: float) -> ComputeNeeded:
+        """What the rules spend to keep a share of the answers."""
+        metric = "same_answer"
+        column_BL1 = self.test.trace.same_answer
+        spent = {
+            rule: compute_to_reach(
+                self.points[rule][metric].compute_S, self.points[rule][metric].means_S(column_BL1), target
+            )
+            for rule in ("gates", "router", "fixed")
+        }
+        return ComputeNeeded(target, **spent)
 
+    def needed_for_own(self) -> ComputeNeeded:
+        """What the rules spend to keep as many answers as the gates at their threshold."""
+        return self.needed(float(self.values["gates"]["same_answer"].mean()))
+
+    def compared(self, num_draws: int, seed: int) -> SeedComparison:
+        """The record."""
+        return SeedComparison(
+            threshold=self.pair.gates.threshold,
+            visual_compute=self.compute,
+            mean_exit_layer=self.mean_exit_layer,
+            router_kind=self.pair.router.kind,
+            router_learning_rate=self.pair.router.settings.learning_rate,
+            at_equal_compute=self.means(),
+            gates_minus=_differences(self.values, self.test, num_draws, seed),
+            compute_at_the_gates_same_answer=self.needed_for_own(),
+            compute_at_equal_same_answer=tuple(map(self.needed, SAME_ANSWER_TARGETS)),
+        )
+
+
+def _differences(
+    values: Mapping[str, Mapping[str, Tensor]], test: TracedScenes, num_draws: int, seed: int
+) -> dict[str, ByMetric]:
+    """Gates minus each baseline."""
     return {
-        "threshold": pair.gates.threshold,
-        "visual_compute": compute,
-        "mean_exit_layer": float(at.exits_SB[0].double().mean()),
-        "router": {"kind": pair.router.kind, "learning_rate": pair.router.settings.learning_rate},
-        "at_equal_compute": {
-            name: {metric: float(column.mean()) for metric, column in columns.items()}
-            for name, columns in values.items()
-        },
-        "gates_minus": {
-            name: {
-                metric: paired_bootstrap(
-                    values["gates"][metric],
-                    values[name][metric],
-                    test.image_ids,
-                    num_draws=num_draws,
-                    seed=seed,
-                ).to_dict()
-                for metric in METRICS
-            }
-            for name in ("fixed", "router")
-        },
-        "compute_at_the_gates_same_answer": needed(float(values["gates"]["same_answer"].mean())),
-        "compute_at_equal_same_answer": [needed(target) for target in SAME_ANSWER_TARGETS],
-        "_gates_curve": _curve(lambda metric: gates_curve, test),
-        "_router_curve": _curve(lambda metric: router_curve, test),
-        "_values": values,
+        name: {
+            metric: paired_bootstrap(
+                values["gates"][metric], values[name][metric], test.image_ids, num_draws=num_draws, seed=seed
+            )
+            for metric in METRICS
+        }
+        for name in BASELINES
     }
 
 
-def _values_at(points: OperatingPoints, values_BL1: Tensor, compute: float) -> Tensor:
-    return points.mixed_values(values_BL1, points.at_compute(compute))
-
-
-def _compute_row(
-    target: float,
-    test: TracedScenes,
-    gates: OperatingPoints,
-    router: OperatingPoints,
-    fixed: OperatingPoints,
-) -> dict[str, float]:
-    needed = {
-        name: compute_to_reach(points.compute_S, points.means_S(test.trace.same_answer), target)
-        for name, points in (("gates", gates), ("router", router), ("fixed", fixed))
-    }
-    return {
-        "same_answer": target,
-        **needed,
-        "router_over_gates": needed["router"] / needed["gates"],
-        "fixed_over_gates": needed["fixed"] / needed["gates"],
-    }
-
-
-def _over_seeds(
-    test: TracedScenes, seeds: Sequence[dict[str, Any]], num_draws: int, seed: int
-) -> dict[str, Any]:
-    """Means over seeds with their spread; intervals over images of the seed means."""
-    names = ("gates", "fixed", "router", "oracle")
+def _over_seeds(judged: Sequence[_OneSeed], num_draws: int, seed: int) -> OverSeeds:
+    rules = judged[0].values
     mean = {
-        name: {m: torch.stack([one["_values"][name][m] for one in seeds]).mean(0) for m in METRICS}
-        for name in names
+        rule: {m: torch.stack([one.values[rule][m] for one in judged]).mean(0) for m in METRICS}
+        for rule in rules
     }
-    own = [one["compute_at_the_gates_same_answer"] for one in seeds]
-    return {
-        "visual_compute": spread([one["visual_compute"] for one in seeds]),
-        "mean_exit_layer": spread([one["mean_exit_layer"] for one in seeds]),
-        "at_equal_compute": {
-            name: {m: spread([one["at_equal_compute"][name][m] for one in seeds]) for m in METRICS}
-            for name in names
+    means, needed = [one.means() for one in judged], [one.needed_for_own() for one in judged]
+    return OverSeeds(
+        visual_compute=Spread.of([one.compute for one in judged]),
+        mean_exit_layer=Spread.of([one.mean_exit_layer for one in judged]),
+        at_equal_compute={
+            rule: {m: Spread.of([one[rule][m] for one in means]) for m in METRICS} for rule in rules
         },
-        "gates_minus": {
-            name: {
-                m: paired_bootstrap(
-                    mean["gates"][m], mean[name][m], test.image_ids, num_draws=num_draws, seed=seed
-                ).to_dict()
-                for m in METRICS
-            }
-            for name in ("fixed", "router")
-        },
-        "router_over_gates": spread([row["router_over_gates"] for row in own]),
-        "fixed_over_gates": spread([row["fixed_over_gates"] for row in own]),
-    }
+        gates_minus=_differences(mean, judged[0].test, num_draws, seed),
+        router_over_gates=Spread.of([one.router_over_gates for one in needed]),
+        fixed_over_gates=Spread.of([one.fixed_over_gates for one in needed]),
+    )
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation (over n - 1; 0 for one value), least and most."""
-    column = np.asarray(values, dtype=np.float64)
-    deviation = float(column.std(ddof=1)) if len(column) > 1 else 0.0
-    return {
-        "mean": float(column.mean()),
-        "std": deviation,
-        "min": float(column.min()),
-        "max": float(column.max()),
-    }
-
-
-def _curve(points: Points, test: TracedScenes) -> dict[str, list[float]]:
-    any_points = points("risk")
-    curve = {"setting": list(any_points.settings_S), "compute": any_points.compute_S.tolist()}
-    for metric in METRICS:
-        curve[metric] = points(metric).means_S(getattr(test.trace, metric)).tolist()
-    return curve
-
-
-def _all_fixed(test: TracedScenes) -> dict[str, list[float]]:
+def _every_layer(test: TracedScenes) -> Curve:
     """Every fixed K, hull or not."""
-    num_layers = test.num_layers
-    curve: dict[str, list[float]] = {
-        "setting": [float(k) for k in range(num_layers + 1)],
-        "compute": [k / num_layers for k in range(num_layers + 1)],
-    }
-    for metric in METRICS:
-        curve[metric] = getattr(test.trace, metric).double().mean(0).tolist()
-    return curve
+    layers = range(test.num_layers + 1)
+    return Curve(
+        tuple(map(float, layers)),
+        tuple(k / test.num_layers for k in layers),
+        {metric: tuple(getattr(test.trace, metric).double().mean(0).tolist()) for metric in METRICS},
+    )
 
 
 def _wording_shares(test: TracedScenes, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -227,9 +310,3 @@ def _wording_shares(test: TracedScenes, pairs: Sequence[Pair]) -> dict[str, floa
         first_safe_layer(test.trace.same_answer), test.questions
     )
     return shares
-
-
-def first_safe_layer(same_answer_BL1: Tensor) -> Tensor:
-    """(B,) smallest k >= 1 such that every exit from k on gives the full model's answer."""
-    safe_BL = same_answer_BL1[:, 1:].flip(1).cumprod(1).flip(1)
-    return same_answer_BL1.shape[1] - safe_BL.sum(1).long()

@@ -139,6 +139,11 @@ class RunIdentity:
         return self.policy == FULL_MODEL and self.reduction == NO_REDUCTION
 
     @property
+    def questions_sha256(self) -> str | None:
+        """Fingerprint of the questions and how they were put."""
+        return self.values.get("questions_sha256")
+
+    @property
     def gates_sha256(self) -> str | None:
         """Fingerprint of the gates; None without."""
         return self.values.get("gates_sha256")

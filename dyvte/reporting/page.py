@@ -7,32 +7,20 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
+
+import jinja2
 
 from dyvte.formatting import markdown_table
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; }
-body { padding: 0 1rem; }
-h1, h2, h3 { line-height: 1.2; } h2 { border-bottom: 1px solid #ddd; margin-top: 2.5rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; }
-th, td { border-bottom: 1px solid #e3e3e3; padding: .3rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { background: #f6f6f6; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; }
-figcaption, .note { color: #666; font-size: 13px; }
-.example { display: flex; gap: 1rem; border-top: 1px solid #e3e3e3; padding: 1rem 0; }
-.example { align-items: flex-start; }
-.example img { max-width: 14rem; } .example table { margin: .5rem 0; } .example td { white-space: normal; }
-"""
-# Nothing is fetched, whatever the page holds.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
 class Heading:
     """A title; level 1 is the page's."""
 
+    kind: ClassVar[str] = "heading"
     text: str
     level: int = 2
 
@@ -41,35 +29,39 @@ class Heading:
 class Text:
     """A paragraph."""
 
+    kind: ClassVar[str] = "text"
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column is text, the others are figures."""
+    """A table; the first column is text, the others are numbers."""
 
+    kind: ClassVar[str] = "table"
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Picture:
+class Image:
     """An image file below the report's folder, with a caption."""
 
+    kind: ClassVar[str] = "image"
     path: Path
     caption: str
 
 
 @dataclass(frozen=True)
-class Case:
+class Example:
     """One question: its image, lines of text, and a table of answers."""
 
+    kind: ClassVar[str] = "example"
     image: Path | None
     lines: Sequence[str]
     table: Table
 
 
-Block: TypeAlias = Heading | Text | Table | Picture | Case
+Block: TypeAlias = Heading | Text | Table | Image | Example
 
 
 @dataclass(frozen=True)
@@ -80,44 +72,26 @@ class Page:
     blocks: list[Block] = field(default_factory=list)
 
     def html(self) -> str:
-        """The page with its pictures inside; it refers to nothing outside."""
-        body = "\n".join(_html(block) for block in [Heading(self.title, 1), *self.blocks])
-        return (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{html.escape(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-            f"<body>\n{body}\n</body>\n</html>\n"
-        )
+        """The page with its images inside; it refers to nothing outside."""
+        blocks = [Heading(self.title, 1), *self.blocks]
+        return _templates().get_template("page.html.j2").render(title=self.title, blocks=blocks)
 
     def markdown(self, folder: Path) -> str:
-        """The same as Markdown that lies in ``folder``, beside the pictures."""
+        """The same as Markdown that lies in ``folder``, beside the images."""
         blocks = [Heading(self.title, 1), *self.blocks]
         return "\n\n".join(_markdown(block, Path(folder)) for block in blocks) + "\n"
 
 
-def _html(block: Block) -> str:
-    match block:
-        case Heading(text, level):
-            return f"<h{level}>{html.escape(text)}</h{level}>"
-        case Text(text):
-            return f'<p class="note">{html.escape(text)}</p>'
-        case Table():
-            return f'<div class="wide">{_html_table(block)}</div>'
-        case Picture(path, caption):
-            text = html.escape(caption)
-            return f'<figure><img src="{_inside(path)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-        case Case(image, lines, table):
-            picture = "" if image is None else f'<img src="{_inside(image)}" alt="">'
-            words = "".join(f"<div>{html.escape(line)}</div>" for line in lines)
-            return f'<div class="example">{picture}<div>{words}{_html_table(table)}</div></div>'
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows)
-    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+@lru_cache
+def _templates() -> jinja2.Environment:
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("dyvte.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    found.filters["inside"] = _inside
+    return found
 
 
 def _inside(path: Path) -> str:
@@ -135,9 +109,9 @@ def _markdown(block: Block, folder: Path) -> str:
         case Table(header, rows):
             escaped = [[markdown_text(cell) for cell in row] for row in rows]
             return markdown_table([markdown_text(cell) for cell in header], escaped)
-        case Picture(path, caption):
+        case Image(path, caption):
             return f"![]({_link(path, folder)})\n\n*{markdown_text(caption)}*"
-        case Case(image, lines, table):
+        case Example(image, lines, table):
             parts = [] if image is None else [f"![]({_link(image, folder)})"]
             parts += [markdown_text(line) for line in lines]
             return "\n\n".join([*parts, _markdown(table, folder)])

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dyvte.plotting import new_figure
-from dyvte.reporting.runs import ReportedRun, Section
+from dyvte.plotting import COLORS, new_figure, plain_axes
+from dyvte.reporting.sections import ReportedRun, Section
 
-COLORS = ("#d62728", "#4d4d4d", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
 MARKERS = "os^Dv"
 FORMATS = ("png", "svg", "pdf")
 MOST_KINDS = 14
@@ -31,7 +30,7 @@ class Plot:
 
     @property
     def png(self) -> Path:
-        """The picture that pages show."""
+        """The image that pages show."""
         return self.stem.with_name(f"{self.stem.name}.png")
 
 
@@ -48,7 +47,7 @@ def draw_section(section: Section, folder: Path, prefix: str) -> list[Plot]:
     if any(run.hits is not None for run in section.runs):
         caption = (
             f"{section.title}: score over visual compute. Bars: 95 % interval of the difference from the "
-            "full model, paired bootstrap over images."
+            "full model, paired bootstrap over {section.benchmark.unit}s."
         )
         plots.append(draw(folder / f"{prefix}-curve", caption, (6.4, 4.2), lambda f: _curve(f, section)))
     for run in section.runs:
@@ -118,7 +117,7 @@ def _curve(figure: Any, section: Section) -> None:
     if full is not None and full.hits is not None:
         axes.axhline(section.value(full), color="#999999", lw=0.8, ls="--", zorder=0)
     axes.set_xlabel("visual compute, % of the full model (small figures: mean exit layer)")
-    axes.set_ylabel(f"{section.title}, {section.unit}")
+    axes.set_ylabel(f"{section.title}: {section.benchmark.score_name}")
     axes.set_xlim(0, 103)
     plain_axes(axes)
     axes.legend(frameon=False, fontsize=8)
@@ -165,12 +164,6 @@ def _gates(figure: Any, run: ReportedRun) -> None:
     axes.set_ylabel("probability to leave")
     axes.set_ylim(-0.02, 1.02)
     plain_axes(axes)
-
-
-def plain_axes(axes: Any) -> None:
-    """A light grid, no frame above and on the right."""
-    axes.grid(alpha=0.25, lw=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _short(text: str, length: int = 28) -> str:

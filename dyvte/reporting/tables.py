@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dyvte.evaluation.runner import PolicyResult
-from dyvte.formatting import markdown_table, number, percentage
+from dyvte.formatting import Unit, flops_unit, markdown_table, number, percentage, significant
 
 
 def results_table(results: Sequence[PolicyResult]) -> str:
     """One row per policy: score, same answer, exit layer, compute, time, memory."""
-    benchmark = results[0].scores.scores["benchmark"]
-    header = ["policy", benchmark, "same answer", "mean exit layer", "visual compute"]
-    header += ["TFLOPs", "time to first token", "KV MB per question"]
-    return markdown_table(header, [_row(result) for result in results])
+    unit = flops_unit(_prefill(result) for result in results)
+    header = ["policy", results[0].scores.scores["benchmark"], "same answer", "exit layer", "visual compute"]
+    header += [f"prefill, {unit.name}", "first token", "KV, MB"]
+    return markdown_table(header, [_row(result, unit) for result in results])
 
 
-def _row(result: PolicyResult) -> list[str]:
+def _row(result: PolicyResult, unit: Unit) -> list[str]:
     scores, cost = result.scores, result.scores.cost
     return [
         result.name,
@@ -24,7 +24,11 @@ def _row(result: PolicyResult) -> list[str]:
         percentage(scores.same_answer_as_never),
         number(cost.mean_exit_layer),
         percentage(cost.visual_compute),
-        f"{cost.prefill['vtw'].tflops:.4g}",
+        unit.text(_prefill(result)),
         number(scores.timing and scores.timing.times.first_token_ratio),
-        f"{cost.kv_bytes_per_question / 1e6:.3g}",
+        significant(cost.kv_bytes_per_question / 1e6),
     ]
+
+
+def _prefill(result: PolicyResult) -> float:
+    return 1e12 * result.scores.cost.prefill["vtw"].tflops

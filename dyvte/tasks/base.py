@@ -68,6 +68,8 @@ class Benchmark:
         What was drawn independently: the questions of one ``image_id`` are about one of these.
     score_name : str
         What :meth:`statistic` gives, and its unit.
+    headline_metrics : tuple of str
+        Keys of :meth:`score` that the headline consists of.
     """
 
     name: ClassVar[str] = ""
@@ -83,6 +85,7 @@ class Benchmark:
     submission_name: ClassVar[str] = "submission.json"
     unit: ClassVar[str] = "image"
     score_name: ClassVar[str] = "accuracy, %"
+    headline_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     # --- questions --------------------------------------------------------------------------------------
 
@@ -280,8 +283,10 @@ class Benchmark:
         return {"accuracy": percent(hits), "per_kind": breakdown([q.kind for q in questions], hits)}
 
     def headline(self, scores: Mapping[str, Any]) -> str:
-        """The text of a table cell: accuracy with one decimal."""
-        return NOT_GRADED if scores.get("graded") is False else f"{scores['accuracy']:.1f}"
+        """The text of a table cell: the headline metrics with one decimal."""
+        if scores.get("graded") is False:
+            return NOT_GRADED
+        return " / ".join(f"{scores[metric]:.1f}" for metric in self.headline_metrics)
 
     def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
         """The score of the headline as a function of how often each unit was drawn.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class MME(Benchmark):
     name = "mme"
     title = "MME"
     score_name = "points, sum of subtasks"
+    headline_metrics = ("perception", "cognition")
     expected_tree = (
         "  <root>/                      (an extra MME_Benchmark/ level is fine)\n"
         "    existence/                 (flat subtask)\n"
@@ -194,10 +195,6 @@ class MME(Benchmark):
     def stratum(self, question: Question) -> str:
         """The subtask: none comes out empty."""
         return question.kind
-
-    def headline(self, scores: Mapping[str, Any]) -> str:
-        """Perception / cognition with one decimal."""
-        return f"{scores['perception']:.1f} / {scores['cognition']:.1f}"
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Read raw answers (LLaVA's are joined by image and question) or a folder of ``<subtask>.txt``

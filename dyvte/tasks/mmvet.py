@@ -15,7 +15,7 @@ from typing import Any
 from dyvte.errors import ScoreError
 from dyvte.formatting import name_some
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
-from dyvte.tasks.metrics import NOT_GRADED, percent, ungraded
+from dyvte.tasks.metrics import percent, ungraded
 from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
 from dyvte.tasks.readers.predictions import checked, read_by_id
 from dyvte.tasks.readers.rows import Row, read_entries, read_jsonl, shown
@@ -116,10 +116,6 @@ class MMVet(Benchmark):
             for ability in abilities
         }
         return {**counts, "graded": True, "accuracy": percent(grades), "per_capability": per_ability}
-
-    def headline(self, scores: Mapping[str, Any]) -> str:
-        """The total with one decimal, where there are grades."""
-        return f"{scores['accuracy']:.1f}" if scores.get("graded") else NOT_GRADED
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Also LLaVA's answers, whose ids lack the prefix ``v1_``."""

@@ -9,7 +9,7 @@ by line; here they are joined by id, and a missing answer is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class POPE(Benchmark):
     tables = ("POPE.tsv", "*pope*.tsv")
     shards = ("data/test-*.parquet", "Full/*.parquet", "*.parquet")
     columns = (("question",), ("answer",), ("category",))
+    headline_metrics = ("f1", "accuracy")
 
     def sources(self):
         """LLaVA's question file, the release, tables."""
@@ -153,10 +154,6 @@ class POPE(Benchmark):
         ]
         units, values, categories = zip(*entries, strict=True)
         return mean_over_parts(units, values, categories)
-
-    def headline(self, scores: Mapping[str, Any]) -> str:
-        """Mean F1 / accuracy with one decimal."""
-        return f"{scores['f1']:.1f} / {scores['accuracy']:.1f}"
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Read raw answers or a folder of ``<category>.json`` (see :meth:`write_submission`)."""

@@ -38,6 +38,7 @@ class TGIFQA(Benchmark):
     title = "TGIF-QA"
     unit = "video"
     score_name = "exact match, %"
+    headline_metrics = ("exact_match",)
     dialects = ("original",)
     submission_name = "tgifqa_results.jsonl"
     expected_tree = (
@@ -96,7 +97,7 @@ class TGIFQA(Benchmark):
 
     def headline(self, scores: Mapping[str, Any]) -> str:
         """Exact match with one decimal, so labelled."""
-        return f"{scores['exact_match']:.1f} (exact match)"
+        return f"{super().headline(scores)} (exact match)"
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
         """Raw answers, or lines with ``id`` and ``pred``."""

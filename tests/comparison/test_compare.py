@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dyvte.backbones import BackboneConfig
-from dyvte.comparison.compare import CompareConfig, compare, make_pairs
-from dyvte.comparison.router import BagOfWords
+from dyvte.comparison.compare import compare, make_pairs
+from dyvte.comparison.config import BenchmarkSource, CompareConfig
+from dyvte.comparison.question_features import BagOfWords
+from dyvte.comparison.records import plain
 from dyvte.comparison.scenes import TracedScenes, load_scenes
-from dyvte.comparison.traces import compare_on_traces, first_safe_layer
-from dyvte.errors import ConfigError, DataError
+from dyvte.comparison.traces import compare_on_traces
+from dyvte.config import load_config
+from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.objectives import expected_risk
+from dyvte.reporting.comparison import comparison_markdown, write_comparison
+from dyvte.reporting.comparison_plots import panels_of
+from dyvte.tasks.base import ungraded
 from dyvte.teacher.trace import Trace
 from tests.helpers.fixtures import QUESTIONS, write_mini_gqa, write_mini_mme
 from tests.helpers.models import random_image, tiny_llava
 
 LAYERS, HIDDEN, LAM = 6, 16, 0.2
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _planted(count: int, seed: int, by_image: bool) -> TracedScenes:
@@ -66,7 +74,7 @@ def _trained_gates(train: TracedScenes, seed: int = 0) -> GateStack:
 @pytest.fixture(scope="module", autouse=True)
 def quick_routers():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dyvte.comparison.baselines.ROUTER_MIN_STEPS", 200)
+        patch.setattr("dyvte.comparison.tuned_router.ROUTER_MIN_STEPS", 200)
         yield
 
 
@@ -91,25 +99,25 @@ def _planted_result(folder, by_image: bool):
 
 def test_depth_that_the_image_decides_is_beyond_the_router(planted):
     pairs, result = planted[True]
-    assert [pair.gates.name for pair in pairs] == ["seed0", "seed1"]
-    over = result["over_seeds"]
-    assert over["at_equal_compute"]["gates"]["same_answer"]["mean"] > 0.95
-    assert over["gates_minus"]["router"]["same_answer"]["low"] > 0
-    assert over["gates_minus"]["fixed"]["risk"]["high"] < 0
-    assert over["router_over_gates"]["mean"] > 1.15
-    assert result["within_wording_share"][f"oracle(lambda={LAM})"] == pytest.approx(1.0, abs=0.01)
+    assert [pair.name for pair in pairs] == ["seed0", "seed1"]
+    over = result.over_seeds
+    assert over.at_equal_compute["gates"]["same_answer"].mean > 0.95
+    assert over.gates_minus["router"]["same_answer"].low > 0
+    assert over.gates_minus["fixed"]["risk"].high < 0
+    assert over.router_over_gates.mean > 1.15
+    assert result.within_wording_share[f"oracle(lambda={LAM})"] == pytest.approx(1.0, abs=0.01)
     # on one wording the router is a fixed layer (or a mixture of two)
     for name in ("risk", "same_answer"):
-        router, fixed = (over["at_equal_compute"][rule][name]["mean"] for rule in ("router", "fixed"))
+        router, fixed = (over.at_equal_compute[rule][name].mean for rule in ("router", "fixed"))
         assert router == pytest.approx(fixed, abs=0.02)
 
 
 def test_depth_that_the_wording_decides_is_the_routers_too(planted):
     _, result = planted[False]
-    over = result["over_seeds"]
-    assert over["router_over_gates"]["mean"] == pytest.approx(1.0, abs=0.05)
-    assert over["gates_minus"]["fixed"]["same_answer"]["low"] > 0
-    assert result["within_wording_share"][f"oracle(lambda={LAM})"] == pytest.approx(0.0, abs=0.01)
+    over = result.over_seeds
+    assert over.router_over_gates.mean == pytest.approx(1.0, abs=0.05)
+    assert over.gates_minus["fixed"]["same_answer"].low > 0
+    assert result.within_wording_share[f"oracle(lambda={LAM})"] == pytest.approx(0.0, abs=0.01)
 
 
 def test_the_router_is_no_smaller_than_the_gates(planted):
@@ -120,22 +128,16 @@ def test_the_router_is_no_smaller_than_the_gates(planted):
 def test_curves_are_the_traces_own_means(planted):
     _, result = planted[True]
     test = _planted(400, 3, True)
-    assert result["curves"]["fixed"]["risk"] == pytest.approx(test.trace.risk.double().mean(0).tolist())
-    assert result["curves"]["fixed"]["compute"][-1] == 1.0
-    oracle = result["curves"]["oracle"]
-    gates = result["curves"]["gates"]["seed0"]
-    assert gates["compute"] == sorted(gates["compute"])
+    curves = result.curves
+    assert curves.fixed.metrics["risk"] == pytest.approx(test.trace.risk.double().mean(0).tolist())
+    assert curves.fixed.compute[-1] == 1.0
+    gates = curves.gates["seed0"]
+    assert list(gates.compute) == sorted(gates.compute)
     # the oracle's own trade-off bounds every rule: risk + lam * compute
     for lam in (0.1, 1.0):
-        best = min(r + lam * c for r, c in zip(oracle["risk"], oracle["compute"]))
-        for rule in ("gates", "router"):
-            curve = result["curves"][rule]["seed0"]
-            assert all(r + lam * c >= best - 0.02 for r, c in zip(curve["risk"], curve["compute"]))
-
-
-def test_first_safe_layer():
-    same = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
-    assert first_safe_layer(same).tolist() == [3, 4, 1]
+        best = min(r + lam * c for r, c in zip(curves.oracle.metrics["risk"], curves.oracle.compute))
+        for curve in (gates, curves.router["seed0"]):
+            assert all(r + lam * c >= best - 0.02 for r, c in zip(curve.metrics["risk"], curve.compute))
 
 
 # --- end to end ---------------------------------------------------------------------------------------------
@@ -193,8 +195,7 @@ def _config(world, output, **changes):
         gates=(str(world / "gates-0"), str(world / "gates-1")),
         output=output,
         image_folder=world / "images",
-        gqa=world / "gqa",
-        mme=world / "mme",
+        benchmarks=(f"mini-GQA:gqa={world / 'gqa'}", f"mme={world / 'mme'}"),
         question_suffix="",
         template="chat",
         batch_size=16,
@@ -210,66 +211,149 @@ def _config(world, output, **changes):
 @pytest.fixture(scope="module")
 def compared(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("compared")
-    return compare(_config(world, output)), output
+    config = _config(world, output, budgets="0.3,0.6", baselines=(f"other={world / 'gates-1'}",))
+    found = compare(config)
+    write_comparison(found, output)
+    return found, output
 
 
-def test_rivals_spend_what_the_gates_spend(compared):
-    result, _ = compared
-    for name, benchmark in result["benchmarks"].items():
-        count = 24 if name == "gqa" else 12
-        for seed in result["gates"]:
+def test_baselines_spend_what_the_gates_spend(compared):
+    found, _ = compared
+    assert list(found.benchmarks) == ["mini-GQA", "MME"]
+    for benchmark in found.benchmarks.values():
+        for seed in found.gates:
             spent = {
-                rule: benchmark["runs"][f"{rule}-{seed}"]["visual_compute"]
+                rule: benchmark.runs[f"{rule}-{seed}"].cost.visual_compute
                 for rule in ("gates", "vtw-mixture", "router")
             }
             # whole questions are drawn, so half a question of slack
-            assert spent["vtw-mixture"] == pytest.approx(spent["gates"], abs=0.51 / count)
-            assert spent["router"] == pytest.approx(spent["gates"], abs=0.51 / count)
+            assert spent["vtw-mixture"] == pytest.approx(spent["gates"], abs=0.51 / benchmark.num_questions)
+            assert spent["router"] == pytest.approx(spent["gates"], abs=0.51 / benchmark.num_questions)
+
+
+def test_scores_are_the_benchmarks_own(compared):
+    found, _ = compared
+    gqa, mme = found.benchmarks.values()
+    assert (gqa.num_questions, mme.num_questions) == (24, 12)
+    assert (gqa.score_name, mme.score_name) == ("accuracy, %", "points, sum of subtasks")
+    for name, run in gqa.runs.items():
+        assert gqa.values[name] == pytest.approx(run.scores["accuracy"])
+    for name, run in mme.runs.items():
+        assert mme.values[name] == pytest.approx(run.scores["perception"] + run.scores["cognition"])
+    for benchmark in (gqa, mme):
+        gap = benchmark.gates_minus["full"]
+        gates = [benchmark.values[f"gates-{seed}"] for seed in found.gates]
+        assert gap.difference == pytest.approx(sum(gates) / len(gates) - benchmark.values["never"])
 
 
 def test_the_table_and_its_files(compared):
-    result, output = compared
-    rows = {row["policy"]: row for row in result["table"]}
+    found, output = compared
+    rows = {row.policy: row for row in found.rows}
     full = rows["full model"]
-    assert (full["same_answer"], full["mean_exit_layer"], full["visual_compute"]) == (1.0, 4.0, 1.0)
+    assert (full.same_answer, full.mean_exit_layer, full.visual_compute) == (1.0, 4.0, 1.0)
     assert list(rows)[-3:] == [
         "VTW at the gates' budget (mixture of two K)",
         "question-only router",
         "DyVTE gates",
     ]
+    assert [len(full.scores[title]) for title in ("mini-GQA", "MME")] == [1, 2]
     text = (output / "comparison.md").read_text()
     assert all(policy in text for policy in rows)
-    for file in ("comparison.png", "comparison.svg", "comparison.json", "config.yaml"):
+    assert "| mini-GQA " in text.splitlines()[2]
+    assert "| MME (perception / cognition) " in text.splitlines()[2]
+    assert "mini-MME" not in text
+    for file in ("comparison.png", "comparison.svg", "comparison.json", "budgets.png", "config.yaml"):
         assert (output / file).stat().st_size > 100
-    assert json.loads((output / "comparison.json").read_text())["table"] == result["table"]
+    stored = json.loads((output / "comparison.json").read_text())
+    assert stored["table"] == [row.to_dict() for row in found.rows]
+    assert set(stored) == {"settings", "vtw", "gates", "traces", "benchmarks", "table", "budgets"}
+    panels = [panel.title for panel in panels_of(found)]
+    assert panels[2:] == ["mini-GQA: accuracy, %"]
+
+
+def test_budgets_compare_with_further_gates_too(compared):
+    found, output = compared
+    assert [row.budget for row in found.budgets.rows] == [0.3, 0.6]
+    assert found.budgets.baselines == ("fixed K", "question-only router", "other")
+    assert len(found.budgets.curves["gates"]) == 2
+    # "other" are the gates of the second seed
+    assert found.budgets.curves["other"][0] == found.budgets.curves["gates"][1]
+    assert "## At given budgets" in (output / "comparison.md").read_text()
 
 
 def test_answers_depend_on_the_exit_layer_alone(compared):
-    result, output = compared
-    curves = result["benchmarks"]["gqa"]["curves"]
-    assert set(curves["lookup_agreement"].values()) == {1.0}
-    for seed in result["gates"]:
-        assert curves["gates"][seed]["same_answer"][-1] == 1.0
-    sweep = output / "runs" / "gqa-sweep"
+    found, output = compared
+    curves = found.benchmarks["mini-GQA"].curves
+    assert found.benchmarks["MME"].curves is None
+    assert set(curves.lookup_agreement.values()) == {1.0}
+    for seed in found.gates:
+        assert curves.rules.gates[seed].metrics["same_answer"][-1] == 1.0
+    sweep = output / "runs" / "mini-gqa-sweep"
     scores = [json.loads((sweep / f"fixed-{k}" / "scores.json").read_text()) for k in range(4)]
-    same = [one["same_answer_as_never"] for one in scores]
-    assert curves["fixed"]["same_answer"][:4] == pytest.approx(same)
+    fixed = curves.rules.fixed.metrics
+    assert fixed["same_answer"][:4] == pytest.approx([one["same_answer_as_never"] for one in scores])
+    assert fixed["score"][:4] == pytest.approx([one["scores"]["accuracy"] for one in scores])
 
 
 def test_again_gives_the_same_without_asking(world, compared, monkeypatch):
-    result, output = compared
+    found, output = compared
     monkeypatch.setattr("dyvte.evaluation.runner.answer", lambda *args: pytest.fail("asked again"))
-    assert json.loads(json.dumps(compare(_config(world, output)))) == json.loads(json.dumps(result))
+    again = compare(_config(world, output))
+    same = ("vtw", "gates", "traces", "benchmarks", "rows")
+    assert [plain(getattr(again, name)) for name in same] == [plain(getattr(found, name)) for name in same]
 
 
 def test_vtw_row_when_none_qualifies(compared):
-    result, _ = compared
-    vtw = result["vtw"]
-    assert len(vtw["kl"]) == 5
-    below = [k for k in range(1, 4) if vtw["kl"][k] <= 0.003]
-    assert vtw["k"] == (below[0] if below else None)
-    if vtw["k"] is None:
-        assert any("none qualifies" in row["policy"] for row in result["table"])
+    found, _ = compared
+    assert len(found.vtw.kl) == 5
+    below = [k for k in range(1, 4) if found.vtw.kl[k] <= 0.003]
+    assert found.vtw.k == (below[0] if below else None)
+    if found.vtw.k is None:
+        assert any("none qualifies" in row.policy for row in found.rows)
+
+
+def test_a_benchmark_without_public_answers_is_compared_by_answers(world, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise ScoreError("no public answers")
+
+    scores = {"benchmark": "gqa", **ungraded("no public answers")}
+    monkeypatch.setattr("dyvte.tasks.gqa.GQA.correct", refuse)
+    monkeypatch.setattr("dyvte.tasks.gqa.GQA.score", lambda *args: scores)
+    changes = {"benchmarks": (f"gqa={world / 'gqa'}",), "gates": (str(world / "gates-0"),)}
+    found = compare(_config(world, tmp_path / "out", **changes))
+    benchmark = found.benchmarks["GQA"]
+    assert (benchmark.gates_minus, benchmark.curves) == ({}, None)
+    assert set(benchmark.values.values()) == {None}
+    assert found.rows[0].scores == {}
+    assert found.rows[0].same_answer == 1.0
+    text = comparison_markdown(found)
+    assert "not graded here" in text
+
+
+def test_benchmarks_and_baselines_are_read_from_their_text_forms(world, tmp_path):
+    assert BenchmarkSource.parse("gqa=/data/gqa") == BenchmarkSource("gqa", Path("/data/gqa"), "GQA")
+    mini = BenchmarkSource.parse("mini GQA:gqa=a=b")
+    assert (mini.title, mini.name, str(mini.root), mini.folder) == ("mini GQA", "gqa", "a=b", "mini-gqa")
+    for text in ("gqa", "gqa=", "=/data", ":gqa=/data"):
+        with pytest.raises(ConfigError, match=r"expected NAME=ROOT|unknown benchmark"):
+            BenchmarkSource.parse(text)
+    with pytest.raises(ConfigError, match="did you mean 'gqa'"):
+        BenchmarkSource.parse("gqaa=/data")
+    with pytest.raises(ConfigError, match="two benchmarks are called 'GQA'"):
+        _config(world, tmp_path, benchmarks=("gqa=a", "gqa=b"))
+    config = _config(world, tmp_path, budgets="0.5", baselines=("x=a", "y=b", "x=c"))
+    assert config.baseline_gates == {"x": ("a", "c"), "y": ("b",)}
+    with pytest.raises(ConfigError, match="expected NAME=FOLDER"):
+        _config(world, tmp_path, budgets="0.5", baselines=("x",))
+    with pytest.raises(ConfigError, match="give --budgets"):
+        _config(world, tmp_path, baselines=("x=a",))
+
+
+def test_paths_in_a_file_are_relative_to_it():
+    config = load_config(CompareConfig, ROOT / "configs" / "compare_embedded.yaml", ["gates=[runs/gates]"])
+    assert config.gates == ("runs/gates",)
+    assert [(one.title, one.name) for one in config.sources] == [("mini-GQA", "gqa"), ("mini-MME", "mme")]
+    assert config.sources[0].root == ROOT / "data" / "scenes" / "mini_gqa"
 
 
 def test_errors(world, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 import dyvte
 from dyvte.backbones import describe
 from dyvte.backbones.sizes import decoder_shape
-from dyvte.comparison.plan_compare import compare_plans, mix_for
+from dyvte.comparison.plan_compare import compare_plans, mixture_for
 from dyvte.comparison.plan_search import PlanSearch, combinations
 from dyvte.comparison.plans import JudgedPlan, Plan, PlanJudge, choose, folder_name, front
 from dyvte.errors import CalibrationError
 from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack
 from dyvte.reductions import parse_reductions
+from dyvte.reporting.plans import plan_markdown, plan_table, plot_plans, search_table
 from dyvte.teacher.plain import predicted_logits
 from dyvte.teacher.reduced import Turn, answer_logits, trace_reduced_exits
 from tests.helpers.rules import LAYERS
@@ -148,7 +150,7 @@ def test_each_plan_is_of_one_method_or_combined(plan, kind):
 
 def test_the_table_names_choice_and_single_method_for_each_budget():
     judged = random_plans(3)
-    text = PlanSearch(tuple(judged), (0.5, 0.01), 1).table()
+    text = search_table(PlanSearch(tuple(judged), (0.5, 0.01), 1))
     rows = [line for line in text.splitlines() if "%" in line]
     assert len(rows) == 4
     assert rows[0].split("|")[3].strip() == choose(judged, 0.5).plan.policy
@@ -178,7 +180,7 @@ def test_the_mixture_for_a_budget_is_the_best_of_all_pairs(seed):
                 best = min(best, a.risk + share * (b.risk - a.risk))
         # an unspent rest is no fault: the least risk may be cheaper than the budget
         best = min([best, *(one.risk for one in judged if one.compute <= budget)])
-        found = mix_for(judged, budget)
+        found = mixture_for(judged, budget)
         if best == float("inf"):
             assert found is None
             continue
@@ -204,7 +206,7 @@ class Shown:
         return JudgedPlan(plan, compute, risk_B, torch.ones(len(risk_B)))
 
 
-def test_a_comparison_chooses_on_one_set_and_judges_on_the_other():
+def test_a_comparison_chooses_on_one_set_and_judges_on_the_other(tmp_path):
     flat = torch.ones(40)
     noise = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 0.01
     never, fixed = Plan("none"), Plan("none", 2)
@@ -218,7 +220,7 @@ def test_a_comparison_chooses_on_one_set_and_judges_on_the_other():
         Shown("ffn:0.5", {yopo: (0.3, flat * 2), both: (0.31, flat * 1.5)}),
     ]
     ids = [str(index // 2) for index in range(40)]
-    found = compare_plans([calibration], [test], [0.5, 0.3, 0.1], ids, draws=200)
+    found = compare_plans([calibration], [test], [0.5, 0.3, 0.1], ids, num_draws=200)
     assert found.at(0.5, "fixed K").risk == pytest.approx(3.0, abs=0.01)
     assert found.at(0.3, "fixed K") is None
     # at 0.5 a mixture of `both` and never is best on calibration: 2/7 never
@@ -230,7 +232,11 @@ def test_a_comparison_chooses_on_one_set_and_judges_on_the_other():
     assert gap.difference == pytest.approx(-0.5, abs=1e-6)
     assert gap.num_images == 20
     assert found.verdict(0.1) == "not reached"
-    rows = [line for line in found.table().splitlines() if "10%" in line]
+    rows = [line for line in plan_table(found).splitlines() if "10%" in line]
     assert all("out of reach" in row for row in rows)
+    assert "judged on 40 about 20 images; 1 seed of the gates" in plan_markdown(found)
+    assert json.loads(json.dumps(found.to_dict()))["verdicts"]["0.5"] == "better"
+    plot_plans(found, tmp_path / "plans.png")
+    assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(CalibrationError, match="lack a combination"):
         compare_plans([calibration], [test[:1]], [0.5], ids)

@@ -16,7 +16,7 @@ from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import parse_policies, with_reductions
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.reporting.page import markdown_text
-from dyvte.reporting.runs import read_sections
+from dyvte.reporting.sections import read_sections
 from dyvte.tasks.base import get_benchmark
 from tests.helpers.fixtures import write_mini_gqa, write_mini_mme
 from tests.helpers.models import tiny_llava
@@ -142,7 +142,7 @@ def test_exit_shares_and_gate_probabilities_are_those_of_the_files(world, report
     assert runs[name]["mean_gate_probability"][LAYERS - 1] is None
 
 
-def test_the_table_of_page_and_markdown_holds_the_figures(world, report):
+def test_the_tables_of_page_and_markdown_hold_the_metrics(world, report):
     page, text = ((report / f"report.{kind}").read_text() for kind in ("html", "md"))
     compute = f"{100 * 2 / LAYERS:.1f} %"
     for line in (
@@ -152,8 +152,13 @@ def test_the_table_of_page_and_markdown_holds_the_figures(world, report):
         assert "".join(f"<td>{cell}</td>" for cell in line) in page
         assert re.search(r"\| " + r" *\| ".join(map(re.escape, line)), text)
     assert f"<td>{compute}</td>" in page
+    # three digits of FLOPs in a unit that shows them
+    runs = {name: json.loads((world / "runs" / "gqa" / name / "scores.json").read_text()) for name in KEPT}
+    assert "<th>prefill, GFLOPs</th>" in page
+    for one in runs.values():
+        assert f"<td>{1000 * one['prefill']['vtw']['tflops']:.3g}</td>" in page
     # the stored times, as they are
-    timing = json.loads((world / "runs" / "gqa" / "fixed-2" / "scores.json").read_text())["timing"]
+    timing = runs["fixed-2"]["timing"]
     assert f"<td>{timing['time_to_first_token_ms']:.1f}</td>" in page
 
 
@@ -190,12 +195,12 @@ def test_markdown_is_escaped_and_names_only_its_own_files(report):
     assert linked
     assert all((report / one).is_file() for one in linked)
     rows = [line for line in text.splitlines() if line.startswith("|") and "fixed-2" in line]
-    assert all(row.count("|") - row.count("\\|") in (5, 9, 12) for row in rows)
+    assert {row.count("|") - row.count("\\|") for row in rows} == {4, 5, 8, 10}
     assert markdown_text("a|b\n<i>*c*") == r"a\|b &lt;i&gt;\*c\*"
 
 
 def test_examples_begin_with_the_worst(world):
-    from dyvte.reporting.runs import worst_examples
+    from dyvte.reporting.sections import worst_examples
 
     sections, _ = read_sections([world / "runs" / "gqa" / name for name in KEPT])
     examples = worst_examples(sections[0], 24)

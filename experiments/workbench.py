@@ -1,42 +1,44 @@
-"""What the gate benchmarks share: traces of the embedded scenes, and gates trained from them by name."""
+"""What the experiments share: traces of the embedded scenes, and gates trained from them by name."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dyvte.comparison.baselines import GateContender, load_gates
+from dyvte.comparison.config import parse_budgets
 from dyvte.comparison.scenes import TracedScenes, load_scenes
+from dyvte.comparison.tuned_gates import TunedGates, load_gates
 from dyvte.config import load_config
 from dyvte.teacher import TraceStore
 from dyvte.tracing import trace_data
 from dyvte.training.config import TrainConfig
 from dyvte.training.train import train
 
-SPLITS = ("train", "calibration", "test")
+BUDGETS = parse_budgets("0.25:0.85")
+"""Eight shares of the full model's visual compute."""
 
 
-def bench_arguments(description: str | None) -> argparse.ArgumentParser:
-    """Options of every gate benchmark."""
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Options of every experiment on gates."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=Path("configs/embedded.yaml"), help="of the training")
     parser.add_argument("--scenes", type=Path, default=Path("data/scenes/instruct"), help="instruction data")
-    parser.add_argument("--work", type=Path, default=Path("runs/gate_benchmarks"), help="traces and gates")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="traces and gates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap draws")
-    parser.add_argument("--plot", type=Path, help="picture (png, svg); default: below --work")
+    parser.add_argument("--plot", type=Path, help="plot (png, svg); default: below --work")
     return parser
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workbench:
     """One work folder: traces are made once, and gates trained once for each name and seed."""
 
     config: Path
@@ -46,10 +48,10 @@ class Bench:
     overrides: tuple[str, ...] = ()
 
     @staticmethod
-    def of(args: argparse.Namespace) -> Bench:
+    def of(args: argparse.Namespace) -> Workbench:
         """From the options."""
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        return Bench(args.config, args.scenes, args.work, tuple(args.seeds), tuple(args.set))
+        return Workbench(args.config, args.scenes, args.work, tuple(args.seeds), tuple(args.set))
 
     def settings(self, *overrides: str) -> TrainConfig:
         """The training configuration on these scenes."""
@@ -82,22 +84,42 @@ class Bench:
             cfg = self.settings(*overrides, f"seed={seed}", f"trace_dir={store}")
             yield train(dataclasses.replace(cfg, output_dir=output)).gates
 
-    def contenders(
-        self, name: str, calibration: TracedScenes, *overrides: str, trace: str = "train"
-    ) -> list[GateContender]:
-        """Those gates with their thresholds over budgets, found on the calibration scenes."""
-        found = self.gates(name, *overrides, trace=trace)
-        return [load_gates(folder, f"{name} {seed}", calibration) for folder, seed in zip(found, self.seeds)]
+    def best(
+        self,
+        tried: Mapping[str, Sequence[str]],
+        calibration: TracedScenes,
+        *,
+        trace: str = "train",
+    ) -> Trained:
+        """Gates trained with each of the settings, by name; those with the least mean risk on calibration."""
+        found = [self._trained(name, overrides, calibration, trace) for name, overrides in tried.items()]
+        return min(found, key=lambda one: one.risk)
+
+    def _trained(self, name: str, overrides: Sequence[str], calibration: TracedScenes, trace: str) -> Trained:
+        folders = list(self.gates(name, *overrides, trace=trace))
+        named = zip(folders, self.seeds, strict=True)
+        gates = [load_gates(folder, f"{name} {seed}", calibration) for folder, seed in named]
+        return Trained(name, folders, gates, mean_risk(gates, calibration))
 
 
-def mean_risk(gates: Sequence[GateContender], scenes: TracedScenes, budgets: Sequence[float]) -> float:
-    """Risk on the (calibration) scenes, mean over budgets and seeds: what settings are chosen by."""
+@dataclass(frozen=True)
+class Trained:
+    """Gates of every seed of one setting, and their mean risk on the calibration scenes."""
+
+    label: str
+    folders: list[Path]
+    gates: list[TunedGates]
+    risk: float
+
+
+def mean_risk(gates: Sequence[TunedGates], scenes: TracedScenes) -> float:
+    """Risk on scenes, mean over budgets and seeds."""
     total = 0.0
     for one in gates:
         points = one.points_on(scenes)
-        for budget in budgets:
+        for budget in BUDGETS:
             total += float(points.mixed_values(scenes.trace.risk, points.at_compute(budget)).mean())
-    return total / (len(gates) * len(budgets))
+    return total / (len(gates) * len(BUDGETS))
 
 
 def hidden_size(store: Path) -> int:

@@ -4,7 +4,7 @@ Trains on the training scenes with `dyvte train --lora` (and a control of the sa
 exit), then judges on the test scenes: same answer and risk of every fixed exit against the un-adapted full
 model, and accuracy of the full models. A run that was stopped goes on where it was.
 
-    python benchmarks/lora_exit.py --output runs/lora-exit --docs docs
+    python experiments/lora_exit.py --output runs/lora-exit --docs docs
 """
 
 from __future__ import annotations

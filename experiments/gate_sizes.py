@@ -5,7 +5,7 @@ the published ratio of width to hidden size (2048 / 4096) and the better of two 
 calibration scenes. Judged on held-out scenes at eight budgets; differences by bootstrap over images. Shares
 its work folder with budgets.py; run again it goes on where it stopped.
 
-    python benchmarks/gate_sizes.py --plot docs/gate_sizes.png
+    python experiments/gate_sizes.py --plot docs/gate_sizes.png
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gate_training import Bench, bench_arguments, hidden_size, mean_risk
 from torch import Tensor
+from workbench import BUDGETS, Workbench, arguments, hidden_size
 
-from dyvte.comparison.baselines import GateContender
-from dyvte.comparison.bootstrap import paired_bootstrap
-from dyvte.comparison.budgets import BUDGETS, Rule
+from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
+from dyvte.comparison.budgets import Rule
+from dyvte.comparison.records import plain
 from dyvte.comparison.scenes import TracedScenes
+from dyvte.comparison.tuned_gates import TunedGates
 from dyvte.evaluation.latency import machine
-from dyvte.formatting import markdown_table
+from dyvte.formatting import difference_text, markdown_table
 from dyvte.gates import GateConfig, GateStack
-from dyvte.plotting import new_figure
+from dyvte.plotting import new_figure, plain_axes
 
 SMALL = (("compact", 4), ("compact", 16), ("shared", 16), ("shared", 64), ("shared", 256))
 REFERENCE_RATES = (1e-3, 5e-3)
@@ -49,17 +50,16 @@ def name_of(architecture: str, width: int) -> str:
     return architecture if width == default else f"{architecture}-{width}"
 
 
-def reference_gates(bench: Bench, width: int, calibration: TracedScenes) -> list[GateContender]:
+def reference_gates(bench: Workbench, width: int, calibration: TracedScenes) -> list[TunedGates]:
     """The reference's shape under our objective, at its better learning rate."""
     shape = ("gates.architecture=reference", f"gates.hidden_size={width}")
-    tried = [
-        bench.contenders(f"reference-shape-{rate:g}", calibration, *shape, f"optimizer.learning_rate={rate}")
-        for rate in REFERENCE_RATES
-    ]
-    return min(tried, key=lambda gates: mean_risk(gates, calibration, BUDGETS))
+    tried = {
+        f"reference-shape-{rate:g}": (*shape, f"optimizer.learning_rate={rate}") for rate in REFERENCE_RATES
+    }
+    return bench.best(tried, calibration).gates
 
 
-def judged(gates: Sequence[GateContender], test: TracedScenes) -> dict[str, Tensor]:
+def judged(gates: Sequence[TunedGates], test: TracedScenes) -> dict[str, Tensor]:
     """Risk and same answer on the test scenes, each (C, R, B): budgets, seeds, samples."""
     rule = Rule.of("", *(one.points_on(test) for one in gates))
     return {
@@ -69,7 +69,7 @@ def judged(gates: Sequence[GateContender], test: TracedScenes) -> dict[str, Tens
 
 
 def row_of(
-    architecture: str, width: int, gates: Sequence[GateContender], test: TracedScenes, base: Tensor | None
+    architecture: str, width: int, gates: Sequence[TunedGates], test: TracedScenes, base: Tensor | None
 ) -> tuple[dict[str, Any], Tensor]:
     """One line of the table, and the risk by budget, seed and sample; ``base`` is the reference's."""
     values = judged(gates, test)
@@ -91,7 +91,7 @@ def row_of(
         ids = test.image_ids
         found = [paired_bootstrap(a, b, ids) for a, b in zip(risk_CRB.mean(1), base.mean(1), strict=True)]
         overall = paired_bootstrap(risk_CRB.mean((0, 1)), base.mean((0, 1)), ids)
-        row["minus_reference"] = [overall.difference, overall.low, overall.high]
+        row["minus_reference"] = plain(overall)
         row["worst_upper_bound"] = max(d.high for d in found)
         row["strictly_better"] = sum(d.high < 0 for d in found)
     return row, risk_CRB
@@ -115,8 +115,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             *(f"{value:.1%}" for value in row["same_answer_at"]),
         ]
         if "minus_reference" in row:
-            mean, low, high = row["minus_reference"]
-            line += [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", f"{row['worst_upper_bound']:+.4f}"]
+            found = PairedDifference(**row["minus_reference"])
+            line += [difference_text(found, 4), f"{row['worst_upper_bound']:+.4f}"]
             line.append(f"{row['strictly_better']} of {len(BUDGETS)}")
         else:
             line += ["", "", ""]
@@ -145,14 +145,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("gate parameters at 7B (number: width; dotted: 1 % of the reference)")
     axes.set_ylabel("mean risk over eight budgets, nats")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     """Train, judge, write table and plot."""
-    args = bench_arguments(__doc__).parse_args()
-    bench = Bench.of(args)
+    args = arguments(__doc__).parse_args()
+    bench = Workbench.of(args)
     width = hidden_size(bench.traces("train")) // 2
     calibration, test = bench.load("calibration"), bench.load("test")
     first, base = row_of("reference", width, reference_gates(bench, width, calibration), test, None)
@@ -161,12 +161,12 @@ def main() -> None:
         name = name_of(architecture, small)
         shape = [f"gates.architecture={architecture}"]
         shape += [] if name == architecture else [f"gates.hidden_size={small}"]
-        gates = bench.contenders(name, calibration, *shape)
+        gates = bench.best({name: shape}, calibration).gates
         rows.append(row_of(architecture, small, gates, test, base)[0])
     (args.work / "gate_sizes.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     plot(rows, args.plot or args.work / "gate_sizes.png")
     print(table(rows))
-    print(f"\n{len(test.questions)} samples about {len(set(test.image_ids))} images; {dict(machine())}")
+    print(f"\n{len(test.questions)} samples about {len(set(test.image_ids))} images; {machine()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finished runs read back, grouped by benchmark, and every figure that a report shows of them.
+"""Finished runs read back, grouped by benchmark, and every metric that a report shows of them.
 
 Shape letters: B questions, L decoder layers.
 """
@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 
 from dyvte.comparison.bootstrap import PairedDifference
-from dyvte.comparison.significance import score_difference
+from dyvte.comparison.significance import graded, score_difference, score_value
 from dyvte.config import load_config
-from dyvte.errors import DataError, ScoreError
+from dyvte.errors import DataError
 from dyvte.evaluation.generation import questions_digest
 from dyvte.evaluation.metrics import same_answer
-from dyvte.evaluation.run_log import RUN_FILE, Answer, read_answers, texts
+from dyvte.evaluation.run_log import RUN_FILE, Answer, read_answers
 from dyvte.evaluation.runner import CONFIG_FILE, EvalConfig, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL, SCORES_FILE, RunScores
 from dyvte.evaluation.settings import NO_REDUCTION
 from dyvte.formatting import name_some
-from dyvte.tasks.base import Benchmark, Predictions, Question, get_benchmark
+from dyvte.tasks.base import Benchmark, Question, get_benchmark
 
 _SECTION_KEYS = ("benchmark", "questions_sha256", "backbone_weights", "max_new_tokens")
 
@@ -104,13 +104,16 @@ class Section:
     runs: list[ReportedRun]
     against: dict[str, Against]
     """By run name; empty without the full model's run."""
-    unit: str
     num_frames: int = 8
 
     @property
     def title(self) -> str:
         """Name of the benchmark as its authors write it."""
         return self.benchmark.title
+
+    def run(self, name: str) -> ReportedRun | None:
+        """The run of that name; None where there is none."""
+        return next((run for run in self.runs if run.name == name), None)
 
     @property
     def full(self) -> ReportedRun | None:
@@ -129,8 +132,7 @@ class Section:
         """The score that intervals are of: the benchmark's statistic, each unit drawn once."""
         if run.hits is None:
             return None
-        num_units = len({question.image_id for question in self.questions})
-        return float(self.benchmark.statistic(self.questions, run.hits)(np.ones((1, num_units)))[0])
+        return score_value(self.benchmark, self.questions, run.hits)
 
 
 def read_sections(
@@ -144,6 +146,7 @@ def read_sections(
 
     Parameters
     ----------
+    paths : run folders, or folders above them.
     data : where a benchmark's data lies now, by benchmark name, if it has moved since the run.
     num_draws, seed : of the paired bootstrap.
 
@@ -192,7 +195,12 @@ def _section(
         config = replace(config, data=Path(data[config.benchmark]))
     benchmark = get_benchmark(config.benchmark)
     questions = _questions(benchmark, config, runs[0])
-    runs = [replace(run, hits=_hits(benchmark, questions, run)) for run in runs]
+    runs = [
+        replace(
+            run, hits=graded(benchmark, questions, run.answers, run.scores.scores.get("dialect", "original"))
+        )
+        for run in runs
+    ]
     runs.sort(key=lambda run: (not run.is_full, run.family, run.scores.cost.visual_compute, run.name))
     section = Section(
         benchmark,
@@ -200,12 +208,15 @@ def _section(
         questions,
         runs,
         {},
-        benchmark.score_name,
         config.num_frames,
     )
     if section.full is not None:
         section.against.update((run.name, _against(section, run, num_draws, seed)) for run in runs)
     return section
+
+
+def _dialect(run: ReportedRun) -> str:
+    return run.scores.scores.get("dialect", "original")
 
 
 def _questions(benchmark: Benchmark, config: EvalConfig, run: ReportedRun) -> list[Question]:
@@ -214,17 +225,9 @@ def _questions(benchmark: Benchmark, config: EvalConfig, run: ReportedRun) -> li
         raise DataError(f"the data of {benchmark.name} is no longer at {config.data}: {hint}")
     questions = benchmark.load(config.data, config.limit)
     asked = questions_digest(questions, prompts_of(benchmark, questions, config.question_suffix))
-    if asked != run.scores.run.values.get("questions_sha256"):
+    if asked != run.scores.run.questions_sha256:
         raise DataError(f"{config.data} does not hold the questions that {run.folder} was asked: {hint}")
     return questions
-
-
-def _hits(benchmark: Benchmark, questions: Sequence[Question], run: ReportedRun) -> list[float] | None:
-    dialect = run.scores.scores.get("dialect", "original")
-    try:
-        return [float(x) for x in benchmark.correct(questions, Predictions(texts(run.answers)), dialect)]
-    except ScoreError:
-        return None  # a split without public answers: the table says "not graded"
 
 
 def _against(section: Section, run: ReportedRun, num_draws: int, seed: int) -> Against:
@@ -241,7 +244,7 @@ def _against(section: Section, run: ReportedRun, num_draws: int, seed: int) -> A
 
 
 @dataclass(frozen=True)
-class Example:
+class WorstExample:
     """One question with the answers of all runs; ``lost`` runs get wrong what the full model gets right."""
 
     index: int
@@ -249,21 +252,21 @@ class Example:
     differing: int
 
 
-def worst_examples(section: Section, wanted: int) -> list[Example]:
+def worst_examples(section: Section, wanted: int) -> list[WorstExample]:
     """Questions on which runs part most from the full model: lost answers first, then differing ones.
 
     Of equals, those whose images have not been shown yet come first, then the order of the benchmark.
     """
     full = section.full
     if full is None:
-        return [Example(index, 0, 0) for index in range(min(wanted, len(section.questions)))]
+        return [WorstExample(index, 0, 0) for index in range(min(wanted, len(section.questions)))]
     others = [run for run in section.runs if not run.is_full]
     ranked = []
     for index, reference in enumerate(full.answers):
         differing = sum(run.answers[index].prediction != reference.prediction for run in others)
         graded = full.hits is not None
         lost = sum(run.hits[index] < full.hits[index] for run in others) if graded else 0
-        ranked.append(Example(index, lost, differing))
+        ranked.append(WorstExample(index, lost, differing))
     ranked.sort(key=lambda one: (-one.lost, -one.differing, one.index))
     seen: dict[str, int] = defaultdict(int)
     turns = []

@@ -6,7 +6,7 @@ their plans, so all spend the same. Then: risk on test scenes, the difference wi
 over images, mean over the seeds of the gates. Run again it goes on where it stopped.
 
     python -m dyvte.data.scenes --output data/scenes
-    python benchmarks/plans.py --plot docs/plans.png --json docs/plans.json
+    python experiments/plans.py --plot docs/plans.png --json docs/plans.json
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import write_json
-from gate_training import Bench, bench_arguments
+from workbench import Workbench, arguments
 
 from dyvte.backbones import Backbone, describe, open_backbone
-from dyvte.backbones.sizes import decoder_shape
-from dyvte.comparison.plan_compare import compare_plans, plot_comparison
+from dyvte.comparison.compare import PLAN_BUDGETS
+from dyvte.comparison.plan_compare import compare_plans
 from dyvte.comparison.plans import PlanJudge, folder_name
+from dyvte.comparison.records import plain
 from dyvte.distributed import own_device
 from dyvte.evaluation.latency import machine
+from dyvte.files import write_atomically
 from dyvte.gates import GateStack
-from dyvte.reductions import parse_reductions
+from dyvte.reporting.plans import plan_markdown, plot_plans
 from dyvte.teacher import TraceStore
 from dyvte.tracing.search import visual_profile
 
-BUDGETS = (0.5, 0.33, 0.22, 0.11)
 # FastV alone at about these budgets: nothing but its never leaving is of interest.
 FASTV_ALONE = ("fastv:4:0.84", "fastv:2:0.84", "fastv:1:0.87")
 
@@ -41,7 +41,7 @@ def combinations(profile: Path) -> list[str]:
     return ["none", *yopo, "fastv:4:0.5", f"fastv:4:0.5+{yopo[0]}", *FASTV_ALONE]
 
 
-def profile_of(bench: Bench) -> Path:
+def profile_of(bench: Workbench) -> Path:
     """Heads and neurons, measured on training scenes."""
     folder = bench.work / "profile"
     if not folder.is_dir():
@@ -49,7 +49,7 @@ def profile_of(bench: Bench) -> Path:
     return folder
 
 
-def traced(bench: Bench, split: str, reduction: str, limit: int) -> TraceStore:
+def traced(bench: Workbench, split: str, reduction: str, limit: int) -> TraceStore:
     """Traces of one combination."""
     print(f"[plans] {split}: {reduction}", flush=True)
     every = 1000 if reduction in FASTV_ALONE else 1
@@ -66,23 +66,14 @@ def judges(
 ) -> list[list[PlanJudge]]:
     """For every seed of the gates, one judge for each combination; `gates` name the combination they learned
     on, those of "none" serve all others."""
-    shape, traces = decoder_shape(backbone.model.config), {}
-    for text, store in stores.items():
-        accepted = parse_reductions(text)
-        for one in accepted:
-            one.check_backbone(backbone)
-        traces[text] = (accepted, store.trace(), store.manifest.features)
+    bare = [PlanJudge.on_store(backbone, text, store) for text, store in stores.items()]
     return [
-        [
-            PlanJudge(text, accepted, trace, shape, of_seed.get(text, of_seed["none"]), features)
-            for text, (accepted, trace, features) in traces.items()
-        ]
-        for of_seed in gates
+        [judge.with_gates(of_seed.get(judge.text, of_seed["none"])) for judge in bare] for of_seed in gates
     ]
 
 
 def main() -> None:
-    parser = bench_arguments(__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--calibration", type=int, default=600, help="calibration questions")
     parser.add_argument("--test", type=int, default=1200, help="test questions")
     parser.add_argument("--gates", type=Path, nargs="+", help="gates of each seed; default: trained here")
@@ -93,7 +84,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=4000, help="with --retrain: training questions")
     parser.add_argument("--json", help="write all numbers here")
     args = parser.parse_args()
-    bench = Bench.of(args)
+    bench = Workbench.of(args)
     folders = args.gates or list(bench_gates(bench))
     reductions = args.reduction or combinations(profile_of(bench))
     seeds = [{"none": GateStack.from_pretrained(folder).eval()} for folder in folders]
@@ -105,30 +96,27 @@ def main() -> None:
         for split, limit in (("calibration", args.calibration), ("test", args.test))
     }
     backbone = describe(open_backbone(bench.settings().model, own_device())[0])
-    image_ids = stores["test"]["none"].image_ids()
     found = compare_plans(
         judges(backbone, stores["calibration"], seeds),
         judges(backbone, stores["test"], seeds),
-        BUDGETS,
-        image_ids,
-        draws=args.draws,
+        PLAN_BUDGETS,
+        stores["test"]["none"].image_ids(),
+        num_draws=args.draws,
     )
-    counts = f"{args.calibration} calibration, {args.test} test questions on {len(set(image_ids))} images"
-    print(f"\n{machine()}\n{counts}, {len(seeds)} seeds\n\n{found.table()}\n")
-    for budget in BUDGETS:
-        print(f"{budget:.0%}: {found.verdict(budget)}")
-    plot_comparison(found, args.plot or args.work / "plans.png", f"held-out risk; {counts}")
-    setting = {"machine": machine(), "calibration": args.calibration, "test": args.test, "seeds": len(seeds)}
-    write_json(args.json, {"setting": setting, "reductions": reductions, **found.to_dict()})
+    print(f"\n{machine()}\n\n{plan_markdown(found)}\n")
+    plot_plans(found, args.plot or args.work / "plans.png")
+    if args.json:
+        content = {"machine": plain(machine()), "reductions": reductions, **found.to_dict()}
+        write_atomically(args.json, json.dumps(content, indent=2) + "\n")
 
 
-def bench_gates(bench: Bench) -> list[Path]:
+def bench_gates(bench: Workbench) -> list[Path]:
     """Gates that learned without reductions."""
     bench.traces("train")
     return list(bench.gates("plans"))
 
 
-def retrained(bench: Bench, reduction: str, limit: int) -> list[Path]:
+def retrained(bench: Workbench, reduction: str, limit: int) -> list[Path]:
     """Gates of every seed that learned on the reduced backbone."""
     name = f"train-{folder_name(reduction)}"
     overrides = (f"teacher.reductions={json.dumps(reduction)}", f"data.limit={limit}")

@@ -1,10 +1,10 @@
-"""What a rule is compared with, and how it is tuned."""
+"""How a question-only router is tuned like the gates."""
 
 from __future__ import annotations
 
 import pytest
 
-from dyvte.comparison.baselines import TrainingRecord, training_settings
+from dyvte.comparison.tuned_router import TrainingRecord, training_settings
 from dyvte.errors import ConfigError
 from dyvte.gates import GateConfig, GateStack
 from dyvte.objectives import ExpectedRisk

@@ -1,0 +1,150 @@
+"""The report of a comparison: comparison.json, comparison.md, and its plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from dyvte.comparison.bootstrap import PairedDifference
+from dyvte.comparison.compare import Comparison
+from dyvte.comparison.runs import BenchmarkComparison
+from dyvte.comparison.table import PolicyRow
+from dyvte.comparison.traces import TraceComparison
+from dyvte.errors import ConfigError
+from dyvte.files import write_atomically
+from dyvte.formatting import difference_text, markdown_table, number, percentage, spread_text
+from dyvte.reporting.budgets import budget_markdown, plot_budgets
+from dyvte.reporting.comparison_plots import plot_comparison
+from dyvte.reporting.plans import plan_markdown, plot_plans
+from dyvte.tasks.base import get_benchmark
+
+BASELINE_LABELS = {
+    "fixed": "fixed K (mixture of two)",
+    "router": "question-only router",
+    "vtw_mixture": "VTW, mixture of two K",
+    "full": "full model",
+}
+
+
+def write_comparison(found: Comparison, output: Path) -> Path:
+    """Write comparison.json, comparison.md and the plots.
+
+    Parameters
+    ----------
+    found : the comparison.
+    output : an existing folder.
+
+    Returns
+    -------
+    Path
+        Of comparison.md.
+
+    Raises
+    ------
+    ConfigError
+        The folder cannot be written, or matplotlib is not installed.
+    """
+    page = output / "comparison.md"
+    try:
+        write_atomically(output / "comparison.json", json.dumps(found.to_dict(), indent=2) + "\n")
+        write_atomically(page, comparison_markdown(found))
+        plot_comparison(found, output)
+        if found.budgets is not None:
+            plot_budgets(found.budgets, output / "budgets.png")
+        if found.plans is not None:
+            plot_plans(found.plans, output / "plans.png")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {output}: {error.strerror or error}") from error
+    return page
+
+
+def comparison_markdown(found: Comparison) -> str:
+    """The comparison as text."""
+    parts = ["# Comparison of exit rules"]
+    if found.rows:
+        parts += [comparison_table(found), _table_notes(found)]
+    parts += ["## On traced test samples", *_trace_parts(found.traces)]
+    if found.benchmarks:
+        parts.append("## Benchmarks: gates minus baseline, paired bootstrap")
+        parts.append(_benchmark_differences(found.benchmarks))
+    parts.append("![scores and risk over visual compute](comparison.png)")
+    if found.budgets is not None:
+        parts += ["## At given budgets", budget_markdown(found.budgets), "![rules at budgets](budgets.png)"]
+    if found.plans is not None:
+        parts += ["## Plans", plan_markdown(found.plans), "![plans over visual compute](plans.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def comparison_table(found: Comparison) -> str:
+    """Markdown: one row per rule."""
+    header = ["policy"]
+    for title, one in found.benchmarks.items():
+        metrics = get_benchmark(one.benchmark).headline_metrics
+        header.append(title if len(metrics) == 1 else f"{title} ({' / '.join(metrics)})")
+    header += ["same answer", "exit layer", "visual compute", "prefill time"]
+    return markdown_table(header, [_cells(row, found.benchmarks) for row in found.rows])
+
+
+def _cells(row: PolicyRow, benchmarks: Mapping[str, BenchmarkComparison]) -> list[str]:
+    scores = [" / ".join(spread_text(one, 1) for one in row.scores.get(title, ())) for title in benchmarks]
+    return [
+        row.policy,
+        *(cell or "-" for cell in scores),
+        percentage(row.same_answer),
+        number(row.mean_exit_layer),
+        percentage(row.visual_compute),
+        number(row.prefill_ratio),
+    ]
+
+
+def _table_notes(found: Comparison) -> str:
+    seeds = len(found.gates)
+    return (
+        f"Gates, router and mixture: mean over {seeds} seed{'s' if seeds > 1 else ''} (± deviation). "
+        "The router and the mixture spend what the gates of that seed spent on the same questions. "
+        "Same answer: the whole answer equals the full model's. Exit layer: mean. Prefill time: relative to "
+        f"the full model, taken in turns, vision tower included ({found.machine})."
+    )
+
+
+def _trace_parts(traces: TraceComparison) -> list[str]:
+    over = traces.over_seeds
+    rows = []
+    for rule in ("gates", "router", "fixed", "oracle"):
+        means = over.at_equal_compute[rule]
+        cells = [spread_text(means["risk"], 4)]
+        cells += [spread_text(means[metric], scale=100.0) for metric in ("same_answer", "agreement")]
+        rows.append([BASELINE_LABELS.get(rule, rule), *cells])
+    shares = ", ".join(f"{name} {percentage(share)}" for name, share in traces.within_wording_share.items())
+    return [
+        f"{traces.num_samples} samples about {traces.num_images} images. The gates spend "
+        f"{percentage(over.visual_compute.mean)} of the visual compute; baselines at the same:",
+        markdown_table(["rule", "risk (nats)", "same answer, %", "agreement, %"], rows),
+        "Gates minus baseline (95 % interval over images, mean of the seeds):",
+        _difference_table(over.gates_minus),
+        "Visual compute needed to keep as many answers as the gates: question-only router "
+        f"{number(over.router_over_gates.mean)} x theirs, fixed K {number(over.fixed_over_gates.mean)} x.\n"
+        f"Variance of the needed layer within identical wordings: {shares}.",
+    ]
+
+
+def _difference_table(differences: Mapping[str, Mapping[str, PairedDifference]]) -> str:
+    rows = []
+    for baseline, metrics in differences.items():
+        for metric, found in metrics.items():
+            nats = metric == "risk"
+            text = difference_text(found, 4) if nats else difference_text(found, scale=100.0)
+            unit = "nats" if nats else "points"
+            rows.append([BASELINE_LABELS[baseline], f"{metric.replace('_', ' ')}, {unit}", text])
+    return markdown_table(["baseline", "metric", "difference [95 %]"], rows)
+
+
+def _benchmark_differences(benchmarks: Mapping[str, BenchmarkComparison]) -> str:
+    rows = []
+    for title, one in benchmarks.items():
+        if not one.gates_minus:
+            rows.append([title, "not graded here", "-", "-", "-"])
+        for baseline, found in one.gates_minus.items():
+            rows.append([title, BASELINE_LABELS[baseline], one.score_name, difference_text(found), one.unit])
+    return markdown_table(["benchmark", "baseline", "score", "difference [95 %]", "resampled"], rows)

@@ -1,0 +1,95 @@
+"""``dyvte compare`` and ``dyvte search-plan`` together: plans chosen on one search and judged on another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dyvte.cli import main
+from dyvte.gates import GateConfig, GateStack, uniform_offsets
+from tests.helpers.fixtures import write_mini_gqa
+from tests.helpers.models import random_image, tiny_llava
+
+LAYERS, QUESTIONS = 4, ("is it red ?", "how many rings ?", "what colour is it ?")
+SPLITS = {"train": 18, "calibration": 12, "test": 12}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A tiny backbone, gates, three splits, and a benchmark."""
+    root = tmp_path_factory.mktemp("world")
+    model, processor = tiny_llava(LAYERS)
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    config = GateConfig(
+        num_layers=LAYERS,
+        hidden_size=32,
+        offsets=uniform_offsets(LAYERS),
+        training={"objective": {"lam": 0.1, "span": 1.0}},
+    )
+    GateStack.init(config, seed=0).save_pretrained(root / "gates")
+    (root / "images").mkdir()
+    for seed, (split, count) in enumerate(SPLITS.items()):
+        records = []
+        for n in range(count):
+            name = f"{split}-{n // 2}.png"
+            random_image(100 * seed + n // 2).save(root / "images" / name)
+            turns = [
+                {"from": "human", "value": f"<image>\n{QUESTIONS[n % 3]}"},
+                {"from": "gpt", "value": "red"},
+            ]
+            records.append({"id": f"{split}-{n}", "image": name, "conversations": turns})
+        (root / f"{split}.json").write_text(json.dumps(records))
+    write_mini_gqa(root / "gqa", questions=6, images=3)
+    return root
+
+
+def traced(world: Path, split: str, command: str, output: Path, *further: str) -> None:
+    given = {
+        "--model": world / "model", "--data_path": world / f"{split}.json", "--output": output,
+        "--image_folder": world / "images", "--max_new_tokens": 3, "--teacher_batch_size": 6,
+    }  # fmt: skip
+    assert main([command, *(str(word) for pair in given.items() for word in pair), *further]) == 0
+
+
+def test_a_whole_comparison(world: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("dyvte.comparison.tuned_router.ROUTER_MIN_STEPS", 20)
+    for split in SPLITS:
+        traced(world, split, "trace", tmp_path / f"trace-{split}")
+    for split in ("calibration", "test"):
+        further = ["--reduction", "fastv:2:0.5", "--budget", "0.5", "--gates", str(world / "gates")]
+        traced(world, split, "search-plan", tmp_path / "plans" / split, *further)
+    settings = {
+        "--model": world / "model", "--gates": world / "gates", "--image-folder": world / "images",
+        "--output": tmp_path / "out", "--benchmark": f"mini-GQA:gqa={world / 'gqa'}", "--budgets": "0.6,0.3",
+        "--plans": tmp_path / "plans", "--template": "chat", "--timing-batches": 1, "--timing-repeats": 1,
+        "--search-samples": 4, "--num-draws": 100, "--sweep-questions": 0, "--max-new-tokens": 3,
+        **{f"--data-{split}": world / f"{split}.json" for split in SPLITS},
+        **{f"--traces-{split}": tmp_path / f"trace-{split}" for split in SPLITS},
+    }  # fmt: skip
+    command = ["compare", *(str(word) for pair in settings.items() for word in pair)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for title in ("| policy ", "| mini-GQA ", "## At given budgets", "## Plans", "| DyVTE gates "):
+        assert title in shown
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    plans = found["plans"]
+    assert (plans["num_calibration"], plans["num_test"], plans["num_images"], plans["num_seeds"]) == (
+        12,
+        12,
+        6,
+        1,
+    )
+    assert {one["budget"] for one in plans["methods"]} == {0.3, 0.6}
+    assert any("fastv" in plan for one in plans["methods"] for plan in one["plans"])
+    assert (tmp_path / "out" / "plans.png").is_file()
+    # a search that lacks a combination is named, before anything is loaded
+    monkeypatch.setattr("dyvte.comparison.compare.load_asker", lambda config: pytest.fail("loaded"))
+    (tmp_path / "plans" / "test" / "plans.json").write_text('{"plans": [{"reduction": "none"}]}')
+    assert main(command) == 2
+    assert "lacks traces of fastv:2:0.5" in capsys.readouterr().err
+    (tmp_path / "plans" / "test" / "plans.json").unlink()
+    assert main(command) == 2
+    assert "dyvte search-plan --output" in capsys.readouterr().err
