@@ -13,6 +13,7 @@ from dyvte.analysis import AnalysisConfig
 from dyvte.commands.options import add_settings, config_from
 from dyvte.commands.parser import Formatter, Parser
 from dyvte.commands.training_options import TRAINING_NAMES
+from dyvte.comparison.compare import CompareConfig
 from dyvte.config import open_group
 from dyvte.errors import ConfigError
 from dyvte.evaluation.runner import EvalConfig
@@ -157,7 +158,7 @@ def test_help_reads_the_registries():
     assert all(usage in sub for usage in POLICIES.usages())
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, EvalConfig, AnalysisConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, EvalConfig, AnalysisConfig, CompareConfig])
 def test_every_setting_says_what_it_is(cls):
     silent = [one.key for one in settings_of(cls) if not one.text]
     assert not silent, silent
