@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -32,6 +32,44 @@ Result = TypeVar("Result")
 PATIENCE = timedelta(days=2)
 """How long a process waits for another: it may be hours behind with its share of a teacher pass."""
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Launch(NamedTuple):
+    """Which process of how many this is: over all machines, and on its own machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def launch() -> Launch:
+    """What the launcher's variables say; alone without any.
+
+    Raises
+    ------
+    ConfigError
+        If they are incomplete, or no numbers.
+    """
+    found: dict[str, int] = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        text = os.environ.get(name)
+        try:
+            if text is not None:
+                found[name] = int(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"the variable {name} is {text!r}: expected the number a launcher sets"
+            ) from error
+    world_size = found.get("WORLD_SIZE", 1)
+    if world_size == 1:
+        return Launch(0, 1, found.get("LOCAL_RANK", 0))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set: start several processes with "
+            "torchrun, deepspeed or accelerate launch"
+        )
+    return Launch(found["RANK"], world_size, found.get("LOCAL_RANK", found["RANK"]))
 
 
 def own_device(local_rank: int = 0) -> torch.device:
@@ -149,7 +187,7 @@ def join_processes(*, engine: bool = False) -> Iterator[Processes]:
     ConfigError
         If the launcher's variables are incomplete, or ``engine`` is asked for and DeepSpeed is not installed.
     """
-    rank, world_size, local_rank = _launch()
+    rank, world_size, local_rank = launch()
     if not engine and world_size == 1:
         yield Processes(device=own_device(local_rank))
         return
@@ -200,30 +238,6 @@ def import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
-
-
-def _launch() -> tuple[int, int, int]:
-    """Rank, number of processes and local rank, from the launcher's variables; alone without any."""
-    found: dict[str, int] = {}
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        text = os.environ.get(name)
-        try:
-            if text is not None:
-                found[name] = int(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"the variable {name} is {text!r}: expected the number a launcher sets"
-            ) from error
-    world_size = found.get("WORLD_SIZE", 1)
-    if world_size == 1:
-        return 0, 1, found.get("LOCAL_RANK", 0)
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set: start several processes with "
-            "torchrun, deepspeed or accelerate launch"
-        )
-    return found["RANK"], world_size, found.get("LOCAL_RANK", found["RANK"])
 
 
 def _launch_variables(rank: int, world_size: int, local_rank: int) -> list[str]:

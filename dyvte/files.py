@@ -1,8 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -31,3 +33,37 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def publish_folder(writing: Path, final: Path) -> None:
+    """Give a folder that was written under another name, beside it, its own: whole, also after a power cut.
+
+    A folder that has the name already is removed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be done.
+    """
+    for path in writing.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(writing, final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the renaming survive a power cut, where the system can do that for folders."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)

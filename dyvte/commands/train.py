@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from dyvte.commands.training_options import add_training, config_of
 
 if TYPE_CHECKING:
+    from dyvte.distributed import Launch
     from dyvte.training.config import TrainConfig
     from dyvte.training.lora.train import LoraResult
     from dyvte.training.train import TrainResult
@@ -55,26 +56,28 @@ def run(args: argparse.Namespace) -> int:
     import logging
     import warnings
 
+    from dyvte.distributed import launch
+
     cfg = config_of(args, ["lora.enabled=true"] if args.lora else [])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # One for every collective of ZeRO-3; DeepSpeed's to mend.
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*is deprecated", FutureWarning)
-    first, world_size = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
+    started = launch()
     if cfg.lora.enabled:
-        return _run_lora(cfg, args.dry_run, first)
+        return _run_lora(cfg, args.dry_run, started)
     if args.dry_run:
         from dyvte.training.dryrun import describe_dry_run, dry_run
 
-        if first:
-            print(describe_dry_run(dry_run(cfg, world_size)))
+        if started.rank == 0:
+            print(describe_dry_run(dry_run(cfg, started.world_size)))
         return 0
     from dyvte.training.train import train
 
     result = train(cfg)
-    if first:
+    if started.rank == 0:
         _print_result(result)
-    if world_size > 1:
+    if started.world_size > 1:
         # With ZeRO-3, DeepSpeed's threads may abort the interpreter on its way out, after all work is done.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -82,16 +85,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_lora(cfg: TrainConfig, dry: bool, first: bool) -> int:
+def _run_lora(cfg: TrainConfig, dry: bool, started: Launch) -> int:
     from dyvte.training.lora.dryrun import describe_lora_dry_run, lora_dry_run
     from dyvte.training.lora.train import train_lora
 
     if dry:
-        if first:
-            print(describe_lora_dry_run(lora_dry_run(cfg, int(os.environ.get("WORLD_SIZE", "1")))))
+        if started.rank == 0:
+            print(describe_lora_dry_run(lora_dry_run(cfg, started.world_size)))
         return 0
     result = train_lora(cfg)
-    if first:
+    if started.rank == 0:
         _print_lora(result)
     return 0
 

@@ -7,7 +7,6 @@ model arguments are the fields of `PluginConfig`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from loguru import logger
 from dyvte.data import load_image
 from dyvte.data.defects import named
 from dyvte.data.images import as_rgb
+from dyvte.distributed import launch
 from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.generation import plan_batches
 from dyvte.evaluation.run_log import Answer, exit_row
@@ -44,8 +44,8 @@ class DyvteChat(lmms):
         if not str(batch_size).isdigit():
             raise ConfigError(f"--batch_size {batch_size}: expected a number, batches are not sized by trial")
         config = plugin_config("--model_args", pretrained, **{**arguments, "batch_size": int(batch_size)})
-        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self._answering: Answering | None = Answering(config, int(os.environ.get("LOCAL_RANK", 0)))
+        self._rank, self._world_size, local_rank = launch()
+        self._answering: Answering | None = Answering(config, local_rank)
         self._exits_file = _open_anew(config.exits, self._rank)
 
     @property

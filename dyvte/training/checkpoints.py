@@ -7,7 +7,6 @@ sha256.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -19,6 +18,7 @@ from typing import Any
 
 from dyvte.distributed import Processes
 from dyvte.errors import CheckpointError, ConfigError
+from dyvte.files import publish_folder, write_atomically
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -85,13 +85,8 @@ class Checkpoints:
         for path in files:
             digests[str(path.relative_to(writing))] = _sha256(path)
         text = json.dumps({"state": asdict(state), "sha256": digests}, indent=2)
-        with (writing / STATE).open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-        os.replace(writing, final)
-        _sync_folder(self.folder)
+        write_atomically(writing / STATE, text)
+        publish_folder(writing, final)  # in place of a damaged one of the same step
         for old in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)[self.keep :]:
             doomed = self.folder / f".removing-{old.name}"
             os.replace(old, doomed)
@@ -115,23 +110,7 @@ def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
-        os.fsync(stream.fileno())
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the renaming survive a power cut, where the system can do that for folders."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
 
 
 def check_resumable(found: RunState, now: RunState) -> None:

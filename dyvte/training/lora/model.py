@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import nn
 from dyvte.backbones import describe
 from dyvte.backbones.adapter import LORA_RECORD, import_peft, wrapping_quietly
 from dyvte.errors import ConfigError
+from dyvte.files import publish_folder, write_atomically
 from dyvte.training.lora.config import LoraConfig
 
 
@@ -69,9 +69,5 @@ def save_adapter(model: Any, folder: Path, record: Mapping[str, Any]) -> None:
     writing = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(writing, ignore_errors=True)
     model.save_pretrained(str(writing), save_embedding_layers=False)
-    (writing / LORA_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for path in writing.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed before its summary
-    os.replace(writing, folder)
+    write_atomically(writing / LORA_RECORD, json.dumps(record, indent=2) + "\n")
+    publish_folder(writing, folder)  # in place of that of a start that was killed before its summary
