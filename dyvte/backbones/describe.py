@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dyvte.backbones.adapter import resolve_adapter
@@ -140,6 +141,14 @@ def describe(model: nn.Module, visual_token_ids: Iterable[int] | None = None) ->
         hidden_size=text.hidden_size,
         visual_token_ids=_visual_token_ids(config, visual_token_ids),
     )
+
+
+def model_without_weights(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The modules of a model on the meta device, from its transformers config: shapes, no storage."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code).eval()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyvte.backbones.describe import describe_config, unwrap
+from dyvte.backbones.describe import describe_config, model_without_weights, unwrap
 from dyvte.backbones.encode import encode
 from dyvte.backbones.given_features import takes_features
 from dyvte.backbones.prompts import get_template
@@ -137,11 +137,12 @@ def _placeholders(inputs: dict[str, Tensor], config: Any) -> int:
 
 
 def _without_weights(config: Any) -> nn.Module | None:
-    from transformers import AutoModelForImageTextToText
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
+    if is_deepspeed_zero3_enabled():  # it would be divided among the processes while it is built
+        return None
     try:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config).eval()
+        return model_without_weights(config)
     except Exception as error:
         log.debug("no model without weights: %s", error)
         return None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dyvte.backbones import BackboneConfig, read_model_config, resolve_adapter, set_image_padding
+from dyvte.backbones.describe import model_without_weights
 from dyvte.backbones.given_features import put_stand_in, takes_features
 from dyvte.backbones.load import load_processor
 from dyvte.backbones.sizes import DecoderShape
@@ -45,13 +46,10 @@ class Tokens:
     source: str
 
 
-def model_without_weights(backbone: BackboneConfig) -> Any:
-    """The model's modules on the meta device: shapes, no storage."""
-    from transformers import AutoModelForImageTextToText
-
-    config, trust = read_model_config(backbone), backbone.trust_remote_code
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust).eval()
+def shapes_of(backbone: BackboneConfig) -> Any:
+    """The configured backbone's modules, without weights."""
+    trust = backbone.trust_remote_code
+    model = model_without_weights(read_model_config(backbone), trust_remote_code=trust)
     path, _ = resolve_adapter(backbone.path, backbone.adapter)
     if takes_features(path):
         put_stand_in(model, path)

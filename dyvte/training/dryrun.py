@@ -20,10 +20,10 @@ from dyvte.tracing.estimates import (
     PACKED_BYTES,
     Tokens,
     loaded_dtype,
-    model_without_weights,
     pass_flops,
     pass_seconds,
     sample_tokens,
+    shapes_of,
 )
 from dyvte.tracing.zero import shards_backbone, stage_of
 from dyvte.training.config import TrainConfig
@@ -40,7 +40,7 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     UnsupportedBackboneError
         If there is no model config: for a hub id that is not cached, with what to do.
     """
-    model = model_without_weights(cfg.model)
+    model = shapes_of(cfg.model)
     shape, sizes = describe_config(model.config), decoder_shape(model.config)
     selection = select_samples(cfg.data)
     identity = {"id": cfg.model.path, "fingerprint": shape.fingerprint}

@@ -8,7 +8,7 @@ import torch
 
 from dyvte.backbones import describe_config
 from dyvte.data import select_samples
-from dyvte.tracing.estimates import model_without_weights
+from dyvte.tracing.estimates import shapes_of
 from dyvte.tracing.zero import stage_of
 from dyvte.training.config import TrainConfig
 from dyvte.training.loop import Plan
@@ -20,7 +20,7 @@ from dyvte.training.zero import engine_config
 def lora_dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     """Numbers of the run; raises what the run itself would raise about its data and settings."""
     check_settings(cfg)
-    model = model_without_weights(cfg.model)
+    model = shapes_of(cfg.model)
     shape = describe_config(model.config)
     pattern = target_pattern(model, cfg.lora)
     with torch.device("meta"):
