@@ -129,7 +129,7 @@ def test_a_sharded_backbone_says_what_the_whole_one_says(world: Path, tmp_path: 
     command = [
         "trace", "--model_name_or_path", str(world / "backbone"), "--data_path", str(tmp_path / "data.json"),
         "--image_folder", str(world / "images"), "--max_new_tokens", "6", "--teacher_batch_size", "3",
-        "--max_bad_samples", "1", "--set", "teacher.shard_batches=2", "--output",
+        "--max_bad_samples", "1", "--freeze_every", "2", "--set", "teacher.shard_batches=2", "--output",
     ]  # fmt: skip
     assert main([*command, str(tmp_path / "whole")]) == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

@@ -7,11 +7,13 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from dyvte.backbones import describe, encode, get_template
-from dyvte.errors import DataError
+from dyvte.errors import DataError, UnsupportedBackboneError
 from dyvte.gates import prompt_features
 from dyvte.spans import find_spans
 from dyvte.teacher import trace_exits
+from dyvte.teacher.exits import trace_checked
 from tests.helpers.models import random_image, tiny_llava
+from tests.helpers.passes import close
 
 LAYERS = 4
 QUESTIONS = ["what color is the circle ?", "how many ?", "is there any red square on the left of the image ?"]
@@ -195,6 +197,20 @@ def test_flash_attention_gets_the_masks_it_can_use(backbone) -> None:
     found = trace_exits(other, inputs, answer)
     for name in ("risk", "loss", "features"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-4, rtol=0)
+    # Frozen visual tokens, and rows that share an image.
+    inputs["pixel_values"] = inputs["pixel_values"][[0, 1, 0]]
+    expected = trace_exits(model, inputs, answer, freezes=(0, 2), share_images=False)
+    found = trace_checked(other, inputs, answer, freezes=(0, 2))
+    assert found.num_images == 2
+    close(found.trace, expected)
+    # A word between the visual tokens: flash attention cannot leave it out.
+    ids = inputs["input_ids"].clone()
+    at = (ids == model.config.image_token_id).nonzero().view(3, -1, 2)[:, 3]
+    ids[at[:, 0], at[:, 1]] = 10
+    with pytest.raises(
+        UnsupportedBackboneError, match="flash attention cannot freeze visual tokens of llava"
+    ):
+        trace_exits(other, {**inputs, "input_ids": ids}, answer, freezes=(0,))
 
 
 def test_tracing_and_exits_do_not_mix(backbone) -> None:
