@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 
+from dyvte.commands.parser import Several
+
 EXAMPLES = """
 dyvte compare --config configs/compare_embedded.yaml --gates runs/embedded/gates
 dyvte compare --config configs/compare_embedded.yaml --gates runs/embedded/gates --budgets 0.25:0.85 \\
@@ -26,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from dyvte.comparison.config import CompareConfig
 
     add_settings(parser, CompareConfig, NAMES)
+    for name in ("gqa", "mme"):  # as the embedded benchmarks were named before any could be
+        parser.add_argument(
+            f"--mini-{name}",
+            dest="benchmarks",
+            action=Several,
+            type=lambda root, name=name: [f"mini-{name.upper()}:{name}={root}"],
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,46 +9,29 @@ import pytest
 
 from dyvte.cli import main
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
-from tests.helpers.fixtures import write_mini_gqa
-from tests.helpers.models import random_image, tiny_llava
+from tests.helpers.world import World
 
-LAYERS, QUESTIONS = 4, ("is it red ?", "how many rings ?", "what colour is it ?")
-SPLITS = {"train": 18, "calibration": 12, "test": 12}
+LAYERS = 4
+SPLITS = {"train": range(9), "calibration": range(9, 15), "test": range(15, 21)}
+WORLD = World(gqa=(6, 3), conversations=SPLITS, questions=2)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A tiny backbone, gates, three splits, and a benchmark."""
-    root = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava(LAYERS)
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
+def world(world: Path) -> Path:
+    """With gates for the backbone."""
     config = GateConfig(
         num_layers=LAYERS,
         hidden_size=32,
         offsets=uniform_offsets(LAYERS),
         training={"objective": {"lam": 0.1, "span": 1.0}},
     )
-    GateStack.init(config, seed=0).save_pretrained(root / "gates")
-    (root / "images").mkdir()
-    for seed, (split, count) in enumerate(SPLITS.items()):
-        records = []
-        for n in range(count):
-            name = f"{split}-{n // 2}.png"
-            random_image(100 * seed + n // 2).save(root / "images" / name)
-            turns = [
-                {"from": "human", "value": f"<image>\n{QUESTIONS[n % 3]}"},
-                {"from": "gpt", "value": "red"},
-            ]
-            records.append({"id": f"{split}-{n}", "image": name, "conversations": turns})
-        (root / f"{split}.json").write_text(json.dumps(records))
-    write_mini_gqa(root / "gqa", questions=6, images=3)
-    return root
+    GateStack.init(config, seed=0).save_pretrained(world / "gates")
+    return world
 
 
 def traced(world: Path, split: str, command: str, output: Path, *further: str) -> None:
     given = {
-        "--model": world / "model", "--data_path": world / f"{split}.json", "--output": output,
+        "--model": world / "backbone", "--data_path": world / f"{split}.json", "--output": output,
         "--image_folder": world / "images", "--max_new_tokens": 3, "--teacher_batch_size": 6,
     }  # fmt: skip
     assert main([command, *(str(word) for pair in given.items() for word in pair), *further]) == 0
@@ -62,7 +45,7 @@ def test_a_whole_comparison(world: Path, tmp_path: Path, monkeypatch, capsys) ->
         further = ["--reduction", "fastv:2:0.5", "--budget", "0.5", "--gates", str(world / "gates")]
         traced(world, split, "search-plan", tmp_path / "plans" / split, *further)
     settings = {
-        "--model": world / "model", "--gates": world / "gates", "--image-folder": world / "images",
+        "--model": world / "backbone", "--gates": world / "gates", "--image-folder": world / "images",
         "--output": tmp_path / "out", "--benchmark": f"mini-GQA:gqa={world / 'gqa'}", "--budgets": "0.6,0.3",
         "--plans": tmp_path / "plans", "--template": "chat", "--timing-batches": 1, "--timing-repeats": 1,
         "--search-samples": 4, "--num-draws": 100, "--sweep-questions": 0, "--max-new-tokens": 3,

@@ -19,6 +19,7 @@ from tests.helpers.shown_commands import (
     commented,
     documents,
     in_blocks,
+    in_bodies,
     in_comments,
     in_lines,
     parser_of,
@@ -39,6 +40,13 @@ def test_every_command_in_a_comment_is_one():
     shown = [(file, words) for file in commented() for words in in_comments(file)]
     assert len(shown) > 20
     wrong = [f"{file}: {found}" for file, words in shown if (found := problem(words))]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_command_that_a_script_runs_has_its_options():
+    shown = [(file, words) for file in commented() if file.endswith(".sh") for words in in_bodies(file)]
+    assert {words[1] for _, words in shown} >= {"trace", "calibrate", "search-k", "eval", "compare"}
+    wrong = [f"{file}: {found}" for file, words in shown if (found := problem(words, whole=False))]
     assert not wrong, "\n".join(wrong)
 
 

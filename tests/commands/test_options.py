@@ -178,6 +178,12 @@ def test_inherited_texts_are_found():
     assert required == ["model.path", "benchmark", "data", "output"]
 
 
+def test_the_comparison_takes_its_embedded_benchmarks_by_their_former_names():
+    words = ["compare", "--mini-gqa", "a", "--benchmark", "pope=b", "c:mme=d", "--mini_mme", "e"]
+    expected = ["mini-GQA:gqa=a", "pope=b", "c:mme=d", "mini-MME:mme=e"]
+    assert parser_of("compare").parse_args(words).benchmarks == expected
+
+
 def test_the_prompt_template_is_template_everywhere_and_llava_s_name_of_it_serves_in_train():
     words = ["train", "--model", "m", "--version", "v1"]
     assert vars(parser_of("train").parse_args(words))["teacher.template"] == "v1"

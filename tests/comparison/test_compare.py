@@ -25,8 +25,9 @@ from dyvte.reporting.comparison import comparison_markdown, write_comparison
 from dyvte.reporting.comparison_plots import panels_of
 from dyvte.tasks.base import ungraded
 from dyvte.teacher.trace import Trace
-from tests.helpers.fixtures import QUESTIONS, write_mini_gqa, write_mini_mme
-from tests.helpers.models import random_image, tiny_llava
+from tests.helpers.fixtures import QUESTIONS
+from tests.helpers.models import random_image
+from tests.helpers.world import World
 
 LAYERS, HIDDEN, LAM = 6, 16, 0.2
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,18 +160,18 @@ def _image_seed(split: str, n: int) -> int:
     return 1000 * ("train", "calibration", "test").index(split) + n
 
 
+WORLD = World(gqa=(24, 6), mme=3)
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A tiny backbone on disk, traced splits, benchmarks, gates of two seeds."""
+def world(world):
+    """With traced splits, and gates of two seeds."""
     from dyvte.backbones import load_backbone
     from dyvte.data import open_conversations, select
     from dyvte.teacher import Teacher, TeacherConfig, write_traces
 
-    root = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava(4, 32)
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
-    teacher = Teacher(*load_backbone(root / "model"), TeacherConfig(template="chat", max_new_tokens=4))
+    root = world
+    teacher = Teacher(*load_backbone(root / "backbone"), TeacherConfig(template="chat", max_new_tokens=4))
     for split, count in (("train", 36), ("calibration", 30), ("test", 24)):
         _write_split(root, split, count)
         selection = select(open_conversations(root / f"{split}.json"))
@@ -184,14 +185,12 @@ def world(tmp_path_factory):
             training={"objective": {"lam": 0.1, "span": 1.0}, "epochs": 2.0},
         )
         GateStack.init(config, seed).save_pretrained(root / f"gates-{seed}")
-    write_mini_gqa(root / "gqa")
-    write_mini_mme(root / "mme")
     return root
 
 
 def _config(world, output, **changes):
     settings = CompareConfig(
-        model=BackboneConfig(path=str(world / "model")),
+        model=BackboneConfig(path=str(world / "backbone")),
         gates=(str(world / "gates-0"), str(world / "gates-1")),
         output=output,
         image_folder=world / "images",

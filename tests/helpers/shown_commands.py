@@ -67,6 +67,17 @@ def in_comments(file: str) -> list[list[str]]:
     return [words for words in split(block) if words[0] in ("dyvte", "bash", "python", "torchrun")]
 
 
+def in_bodies(script: str) -> list[list[str]]:
+    """dyvte's commands that a shell script runs; what they are given may be variables."""
+    text = (ROOT / script).read_text(encoding="utf-8")
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    found = []
+    for words in split(lines):
+        runs = [n for n, word in enumerate(words) if word == "dyvte" and words[n + 1 : n + 2]]
+        found += [words[n:] for n in runs if words[n + 1] in COMMANDS]
+    return found
+
+
 def split(block: str) -> list[list[str]]:
     """Commands of shell text, without comments and variables set before them."""
     found = []

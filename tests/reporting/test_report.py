@@ -18,8 +18,9 @@ from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.reporting.page import markdown_text
 from dyvte.reporting.sections import read_sections
 from dyvte.tasks.base import get_benchmark
-from tests.helpers.fixtures import write_mini_gqa, write_mini_mme
+from tests.helpers.fixtures import write_mini_gqa
 from tests.helpers.models import tiny_llava
+from tests.helpers.world import World
 
 LAYERS = 4
 HOSTILE = (
@@ -30,21 +31,22 @@ KEPT = {"never": 0.75, "fixed-2": 0.5, "fixed-1": 0.25}
 """Share of the questions that each run is made to answer rightly."""
 
 
+WORLD = World(gqa=(24, 8), mme=4)
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Runs whose answers are rewritten by a rule, so that every figure is known."""
-    root = tmp_path_factory.mktemp("report")
+def world(world):
+    """With runs whose answers are rewritten by a rule, so that every metric is known."""
+    root = world
     model, processor = tiny_llava(LAYERS)
     asker = Asker(model, processor, get_template("chat", processor), max_new_tokens=2)
     config = GateConfig(num_layers=LAYERS, hidden_size=32, offsets=uniform_offsets(LAYERS), threshold=0.45)
     GateStack.init(config, seed=1).save_pretrained(root / "gates")
-    write_mini_gqa(root / "gqa", questions=24, images=8)
     path = root / "gqa" / "testdev_balanced_questions.json"
     entries = json.loads(path.read_text())
     entries["00000"]["question"] = HOSTILE
     entries["00003"]["types"]["detailed"] = HOSTILE
     path.write_text(json.dumps(entries))
-    write_mini_mme(root / "mme", images=4)
     for name in ("gqa", "mme"):
         policies = [*POLICIES, f"gates:{root / 'gates'}"]
         settings = EvalConfig(
