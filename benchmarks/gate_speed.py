@@ -101,6 +101,7 @@ def main() -> None:
             training.run(0, lambda step, metrics: None, lambda steps: None)
             profiler.disable()
             rates.append(60 * args.epochs / (time.perf_counter() - start))
+            print(f"round {len(rates)} of {args.rounds}: {rates[-1]:.1f} epochs a minute", flush=True)
             seconds.append((time.process_time() - user) / args.epochs)
             training.close()
     rates.sort()

@@ -29,6 +29,7 @@ from common import (
 )
 
 import dyvte
+from dyvte.progress import progress
 
 VARIANTS = ("full", "VTW", "DyVTE")
 NEW_TOKENS = 4
@@ -64,9 +65,11 @@ def measure_apart(args: argparse.Namespace) -> dict[str, dict[str, int]]:
     for option in options:
         command += [f"--{option}", str(getattr(args, option))]
     found = {}
-    for name in VARIANTS:
-        output = subprocess.run([*command, "--only", name], check=True, stdout=subprocess.PIPE, text=True)
-        found[name] = json.loads(output.stdout.splitlines()[-1])
+    with progress(len(VARIANTS), "memory", "process") as advance:
+        for name in VARIANTS:
+            output = subprocess.run([*command, "--only", name], check=True, stdout=subprocess.PIPE, text=True)
+            found[name] = json.loads(output.stdout.splitlines()[-1])
+            advance(1)
     return found
 
 
@@ -96,9 +99,9 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure_here(args, args.only)))
         return
-    found = measure_apart(args)
     setting = setting_of(args, exit_layer=f"{args.layers // 2} of {args.layers}")
     print_setting(setting)
+    found = measure_apart(args)
     print(f"{'':10} {'KV cache':>12} {'/ full':>7} {'peak above the model':>22} {'/ full':>7}")
     for name, one in found.items():
         shares = [one[what] / found["full"][what] for what in ("kv", "peak")]

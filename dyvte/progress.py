@@ -58,7 +58,7 @@ class _Lines:
 
     def __init__(self, total: int | None, description: str, unit: str, done: int, delay: float) -> None:
         self.total, self.description, self.unit = total, description, unit
-        self.done = self.initial = done
+        self.done = self.initial = self.shown = done
         self.started = time.monotonic()
         self.quiet_until = self.started + delay
         self.due = max(self.quiet_until, self.started + SECONDS)
@@ -74,12 +74,13 @@ class _Lines:
     def close(self) -> None:
         """Say how far it came."""
         now = time.monotonic()
-        if now >= self.quiet_until and self.done > self.initial:
+        if now >= self.quiet_until and self.done > self.shown:
             self._print(now)
 
     def _print(self, now: float) -> None:
         from tqdm import tqdm
 
+        self.shown = self.done
         form = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
         text = tqdm.format_meter(
             self.done,

@@ -45,6 +45,14 @@ def test_a_log_gets_a_line_every_few_seconds(monkeypatch, clock):
     assert "8.00sample/s" in lines[-1]
 
 
+def test_the_end_is_not_said_twice(monkeypatch, clock):
+    monkeypatch.setattr("sys.stderr", log := io.StringIO())
+    with progress(4, "teacher", "sample") as advance:
+        clock.now += 100
+        advance(4)
+    assert len(log.getvalue().splitlines()) == 1
+
+
 def test_what_was_done_before_does_not_count_as_fast(monkeypatch, clock):
     monkeypatch.setattr("sys.stderr", log := io.StringIO())
     with progress(100, "gates", "step", done=90) as advance:
