@@ -9,6 +9,7 @@ from dyvte.calibration.apply import (
     write_calibration,
     write_fixed_layer,
 )
+from dyvte.calibration.choosing import Frontier, best_frontier
 from dyvte.calibration.compute import threshold_for_budget, threshold_for_compute
 from dyvte.calibration.operating_points import at_exit, gate_logits
 from dyvte.calibration.path import ThresholdPath, at_schedule, threshold_at
@@ -20,11 +21,13 @@ from dyvte.costs.visual import visual_compute
 
 __all__ = [
     "Calibration",
+    "Frontier",
     "LayerSearch",
     "RiskThreshold",
     "ThresholdPath",
     "at_exit",
     "at_schedule",
+    "best_frontier",
     "calibrate_compute",
     "calibrate_risk",
     "certified_threshold",
