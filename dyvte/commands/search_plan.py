@@ -23,6 +23,8 @@ dyvte eval --config configs/eval_embedded.yaml --policy fixed:6 --reduction fast
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dyvte search-plan``."""
+    from dyvte.reductions import REDUCTIONS
+
     parser.add_argument(
         "--budget",
         type=float,
@@ -35,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduction",
         action="append",
-        help="combination to try, such as fastv:2:0.5+neighbours:2; several; default: a set for the backbone",
+        help="combination to try, such as fastv:2:0.5+neighbours:2; several; default: a set for it. "
+        f"Forms: {' | '.join(REDUCTIONS.usages())}",
     )
     parser.add_argument("--output", required=True, help="folder for traces and results (required)")
     parser.add_argument("--dry-run", action="store_true", help="list what would be traced, and exit")

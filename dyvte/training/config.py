@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dyvte.gates import ARCHITECTURES
+from dyvte.gates import ARCHITECTURES, FEATURES
 from dyvte.objectives import OBJECTIVES, ExpectedRisk, Objective
 from dyvte.tracing import TracingConfig
 from dyvte.training.lora.config import LoraConfig
@@ -22,7 +22,7 @@ class GatesConfig:
     """Architecture of new gates."""
     hidden_size: int = 0
     """Width of new gates; 0: the architecture's own."""
-    features: tuple[str, ...] = ()
+    features: tuple[str, ...] = field(default=(), metadata={"choices": FEATURES})
     """What new gates read, out of ``teacher.features``; empty: all of it. A sweep needs one trace only."""
 
 
