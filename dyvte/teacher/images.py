@@ -239,6 +239,8 @@ def find_images(
         And why rows that hold the same image do not share it; None where there is no such reason.
     """
     whole = WholeRows(spans, slots, hidden_BND)
+    if not spans.visual_BN.any():
+        return whole, None
     image_B, rows_G = same_images(spans, hidden_BND, call.kwargs)
     if len(rows_G) == whole.num_images:
         return whole, None

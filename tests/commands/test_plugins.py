@@ -234,7 +234,7 @@ def test_local_tasks_ask_and_generate_as_dyvte_eval_does(name):
     task = yaml.load((folder / f"{name}_local.yaml").read_text(), Loader)  # noqa: S506 a SafeLoader
     assert task["lmms_eval_specific_kwargs"]["default"]["post_prompt"] == get_benchmark(name).suffix
     generation = task["generation_kwargs"]
-    assert generation["max_new_tokens"] == EvalConfig.max_new_tokens
+    assert generation["max_new_tokens"] == get_benchmark(name).max_new_tokens
     assert (generation["until"], generation["do_sample"]) == ([], False)
     scenes = yaml.load((folder / f"{name}_scenes.yaml").read_text(), Loader)  # noqa: S506 a SafeLoader
     embedded = yaml.safe_load((ROOT / "configs" / "eval_embedded.yaml").read_text())
