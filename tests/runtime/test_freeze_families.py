@@ -46,9 +46,10 @@ def check(family, attention, freezes, exits, **options):
     assert run.exit_layers.tolist() == exits
     for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
         assert (a - b).abs().max() < 1e-4, (freezes, exits, step)
-    # frozen rows must differ from the full model, or this proves nothing
+    # frozen rows must differ from the full model, or this proves nothing; what the last layer makes of visual
+    # tokens nobody reads
     change_B = (got.logits[0] - stock(family, attention).logits[0]).abs().amax(1)
-    assert all(change_B[row] > 1e-3 for row in (0, 2) if freezes[row] < LAYERS)
+    assert all(change_B[row] > 1e-3 for row in (0, 2) if freezes[row] < LAYERS - 1 or exits[row] < LAYERS)
 
 
 @pytest.mark.parametrize("attention", FAST)
