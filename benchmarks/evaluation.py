@@ -25,7 +25,7 @@ from common import Report, Times, arguments, interleaved, ratio, setting_of
 
 from dyvte.backbones import generate_greedily, get_template, load_backbone
 from dyvte.evaluation.generation import (
-    Asker,
+    Pipeline,
     answer,
     encode_questions,
     encoded_batches,
@@ -40,26 +40,34 @@ Answers = dict[str, str]
 
 
 @torch.inference_mode()
-def reference_way(questions: Sequence[Question], prompts: Sequence[str], asker: Asker) -> Answers:
+def reference_way(questions: Sequence[Question], prompts: Sequence[str], pipeline: Pipeline) -> Answers:
     """One question at a time, attention weights of all layers and steps returned."""
     found = {}
     for question, prompt in zip(questions, prompts, strict=True):
-        inputs = encode_questions(asker, [question], [prompt]).inputs
+        inputs = encode_questions(pipeline, [question], [prompt]).inputs
         given = generate_greedily(
-            asker.model, inputs, asker.max_new_tokens, output_attentions=True, return_dict_in_generate=True
+            pipeline.model,
+            inputs,
+            pipeline.max_new_tokens,
+            output_attentions=True,
+            return_dict_in_generate=True,
         )
         new = given.sequences[:, inputs["input_ids"].shape[1] :]
-        found[question.id] = asker.processor.tokenizer.batch_decode(new, skip_special_tokens=True)[0]
+        found[question.id] = pipeline.processor.tokenizer.batch_decode(new, skip_special_tokens=True)[0]
     return found
 
 
 def batched_way(
-    questions: Sequence[Question], prompts: Sequence[str], asker: Asker, named: NamedPolicy, batch_size: int
+    questions: Sequence[Question],
+    prompts: Sequence[str],
+    pipeline: Pipeline,
+    named: NamedPolicy,
+    batch_size: int,
 ) -> Answers:
     """As ``dyvte eval`` asks."""
-    plan = plan_batches(asker, prompts, batch_size)
-    batches = encoded_batches(asker, questions, prompts, plan, range(len(plan)))
-    given = (one for batch in batches for one in answer(asker, batch, named.exits()))
+    plan = plan_batches(pipeline, prompts, batch_size)
+    batches = encoded_batches(pipeline, questions, prompts, plan, range(len(plan)))
+    given = (one for batch in batches for one in answer(pipeline, batch, named.exits()))
     return {one.question_id: one.prediction for one in given}
 
 
@@ -83,12 +91,12 @@ class Way:
         return (time.perf_counter() - start) / len(part)
 
 
-def load(args: argparse.Namespace, attention: str) -> Asker:
+def load(args: argparse.Namespace, attention: str) -> Pipeline:
     """The backbone with one attention function."""
     model, processor = load_backbone(
         args.model, dtype=args.dtype, device=args.device, attn_implementation=attention
     )
-    return Asker(model, processor, get_template("auto", processor), args.max_new_tokens)
+    return Pipeline(model, processor, get_template("auto", processor), args.max_new_tokens)
 
 
 def main() -> None:

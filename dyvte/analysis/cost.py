@@ -63,18 +63,18 @@ def study(subject: Subject) -> Findings:
 
 def peak_memory(subject: Subject, policies: Sequence[NamedPolicy]) -> dict[str, int | None]:
     """Bytes that answering the longest batch allocates over the model, by policy; None but on a GPU."""
-    if subject.asker.device.type != "cuda":
+    if subject.pipeline.device.type != "cuda":
         return {named.name: None for named in policies}
     prompts = subject.prompts(subject.questions)
-    plan = plan_batches(subject.asker, prompts, subject.config.batch_size)
-    (batch,) = encoded_batches(subject.asker, subject.questions, prompts, plan, [0])
+    plan = plan_batches(subject.pipeline, prompts, subject.config.batch_size)
+    (batch,) = encoded_batches(subject.pipeline, subject.questions, prompts, plan, [0])
     peaks: dict[str, int | None] = {}
     for named in policies:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        answer(subject.asker, batch, named.exits())
+        answer(subject.pipeline, batch, named.exits())
         peaks[named.name] = torch.cuda.max_memory_allocated() - before
     return peaks
 

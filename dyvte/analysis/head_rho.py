@@ -23,7 +23,7 @@ DEFINITION = (
 
 def study(subject: Subject) -> Findings:
     """One stock pass."""
-    profile = measure_profile(subject.asker.model, (batch.inputs for batch in subject.batches()))
+    profile = measure_profile(subject.pipeline.model, (batch.inputs for batch in subject.batches()))
     rho_LH = profile.rho_SLH.double().mean(0)
     rows = [
         [str(k + 1), *(f"{value:.3f}" for value in (row.min(), row.median(), row.max()))]

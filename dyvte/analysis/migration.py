@@ -17,7 +17,7 @@ from dyvte.analysis.outcomes import (
 )
 from dyvte.analysis.subject import Subject
 from dyvte.errors import ConfigError
-from dyvte.evaluation.generation import answer, encode_questions, pictures, plan_batches
+from dyvte.evaluation.generation import answer, encode_questions, plan_batches, question_images
 from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.scores import FULL_MODEL
 from dyvte.progress import progress
@@ -70,10 +70,10 @@ def blind_answers(subject: Subject) -> list[Answer]:
     prompts = subject.prompts(questions)
     answers: dict[str, Answer] = {}
     with progress(len(questions), "without image", "answer") as advance:
-        for rows in plan_batches(subject.asker, prompts, subject.config.batch_size):
+        for rows in plan_batches(subject.pipeline, prompts, subject.config.batch_size):
             chosen = [questions[row] for row in rows]
-            batch = encode_questions(subject.asker, chosen, [prompts[row] for row in rows])
-            answers.update((one.question_id, one) for one in answer(subject.asker, batch, VisualExit()))
+            batch = encode_questions(subject.pipeline, chosen, [prompts[row] for row in rows])
+            answers.update((one.question_id, one) for one in answer(subject.pipeline, batch, VisualExit()))
             advance(len(rows))
     return [answers[question.id] for question in questions]
 
@@ -88,12 +88,12 @@ def blanked(questions: Sequence[Question], subject: Subject) -> list[Question]:
     """
     if any(question.video is not None for question in questions):
         raise ConfigError("blank pictures stand in for images only; this benchmark asks about videos")
-    color = _mean_color(subject.asker.processor)
+    color = _mean_color(subject.pipeline.processor)
     return [_blanked(question, subject, color) for question in questions]
 
 
 def _blanked(question: Question, subject: Subject, color: tuple[int, int, int]) -> Question:
-    sizes = [picture.size for picture in pictures(question, subject.asker.num_frames)]
+    sizes = [picture.size for picture in question_images(question, subject.pipeline.num_frames)]
     images = tuple(_blank(subject.config.output / "blank", size, color) for size in sizes)
     return dataclasses.replace(question, image=images[0], more_images=images[1:])
 

@@ -18,11 +18,11 @@ import dyvte
 from dyvte.backbones import Backbone, describe, fingerprint, weights_digest
 from dyvte.calibration import LayerSearch, search_exit_layer
 from dyvte.errors import ConfigError, UnsupportedBackboneError
-from dyvte.evaluation.generation import Asker, Batch, encoded_batches, plan_batches
+from dyvte.evaluation.generation import Batch, Pipeline, encoded_batches, plan_batches
 from dyvte.evaluation.runner import (
     EvalConfig,
     PolicyResult,
-    load_asker,
+    load_pipeline,
     prompts_of,
     run_policies,
 )
@@ -76,7 +76,7 @@ class Subject:
     """A loaded backbone, the questions put to it, and the settings."""
 
     config: AnalysisConfig
-    asker: Asker
+    pipeline: Pipeline
     benchmark: Benchmark
     questions: Sequence[Question]
     _memory: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -84,7 +84,7 @@ class Subject:
     @cached_property
     def backbone(self) -> Backbone:
         """The model and its parts."""
-        return describe(self.asker.model)
+        return describe(self.pipeline.model)
 
     @property
     def num_layers(self) -> int:
@@ -125,9 +125,9 @@ class Subject:
         """Encoded prompts, of the sampled questions if none are given."""
         questions = self.sampled if questions is None else questions
         prompts = self.prompts(questions)
-        plan = plan_batches(self.asker, prompts, self.config.batch_size)
+        plan = plan_batches(self.pipeline, prompts, self.config.batch_size)
         with progress(len(questions), "prompts", "question") as advance:
-            for batch in encoded_batches(self.asker, questions, prompts, plan, range(len(plan))):
+            for batch in encoded_batches(self.pipeline, questions, prompts, plan, range(len(plan))):
                 yield batch
                 advance(len(batch.question_ids))
 
@@ -141,7 +141,7 @@ class Subject:
         for named in policies:
             try:
                 named.check(self.num_layers, self.backbone.hidden_size)
-                with named.exits()(self.asker.model):
+                with named.exits()(self.pipeline.model):
                     pass
                 good.append(named)
             except (UnsupportedBackboneError, ConfigError) as error:
@@ -164,7 +164,7 @@ class Subject:
         others = [named for named in policies if named.name != FULL_MODEL]
         changes = {} if timed else {"timing_batches": 0}
         results = run_policies(
-            self.asker,
+            self.pipeline,
             self.benchmark,
             self.questions if questions is None else questions,
             [*full, *others],
@@ -177,7 +177,7 @@ class Subject:
         """Mean KL(exit at k || full) on the last prompt position of the sampled questions, one pass; kept."""
         if "search" not in self._memory:
             inputs = (batch.inputs for batch in self.batches())
-            self._memory["search"] = search_exit_layer(self.asker.model, inputs)
+            self._memory["search"] = search_exit_layer(self.pipeline.model, inputs)
         return self._memory["search"]
 
     def about(self) -> dict[str, Any]:
@@ -187,8 +187,8 @@ class Subject:
         return {
             "backbone": model.path,
             **adapter,
-            "fingerprint": fingerprint(self.asker.model),
-            "weights": weights_digest(self.asker.model),
+            "fingerprint": fingerprint(self.pipeline.model),
+            "weights": weights_digest(self.pipeline.model),
             "layers": self.num_layers,
             "benchmark": self.benchmark.name,
             "questions": len(self.questions),
@@ -202,7 +202,7 @@ def open_subject(config: AnalysisConfig) -> Subject:
     """Load questions and backbone."""
     benchmark = get_benchmark(config.benchmark)
     questions = benchmark.load(config.data, config.limit)
-    return Subject(config, load_asker(config), benchmark, questions)
+    return Subject(config, load_pipeline(config), benchmark, questions)
 
 
 def gates_of(subject: Subject) -> Mapping[str, str]:

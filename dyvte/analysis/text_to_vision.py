@@ -46,7 +46,7 @@ def study(subject: Subject) -> Findings:
     """One pass with attention."""
     found = TextToVision(subject.num_layers)
     watch(subject, found.see)
-    tokenizer = subject.asker.processor.tokenizer
+    tokenizer = subject.pipeline.processor.tokenizer
     questions = [
         {
             "question_id": question_id,

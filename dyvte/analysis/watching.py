@@ -86,7 +86,7 @@ def watch(subject: Subject, see: See, *, answered: bool = False) -> None:
         inputs: dict[str, Any] = batch.inputs
         answer_BN = None
         if answered:
-            inputs, answer_BN = greedy_answers(subject.asker.model, inputs, subject.config.max_new_tokens)
+            inputs, answer_BN = greedy_answers(subject.pipeline.model, inputs, subject.config.max_new_tokens)
         spans = find_spans(
             inputs["input_ids"].cpu(),
             backbone.visual_token_ids,
@@ -104,7 +104,7 @@ def watch(subject: Subject, see: See, *, answered: bool = False) -> None:
                 lambda index, weights, at=watched: see(at, index, weights.mean(1, dtype=torch.float32).cpu()),
             ):
                 given = forward_inputs(backbone, inputs, spans.valid_BN.to(inputs["input_ids"].device))
-                subject.asker.model(**given, use_cache=False, logits_to_keep=1)
+                subject.pipeline.model(**given, use_cache=False, logits_to_keep=1)
         finally:
             for undo in vision.undo:
                 undo()

@@ -37,9 +37,9 @@ from dyvte.comparison.tuned_router import best_router, train_router_candidates, 
 from dyvte.comparison.vtw import VtwChoice, choose_vtw
 from dyvte.config import dump_config
 from dyvte.errors import ConfigError
-from dyvte.evaluation.generation import Asker, encoded_batches, plan_batches
+from dyvte.evaluation.generation import Pipeline, encoded_batches, plan_batches
 from dyvte.evaluation.latency import PrefillTimes, machine, measure_prefill, spread_batches
-from dyvte.evaluation.runner import load_asker, prompts_of
+from dyvte.evaluation.runner import load_pipeline, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL, Machine
 from dyvte.progress import progress
 from dyvte.tasks.base import get_benchmark
@@ -115,7 +115,7 @@ def compare(config: CompareConfig) -> Comparison:
     dump_config(config, config.output / CONFIG_FILE)
     if config.plans is not None:  # before hours of work, not after
         shared_reductions(*_searches(config))
-    asker = load_asker(config)
+    pipeline = load_pipeline(config)
     train, calibration, test = (
         load_scenes(traces, data, config.image_folder)
         for traces, data in (
@@ -124,13 +124,13 @@ def compare(config: CompareConfig) -> Comparison:
             (config.traces_test, config.data_test),
         )
     )
-    pairs = make_pairs(config, asker, train, calibration)
+    pairs = make_pairs(config, pipeline, train, calibration)
     _say(f"{len(pairs)} gates and their routers ready; comparing on {len(test.questions)} test samples")
     on_traces = compare_on_traces(calibration, test, pairs, num_draws=config.num_draws, seed=config.seed)
     budgets = _at_budgets(config, calibration, test, pairs) if config.shares else None
-    plans = _plans(config, asker, pairs) if config.plans is not None else None
-    vtw = choose_vtw(config, asker, calibration, [pair.gates for pair in pairs])
-    runs = _run_benchmarks(config, asker, calibration, pairs, vtw)
+    plans = _plans(config, pipeline, pairs) if config.plans is not None else None
+    vtw = choose_vtw(config, pipeline, calibration, [pair.gates for pair in pairs])
+    runs = _run_benchmarks(config, pipeline, calibration, pairs, vtw)
     return Comparison(
         version=dyvte.__version__,
         eta=config.eta,
@@ -140,17 +140,19 @@ def compare(config: CompareConfig) -> Comparison:
         gates={pair.name: GateSetting(pair.gates.threshold, pair.gates.budget) for pair in pairs},
         traces=on_traces,
         benchmarks={
-            run.title: _benchmark(config, asker, run, pairs, swept=index == 0)
+            run.title: _benchmark(config, pipeline, run, pairs, swept=index == 0)
             for index, run in enumerate(runs)
         },
-        rows=tuple(table_rows(runs, pairs, vtw, _timing(config, asker, runs[0], pairs, vtw)) if runs else ()),
+        rows=tuple(
+            table_rows(runs, pairs, vtw, _timing(config, pipeline, runs[0], pairs, vtw)) if runs else ()
+        ),
         budgets=budgets,
         plans=plans,
     )
 
 
 def make_pairs(
-    config: CompareConfig, asker: Asker, train: TracedScenes, calibration: TracedScenes
+    config: CompareConfig, pipeline: Pipeline, train: TracedScenes, calibration: TracedScenes
 ) -> list[Pair]:
     """Gates of every seed, each with a question-only router trained and tuned like them.
 
@@ -159,11 +161,11 @@ def make_pairs(
     Parameters
     ----------
     config : which gates, and the price where they do not record one.
-    asker : the backbone, for the router's text states.
+    pipeline : the backbone, for the router's text states.
     train : what routers learn from.
     calibration : what they, and thresholds, are chosen on.
     """
-    features = router_features(asker, train.questions)
+    features = router_features(pipeline, train.questions)
     stacks = _load_seeds(config.gates, calibration)
     tuned = [training_settings(one.gates, len(train.questions), lam=config.lam) for one in stacks]
     steps = len(features) * sum(router_steps(len(train.questions), settings) for settings in tuned)
@@ -224,9 +226,9 @@ def _searches(config: CompareConfig) -> tuple[Path, Path]:
     return config.plans / "calibration", config.plans / "test"
 
 
-def _plans(config: CompareConfig, asker: Asker, pairs: Sequence[Pair]) -> PlanComparison:
+def _plans(config: CompareConfig, pipeline: Pipeline, pairs: Sequence[Pair]) -> PlanComparison:
     return compare_searches(
-        asker.model,
+        pipeline.model,
         *_searches(config),
         [pair.gates.gates for pair in pairs],
         config.shares or PLAN_BUDGETS,
@@ -235,7 +237,11 @@ def _plans(config: CompareConfig, asker: Asker, pairs: Sequence[Pair]) -> PlanCo
 
 
 def _run_benchmarks(
-    config: CompareConfig, asker: Asker, calibration: TracedScenes, pairs: Sequence[Pair], vtw: VtwChoice
+    config: CompareConfig,
+    pipeline: Pipeline,
+    calibration: TracedScenes,
+    pairs: Sequence[Pair],
+    vtw: VtwChoice,
 ) -> list[BenchmarkRuns]:
     found = []
     for source in config.sources:
@@ -243,33 +249,42 @@ def _run_benchmarks(
         questions = benchmark.load(source.root, config.limit)
         runs = BenchmarkRuns(benchmark, source.title, questions, config.dialect)
         evaluation = config.evaluation_of(source)
-        run_benchmark(asker, runs, calibration, pairs, evaluation, fixed_layers=vtw.layers())
+        run_benchmark(pipeline, runs, calibration, pairs, evaluation, fixed_layers=vtw.layers())
         found.append(runs)
     return found
 
 
 def _benchmark(
-    config: CompareConfig, asker: Asker, runs: BenchmarkRuns, pairs: Sequence[Pair], *, swept: bool
+    config: CompareConfig,
+    pipeline: Pipeline,
+    runs: BenchmarkRuns,
+    pairs: Sequence[Pair],
+    *,
+    swept: bool,
 ) -> BenchmarkComparison:
     curves = None
     if swept and config.sweep_questions > 0:
         source = next(one for one in config.sources if one.title == runs.title)
-        curves = score_curves(asker, runs, pairs, config.evaluation_of(source), config.sweep_questions)
+        curves = score_curves(pipeline, runs, pairs, config.evaluation_of(source), config.sweep_questions)
     return benchmark_comparison(runs, pairs, curves, num_draws=config.num_draws, seed=config.seed)
 
 
 def _timing(
-    config: CompareConfig, asker: Asker, runs: BenchmarkRuns, pairs: Sequence[Pair], vtw: VtwChoice
+    config: CompareConfig,
+    pipeline: Pipeline,
+    runs: BenchmarkRuns,
+    pairs: Sequence[Pair],
+    vtw: VtwChoice,
 ) -> dict[str, PrefillTimes]:
     """Prefill time of the table's rows against the full model, in turns; baselines at the first seed."""
     names = [FULL_MODEL, *(f"fixed-{k}" for k in vtw.layers())]
     names += [make(pairs[0]) for make in (mixture_name, router_name, gates_name)]
     policies = [runs.policies[name] for name in names if name in runs.policies]
     prompts = prompts_of(runs.benchmark, runs.questions, config.question_suffix)
-    plan = plan_batches(asker, prompts, config.batch_size)
+    plan = plan_batches(pipeline, prompts, config.batch_size)
     chosen = spread_batches(len(plan), config.timing_batches)
-    batches = list(encoded_batches(asker, runs.questions, prompts, plan, chosen))
-    return measure_prefill(asker, batches, policies, config.timing_repeats) if batches else {}
+    batches = list(encoded_batches(pipeline, runs.questions, prompts, plan, chosen))
+    return measure_prefill(pipeline, batches, policies, config.timing_repeats) if batches else {}
 
 
 def _say(text: str) -> None:

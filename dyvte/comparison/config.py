@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dyvte.errors import ConfigError
-from dyvte.evaluation.generation import AskingConfig
+from dyvte.evaluation.generation import GenerationSettings
 from dyvte.evaluation.runner import EvalConfig
 from dyvte.tasks.base import TASKS, Benchmark, check_dialect
 
@@ -81,7 +81,7 @@ def parse_budgets(text: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(AskingConfig):
+class CompareConfig(GenerationSettings):
     """Settings of ``dyvte compare``."""
 
     gates: tuple[str, ...] = field(metadata={"path": True})
@@ -179,7 +179,7 @@ class CompareConfig(AskingConfig):
 
     def evaluation_of(self, source: BenchmarkSource) -> EvalConfig:
         """The runner's settings for a benchmark."""
-        asking = {one.name: getattr(self, one.name) for one in dataclasses.fields(AskingConfig)}
+        asking = {one.name: getattr(self, one.name) for one in dataclasses.fields(GenerationSettings)}
         return EvalConfig(
             **asking,
             benchmark=source.name,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dyvte.evaluation.generation import Asker, encoded_batches, plan_batches
+from dyvte.evaluation.generation import Pipeline, encoded_batches, plan_batches
 from dyvte.gates import FEATURES, GateStack, select_features
 from dyvte.policies import Plan, Policy, Rows
 from dyvte.runtime import VisualExit
@@ -64,7 +64,7 @@ class _ProbePlan(Plan):
 
 @torch.inference_mode()
 def probe_gates(
-    asker: Asker,
+    pipeline: Pipeline,
     questions: Sequence[Question],
     prompts: Sequence[str],
     stacks: Sequence[GateStack],
@@ -72,10 +72,10 @@ def probe_gates(
 ) -> list[Tensor]:
     """(B, L) logits of every set of gates, rows in the order of the questions; column L is nan."""
     policy = ProbePolicy(stacks)
-    plan = plan_batches(asker, prompts, batch_size)
-    with VisualExit.from_policy(policy)(asker.model):
-        for batch in encoded_batches(asker, questions, prompts, plan, range(len(plan))):
-            asker.model(**batch.inputs, use_cache=False, logits_to_keep=1)
+    plan = plan_batches(pipeline, prompts, batch_size)
+    with VisualExit.from_policy(policy)(pipeline.model):
+        for batch in encoded_batches(pipeline, questions, prompts, plan, range(len(plan))):
+            pipeline.model(**batch.inputs, use_cache=False, logits_to_keep=1)
     noted = torch.cat(policy.noted, 1).clone()
     order = torch.tensor([row for rows in plan for row in rows]).argsort()
     return list(noted[:, order].unbind(0))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyvte.backbones import describe, encode
-from dyvte.evaluation.generation import Asker
+from dyvte.evaluation.generation import Pipeline
 from dyvte.gates import prompt_features
 
 Featurise = Callable[[Sequence[str]], Tensor]
@@ -49,12 +49,12 @@ def _words(question: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", question.lower())
 
 
-def router_features(asker: Asker, questions: Sequence[str]) -> dict[str, Featurise]:
+def router_features(pipeline: Pipeline, questions: Sequence[str]) -> dict[str, Featurise]:
     """The two kinds of input a router is tried with, by name; ``questions`` are those it learns from.
 
     Features of a list of questions are kept: every seed asks for the same ones.
     """
-    kinds = {"bag of words": BagOfWords.fit(questions), "text states": TextStates.of(asker)}
+    kinds = {"bag of words": BagOfWords.fit(questions), "text states": TextStates.of(pipeline)}
     return {kind: _remembering(featurise) for kind, featurise in kinds.items()}
 
 
@@ -82,13 +82,13 @@ class TextStates:
     Each distinct question is passed through the backbone once.
     """
 
-    asker: Asker
+    pipeline: Pipeline
     layers: tuple[int, ...]
 
     @staticmethod
-    def of(asker: Asker) -> TextStates:
+    def of(pipeline: Pipeline) -> TextStates:
         """States after a quarter, half, three quarters and all of the layers."""
-        return TextStates(asker, state_layers(describe(asker.model).num_layers))
+        return TextStates(pipeline, state_layers(describe(pipeline.model).num_layers))
 
     def __call__(self, questions: Sequence[str]) -> Tensor:
         """(B, F) float32, F = 2 D x layers."""
@@ -102,10 +102,10 @@ class TextStates:
 
     @torch.no_grad()
     def _states(self, questions: Sequence[str]) -> Tensor:
-        rendered = [self.asker.template.render(question, has_image=False) for question in questions]
-        inputs, _ = encode(self.asker.processor, rendered, [[]] * len(questions), padding_side="right")
-        inputs = {name: tensor.to(self.asker.device) for name, tensor in inputs.items()}
-        output = self.asker.model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        rendered = [self.pipeline.template.render(question, has_image=False) for question in questions]
+        inputs, _ = encode(self.pipeline.processor, rendered, [[]] * len(questions), padding_side="right")
+        inputs = {name: tensor.to(self.pipeline.device) for name, tensor in inputs.items()}
+        output = self.pipeline.model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
         mask_BN = inputs["attention_mask"].bool()
         states = [prompt_features(output.hidden_states[k], mask_BN) for k in self.layers]
         return torch.cat(states, 1).float().cpu()

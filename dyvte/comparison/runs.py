@@ -23,7 +23,7 @@ from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.significance import graded, score_difference, score_value
 from dyvte.comparison.traces import Pair
 from dyvte.comparison.tuned_gates import TunedGates
-from dyvte.evaluation.generation import Asker
+from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.runner import EvalConfig, PolicyResult, prompts_of, run_policies
 from dyvte.evaluation.scores import FULL_MODEL, RunScores
 from dyvte.evaluation.settings import NamedPolicy, given_exits, learned, parse_named
@@ -74,10 +74,12 @@ class BenchmarkRuns:
         pairs = zip(self.results[name].answers, self.results[FULL_MODEL].answers, strict=True)
         return np.array([a.prediction == b.prediction for a, b in pairs], dtype=np.float64)
 
-    def run(self, asker: Asker, policies: Sequence[NamedPolicy], config: EvalConfig, label: str) -> None:
+    def run(
+        self, pipeline: Pipeline, policies: Sequence[NamedPolicy], config: EvalConfig, label: str
+    ) -> None:
         """Answer what is not answered yet."""
         found = run_policies(
-            asker, self.benchmark, self.questions, policies, config, description=f"{self.title}: {label}"
+            pipeline, self.benchmark, self.questions, policies, config, description=f"{self.title}: {label}"
         )
         self.results.update((result.name, result) for result in found)
         self.policies.update((named.name, named) for named in policies)
@@ -146,7 +148,7 @@ class ScoreCurves:
 
 
 def run_benchmark(
-    asker: Asker,
+    pipeline: Pipeline,
     runs: BenchmarkRuns,
     calibration: TracedScenes,
     pairs: Sequence[Pair],
@@ -158,7 +160,7 @@ def run_benchmark(
 
     Parameters
     ----------
-    asker : the backbone.
+    pipeline : the backbone.
     runs : takes the results.
     calibration : what the mixture of fixed layers is chosen on.
     pairs : gates and routers.
@@ -167,8 +169,8 @@ def run_benchmark(
     """
     first = [parse_named(FULL_MODEL), *(parse_named(f"fixed:{k}") for k in sorted(set(fixed_layers)))]
     first += [_learned(pair.gates, gates_name(pair)) for pair in pairs]
-    runs.run(asker, first, config, "full model, VTW, gates")
-    runs.run(asker, _at_gates_budget(runs, calibration, pairs, config), config, "baselines")
+    runs.run(pipeline, first, config, "full model, VTW, gates")
+    runs.run(pipeline, _at_gates_budget(runs, calibration, pairs, config), config, "baselines")
 
 
 def gates_name(pair: Pair) -> str:

@@ -21,7 +21,7 @@ from dyvte.comparison.probe import probe_gates
 from dyvte.comparison.records import Curve, RuleCurves
 from dyvte.comparison.runs import BenchmarkRuns, ScoreCurves, gates_name
 from dyvte.comparison.traces import Pair
-from dyvte.evaluation.generation import Asker
+from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.run_log import Answer, texts
 from dyvte.evaluation.runner import EvalConfig, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL
@@ -29,13 +29,17 @@ from dyvte.evaluation.settings import parse_named
 
 
 def score_curves(
-    asker: Asker, runs: BenchmarkRuns, pairs: Sequence[Pair], config: EvalConfig, num_questions: int
+    pipeline: Pipeline,
+    runs: BenchmarkRuns,
+    pairs: Sequence[Pair],
+    config: EvalConfig,
+    num_questions: int,
 ) -> ScoreCurves | None:
     """Score and same answer of every rule at every setting of its knob.
 
     Parameters
     ----------
-    asker : the backbone.
+    pipeline : the backbone.
     runs : the benchmark, with the gates' own answers.
     pairs : gates and routers.
     config : of the evaluation.
@@ -49,7 +53,7 @@ def score_curves(
     sweep = BenchmarkRuns(runs.benchmark, runs.title, runs.questions[:num_questions], runs.dialect)
     config = dataclasses.replace(config, output=config.output.with_name(f"{config.output.name}-sweep"))
     policies = [parse_named(f"fixed:{k}") for k in range(runs.num_layers)] + [parse_named(FULL_MODEL)]
-    sweep.run(asker, policies, config, "every fixed layer")
+    sweep.run(pipeline, policies, config, "every fixed layer")
     names = [named.name for named in policies]
     hits = [sweep.hits(name) for name in names]
     if any(one is None for one in hits):
@@ -59,7 +63,7 @@ def score_curves(
     prompts = prompts_of(sweep.benchmark, sweep.questions, config.question_suffix)
     visual_B = sweep.num_visual_B
     stacks = [pair.gates.gates for pair in pairs]
-    logits = probe_gates(asker, sweep.questions, prompts, stacks, config.batch_size)
+    logits = probe_gates(pipeline, sweep.questions, prompts, stacks, config.batch_size)
 
     def curve(points: OperatingPoints) -> Curve:
         return _curve(points, hits_BK, same_BK, sweep.value)

@@ -10,7 +10,7 @@ from dyvte.comparison.config import CompareConfig
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.tuned_gates import TunedGates
 from dyvte.data import open_conversations, select
-from dyvte.evaluation.generation import Asker
+from dyvte.evaluation.generation import Pipeline
 from dyvte.teacher import Teacher, TeacherConfig, prepared_batches
 
 
@@ -39,14 +39,17 @@ class VtwChoice:
 
 
 def choose_vtw(
-    config: CompareConfig, asker: Asker, calibration: TracedScenes, gates: Sequence[TunedGates]
+    config: CompareConfig,
+    pipeline: Pipeline,
+    calibration: TracedScenes,
+    gates: Sequence[TunedGates],
 ) -> VtwChoice:
     """VTW's K on calibration samples.
 
     Parameters
     ----------
     config : where the samples are, how many are used, and the bound.
-    asker : the backbone.
+    pipeline : the backbone.
     calibration : traced calibration samples, for an eta where none qualifies.
     gates : of every seed; their mean same-answer rate is what such an eta must keep.
     """
@@ -60,12 +63,12 @@ def choose_vtw(
         template=config.template, batch_size=config.search_samples, max_new_tokens=config.max_new_tokens
     )
     batches = prepared_batches(
-        Teacher(asker.model, asker.processor, settings),
+        Teacher(pipeline.model, pipeline.processor, settings),
         selection,
         file=str(config.data_calibration),
         max_bad_samples=config.max_bad_samples,
     )
-    found = search_exit_layer(asker.model, (ready.inputs for ready in batches), eta=config.eta)
+    found = search_exit_layer(pipeline.model, (ready.inputs for ready in batches), eta=config.eta)
     kl = tuple(float(x) for x in found.kl)
     if found.k is not None:
         return VtwChoice(found.k, config.eta, None, None, kl)

@@ -31,8 +31,8 @@ from dyvte.tasks.readers.videos import read_frames
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskingConfig:
-    """A backbone and how it is asked, whoever brings the questions."""
+class GenerationSettings:
+    """A backbone and how it answers, whoever brings the questions."""
 
     model: BackboneConfig = field(metadata=open_group("path"))
     """The backbone: folder or hub id, or the group of its settings, which may also stand beside it."""
@@ -54,8 +54,8 @@ class AskingConfig:
 
 
 @dataclass(frozen=True)
-class Asker:
-    """A loaded backbone and how it is asked."""
+class Pipeline:
+    """A loaded backbone and how it answers."""
 
     model: Any
     processor: Any
@@ -80,13 +80,13 @@ class Batch:
     num_tokens_B: Tensor
 
 
-def plan_batches(asker: Asker, prompts: Sequence[str], batch_size: int) -> list[list[int]]:
+def plan_batches(pipeline: Pipeline, prompts: Sequence[str], batch_size: int) -> list[list[int]]:
     """Indices of the questions of each batch: neighbours in prompt length, longest first.
 
     A function of prompts and batch size alone, so that a resumed run forms the same batches. Longest first,
     so that a batch that does not fit in memory fails at the start.
     """
-    lengths = _token_counts(asker.processor.tokenizer, prompts)
+    lengths = _token_counts(pipeline.processor.tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -103,7 +103,7 @@ def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         return [count for prompt in prompts for count in _token_counts(tokenizer, [prompt])]
 
 
-def pictures(question: Question, num_frames: int) -> list[Any]:
+def question_images(question: Question, num_frames: int) -> list[Any]:
     """RGB PIL images of a question: its images in order, or its video's sampled frames."""
     if question.video is not None:
         return read_frames(question.video, num_frames)
@@ -111,7 +111,7 @@ def pictures(question: Question, num_frames: int) -> list[Any]:
 
 
 def encode_questions(
-    asker: Asker, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
+    pipeline: Pipeline, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
 ) -> Batch:
     """One batch of questions, ready to be asked.
 
@@ -121,31 +121,33 @@ def encode_questions(
         Naming the questions that cannot be asked, each alone, if the batch cannot.
     """
     try:
-        return _encode_questions(asker, questions, prompts, index)
+        return _encode_questions(pipeline, questions, prompts, index)
     except Exception as error:
         if is_of_sample(error):
             name_unaskable(
                 [question.id for question in questions],
-                lambda i: _encode_questions(asker, questions[i : i + 1], prompts[i : i + 1], index),
+                lambda i: _encode_questions(pipeline, questions[i : i + 1], prompts[i : i + 1], index),
             )
         raise
 
 
 def _encode_questions(
-    asker: Asker, questions: Sequence[Question], prompts: Sequence[str], index: int
+    pipeline: Pipeline, questions: Sequence[Question], prompts: Sequence[str], index: int
 ) -> Batch:
-    shown = {(q.images, q.video): pictures(q, asker.num_frames) for q in questions}
+    shown = {(q.images, q.video): question_images(q, pipeline.num_frames) for q in questions}
     rows = [shown[q.images, q.video] for q in questions]
-    as_videos = all(q.video is not None for q in questions) and takes_videos(asker.processor)
+    as_videos = all(q.video is not None for q in questions) and takes_videos(pipeline.processor)
     rendered = [
-        asker.template.render(prompt, has_image=1 if as_videos else len(row))
+        pipeline.template.render(prompt, has_image=1 if as_videos else len(row))
         for prompt, row in zip(prompts, rows, strict=True)
     ]
-    return encode_rendered(asker, [q.id for q in questions], rendered, rows, as_videos=as_videos, index=index)
+    return encode_rendered(
+        pipeline, [q.id for q in questions], rendered, rows, as_videos=as_videos, index=index
+    )
 
 
 def encode_rendered(
-    asker: Asker,
+    pipeline: Pipeline,
     question_ids: Sequence[str],
     rendered: Sequence[RenderedPrompt],
     images: Sequence[Sequence[Any]],
@@ -154,21 +156,21 @@ def encode_rendered(
     index: int = 0,
 ) -> Batch:
     """One batch from prompts as the template renders them and RGB PIL images (see `backbones.encode`)."""
-    inputs, _ = encode(asker.processor, rendered, images, padding_side="left", as_videos=as_videos)
+    inputs, _ = encode(pipeline.processor, rendered, images, padding_side="left", as_videos=as_videos)
     num_tokens_B = inputs["attention_mask"].sum(1)
-    return Batch(index, tuple(question_ids), _place(inputs, asker), num_tokens_B)
+    return Batch(index, tuple(question_ids), _place(inputs, pipeline), num_tokens_B)
 
 
-def _place(inputs: dict[str, Tensor], asker: Asker) -> dict[str, Tensor]:
-    dtype = asker.model.dtype
+def _place(inputs: dict[str, Tensor], pipeline: Pipeline) -> dict[str, Tensor]:
+    dtype = pipeline.model.dtype
     return {
-        name: tensor.to(asker.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        name: tensor.to(pipeline.device, dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in inputs.items()
     }
 
 
 def encoded_batches(
-    asker: Asker,
+    pipeline: Pipeline,
     questions: Sequence[Question],
     prompts: Sequence[str],
     plan: Sequence[Sequence[int]],
@@ -178,7 +180,7 @@ def encoded_batches(
 
     def make(index: int) -> Batch:
         rows = plan[index]
-        return encode_questions(asker, [questions[i] for i in rows], [prompts[i] for i in rows], index)
+        return encode_questions(pipeline, [questions[i] for i in rows], [prompts[i] for i in rows], index)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         coming = [pool.submit(make, index) for index in wanted[:1]]
@@ -191,22 +193,22 @@ def encoded_batches(
 
 @torch.inference_mode()
 def answer(
-    asker: Asker, batch: Batch, exits: VisualExit, generation: Mapping[str, Any] | None = None
+    pipeline: Pipeline, batch: Batch, exits: VisualExit, generation: Mapping[str, Any] | None = None
 ) -> list[Answer]:
     """Answers of one batch under one policy and its reductions.
 
     They are greedy (`dyvte.backbones.greedy`), unless ``generation`` holds other arguments of ``generate``
     (one sequence for each prompt).
     """
-    settings = {"max_new_tokens": asker.max_new_tokens, **(generation or {})}
-    with exits(asker.model) as run:
+    settings = {"max_new_tokens": pipeline.max_new_tokens, **(generation or {})}
+    with exits(pipeline.model) as run:
         run.sample_ids = batch.question_ids
-        tokens_BN = generate_greedily(asker.model, batch.inputs, **settings)
+        tokens_BN = generate_greedily(pipeline.model, batch.inputs, **settings)
     new_BA = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
-    mask_BA = in_answer(new_BA, asker.model)
+    mask_BA = in_answer(new_BA, pipeline.model)
     new_B = [row_A[own_A].tolist() for row_A, own_A in zip(new_BA, mask_BA, strict=True)]
-    texts = asker.processor.tokenizer.batch_decode(new_B, skip_special_tokens=True)
-    record = run.records[0] if run.records else _record_of_text(asker, batch)
+    texts = pipeline.processor.tokenizer.batch_decode(new_B, skip_special_tokens=True)
+    record = run.records[0] if run.records else _record_of_text(pipeline, batch)
     asked_gates = bool(record.gate_logits_BL.isfinite().any())
     kv_bytes = sum(record.kv_bytes) / len(texts)
     visual_BL, text_BL = record.visual_tokens_BL.tolist(), record.text_tokens_BL.tolist()
@@ -228,12 +230,12 @@ def answer(
     ]
 
 
-def _record_of_text(asker: Asker, batch: Batch) -> PrefillRecord:
+def _record_of_text(pipeline: Pipeline, batch: Batch) -> PrefillRecord:
     """What a prefill without any image is: every layer processes every token."""
-    shape = decoder_shape(asker.model.config)
+    shape = decoder_shape(pipeline.model.config)
     rows, num_layers = len(batch.question_ids), shape.num_layers
     none_BL = torch.zeros((rows, num_layers), dtype=torch.int64)
-    width = 2 * shape.num_kv_heads * shape.head_dim * asker.model.dtype.itemsize
+    width = 2 * shape.num_kv_heads * shape.head_dim * pipeline.model.dtype.itemsize
     return PrefillRecord(
         exit_layers_B=torch.full((rows,), -1),
         freeze_layers_B=torch.full((rows,), -1),

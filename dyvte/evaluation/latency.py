@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dyvte.backbones import generate_greedily
-from dyvte.evaluation.generation import Asker, Batch
+from dyvte.evaluation.generation import Batch, Pipeline
 from dyvte.evaluation.scores import GenerationTimes, Machine
 from dyvte.evaluation.settings import NamedPolicy
 from dyvte.runtime import VisualExit
@@ -38,13 +38,13 @@ class PrefillTimes:
 
 @torch.inference_mode()
 def measure_prefill(
-    asker: Asker, batches: Sequence[Batch], policies: Sequence[NamedPolicy], repeats: int = 5
+    pipeline: Pipeline, batches: Sequence[Batch], policies: Sequence[NamedPolicy], repeats: int = 5
 ) -> dict[str, PrefillTimes]:
     """Time of the prefill, vision tower included.
 
     Parameters
     ----------
-    asker : the backbone.
+    pipeline : the backbone.
     batches : encoded questions.
     policies : what is timed beside the plain model.
     repeats : turns on each batch; one more warms up.
@@ -56,14 +56,14 @@ def measure_prefill(
     """
 
     def prefill(batch: Batch) -> dict[str, float]:
-        wait = _synchroniser(asker.device)
+        wait = _synchroniser(pipeline.device)
         wait()
         start = time.perf_counter()
-        asker.model(**batch.inputs, use_cache=True, logits_to_keep=1)
+        pipeline.model(**batch.inputs, use_cache=True, logits_to_keep=1)
         wait()
         return {"prefill": (time.perf_counter() - start) / len(batch.question_ids)}
 
-    taken = _take_turns(asker, batches, policies, repeats, prefill)
+    taken = _take_turns(pipeline, batches, policies, repeats, prefill)
     return {
         name: PrefillTimes(
             prefill_ms_per_question=1000 * statistics.median(own["prefill"]),
@@ -75,7 +75,7 @@ def measure_prefill(
 
 @torch.inference_mode()
 def measure_generation(
-    asker: Asker,
+    pipeline: Pipeline,
     batches: Sequence[Batch],
     policies: Sequence[NamedPolicy],
     repeats: int = 5,
@@ -88,7 +88,7 @@ def measure_generation(
 
     Parameters
     ----------
-    asker : the backbone.
+    pipeline : the backbone.
     batches : encoded questions.
     policies : what is timed beside the plain model.
     repeats : turns on each batch; one more warms up.
@@ -101,15 +101,15 @@ def measure_generation(
     """
 
     def generate(batch: Batch) -> dict[str, float]:
-        clock = _TokenClock(_synchroniser(asker.device))
+        clock = _TokenClock(_synchroniser(pipeline.device))
         generate_greedily(
-            asker.model, batch.inputs, new_tokens, min_new_tokens=new_tokens, stopping_criteria=[clock]
+            pipeline.model, batch.inputs, new_tokens, min_new_tokens=new_tokens, stopping_criteria=[clock]
         )
         first, last = clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
         steps = len(clock.times) - 2
         return {"first": first, **({"next": last / steps} if steps else {})}
 
-    taken = _take_turns(asker, batches, policies, repeats, generate)
+    taken = _take_turns(pipeline, batches, policies, repeats, generate)
     result = {}
     for name, own in taken.items():
         plain = taken[PLAIN]
@@ -137,7 +137,7 @@ class _TokenClock:
 
 
 def _take_turns(
-    asker: Asker,
+    pipeline: Pipeline,
     batches: Sequence[Batch],
     policies: Sequence[NamedPolicy],
     repeats: int,
@@ -150,7 +150,7 @@ def _take_turns(
     for batch in batches:
         for turn in range(repeats + 1):
             for name, exits in runs:
-                with nullcontext() if exits is None else exits(asker.model) as run:
+                with nullcontext() if exits is None else exits(pipeline.model) as run:
                     if run is not None:
                         run.sample_ids = batch.question_ids
                     measured = measure(batch)

@@ -29,8 +29,8 @@ from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.checks import check_pictures, check_texts
 from dyvte.evaluation.generation import (
-    Asker,
-    AskingConfig,
+    GenerationSettings,
+    Pipeline,
     answer,
     encoded_batches,
     plan_batches,
@@ -59,7 +59,7 @@ _FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(AskingConfig):
+class EvalConfig(GenerationSettings):
     """Settings of ``dyvte eval``; a YAML file may hold any of them, the command line the rest."""
 
     benchmark: str = field(metadata={"choices": TASKS})
@@ -113,11 +113,11 @@ class PolicyResult:
     scores: RunScores
 
 
-def load_asker(config: AskingConfig, device: torch.device | None = None) -> Asker:
+def load_pipeline(config: GenerationSettings, device: torch.device | None = None) -> Pipeline:
     """The backbone of a configuration, ready to be asked; on ``device`` unless it names one."""
     model, processor = open_backbone(config.model, device or own_device())
     template = get_template(config.template, processor)
-    return Asker(model, processor, template, config.max_new_tokens, config.num_frames)
+    return Pipeline(model, processor, template, config.max_new_tokens, config.num_frames)
 
 
 def evaluate(config: EvalConfig) -> list[PolicyResult]:
@@ -127,8 +127,8 @@ def evaluate(config: EvalConfig) -> list[PolicyResult]:
     policies = with_reductions(parse_policies(config.policies, config.seed), config.reductions)
     questions = benchmark.load(config.data, config.limit)
     with join_processes() as processes:
-        asker = load_asker(config, processes.device)
-        return run_policies(asker, benchmark, questions, policies, config, processes=processes)
+        pipeline = load_pipeline(config, processes.device)
+        return run_policies(pipeline, benchmark, questions, policies, config, processes=processes)
 
 
 def prompts_of(benchmark: Benchmark, questions: Sequence[Question], suffix: str | None) -> list[str]:
@@ -138,7 +138,7 @@ def prompts_of(benchmark: Benchmark, questions: Sequence[Question], suffix: str 
 
 
 def run_policies(
-    asker: Asker,
+    pipeline: Pipeline,
     benchmark: Benchmark,
     questions: Sequence[Question],
     policies: Sequence[NamedPolicy],
@@ -155,10 +155,10 @@ def run_policies(
     processes = processes or Processes()
     prompts = prompts_of(benchmark, questions, config.question_suffix)
     where = f"{benchmark.name} ({config.data})"
-    check_texts(asker.processor, asker.template, questions, prompts, where)
-    plan = plan_batches(asker, prompts, config.batch_size)
-    check_policies(asker, policies)
-    identity = _identity(asker, benchmark, questions, prompts, config)
+    check_texts(pipeline.processor, pipeline.template, questions, prompts, where)
+    plan = plan_batches(pipeline, prompts, config.batch_size)
+    check_policies(pipeline, policies)
+    identity = _identity(pipeline, benchmark, questions, prompts, config)
     ids = [[questions[i].id for i in rows] for rows in plan]
 
     def open_logs() -> list[AnswerLog]:
@@ -178,11 +178,11 @@ def run_policies(
     processes.barrier()
     unanswered = sorted(i for at in set().union(*(log.missing() for log in logs)) for i in plan[at])
     processes.first_alone(lambda: check_pictures([questions[i] for i in unanswered], where))
-    _ask_missing(asker, questions, prompts, plan, policies, logs, description or benchmark.name, processes)
+    _ask_missing(pipeline, questions, prompts, plan, policies, logs, description or benchmark.name, processes)
     processes.barrier()
 
     def conclude() -> list[PolicyResult]:
-        timing = _timing(asker, questions, prompts, plan, policies, logs, config)
+        timing = _timing(pipeline, questions, prompts, plan, policies, logs, config)
         answers = [log.finish([q.id for q in questions]) for log in logs]
         named_answers = zip(policies, answers, strict=True)
         reference = next((a for named, a in named_answers if named.name == FULL_MODEL), None)
@@ -192,7 +192,7 @@ def run_policies(
             scores = RunScores(
                 scores=found,
                 headline=benchmark.headline(found),
-                cost=cost_metrics(asker.model.config, given, named.reductions),
+                cost=cost_metrics(pipeline.model.config, given, named.reductions),
                 same_answer_as_never=None if reference is None else same_answer(given, reference),
                 timing=timing.get(named.name),
                 run=RunIdentity(_identity_of(named, identity), named.name, config.model.path),
@@ -207,20 +207,20 @@ def run_policies(
     return processes.first_alone(conclude) or []
 
 
-def check_policies(asker: Asker, policies: Sequence[NamedPolicy]) -> None:
+def check_policies(pipeline: Pipeline, policies: Sequence[NamedPolicy]) -> None:
     """Raise where one of them cannot serve the backbone, before anything is asked."""
-    backbone = describe(asker.model)
+    backbone = describe(pipeline.model)
     for named in policies:
         named.check(backbone.num_layers, backbone.hidden_size)
         for reduction in named.reductions:
             reduction.check_backbone(backbone)
         gates = getattr(named.policy, "gates", None)
         trained = None if gates is None else gates.config.backbone.get("image_padding")
-        check_image_padding(trained, image_padding(asker.processor), f"policy {named.name}")
+        check_image_padding(trained, image_padding(pipeline.processor), f"policy {named.name}")
 
 
 def _ask_missing(
-    asker: Asker,
+    pipeline: Pipeline,
     questions: Sequence[Question],
     prompts: Sequence[str],
     plan: Sequence[Sequence[int]],
@@ -238,15 +238,15 @@ def _ask_missing(
     hidden = total == 0 or not processes.first
     exits = [named.exits() for named in policies]
     with progress(total, description, "answer", shown=not hidden) as advance:
-        for batch in encoded_batches(asker, questions, prompts, plan, wanted):
+        for batch in encoded_batches(pipeline, questions, prompts, plan, wanted):
             for one, log, still in zip(exits, logs, missing, strict=True):
                 if batch.index in still:
-                    log.append(batch.index, answer(asker, batch, one))
+                    log.append(batch.index, answer(pipeline, batch, one))
                     advance(len(batch.question_ids))
 
 
 def _timing(
-    asker: Asker,
+    pipeline: Pipeline,
     questions: Sequence[Question],
     prompts: Sequence[str],
     plan: Sequence[Sequence[int]],
@@ -262,8 +262,8 @@ def _timing(
     if config.timing_batches < 1 or len(kept) == len(policies):
         return kept
     chosen = spread_batches(len(plan), config.timing_batches)
-    batches = list(encoded_batches(asker, questions, prompts, plan, chosen))
-    measured = measure_generation(asker, batches, policies, config.timing_repeats, config.timing_tokens)
+    batches = list(encoded_batches(pipeline, questions, prompts, plan, chosen))
+    measured = measure_generation(pipeline, batches, policies, config.timing_repeats, config.timing_tokens)
     plain, here = measured.pop(PLAIN), machine()
     return {
         name: Timing(
@@ -293,7 +293,7 @@ def _identity_of(named: NamedPolicy, identity: Mapping[str, Any]) -> dict[str, A
 
 
 def _identity(
-    asker: Asker,
+    pipeline: Pipeline,
     benchmark: Benchmark,
     questions: Sequence[Question],
     prompts: Sequence[str],
@@ -307,19 +307,19 @@ def _identity(
         "benchmark": benchmark.name,
         "questions": len(questions),
         "questions_sha256": questions_digest(questions, prompts),
-        "backbone_fingerprint": fingerprint(asker.model),
-        "backbone_weights": weights_digest(asker.model),
-        "template": asker.template.version,
-        "image_padding": image_padding(asker.processor),
+        "backbone_fingerprint": fingerprint(pipeline.model),
+        "backbone_weights": weights_digest(pipeline.model),
+        "template": pipeline.template.version,
+        "image_padding": image_padding(pipeline.processor),
         "batch_size": config.batch_size,
-        "decoding": decoding_identity(asker.model),
+        "decoding": decoding_identity(pipeline.model),
         "max_new_tokens": config.max_new_tokens,
         "num_frames": config.num_frames,
         "seed": config.seed,
-        "dtype": str(asker.model.dtype),
+        "dtype": str(pipeline.model.dtype),
         "attn_implementation": config.model.attn_implementation,
         **_unusual(config.model),
-        "device": asker.device.type,
+        "device": pipeline.device.type,
         "dyvte": dyvte.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

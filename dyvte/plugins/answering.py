@@ -18,9 +18,9 @@ from dyvte.data.defects import is_of_sample
 from dyvte.distributed import own_device
 from dyvte.errors import ConfigError
 from dyvte.evaluation.checks import name_unaskable
-from dyvte.evaluation.generation import Asker, AskingConfig, Batch, answer, encode_rendered
+from dyvte.evaluation.generation import Batch, GenerationSettings, Pipeline, answer, encode_rendered
 from dyvte.evaluation.run_log import Answer
-from dyvte.evaluation.runner import check_policies, load_asker
+from dyvte.evaluation.runner import check_policies, load_pipeline
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
 from dyvte.runtime import VisualExit
 
@@ -28,7 +28,7 @@ _UNDERSTOOD = ("until", "max_new_tokens", "do_sample", "temperature", "top_p", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class PluginConfig(AskingConfig):
+class PluginConfig(GenerationSettings):
     """Arguments of the model in another harness: those of ``dyvte eval`` that concern one model.
 
     The harness passes ``pretrained`` for ``model``, and its settings beside it.
@@ -85,8 +85,8 @@ class Answering:
         self.policy: NamedPolicy = with_reductions(
             parse_policies((config.policy,), config.seed), (config.reduction,)
         )[0]
-        self.asker: Asker = load_asker(config, own_device(local_rank))
-        check_policies(self.asker, (self.policy,))
+        self.pipeline: Pipeline = load_pipeline(config, own_device(local_rank))
+        check_policies(self.pipeline, (self.policy,))
 
     @cached_property
     def _exits(self) -> VisualExit:
@@ -107,12 +107,12 @@ class Answering:
         generation = generation or {}
         arguments = generation_arguments(generation, self.config.max_new_tokens)
         answers: dict[int, Answer] = {}
-        own_way = takes_videos(self.asker.processor)
+        own_way = takes_videos(self.pipeline.processor)
         for as_videos in (False, True):
             rows = [i for i, one in enumerate(requests) if (one.is_video and own_way) == as_videos]
             if rows:
                 batch = self._encode([requests[i] for i in rows], as_videos)
-                answers.update(zip(rows, answer(self.asker, batch, self._exits, arguments), strict=True))
+                answers.update(zip(rows, answer(self.pipeline, batch, self._exits, arguments), strict=True))
         ends = stop_texts(generation)
         return [replace(answers[i], prediction=cut(answers[i].prediction, ends)) for i in sorted(answers)]
 
@@ -128,14 +128,14 @@ class Answering:
 
     def _encoded(self, requests: Sequence[Request], as_videos: bool) -> Batch:
         rendered = [
-            self.asker.template.render(
+            self.pipeline.template.render(
                 one.text, has_image=1 if as_videos else len(one.images), history=one.history
             )
             for one in requests
         ]
         images = [one.images for one in requests]
         return encode_rendered(
-            self.asker, [one.id for one in requests], rendered, images, as_videos=as_videos
+            self.pipeline, [one.id for one in requests], rendered, images, as_videos=as_videos
         )
 
 

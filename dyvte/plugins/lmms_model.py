@@ -58,12 +58,12 @@ class DyvteChat(lmms):
     @property
     def model(self) -> torch.nn.Module:
         """The backbone."""
-        return self.answering.asker.model
+        return self.answering.pipeline.model
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return self.answering.asker.device
+        return self.answering.pipeline.device
 
     @property
     def batch_size(self) -> int:
@@ -82,7 +82,7 @@ class DyvteChat(lmms):
         with progress(len(requests), "dyvte", "answer", shown=self.rank == 0) as advance:
             for rows in _alike(requests):
                 contexts = [requests[i].args[0] for i in rows]
-                for plan in plan_batches(self.answering.asker, contexts, self.batch_size):
+                for plan in plan_batches(self.answering.pipeline, contexts, self.batch_size):
                     batch = [rows[i] for i in plan]
                     asked = [self._request(requests[i]) for i in batch]
                     given = self.answering.answer(asked, requests[batch[0]].args[2])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.errors import ConfigError
-from dyvte.evaluation.generation import pictures
+from dyvte.evaluation.generation import question_images
 from dyvte.tasks.base import Question, get_benchmark
 
 
@@ -29,7 +29,7 @@ def mme_docs(placeholder: Any) -> Any:
 
 def visual(doc: Mapping[str, Any]) -> list[Any]:
     """RGB PIL images of a question."""
-    return pictures(_question(doc), num_frames=1)
+    return question_images(_question(doc), num_frames=1)
 
 
 def text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any]) -> str:

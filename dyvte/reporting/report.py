@@ -15,7 +15,7 @@ import numpy as np
 
 import dyvte
 from dyvte.errors import ConfigError
-from dyvte.evaluation.generation import pictures
+from dyvte.evaluation.generation import question_images
 from dyvte.files import write_atomically
 from dyvte.reporting.page import Example, Heading, Image, Page, Table, Text
 from dyvte.reporting.plots import Plot, draw_section
@@ -163,7 +163,7 @@ def _cut(text: str) -> str:
 
 def _thumbnail(question: Question, num_frames: int, folder: Path, name: str) -> Path | None:
     """The question's first image, or its video's first frame, small."""
-    shown = pictures(question, num_frames)
+    shown = question_images(question, num_frames)
     if not shown:
         return None
     folder.mkdir(parents=True, exist_ok=True)

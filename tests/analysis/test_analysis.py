@@ -18,7 +18,7 @@ from dyvte.analysis.watching import KINDS, watch
 from dyvte.backbones import BackboneConfig, get_template
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, GateMismatchError
-from dyvte.evaluation.generation import Asker
+from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.run_log import read_answers
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.policies import RandomPolicy
@@ -44,7 +44,7 @@ def world(tmp_path_factory):
     return SimpleNamespace(
         root=root,
         eager=eager,
-        asker=Asker(model, processor, get_template("chat", processor), max_new_tokens=NEW),
+        pipeline=Pipeline(model, processor, get_template("chat", processor), max_new_tokens=NEW),
         benchmark=benchmark,
         questions=benchmark.load(root / "gqa"),
     )
@@ -62,15 +62,15 @@ def _subject(world, output, **changes) -> Subject:
         timing_batches=0,
         samples=4,
     )
-    return Subject(dataclasses.replace(settings, **changes), world.asker, world.benchmark, world.questions)
+    return Subject(dataclasses.replace(settings, **changes), world.pipeline, world.benchmark, world.questions)
 
 
 def _alone(world, question, image=True):
     """Inputs of one question, from the processor itself."""
-    asker = world.asker
-    prompt = asker.template.render(question.text, has_image=1 if image else 0).text
+    pipeline = world.pipeline
+    prompt = pipeline.template.render(question.text, has_image=1 if image else 0).text
     pictures = {"images": load_image(question.image)} if image else {}
-    return dict(asker.processor(text=prompt, **pictures, return_tensors="pt", add_special_tokens=False))
+    return dict(pipeline.processor(text=prompt, **pictures, return_tensors="pt", add_special_tokens=False))
 
 
 def _greedy(world, model, inputs, **options):
@@ -78,7 +78,7 @@ def _greedy(world, model, inputs, **options):
 
 
 def _say(world, inputs, exits=None, sample_id=None, model=None):
-    model = model or world.asker.model
+    model = model or world.pipeline.model
     if exits is None:
         tokens = _greedy(world, model, inputs)
     else:
@@ -86,7 +86,7 @@ def _say(world, inputs, exits=None, sample_id=None, model=None):
             run.sample_ids = None if sample_id is None else [sample_id]
             tokens = _greedy(world, model, inputs)
     new = tokens[0, inputs["input_ids"].shape[1] :]
-    return world.asker.processor.tokenizer.decode(new, skip_special_tokens=True)
+    return world.pipeline.processor.tokenizer.decode(new, skip_special_tokens=True)
 
 
 def _said(folder):
@@ -114,7 +114,7 @@ def full_answers(world):
 
 def _parts(world, inputs):
     """Columns of the prompt before, on and behind the image."""
-    is_visual = inputs["input_ids"][0] == world.asker.model.config.image_token_id
+    is_visual = inputs["input_ids"][0] == world.pipeline.model.config.image_token_id
     first, last = (edge(is_visual.nonzero().flatten().tolist()) for edge in (min, max))
     return slice(0, first), slice(first, last + 1), slice(last + 1, len(is_visual))
 
@@ -259,8 +259,8 @@ def test_any_family_is_watched(family):
     model, inputs, ids = build(family, "sdpa")
     eager, _, _ = build(family, "eager")
     alone = one_row(family, inputs, 0)
-    asker = SimpleNamespace(model=model)
-    subject = _Given(SimpleNamespace(), asker, None, [], {"inputs": alone})
+    pipeline = SimpleNamespace(model=model)
+    subject = _Given(SimpleNamespace(), pipeline, None, [], {"inputs": alone})
     expected = torch.cat(eager(**alone, output_attentions=True).attentions).mean(1)
     seen = {}
     with torch.no_grad():
@@ -311,7 +311,7 @@ def test_migration_is_made_of_these_inputs(world, full_answers, tmp_path):
     blank = blanked(world.questions, subject)
     pixels = _alone(world, blank[0])["pixel_values"]
     # The mean colour is zero once normalised, but for rounding to 1 of 255.
-    assert pixels.abs().max() < 0.5 / 255 / min(world.asker.processor.image_processor.image_std) + 1e-6
+    assert pixels.abs().max() < 0.5 / 255 / min(world.pipeline.processor.image_processor.image_std) + 1e-6
     assert all(load_image(b.image).size == load_image(q.image).size for b, q in zip(blank, world.questions))
     expected = {
         "full": full_answers,
@@ -373,10 +373,10 @@ def _kl(world, questions):
     total = torch.zeros(LAYERS + 1, dtype=torch.float64)
     for question in questions:
         inputs = _alone(world, question)
-        full = world.asker.model(**inputs).logits[0, -1].double().log_softmax(-1)
+        full = world.pipeline.model(**inputs).logits[0, -1].double().log_softmax(-1)
         for k in range(LAYERS):
-            with VisualExit.fixed(k)(world.asker.model):
-                left = world.asker.model(**inputs).logits[0, -1].double().log_softmax(-1)
+            with VisualExit.fixed(k)(world.pipeline.model):
+                left = world.pipeline.model(**inputs).logits[0, -1].double().log_softmax(-1)
             total[k] += (left.exp() * (left - full)).sum() / len(questions)
     return total
 
@@ -414,7 +414,7 @@ def test_cost_is_what_the_caches_hold(world, tmp_path):
     subject = _subject(world, tmp_path, batch_size=1, timing_batches=1, timing_repeats=1)
     found = get_study("cost")(subject).figures["rows"]
     full, exit_row = found["full model"], found["VTW, K = 2"]
-    shape = world.asker.model.config.text_config
+    shape = world.pipeline.model.config.text_config
     width = 2 * 4 * shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
     # One question a batch, so no padding: behind K the visual tokens are gone from every cache.
     saved = full["kv_bytes_per_question"] - exit_row["kv_bytes_per_question"]
@@ -430,7 +430,7 @@ def test_cost_is_what_the_caches_hold(world, tmp_path):
 def _gates(folder, world, seed, model=None):
     from dyvte.backbones import fingerprint, weights_digest
 
-    model = model or world.asker.model
+    model = model or world.pipeline.model
     config = GateConfig(
         num_layers=LAYERS,
         hidden_size=32,
@@ -448,9 +448,9 @@ def test_exits_and_transfer(world, full_answers, tmp_path):
     subject = _subject(world, tmp_path / "out", gates=(own,))
     (found,) = get_study("exits")(subject).figures["gates"].values()
     exits = []
-    with VisualExit.from_pretrained(own)(world.asker.model) as run:
+    with VisualExit.from_pretrained(own)(world.pipeline.model) as run:
         for question in world.questions:
-            world.asker.model(**_alone(world, question))
+            world.pipeline.model(**_alone(world, question))
             exits.append(int(run.exit_layers[0]))
     assert found["shares"] == pytest.approx([exits.count(k) / len(exits) for k in range(LAYERS + 1)])
     for kind, own_shares in found["by_kind"].items():
@@ -511,10 +511,10 @@ def test_gate_inputs_share_one_trace(world, tmp_path):
         gates = folder / row["features"] / "gates"
         config = GateConfig.from_json((gates / "gate_config.json").read_text())
         assert config.features == tuple(row["features"].split("+"))
-        with VisualExit.from_pretrained(gates)(world.asker.model) as run:
+        with VisualExit.from_pretrained(gates)(world.pipeline.model) as run:
             exits = []
             for question in world.questions:
-                world.asker.model(**_alone(world, question))
+                world.pipeline.model(**_alone(world, question))
                 exits.append(int(run.exit_layers[0]))
         assert row["exit_layer"] == pytest.approx(sum(exits) / len(exits))
 

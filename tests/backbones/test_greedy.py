@@ -12,7 +12,7 @@ import torch
 from dyvte.backbones import BackboneConfig, decoding_identity, generate_greedily, get_template
 from dyvte.backbones.greedy import in_answer
 from dyvte.errors import CheckpointError, ConfigError
-from dyvte.evaluation.generation import Asker, Batch, answer
+from dyvte.evaluation.generation import Batch, Pipeline, answer
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import parse_policies
 from dyvte.runtime import VisualExit
@@ -113,10 +113,10 @@ def test_labels_and_evaluation_are_the_same_decoding(backbone, changed) -> None:
         processor.tokenizer.decode(grown["input_ids"][row][mask_BN[row]], skip_special_tokens=True)
         for row in range(len(mask_BN))
     ]
-    asker = Asker(model, processor, get_template("chat", processor), max_new_tokens=TOKENS)
+    pipeline = Pipeline(model, processor, get_template("chat", processor), max_new_tokens=TOKENS)
     ids = tuple(str(row) for row in range(len(mask_BN)))
     asked = Batch(0, ids, dict(inputs), inputs["attention_mask"].sum(1))
-    given = answer(asker, asked, VisualExit())
+    given = answer(pipeline, asked, VisualExit())
     assert [one.prediction for one in given] == labels
     assert [one.num_new_tokens for one in given] == mask_BN.sum(1).tolist()
 
@@ -157,10 +157,10 @@ def test_end_tokens_make_another_run_and_other_defaults_do_not(backbone, changed
         output=tmp_path / "out",
         timing_batches=0,
     )
-    asker = Asker(model, processor, get_template("chat", processor), max_new_tokens=4)
+    pipeline = Pipeline(model, processor, get_template("chat", processor), max_new_tokens=4)
 
     def run():
-        return run_policies(asker, benchmark, questions, parse_policies(["never"]), config)
+        return run_policies(pipeline, benchmark, questions, parse_policies(["never"]), config)
 
     teacher = Teacher(model, processor, TeacherConfig(template="chat"))
     made = Manifest(

@@ -69,7 +69,7 @@ def test_a_whole_comparison(world: Path, tmp_path: Path, monkeypatch, capsys) ->
     assert any("fastv" in plan for one in plans["methods"] for plan in one["plans"])
     assert (tmp_path / "out" / "plans.png").is_file()
     # a search that lacks a combination is named, before anything is loaded
-    monkeypatch.setattr("dyvte.comparison.compare.load_asker", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr("dyvte.comparison.compare.load_pipeline", lambda config: pytest.fail("loaded"))
     (tmp_path / "plans" / "test" / "plans.json").write_text('{"plans": [{"reduction": "none"}]}')
     assert main(command) == 2
     assert "lacks traces of fastv:2:0.5" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from dyvte.backbones import BackboneConfig
 from dyvte.data import load_image
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import answer, encode_questions
-from dyvte.evaluation.runner import EvalConfig, evaluate, load_asker, prompts_of
+from dyvte.evaluation.runner import EvalConfig, evaluate, load_pipeline, prompts_of
 from dyvte.evaluation.settings import parse_policies, with_reductions
 from dyvte.gates import GateConfig, GateStack
 from dyvte.plugins import lmms_tasks
@@ -155,7 +155,7 @@ def test_vlmevalkit_runs_unmodified_with_our_class(small, tmp_path):
         output=tmp_path,
         max_new_tokens=4,
     )
-    asker = load_asker(settings)
+    pipeline = load_pipeline(settings)
     policy = with_reductions(parse_policies(("fixed:3",)), ("fastv:1:0.5",))[0]
     for row, exit_row in zip(rows, exits, strict=True):
         first, *others = map(Path, row["images"]) if row["images"] else (None,)
@@ -168,7 +168,9 @@ def test_vlmevalkit_runs_unmodified_with_our_class(small, tmp_path):
             image_id="",
             kind="",
         )
-        (expected,) = answer(asker, encode_questions(asker, [question], [question.text]), policy.exits())
+        (expected,) = answer(
+            pipeline, encode_questions(pipeline, [question], [question.text]), policy.exits()
+        )
         assert found[str(row["index"])] == expected.prediction
         assert exit_row["exit_layer"] == expected.exit_layer == (3 if row["images"] else -1)
         assert exit_row["num_visual"] == expected.num_visual == 16 * len(row["images"])

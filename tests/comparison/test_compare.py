@@ -83,7 +83,7 @@ def quick_routers():
 def planted(tmp_path_factory):
     """Pairs and result where the image decides the depth (True), and where the wording does (False)."""
     # planted scenes have no backbone: both kinds of routers read words
-    words = SimpleNamespace(of=lambda asker: BagOfWords.fit([*QUESTIONS, "jump 1 2 3 4 5 times"]))
+    words = SimpleNamespace(of=lambda pipeline: BagOfWords.fit([*QUESTIONS, "jump 1 2 3 4 5 times"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dyvte.comparison.question_features.TextStates", words)
         return {kind: _planted_result(tmp_path_factory.mktemp("planted"), kind) for kind in (True, False)}

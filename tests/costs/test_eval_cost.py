@@ -10,7 +10,7 @@ import dyvte
 from dyvte.backbones import get_template
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.costs.prefill import layer_flops, score_row_flops
-from dyvte.evaluation.generation import Asker, answer, encode_questions
+from dyvte.evaluation.generation import Pipeline, answer, encode_questions
 from dyvte.evaluation.run_log import unpack_layers
 from dyvte.evaluation.settings import parse_policies, with_reductions
 from dyvte.tasks.base import Question
@@ -21,25 +21,25 @@ LAYERS = 4
 
 
 @pytest.fixture(scope="module")
-def asker():
+def pipeline():
     model, processor = tiny_llava(LAYERS, attn_implementation="eager")
-    return Asker(model, processor, get_template("chat", processor), max_new_tokens=1)
+    return Pipeline(model, processor, get_template("chat", processor), max_new_tokens=1)
 
 
 @pytest.fixture(scope="module")
-def batch(asker, tmp_path_factory):
+def batch(pipeline, tmp_path_factory):
     path = tmp_path_factory.mktemp("images") / "0.png"
     random_image(0).save(path)
     text = "what color is the circle ?"
     question = Question(id="a", image=path, text=text, answer="red", image_id="0", kind="")
-    return encode_questions(asker, [question], [text])
+    return encode_questions(pipeline, [question], [text])
 
 
-def _measure(asker, batch, policy: str, reduction: str):
+def _measure(pipeline, batch, policy: str, reduction: str):
     """Counted FLOPs of the whole forward, and the answer that says what each layer processed."""
     named = with_reductions(parse_policies([policy]), [reduction])[0]
     with FlopCounterMode(display=False) as counter, torch.inference_mode(False):
-        given = answer(asker, batch, named.exits())
+        given = answer(pipeline, batch, named.exits())
     return counter.get_total_flops(), given[0]
 
 
@@ -53,11 +53,11 @@ def _measure(asker, batch, policy: str, reduction: str):
         ("never", "random_tokens:2:1"),
     ],
 )
-def test_what_is_saved_is_what_torch_counts_less(asker, batch, policy, reduction):
+def test_what_is_saved_is_what_torch_counts_less(pipeline, batch, policy, reduction):
     """Vision tower, head and rotary angles stay the same, so the difference is that of the layers."""
-    full_flops, full = _measure(asker, batch, "never", "none")
-    flops, given = _measure(asker, batch, policy, reduction)
-    shape = decoder_shape(asker.model.config)
+    full_flops, full = _measure(pipeline, batch, "never", "none")
+    flops, given = _measure(pipeline, batch, policy, reduction)
+    shape = decoder_shape(pipeline.model.config)
     layers = [(unpack_layers(one.text_tokens), unpack_layers(one.visual_tokens)) for one in (full, given)]
     costs = [float(layer_flops(shape, [text_L], [visual_L]).sum()) for text_L, visual_L in layers]
     tokens_L = [sum(pair) for pair in zip(*layers[1], strict=True)]

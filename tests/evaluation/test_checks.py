@@ -9,7 +9,7 @@ import pytest
 
 from dyvte.backbones import BackboneConfig, get_template
 from dyvte.errors import DataError
-from dyvte.evaluation.generation import Asker, encode_questions
+from dyvte.evaluation.generation import Pipeline, encode_questions
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import parse_policies
 from dyvte.plugins.answering import Answering, PluginConfig, Request
@@ -19,12 +19,12 @@ from tests.helpers.models import random_image, tiny_llava
 
 
 @pytest.fixture(scope="module")
-def asker() -> Asker:
+def pipeline() -> Pipeline:
     model, processor = tiny_llava(3)
-    return Asker(model, processor, get_template("chat", processor), max_new_tokens=3)
+    return Pipeline(model, processor, get_template("chat", processor), max_new_tokens=3)
 
 
-def run(asker: Asker, root: Path, output: Path):
+def run(pipeline: Pipeline, root: Path, output: Path):
     config = EvalConfig(
         model=BackboneConfig(path="tiny"),
         benchmark="gqa",
@@ -34,7 +34,7 @@ def run(asker: Asker, root: Path, output: Path):
         timing_batches=0,
     )
     benchmark = get_benchmark("gqa")
-    return run_policies(asker, benchmark, benchmark.load(root), parse_policies(("never",)), config)
+    return run_policies(pipeline, benchmark, benchmark.load(root), parse_policies(("never",)), config)
 
 
 def damaged(root: Path, damage: str) -> tuple[Path, str]:
@@ -57,11 +57,11 @@ def damaged(root: Path, damage: str) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize("damage", [" <image>", " </s>", "<pad>", " \ude00", "torn", "text", "id"])
-def test_one_bad_question_is_named_before_any_is_asked(asker, tmp_path, damage, monkeypatch) -> None:
+def test_one_bad_question_is_named_before_any_is_asked(pipeline, tmp_path, damage, monkeypatch) -> None:
     root, bad = damaged(tmp_path / "gqa", damage)
-    monkeypatch.setattr(asker.model, "generate", lambda **_: pytest.fail("a question was asked"))
+    monkeypatch.setattr(pipeline.model, "generate", lambda **_: pytest.fail("a question was asked"))
     with pytest.raises(DataError) as caught:
-        run(asker, root, tmp_path / "out")
+        run(pipeline, root, tmp_path / "out")
     text = str(caught.value)
     assert str(root) in text
     assert bad in text
@@ -70,16 +70,16 @@ def test_one_bad_question_is_named_before_any_is_asked(asker, tmp_path, damage, 
     text.encode()
 
 
-def test_questions_already_answered_need_no_picture(asker, tmp_path: Path) -> None:
+def test_questions_already_answered_need_no_picture(pipeline, tmp_path: Path) -> None:
     root = write_mini_gqa(tmp_path / "gqa", questions=6, images=3)
-    (first,) = run(asker, root, tmp_path / "out")
+    (first,) = run(pipeline, root, tmp_path / "out")
     image = root / "images" / "1.png"
     image.write_bytes(image.read_bytes()[:-300])
-    (again,) = run(asker, root, tmp_path / "out")
+    (again,) = run(pipeline, root, tmp_path / "out")
     assert again.answers == first.answers
 
 
-def test_what_only_the_processor_refuses_is_named_in_its_batch(asker, tmp_path, monkeypatch) -> None:
+def test_what_only_the_processor_refuses_is_named_in_its_batch(pipeline, tmp_path, monkeypatch) -> None:
     strip = tmp_path / "strip.png"
     random_image(0).resize((90, 1)).save(strip)
     random_image(0).save(tmp_path / "0.png")
@@ -87,24 +87,24 @@ def test_what_only_the_processor_refuses_is_named_in_its_batch(asker, tmp_path, 
         Question(id=name, image=path, text="how many ?", answer="one", image_id=name, kind="")
         for name, path in (("a", tmp_path / "0.png"), ("b", strip), ("c", tmp_path / "0.png"))
     ]
-    plain = type(asker.processor).__call__
+    plain = type(pipeline.processor).__call__
 
     def refusing(processor, images=None, **options):
         if any(image.size[0] > 50 for image in images):
             raise ZeroDivisionError("no height")
         return plain(processor, images=images, **options)
 
-    monkeypatch.setattr(type(asker.processor), "__call__", refusing)
+    monkeypatch.setattr(type(pipeline.processor), "__call__", refusing)
     prompts = [question.text for question in questions]
     with pytest.raises(DataError, match=r"question 'b': question: ZeroDivisionError: no height") as caught:
-        encode_questions(asker, questions, prompts)
+        encode_questions(pipeline, questions, prompts)
     assert "1 of 3" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["how many <image> ?", "how many </s> ?", "how many \ud83d ?"])
-def test_plugins_name_the_request(asker: Asker, text: str) -> None:
+def test_plugins_name_the_request(pipeline: Pipeline, text: str) -> None:
     answering = Answering.__new__(Answering)
-    answering.asker = asker
+    answering.pipeline = pipeline
     answering.config = PluginConfig(model=BackboneConfig(path="tiny"), max_new_tokens=3)
     answering.policy = parse_policies(("never",))[0]
     image = random_image(0)

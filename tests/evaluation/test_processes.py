@@ -12,7 +12,7 @@ import pytest
 from dyvte.backbones import BackboneConfig, get_template
 from dyvte.distributed import Processes
 from dyvte.errors import ConfigError
-from dyvte.evaluation.generation import Asker, answer, encode_questions
+from dyvte.evaluation.generation import Pipeline, answer, encode_questions
 from dyvte.evaluation.run_log import PARTIAL_FILE, AnswerLog, pack_layers, unpack_layers
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import parse_policies, with_reductions
@@ -25,9 +25,9 @@ FILES = ("predictions.jsonl", "exits.jsonl", "testdev_balanced_predictions.json"
 
 
 @pytest.fixture(scope="module")
-def asker():
+def pipeline():
     model, processor = tiny_llava(LAYERS)
-    return Asker(model, processor, get_template("chat", processor), max_new_tokens=4)
+    return Pipeline(model, processor, get_template("chat", processor), max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,15 @@ def _config(data, output, **changes):
     return dataclasses.replace(settings, **changes)
 
 
-def _run(asker, config, policies=("never", "fixed:2"), reductions=("none",), processes=None):
+def _run(pipeline, config, policies=("never", "fixed:2"), reductions=("none",), processes=None):
     benchmark = get_benchmark("gqa")
     named = with_reductions(parse_policies(policies), reductions)
-    found = run_policies(asker, benchmark, benchmark.load(config.data), named, config, processes=processes)
+    found = run_policies(pipeline, benchmark, benchmark.load(config.data), named, config, processes=processes)
     return {result.name: result for result in found}
 
 
-def test_every_policy_runs_with_every_reduction(asker, data, tmp_path):
-    results = _run(asker, _config(data, tmp_path), reductions=("none", "fastv:1:0.5", "random_tokens:2:7"))
+def test_every_policy_runs_with_every_reduction(pipeline, data, tmp_path):
+    results = _run(pipeline, _config(data, tmp_path), reductions=("none", "fastv:1:0.5", "random_tokens:2:7"))
     assert list(results) == [
         *("never", "fixed-2", "never+fastv-1-0.5", "fixed-2+fastv-1-0.5"),
         *("never+random_tokens-2-7", "fixed-2+random_tokens-2-7"),
@@ -83,20 +83,22 @@ def test_every_policy_runs_with_every_reduction(asker, data, tmp_path):
     assert only.same_answer_as_never is not None
 
 
-def test_a_reduction_is_part_of_what_a_folder_holds(asker, data, tmp_path):
-    _run(asker, _config(data, tmp_path), ["never"], ["fastv:1:0.5"])
+def test_a_reduction_is_part_of_what_a_folder_holds(pipeline, data, tmp_path):
+    _run(pipeline, _config(data, tmp_path), ["never"], ["fastv:1:0.5"])
     (tmp_path / "never+fastv-1-0.5").rename(tmp_path / "never")
     with pytest.raises(ConfigError, match=r"another reduction: 'fastv:1:0.5', now 'none'"):
-        _run(asker, _config(data, tmp_path), ["never"])
+        _run(pipeline, _config(data, tmp_path), ["never"])
     with pytest.raises(ConfigError, match=r"reduction 'fastv:1:0.5' is given twice"):
         with_reductions(parse_policies(["never"]), ["fastv:1:0.5", "fastv:1:0.50"])
 
 
-def test_answers_of_a_batch_are_those_of_batch_one(asker, data, tmp_path):
+def test_answers_of_a_batch_are_those_of_batch_one(pipeline, data, tmp_path):
     """Exits, reductions and padding included."""
     reductions = ("none", "fastv:1:0.5")
-    many = _run(asker, _config(data, tmp_path / "many", batch_size=11), ("never", "random:0-4"), reductions)
-    one = _run(asker, _config(data, tmp_path / "one", batch_size=1), ("never", "random:0-4"), reductions)
+    many = _run(
+        pipeline, _config(data, tmp_path / "many", batch_size=11), ("never", "random:0-4"), reductions
+    )
+    one = _run(pipeline, _config(data, tmp_path / "one", batch_size=1), ("never", "random:0-4"), reductions)
     for name, result in many.items():
         pairs = list(zip(result.answers, one[name].answers, strict=True))
         assert [a.prediction for a, _ in pairs] == [b.prediction for _, b in pairs]
@@ -105,12 +107,12 @@ def test_answers_of_a_batch_are_those_of_batch_one(asker, data, tmp_path):
         ]
 
 
-def test_a_batch_of_questions_without_images(asker):
+def test_a_batch_of_questions_without_images(pipeline):
     from dyvte.tasks.base import Question
 
     questions = [Question(id=i, image=None, text="how many ?", answer="", image_id=i, kind="") for i in "ab"]
-    batch = encode_questions(asker, questions, [q.text for q in questions])
-    given = answer(asker, batch, parse_policies(["fixed:1"])[0].exits())
+    batch = encode_questions(pipeline, questions, [q.text for q in questions])
+    given = answer(pipeline, batch, parse_policies(["fixed:1"])[0].exits())
     for one in given:
         assert (one.exit_layer, one.num_visual, one.visual_tokens) == (-1, 0, ((0, LAYERS),))
         assert one.text_tokens == ((one.num_text, LAYERS),)
@@ -140,12 +142,12 @@ class _Threads:
         return Rank(rank, self.world_size)
 
 
-def _run_in_threads(asker, config, world_size):
+def _run_in_threads(pipeline, config, world_size):
     threads = _Threads(world_size)
     results, errors = {}, []
 
     def work(rank):
-        own = dataclasses.replace(asker, model=copy.deepcopy(asker.model))
+        own = dataclasses.replace(pipeline, model=copy.deepcopy(pipeline.model))
         try:
             results[rank] = _run(own, config, processes=threads.rank(rank))
         except BaseException as error:
@@ -160,9 +162,9 @@ def _run_in_threads(asker, config, world_size):
     return results, errors
 
 
-def test_processes_share_the_batches_and_merge_in_order(asker, data, tmp_path):
-    _run(asker, _config(data, tmp_path / "alone"))
-    results, errors = _run_in_threads(asker, _config(data, tmp_path / "three"), 3)
+def test_processes_share_the_batches_and_merge_in_order(pipeline, data, tmp_path):
+    _run(pipeline, _config(data, tmp_path / "alone"))
+    results, errors = _run_in_threads(pipeline, _config(data, tmp_path / "three"), 3)
     assert not errors
     assert [list(results[rank]) for rank in range(3)] == [["never", "fixed-2"], [], []]
     for name in ("never", "fixed-2"):
@@ -173,8 +175,8 @@ def test_processes_share_the_batches_and_merge_in_order(asker, data, tmp_path):
         assert not list((tmp_path / "three" / name).glob("answers.partial*"))
 
 
-def test_a_killed_process_loses_nothing_for_any_number_that_goes_on(asker, data, tmp_path, monkeypatch):
-    _run(asker, _config(data, tmp_path / "alone"))
+def test_a_killed_process_loses_nothing_for_any_number_that_goes_on(pipeline, data, tmp_path, monkeypatch):
+    _run(pipeline, _config(data, tmp_path / "alone"))
     own, lock = threading.local(), threading.Lock()
 
     def until_killed(*args):
@@ -185,7 +187,7 @@ def test_a_killed_process_loses_nothing_for_any_number_that_goes_on(asker, data,
 
     config = _config(data, tmp_path / "killed")
     monkeypatch.setattr("dyvte.evaluation.runner.answer", until_killed)
-    _, errors = _run_in_threads(asker, config, 2)
+    _, errors = _run_in_threads(pipeline, config, 2)
     assert [type(error) for error in errors] == [KeyboardInterrupt, KeyboardInterrupt]
     folder = tmp_path / "killed" / "never"
     partial = sorted(path.name for path in folder.glob("answers.partial*"))
@@ -201,7 +203,7 @@ def test_a_killed_process_loses_nothing_for_any_number_that_goes_on(asker, data,
         return answer(*args)
 
     monkeypatch.setattr("dyvte.evaluation.runner.answer", noting)
-    _, errors = _run_in_threads(asker, config, 3)
+    _, errors = _run_in_threads(pipeline, config, 3)
     assert not errors
     # two policies on five batches; two answers from each process before, one of those torn
     assert len(kept) == 10 - 4 + 1
@@ -233,8 +235,8 @@ def test_layers_are_packed_without_loss():
     assert unpack_layers(pack_layers(tokens)) == tokens
 
 
-def test_scores_say_how_the_run_was_made(asker, data, tmp_path):
-    result = _run(asker, _config(data, tmp_path, seed=3), ["fixed:1"])["fixed-1"]
+def test_scores_say_how_the_run_was_made(pipeline, data, tmp_path):
+    result = _run(pipeline, _config(data, tmp_path, seed=3), ["fixed:1"])["fixed-1"]
     scores = json.loads((result.folder / "scores.json").read_text())
     assert scores["config"]["seed"] == scores["run"]["seed"] == 3
     assert {"dyvte", "torch", "transformers"} <= scores["run"].keys()

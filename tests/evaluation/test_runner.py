@@ -16,7 +16,7 @@ from dyvte.comparison.question_features import TextStates
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.evaluation import generation as asking
-from dyvte.evaluation.generation import Asker
+from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.run_log import AnswerLog
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import given_exits, parse_policies
@@ -29,11 +29,11 @@ LAYERS = 4
 
 
 @pytest.fixture(scope="module")
-def asker():
+def pipeline():
     from dyvte.backbones import get_template
 
     model, processor = tiny_llava(LAYERS)
-    return Asker(model, processor, get_template("chat", processor), max_new_tokens=4)
+    return Pipeline(model, processor, get_template("chat", processor), max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -66,40 +66,40 @@ def _config(data, output, benchmark="gqa", **changes):
     return dataclasses.replace(settings, **changes)
 
 
-def _run(asker, config, policies):
+def _run(pipeline, config, policies):
     benchmark = get_benchmark(config.benchmark)
     questions = benchmark.load(config.data, config.limit)
     policies = parse_policies(policies) if isinstance(policies[0], str) else policies
-    results = run_policies(asker, benchmark, questions, policies, config)
+    results = run_policies(pipeline, benchmark, questions, policies, config)
     return questions, {result.name: result for result in results}
 
 
-def _plain_answer(asker, question) -> str:
+def _plain_answer(pipeline, question) -> str:
     """One question at a time, on the stock model, no padding, no dyvte in the forward."""
-    prompt = asker.template.render(question.text).text
-    inputs = asker.processor(
+    prompt = pipeline.template.render(question.text).text
+    inputs = pipeline.processor(
         text=prompt,
         images=load_image(question.image),
         return_tensors="pt",
         add_special_tokens=False,
     )
-    tokens = asker.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    tokens = pipeline.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     new = tokens[0, inputs["input_ids"].shape[1] :]
-    return asker.processor.tokenizer.decode(new, skip_special_tokens=True)
+    return pipeline.processor.tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_never_gives_the_stock_models_answers_one_by_one(asker, data, tmp_path):
-    questions, results = _run(asker, _config(data, tmp_path), ["never"])
+def test_never_gives_the_stock_models_answers_one_by_one(pipeline, data, tmp_path):
+    questions, results = _run(pipeline, _config(data, tmp_path), ["never"])
     answers = [a.prediction for a in results["never"].answers]
-    assert answers == [_plain_answer(asker, q) for q in questions]
+    assert answers == [_plain_answer(pipeline, q) for q in questions]
     assert len(set(answers)) > 1
 
 
-def test_costs_of_fixed_and_given_exits(asker, data, tmp_path):
+def test_costs_of_fixed_and_given_exits(pipeline, data, tmp_path):
     questions = get_benchmark("gqa").load(data / "gqa")
     given = {q.id: n % (LAYERS + 1) for n, q in enumerate(questions)}
     policies = [*parse_policies(["never", "fixed:1"]), given_exits("mixed", given)]
-    _, results = _run(asker, _config(data, tmp_path), policies)
+    _, results = _run(pipeline, _config(data, tmp_path), policies)
     never, fixed, mixed = (results[name].scores for name in ("never", "fixed-1", "mixed"))
     assert (never.cost.mean_exit_layer, never.cost.visual_compute, never.same_answer_as_never) == (
         LAYERS,
@@ -119,15 +119,15 @@ def test_costs_of_fixed_and_given_exits(asker, data, tmp_path):
     assert fixed.same_answer_as_never == pytest.approx(sum(same) / len(same))
 
 
-def test_gate_logits_on_disk_explain_the_exits(asker, data, tmp_path, gates_folder):
+def test_gate_logits_on_disk_explain_the_exits(pipeline, data, tmp_path, gates_folder):
     # at threshold 1 every gate is asked and none fires
-    _, results = _run(asker, _config(data, tmp_path), [f"gates:{gates_folder}@1"])
+    _, results = _run(pipeline, _config(data, tmp_path), [f"gates:{gates_folder}@1"])
     complete = [a.gate_logits for a in next(iter(results.values())).answers]
     assert all(None not in row[: LAYERS - 1] for row in complete)
     assert {a.exit_layer for a in next(iter(results.values())).answers} == {LAYERS}
     # a threshold that some rows pass at the first gate and some do not
     threshold = torch.tensor([row[0] for row in complete]).sigmoid().median().item()
-    _, results = _run(asker, _config(data, tmp_path), [f"gates:{gates_folder}@{threshold}"])
+    _, results = _run(pipeline, _config(data, tmp_path), [f"gates:{gates_folder}@{threshold}"])
     folder = next(iter(results.values())).folder
     rows = [json.loads(line) for line in (folder / "exits.jsonl").read_text().splitlines()]
     assert len({row["exit_layer"] for row in rows}) > 1
@@ -138,9 +138,9 @@ def test_gate_logits_on_disk_explain_the_exits(asker, data, tmp_path, gates_fold
         assert asked == pytest.approx(whole[: len(asked)], abs=1e-4)
 
 
-def test_random_exits_do_not_depend_on_batches(asker, data, tmp_path):
-    _, one = _run(asker, _config(data, tmp_path / "a"), ["random:1-4"])
-    _, two = _run(asker, _config(data, tmp_path / "b", batch_size=7), ["random:1-4"])
+def test_random_exits_do_not_depend_on_batches(pipeline, data, tmp_path):
+    _, one = _run(pipeline, _config(data, tmp_path / "a"), ["random:1-4"])
+    _, two = _run(pipeline, _config(data, tmp_path / "b", batch_size=7), ["random:1-4"])
     a, b = (next(iter(r.values())).answers for r in (one, two))
     assert [x.exit_layer for x in a] == [x.exit_layer for x in b]
     assert [x.prediction for x in a] == [x.prediction for x in b]
@@ -148,9 +148,9 @@ def test_random_exits_do_not_depend_on_batches(asker, data, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.35, 0.8])
-def test_a_killed_run_ends_with_identical_files(asker, data, tmp_path, cut, monkeypatch):
+def test_a_killed_run_ends_with_identical_files(pipeline, data, tmp_path, cut, monkeypatch):
     config = _config(data, tmp_path / "whole")
-    _run(asker, config, ["never", "fixed:2"])
+    _run(pipeline, config, ["never", "fixed:2"])
     # reproduce the state at the kill: answers of the batches asked so far, the last line torn
     killed = tmp_path / "killed"
     calls = []
@@ -164,36 +164,36 @@ def test_a_killed_run_ends_with_identical_files(asker, data, tmp_path, cut, monk
 
     monkeypatch.setattr("dyvte.evaluation.runner.answer", answer_until)
     with pytest.raises(KeyboardInterrupt):
-        _run(asker, _config(data, killed), ["never", "fixed:2"])
+        _run(pipeline, _config(data, killed), ["never", "fixed:2"])
     partial = killed / "never" / "answers.partial.jsonl"
     content = partial.read_bytes()
     partial.write_bytes(content[: int(len(content) * cut)] if cut else content)
     monkeypatch.setattr("dyvte.evaluation.runner.answer", original)
-    _run(asker, _config(data, killed), ["never", "fixed:2"])
+    _run(pipeline, _config(data, killed), ["never", "fixed:2"])
     for name in ("never", "fixed-2"):
         for file in ("predictions.jsonl", "exits.jsonl", "testdev_balanced_predictions.json"):
             assert (killed / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
         assert not (killed / name / "answers.partial.jsonl").exists()
 
 
-def test_a_finished_run_is_not_asked_again(asker, data, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_asked_again(pipeline, data, tmp_path, monkeypatch):
     config = _config(data, tmp_path)
-    _, first = _run(asker, config, ["fixed:2"])
+    _, first = _run(pipeline, config, ["fixed:2"])
     monkeypatch.setattr("dyvte.evaluation.runner.answer", lambda *args: pytest.fail("asked again"))
-    _, second = _run(asker, config, ["fixed:2"])
+    _, second = _run(pipeline, config, ["fixed:2"])
     assert first["fixed-2"].answers == second["fixed-2"].answers
     assert first["fixed-2"].scores == second["fixed-2"].scores
 
 
-def test_another_run_in_the_folder_is_refused_by_field(asker, data, tmp_path):
-    _run(asker, _config(data, tmp_path), ["never"])
+def test_another_run_in_the_folder_is_refused_by_field(pipeline, data, tmp_path):
+    _run(pipeline, _config(data, tmp_path), ["never"])
     with pytest.raises(ConfigError, match=r"another batch_size: 5, now 6.*--overwrite"):
-        _run(asker, _config(data, tmp_path, batch_size=6), ["never"])
-    _run(asker, _config(data, tmp_path, batch_size=6, overwrite=True), ["never"])
+        _run(pipeline, _config(data, tmp_path, batch_size=6), ["never"])
+    _run(pipeline, _config(data, tmp_path, batch_size=6, overwrite=True), ["never"])
 
 
-def test_mme_end_to_end_and_submission(asker, data, tmp_path):
-    questions, results = _run(asker, _config(data, tmp_path, "mme"), ["never", "fixed:2"])
+def test_mme_end_to_end_and_submission(pipeline, data, tmp_path):
+    questions, results = _run(pipeline, _config(data, tmp_path, "mme"), ["never", "fixed:2"])
     scores = results["fixed-2"].scores.scores
     assert scores["perception_subtasks"] == ["color"]
     assert scores["cognition_subtasks"] == ["code_reasoning"]
@@ -202,9 +202,9 @@ def test_mme_end_to_end_and_submission(asker, data, tmp_path):
     assert mme.score(questions, again)["per_subtask"] == scores["per_subtask"]
 
 
-def test_timing_covers_every_policy(asker, data, tmp_path):
+def test_timing_covers_every_policy(pipeline, data, tmp_path):
     config = _config(data, tmp_path, timing_batches=1, timing_repeats=1)
-    _, results = _run(asker, config, ["never", "fixed:1"])
+    _, results = _run(pipeline, config, ["never", "fixed:1"])
     for result in results.values():
         timing = result.scores.timing
         assert timing.times.first_token_ratio > 0
@@ -239,14 +239,14 @@ def test_foreign_answers_are_refused(tmp_path):
         AnswerLog(tmp_path / "file" / "x", {}, [])
 
 
-def test_gates_trained_with_another_image_padding_are_refused(asker, data, tmp_path, gates_folder):
+def test_gates_trained_with_another_image_padding_are_refused(pipeline, data, tmp_path, gates_folder):
     copy = tmp_path / "gates"
     shutil.copytree(gates_folder, copy)
     config = json.loads((copy / "gate_config.json").read_text())
     config["backbone"]["image_padding"] = "square"
     (copy / "gate_config.json").write_text(json.dumps(config))
     with pytest.raises(GateMismatchError, match=r"image padding is 'none', but .* trained with 'square'"):
-        _run(asker, _config(data, tmp_path / "out"), [f"gates:{copy}"])
+        _run(pipeline, _config(data, tmp_path / "out"), [f"gates:{copy}"])
     assert not (tmp_path / "out").exists()
 
 
@@ -266,27 +266,27 @@ def test_answers_are_as_long_as_the_benchmark_says():
     assert EvalConfig(benchmark="mmvet", max_new_tokens=8, **given).max_new_tokens == 8
 
 
-def test_probe_notes_what_the_gates_would_say(asker, data, tmp_path, gates_folder):
-    questions, results = _run(asker, _config(data, tmp_path), [f"gates:{gates_folder}@1"])
+def test_probe_notes_what_the_gates_would_say(pipeline, data, tmp_path, gates_folder):
+    questions, results = _run(pipeline, _config(data, tmp_path), [f"gates:{gates_folder}@1"])
     answers = next(iter(results.values())).answers
     stacks = [
         GateStack.from_pretrained(gates_folder),
         GateStack.init(GateConfig(num_layers=4, hidden_size=32)),
     ]
-    logits = probe_gates(asker, questions, [q.text for q in questions], stacks, batch_size=7)
+    logits = probe_gates(pipeline, questions, [q.text for q in questions], stacks, batch_size=7)
     expected = torch.tensor([a.gate_logits[: LAYERS - 1] for a in answers])
     torch.testing.assert_close(logits[0][:, : LAYERS - 1], expected, atol=1e-4, rtol=0)
     assert logits[1].shape == (len(questions), LAYERS)
     assert not torch.allclose(logits[1][:, 0], logits[0][:, 0])
 
 
-def test_text_states_are_those_of_the_prompt_without_its_image(asker):
-    states = TextStates.of(asker)
+def test_text_states_are_those_of_the_prompt_without_its_image(pipeline):
+    states = TextStates.of(pipeline)
     texts = ["what color is the circle ?", "how many ?", "what color is the circle ?"]
     found = states(texts)
     for row, text in enumerate(texts):
-        prompt = asker.template.render(text, has_image=False).text
-        inputs = asker.processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        hidden = asker.model(**inputs, output_hidden_states=True).hidden_states
+        prompt = pipeline.template.render(text, has_image=False).text
+        inputs = pipeline.processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        hidden = pipeline.model(**inputs, output_hidden_states=True).hidden_states
         parts = [torch.cat([hidden[k][0, :-1].mean(0), hidden[k][0, -1]]) for k in states.layers]
         torch.testing.assert_close(found[row], torch.cat(parts), atol=1e-4, rtol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dyvte.backbones import BackboneConfig, get_template
-from dyvte.evaluation.generation import Asker, encode_questions, pictures
+from dyvte.evaluation.generation import Pipeline, encode_questions, question_images
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import parse_policies
 from dyvte.tasks.base import get_benchmark
@@ -41,7 +41,7 @@ class VideoProcessor:
 
 
 @pytest.fixture(scope="module")
-def asker():
+def pipeline():
     from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
     processor = VideoProcessor()
@@ -57,7 +57,7 @@ def asker():
         torch.manual_seed(0)
         model = VideoLlavaForConditionalGeneration(config).eval().requires_grad_(False)
     model.generation_config.suppress_tokens = ids
-    return Asker(model, processor, get_template("v1", processor), max_new_tokens=3, num_frames=FRAMES)
+    return Pipeline(model, processor, get_template("v1", processor), max_new_tokens=3, num_frames=FRAMES)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def questions(tmp_path):
     return get_benchmark("tgifqa").load(write_benchmark(tmp_path / "data", "tgifqa", "zero_shot"))
 
 
-def test_videos_are_asked_and_left_behind(asker, questions, tmp_path):
+def test_videos_are_asked_and_left_behind(pipeline, questions, tmp_path):
     config = EvalConfig(
         model=BackboneConfig(path="tiny"),
         benchmark="tgifqa",
@@ -77,32 +77,32 @@ def test_videos_are_asked_and_left_behind(asker, questions, tmp_path):
         num_frames=FRAMES,
     )
     benchmark = get_benchmark("tgifqa")
-    results = run_policies(asker, benchmark, questions, parse_policies(["never", "fixed:1"]), config)
+    results = run_policies(pipeline, benchmark, questions, parse_policies(["never", "fixed:1"]), config)
     never, fixed = results
-    layers = asker.model.config.text_config.num_hidden_layers
+    layers = pipeline.model.config.text_config.num_hidden_layers
     assert {a.num_visual for result in results for a in result.answers} == {FRAMES * PER_FRAME}
     assert {a.exit_layer for a in never.answers} == {layers}
     assert {a.exit_layer for a in fixed.answers} == {1}
     assert fixed.scores.cost.visual_compute == pytest.approx(1 / layers)
     for question, answer in zip(questions, never.answers, strict=True):
-        one = encode_questions(asker, [question], [benchmark.prompt(question)])
-        tokens = asker.model.generate(**one.inputs, max_new_tokens=3, do_sample=False)
+        one = encode_questions(pipeline, [question], [benchmark.prompt(question)])
+        tokens = pipeline.model.generate(**one.inputs, max_new_tokens=3, do_sample=False)
         new = tokens[0, one.inputs["input_ids"].shape[1] :]
-        assert answer.prediction == asker.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert answer.prediction == pipeline.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
     assert (never.folder / "tgifqa_results.jsonl").is_file()
 
 
-def test_the_prompt_holds_one_video_and_the_sampled_frames(asker, questions):
-    batch = encode_questions(asker, questions, [q.text for q in questions])
-    ids = asker.processor.tokenizer.convert_tokens_to_ids([VIDEO])[0]
+def test_the_prompt_holds_one_video_and_the_sampled_frames(pipeline, questions):
+    batch = encode_questions(pipeline, questions, [q.text for q in questions])
+    ids = pipeline.processor.tokenizer.convert_tokens_to_ids([VIDEO])[0]
     assert (batch.inputs["input_ids"] == ids).sum(1).tolist() == [FRAMES * PER_FRAME] * 2
     assert batch.inputs["pixel_values_videos"].shape == (2, FRAMES, 3, 16, 16)
-    first = torch.tensor(list(pictures(questions[0], FRAMES)[0].tobytes())).view(16, 16, 3)
+    first = torch.tensor(list(question_images(questions[0], FRAMES)[0].tobytes())).view(16, 16, 3)
     torch.testing.assert_close(batch.inputs["pixel_values_videos"][0, 0], first.permute(2, 0, 1) / 255)
 
 
 def test_a_processor_without_videos_gets_images(questions):
     model, processor = tiny_llava(2)
-    asker = Asker(model, processor, get_template("chat", processor), num_frames=FRAMES)
-    batch = encode_questions(asker, questions, [q.text for q in questions])
+    pipeline = Pipeline(model, processor, get_template("chat", processor), num_frames=FRAMES)
+    batch = encode_questions(pipeline, questions, [q.text for q in questions])
     assert batch.inputs["pixel_values"].shape[0] == 2 * FRAMES

@@ -11,7 +11,7 @@ import pytest
 
 from dyvte.backbones import BackboneConfig, get_template
 from dyvte.cli import main
-from dyvte.evaluation.generation import Asker
+from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import parse_policies, with_reductions
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
@@ -39,7 +39,7 @@ def world(world):
     """With runs whose answers are rewritten by a rule, so that every metric is known."""
     root = world
     model, processor = tiny_llava(LAYERS)
-    asker = Asker(model, processor, get_template("chat", processor), max_new_tokens=2)
+    pipeline = Pipeline(model, processor, get_template("chat", processor), max_new_tokens=2)
     config = GateConfig(num_layers=LAYERS, hidden_size=32, offsets=uniform_offsets(LAYERS), threshold=0.45)
     GateStack.init(config, seed=1).save_pretrained(root / "gates")
     path = root / "gqa" / "testdev_balanced_questions.json"
@@ -64,7 +64,7 @@ def world(world):
         )
         benchmark = get_benchmark(name)
         named = parse_policies(policies) + with_reductions(parse_policies(["never"]), ["fastv:1:0.5"])
-        run_policies(asker, benchmark, benchmark.load(root / name), named, settings)
+        run_policies(pipeline, benchmark, benchmark.load(root / name), named, settings)
     for name, share in KEPT.items():
         _answer_by_rule(root / "runs" / "gqa" / name, share)
     return root

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, DataError, ScoreError
-from dyvte.evaluation.generation import pictures
+from dyvte.evaluation.generation import question_images
 from dyvte.tasks.base import TASKS, Predictions, get_benchmark
 from dyvte.tasks.readers.tables import PackedImage
 from tests.helpers.benchmark_files import CASES, CHOICES, WRITERS, picture, put, rendered, write_benchmark
@@ -47,7 +47,7 @@ def test_formats_hold_the_same_questions(tmp_path, name, form):
         keys = [[text for text, _ in key] for key in keys]
     assert keys[0] == keys[1]
     assert len({q.id for q in got}) == len(got)
-    shown = [pictures(q, 4) for q in got]
+    shown = [question_images(q, 4) for q in got]
     assert all(image.size == (16, 16) for row in shown for image in row)
     assert all(row for row in shown)
 
@@ -65,7 +65,7 @@ def test_choices_are_asked_as_llava_does_about_the_right_image(tmp_path, name, f
         )
         assert text in asked
         expected = _pixels(Image.open(io.BytesIO(picture(n))))
-        assert _pixels(pictures(question, 1)[0]) == expected
+        assert _pixels(question_images(question, 1)[0]) == expected
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)

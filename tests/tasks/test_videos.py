@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dyvte.errors import ConfigError, DataError, ScoreError
-from dyvte.evaluation.generation import pictures
+from dyvte.evaluation.generation import question_images
 from dyvte.tasks.base import Predictions, get_benchmark
 from dyvte.tasks.readers.rows import Row
 from dyvte.tasks.readers.videos import Video, find_video, read_frames, uniform_indices
@@ -110,7 +110,7 @@ def test_videomme_leaves_unread_answers_out_as_its_tool_does_and_says_so(tmp_pat
     assert [v["video_id"] for v in filled] == ["000", "001"]
     assert filled[0]["questions"][1]["response"] == "C"
     assert filled[0]["questions"][1]["options"][0] == "A. one"
-    assert len(pictures(questions[0], 4)) == 4
+    assert len(question_images(questions[0], 4)) == 4
 
 
 def test_tgif_exact_match_is_labelled_and_the_grader_gets_its_lines(tmp_path):
