@@ -143,3 +143,14 @@ def test_rows_of_any_length_get_what_they_get_alone(llava) -> None:
         alone = batch_of(processor, images[row : row + 1], questions[row : row + 1], answers[row % 3 :])
         found = trace_exits(model, *alone, freezes=(0, 1), sample_ids=[str(row)])
         close(together.trace.rows([row]), found)
+
+
+def test_a_batch_without_images_is_the_full_model_everywhere(llava) -> None:
+    model, processor = llava
+    template = get_template("auto", processor)
+    rendered = [template.render(question, "red", has_image=False) for question in QUESTIONS[:2]]
+    inputs, answer = encode(processor, rendered, [[], []], padding_side="left")
+    found = trace_checked(model, inputs, answer, freezes=(0, 2))
+    assert (found.num_images, found.not_shared) == (0, None)
+    for risk in (found.trace.risk, found.trace.grid.risk.nan_to_num()):
+        torch.testing.assert_close(risk, torch.zeros_like(risk), atol=1e-5, rtol=0)
