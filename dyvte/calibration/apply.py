@@ -27,7 +27,7 @@ from dyvte.gates import (
     schedules,
 )
 from dyvte.gates.config import CONFIG_FILE
-from dyvte.objectives.losses import answer_loss
+from dyvte.objectives.losses import answer_loss, is_bounded
 from dyvte.reductions.learned_with import NO_REDUCTION
 from dyvte.teacher.store import TraceStore
 from dyvte.teacher.trace import Trace
@@ -162,8 +162,8 @@ def bounded_loss(trace: Trace, loss: str, path: ThresholdPath) -> Tensor:
     CalibrationError
         If the loss is not bounded.
     """
-    if loss == "risk":
-        raise CalibrationError("loss 'risk' has no bound: expected 'same_answer' or 'risk:C', C in nats")
+    if not is_bounded(loss):
+        raise CalibrationError(f"loss {loss!r} has no bound: expected 'same_answer' or 'risk:C', C in nats")
     loss_BGL1 = answer_loss(trace, loss)
     return loss_BGL1 if path.freezes else loss_BGL1[:, -1:]
 

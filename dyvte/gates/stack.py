@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from dyvte.errors import CheckpointError, ConfigError
 from dyvte.gates.architectures import ARCHITECTURES
+from dyvte.gates.architectures.base import Layers
 from dyvte.gates.config import GateConfig
 from dyvte.gates.files import read_checkpoint, write_checkpoint
 from dyvte.gates.logits import HeadLogits
@@ -37,7 +39,7 @@ class GateStack(nn.Module):
         self.config = config
         size, width, num_parts = config.feature_size, config.gate_hidden_size, len(config.features)
         architecture = ARCHITECTURES.get(config.architecture)
-        self.trunk = architecture.trunk(size, width, num_parts)
+        self.trunk = architecture.trunk(size, width, num_parts, config.num_layers)
         self.gates = nn.ModuleList(
             architecture.gate(size, width, num_parts) for _ in range(config.num_layers)
         )
@@ -59,6 +61,8 @@ class GateStack(nn.Module):
                 nn.init.xavier_uniform_(parameter, generator=generator)
             else:
                 nn.init.zeros_(parameter)
+        for name, buffer in stack.named_buffers():  # a standardisation that changes nothing yet
+            nn.init.constant_(buffer, float(name.endswith("scale")))
         return stack
 
     @property
@@ -76,7 +80,7 @@ class GateStack(nn.Module):
         """(B,) float32: exit minus stay logit of gate k (1-based), offset included."""
         if not 1 <= k <= self.config.num_layers:
             raise ConfigError(f"gate {k}: expected a layer in 1..{self.config.num_layers}")
-        return self._exit(k, self._read(features_BF))
+        return self._exit(k, self._read(features_BF, k))
 
     def heads(self, k: int, features_BF: Tensor) -> Tensor:
         """(2, B) float32 exit and freeze logits after layer k = 0..L-1, offsets included.
@@ -85,7 +89,7 @@ class GateStack(nn.Module):
         """
         if self.freezes is None or not 0 <= k < self.config.num_layers:
             raise ConfigError(f"both heads at {k}: expected gates with a freeze head, and a layer below L")
-        read = self._read(features_BF)
+        read = self._read(features_BF, k)
         freeze_B = self._freeze(k, read)
         return torch.stack((self._exit(k, read) if k else torch.full_like(freeze_B, CLOSED), freeze_B))
 
@@ -121,8 +125,9 @@ class GateStack(nn.Module):
                 f"features have shape {tuple(features_BLF.shape)}, expected (B, L, F) with "
                 f"L = {self.config.num_layers} and F = {self.config.feature_size}"
             )
-        read = self._read(features_BLF)
         num_layers = self.config.num_layers
+        layers_L = torch.arange(1, num_layers + 1, device=features_BLF.device)
+        read = self._read(features_BLF, layers_L)
         plain_BL = torch.stack([self._exit(k, read[:, k - 1]) for k in range(1, num_layers + 1)], 1)
         if self.freezes is None:
             return plain_BL
@@ -131,9 +136,10 @@ class GateStack(nn.Module):
                 "these gates have a freeze head, but the traces hold no freeze layers: trace with a grid of "
                 "freeze layers"
             )
-        inputs = (self._read(embeddings_BF), *(read[:, j - 1] for j in range(1, num_layers)))
+        inputs = (self._read(embeddings_BF, 0), *(read[:, j - 1] for j in range(1, num_layers)))
         freeze_BL = torch.stack([self._freeze(j, one) for j, one in enumerate(inputs)], 1)
-        frozen, column, streams = self._read(frozen_BMF), 0, []
+        layers_M = torch.cat([layers_L[f:] for f in freeze_layers])
+        frozen, column, streams = self._read(frozen_BMF, layers_M), 0, []
         for f in freeze_layers:
             behind = range(f + 1, num_layers + 1)
             own = [self._exit(k, frozen[:, column + i]) for i, k in enumerate(behind)]
@@ -152,8 +158,32 @@ class GateStack(nn.Module):
         found = self(features_BLF, embeddings_BF, frozen_BMF, freeze_layers)
         return found if isinstance(found, Tensor) else HeadLogits(*found, tuple(freeze_layers))
 
-    def _read(self, features: Tensor) -> Tensor:
-        return features if self.trunk is None else self.trunk(features)
+    def fit_inputs(
+        self,
+        features_BLF: Tensor,
+        embeddings_BF: Tensor | None = None,
+        frozen_BMF: Tensor | None = None,
+        freeze_layers: Sequence[int] = (),
+    ) -> None:
+        """Let a new stack take in what its architecture must know of the training features; often nothing.
+
+        Parameters as for `forward`: those of all training samples. Call it once, before training.
+        """
+        if self.trunk is None:
+            return
+        both = self.freezes is not None and embeddings_BF is not None and frozen_BMF is not None
+        if both:
+            self.trunk.fit(0, embeddings_BF)
+        layers_M = [k for f in freeze_layers for k in range(f + 1, self.config.num_layers + 1)]
+        for layer in range(1, self.config.num_layers + 1):
+            parts = [features_BLF[:, layer - 1]]
+            if both:
+                columns = [column for column, k in enumerate(layers_M) if k == layer]
+                parts.append(frozen_BMF[:, columns].flatten(0, 1))
+            self.trunk.fit(layer, torch.cat(parts))
+
+    def _read(self, features: Tensor, layers: Layers) -> Tensor:
+        return features if self.trunk is None else self.trunk(features, layers)
 
     def _exit(self, k: int, read: Tensor) -> Tensor:
         return self.gates[k - 1](read) + self.config.offsets[k - 1]
@@ -164,6 +194,43 @@ class GateStack(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `gate_config.json` and `gates.safetensors`; each file appears whole or not at all."""
         write_checkpoint(folder, self.config, self.state_dict())
+
+    @classmethod
+    def merged(cls, stacks: Sequence[GateStack]) -> GateStack:
+        """One stack whose logits are the mean of several stacks': as wide as all of them together.
+
+        Several trainings of one shape differ by their seeds alone, and their mean decides better than most of
+        them.
+
+        Raises
+        ------
+        ConfigError
+            If they differ in more than weights and threshold, or in what they know of the features' scale.
+        """
+        first = stacks[0].config
+        unlike = {"training", "calibration", "threshold", "freeze_threshold", "gate_hidden_size"}
+        plain = [{n: v for n, v in vars(one.config).items() if n not in unlike} for one in stacks]
+        if any(one != plain[0] for one in plain):
+            raise ConfigError("only gates of one backbone, architecture and rule can be merged")
+        config = replace(first, gate_hidden_size=sum(one.config.gate_hidden_size for one in stacks))
+        with torch.device("meta"):
+            whole = cls(config)
+        constants = {name for name, _ in whole.named_buffers()}
+        tensors = {}
+        for name, tensor in stacks[0].state_dict().items():
+            all_of_it = [one.state_dict()[name] for one in stacks]
+            if name in constants:
+                if any(not torch.equal(tensor, one) for one in all_of_it):
+                    raise ConfigError(f"gates to merge were trained on other samples: their {name} differ")
+                tensors[name] = tensor
+            elif name.endswith("w2.weight"):
+                tensors[name] = torch.cat(all_of_it, 1) / len(stacks)
+            elif name.endswith("w2.bias"):
+                tensors[name] = torch.stack(all_of_it).mean(0)
+            else:
+                tensors[name] = torch.cat(all_of_it)
+        _assign(whole, tensors, "the merged stack")
+        return whole
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GateStack:

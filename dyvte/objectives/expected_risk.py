@@ -35,8 +35,8 @@ class ExpectedRisk(Objective):
     memory_price: float = 0.0
     """Price of the visual tokens in the KV caches of all layers, on top."""
     loss: str = "risk"
-    """"risk" (KL in nats), "same_answer" (0 or 1), or "risk:C" (min(KL, C) / C): the last two are what a
-    bounded risk can be certified for. The price is in the same unit."""
+    """"risk" (KL in nats), "same_answer" (0 or 1), "risk:C" (min(KL, C) / C), or the mean of several, such as
+    "same_answer+risk:1". The price is in the same unit."""
 
     starts_uniform: ClassVar[bool] = True
 

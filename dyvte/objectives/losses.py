@@ -5,12 +5,13 @@ Shape letters: B samples, L decoder layers, G streams (frozen after each traced 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dyvte.errors import ConfigError
 from dyvte.teacher.trace import Trace
 
-USAGE = "risk | same_answer | risk:C"
+USAGE = "risk | same_answer | risk:C, or the mean of several joined by '+'"
 
 
 def answer_loss(trace: Trace, loss: str) -> Tensor:
@@ -22,13 +23,17 @@ def answer_loss(trace: Trace, loss: str) -> Tensor:
         B samples; without a grid G = 1, the exits.
     loss:
         "risk": KL(full || reduced) in nats. "same_answer": 1 where the answer differs, else 0. "risk:C":
-        min(KL, C) / C, C in nats. The last two lie in [0, 1] and can be certified.
+        min(KL, C) / C, C in nats. The last two lie in [0, 1] and can be certified. Joined by "+": their mean,
+        such as "same_answer+risk:1", which says of a wrong answer how wrong it is.
 
     Raises
     ------
     ConfigError
         If ``loss`` is none of these.
     """
+    if "+" in loss:
+        parts = [answer_loss(trace, part) for part in loss.split("+")]
+        return torch.stack(parts).mean(0)
     if loss == "risk":
         return trace.labels("risk")
     if loss == "same_answer":
@@ -51,5 +56,11 @@ def risk_bound(loss: str) -> float:
 
 def check_loss(loss: str) -> None:
     """Raise ConfigError unless ``loss`` is the name of one."""
-    if loss not in ("risk", "same_answer"):
-        risk_bound(loss)
+    for part in loss.split("+"):
+        if part not in ("risk", "same_answer"):
+            risk_bound(part)
+
+
+def is_bounded(loss: str) -> bool:
+    """Does the loss lie in [0, 1], so that a bound on its mean can be certified?"""
+    return "risk" not in loss.split("+")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -316,3 +317,68 @@ def test_a_row_can_be_in_any_state_at_once():
         for k in range(3):
             rule.step(k, torch.tensor([[codes[2 * k]], [codes[2 * k + 1]]]))
         assert rule.freeze_layers_B <= rule.exit_layers_B
+
+
+@pytest.mark.parametrize("freeze_head", [False, True])
+def test_scaled_gates_standardise_every_layer_by_all_its_training_features(freeze_head):
+    trace = make_trace(40, 4, features=6, freezes=(0, 2))
+    trace = replace(trace, features=trace.features * 3 + torch.arange(6.0))
+    config = GateConfig(
+        num_layers=4, hidden_size=3, architecture="scaled", gate_hidden_size=5, freeze_head=freeze_head
+    )
+    stack = GateStack.init(config, seed=3)
+    inputs = trace.gate_inputs()
+    shared = GateStack.init(GateConfig(**{**config.__dict__, "architecture": "shared"}), seed=3)
+    untouched = stack.logits(**inputs), shared.logits(**inputs)
+    if freeze_head:
+        untouched = untouched[0].exit_BGL, untouched[1].exit_BGL
+    assert torch.equal(*untouched)  # at first it changes nothing
+    stack.fit_inputs(**inputs)
+    streams = trace.streams()
+    for layer in range(5):
+        of_layer = trace.grid.embeddings[:, None] if layer == 0 else trace.features[:, None, layer - 1]
+        if freeze_head and layer:  # streams that are frozen before this layer have features of their own
+            own = [i for i, f in enumerate(trace.freezes) if f < layer]
+            of_layer = torch.cat((of_layer, streams[:, own, layer - 1]), 1)
+        parts = of_layer.flatten(0, 1).view(-1, 2, 3)
+        normal = (parts / (parts.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(1)
+        if layer or freeze_head:
+            torch.testing.assert_close(stack.trunk.mean[layer], normal.mean(0), rtol=1e-5, atol=1e-6)
+            deviation = (normal.var(0, unbiased=False) + 0.01).sqrt()
+            torch.testing.assert_close(stack.trunk.scale[layer], 1 / deviation, rtol=1e-5, atol=1e-6)
+        else:
+            assert (stack.trunk.mean[0] == 0).all()
+    x = trace.features[:, 1]
+    parts = x.view(-1, 2, 3)
+    normal = (parts / (parts.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(1)
+    inner = (normal - stack.trunk.mean[2]) * stack.trunk.scale[2] @ stack.trunk.w1.weight.T
+    gate = stack.gates[1]
+    expected = torch.nn.functional.gelu(inner * (1 + gate.gain) + gate.shift) @ gate.w2.weight[0]
+    torch.testing.assert_close(stack.gate(2, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_merged_stack_says_the_mean_of_its_members(tmp_path, architecture):
+    trace = make_trace(30, 4, features=6, freezes=(0, 2))
+    members = []
+    for seed in range(3):
+        stack = two_headed(architecture)
+        for number, parameter in enumerate(stack.parameters()):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(100 * seed + number))
+        stack.fit_inputs(**trace.gate_inputs())
+        members.append(stack)
+    whole = GateStack.merged(members)
+    assert whole.config.gate_hidden_size == 15
+    whole.save_pretrained(tmp_path)
+    got = GateStack.from_pretrained(tmp_path).logits(**trace.gate_inputs())
+    each = [one.logits(**trace.gate_inputs()) for one in members]
+    for name in ("exit_BGL", "freeze_BL"):
+        mean = torch.stack([getattr(one, name) for one in each]).mean(0)
+        torch.testing.assert_close(getattr(got, name), mean, rtol=1e-4, atol=1e-4)
+    other = GateStack.init(replace(members[0].config, min_layer=2))
+    with pytest.raises(ConfigError, match="one backbone"):
+        GateStack.merged([members[0], other])
+    if architecture == "scaled":
+        members[1].fit_inputs(**make_trace(30, 4, seed=1, features=6, freezes=(0, 2)).gate_inputs())
+        with pytest.raises(ConfigError, match=r"other samples: their trunk\.mean"):
+            GateStack.merged(members)

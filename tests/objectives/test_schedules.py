@@ -11,6 +11,7 @@ import torch
 from dyvte.errors import ConfigError
 from dyvte.gates import CLOSED, HeadLogits, exit_probabilities
 from dyvte.objectives import ExpectedRisk, answer_loss, expected_risk
+from dyvte.objectives.losses import is_bounded
 from dyvte.teacher.trace import Trace
 from tests.helpers.traces import make_trace
 
@@ -168,3 +169,14 @@ def test_logits_and_labels_must_be_of_one_trace() -> None:
     for other in (trace.thinned(freezes=(0,)), replace(trace, grid=None)):
         with pytest.raises(ConfigError, match=r"frozen after \(0, 2\)"):
             expected_risk(random_logits(4, (0, 2)), other)
+
+
+def test_losses_joined_are_their_mean() -> None:
+    trace = make_trace(4, LAYERS, freezes=(0, 2))
+    mean = (answer_loss(trace, "same_answer") + answer_loss(trace, "risk:0.5")) / 2
+    torch.testing.assert_close(answer_loss(trace, "same_answer+risk:0.5"), mean, equal_nan=True)
+    ExpectedRisk(loss="same_answer+risk:0.5")
+    with pytest.raises(ConfigError, match="joined by"):
+        ExpectedRisk(loss="same_answer+kl")
+    assert is_bounded("same_answer+risk:0.5")
+    assert not is_bounded("same_answer+risk")

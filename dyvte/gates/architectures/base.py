@@ -10,6 +10,20 @@ from torch.nn import functional as F
 
 from dyvte.registry import Registry
 
+Layers = int | Tensor
+
+
+class Trunk(nn.Module):
+    """What the gates of a stack share: from (..., F) features to what a gate reads."""
+
+    def forward(self, features: Tensor, layers: Layers) -> Tensor:
+        """``layers`` is the layer after which the features were taken, 0 before the first: one for all of
+        them, or (N,) for those of (B, N, F)."""
+        raise NotImplementedError
+
+    def fit(self, layer: int, features_NF: Tensor) -> None:
+        """Take in what must be known of all training features after a layer; most need nothing."""
+
 
 class Architecture:
     """Base of all architectures; a subclass gives `name`, `width` and `gate`, and is registered.
@@ -26,8 +40,8 @@ class Architecture:
     width = 0
 
     @staticmethod
-    def trunk(feature_size: int, width: int, num_parts: int) -> nn.Module | None:
-        """What the gates of a stack share, from (..., F) features to what a gate reads; None: nothing.
+    def trunk(feature_size: int, width: int, num_parts: int, num_layers: int) -> Trunk | None:
+        """What the gates of a stack share; None: nothing.
 
         Parameters
         ----------
@@ -37,6 +51,8 @@ class Architecture:
             h.
         num_parts
             Of how many parts of equal size the features consist.
+        num_layers
+            L.
         """
         return None
 
