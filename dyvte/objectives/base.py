@@ -26,6 +26,9 @@ class Objective:
     starts_uniform: ClassVar[bool] = False
     """Do new gates start with all exits equally likely (:func:`dyvte.gates.uniform_offsets`)? Else at 0."""
 
+    trains_freezes: ClassVar[bool] = False
+    """Can it train a freeze head? It then takes the logits of both heads (`dyvte.gates.HeadLogits`)."""
+
     one_layer_per_step = False
     """Does a step train one random gate, as the DyVTE reference code does? Else all."""
 
@@ -40,9 +43,10 @@ class Objective:
         Returns
         -------
         Callable
-            ``(logits_BL, trace) -> scalar``, where ``logits_BL`` are the gates' exit minus stay logits,
-            offsets included, of the trace's samples. Column L-1 (gate L) never takes part: there is nothing
-            left to leave. With `one_layer_per_step` also ``(logits_B, trace, layer=k)``: gate k alone.
+            ``(logits, trace) -> scalar``, where ``logits`` are the gates' (B, L) exit minus stay logits,
+            offsets included, of the trace's samples, or those of both heads. Column L-1 (gate L) never takes
+            part: there is nothing left to leave. With `one_layer_per_step` also
+            ``(logits_B, trace, layer=k)``: gate k alone.
         """
         raise NotImplementedError
 

@@ -39,6 +39,7 @@ class ExpectedRisk(Objective):
     "same_answer+risk:1". The price is in the same unit."""
 
     starts_uniform: ClassVar[bool] = True
+    trains_freezes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.lam, self.span, self.memory_price)

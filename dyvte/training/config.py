@@ -24,6 +24,9 @@ class GatesConfig:
     """Width of new gates; 0: the architecture's own."""
     features: tuple[str, ...] = field(default=(), metadata={"choices": FEATURES})
     """What new gates read, out of ``teacher.features``; empty: all of it. A sweep needs one trace only."""
+    freeze_head: bool = False
+    """New gates also say when visual tokens freeze; needs traces with freeze layers (``teacher.freeze_every``
+    or ``teacher.freeze_layers``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,8 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     selection = select_samples(cfg.data)
     identity = {"id": cfg.model.path, "fingerprint": shape.fingerprint}
     with torch.device("meta" if cfg.gates.init_from is None else "cpu"):
-        gates = make_gates(cfg, shape.num_layers, shape.hidden_size, identity)
+        freezes = cfg.teacher.schedules(shape.num_layers).freezes
+        gates = make_gates(cfg, shape.num_layers, shape.hidden_size, identity, freezes=freezes)
     tokens = sample_tokens(cfg, model, selection)
 
     device = own_device()

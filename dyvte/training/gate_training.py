@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.distributed import Processes, import_deepspeed
-from dyvte.gates import GateStack
+from dyvte.gates import GateStack, HeadLogits
 from dyvte.teacher.trace import Trace
 from dyvte.training.config import TrainConfig
 from dyvte.training.loop import Training
@@ -28,9 +28,11 @@ class _Gates(nn.Module):
         super().__init__()
         self.stack = stack
 
-    def forward(self, features_BLF: Tensor, layer: int | None = None) -> Tensor:
+    def forward(
+        self, features_BLF: Tensor, layer: int | None = None, **streams: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if layer is None:
-            return self.stack(features_BLF)
+            return self.stack(features_BLF, **streams)
         return self.stack.gate(layer, features_BLF[:, layer - 1])
 
 
@@ -46,8 +48,11 @@ class GateTraining(Training):
         self.validates = validation is not None
         self.num_layers = train.num_layers
         self.gates = gates.float()
-        # Nothing is left to leave after the last layer: its gate is never asked.
+        # Nothing is left to leave after the last layer: its gate is never asked. Nor are freeze gates at
+        # layers whose stream was not traced.
         self.gates.gates[-1].requires_grad_(False)
+        for j, gate in enumerate(self.gates.freezes or ()):
+            gate.requires_grad_(j in train.freezes)
         super().__init__(cfg, _Gates(self.gates), len(train), processes)
         self.objective = cfg.objective.prepared(train)
 
@@ -64,7 +69,7 @@ class GateTraining(Training):
         """The objective on one batch of traces."""
         batch = self.train.rows(self.drawn(step, micro)).to(self.processes.device)
         layer = self._layer(step, micro) if self.cfg.objective.one_layer_per_step else None
-        logits = self.engine(batch.features, layer)
+        logits = self.logits(batch, layer)
         loss = self.objective(logits, batch, layer=layer) if layer else self.objective(logits, batch)
         yield loss, batch.sample_ids
 
@@ -76,15 +81,21 @@ class GateTraining(Training):
 
     def validate(self) -> dict[str, Any]:
         """Decisions on the held-out samples."""
+        parts = torch.arange(len(self.validation)).split(512)
         with torch.no_grad():
-            parts = [
-                self.engine(self.validation.features[start : start + 512].to(self.processes.device)).cpu()
-                for start in range(0, len(self.validation), 512)
+            found = [
+                self.logits(self.validation.rows(part).to(self.processes.device)).cpu() for part in parts
             ]
-        logits_BL = torch.cat(parts)
-        metrics = validation_metrics(logits_BL, self.validation, self.gates.config.threshold)
-        objective = self.objective(logits_BL, self.validation)
+        logits = HeadLogits.cat(found) if isinstance(found[0], HeadLogits) else torch.cat(found)
+        metrics = validation_metrics(logits, self.validation, self.gates.config.threshold)
+        objective = self.objective(logits, self.validation)
         return {"validation/objective": float(objective), **metrics}
+
+    def logits(self, batch: Trace, layer: int | None = None) -> Tensor | HeadLogits:
+        """Of all gates on a batch on the engine's device; with ``layer`` (B,) of that gate alone."""
+        if not self.gates.config.freeze_head:
+            return self.engine(batch.features, layer)
+        return HeadLogits(*self.engine(**batch.gate_inputs()), batch.freezes)
 
     def _layer(self, step: int, micro: int) -> int:
         layers = [k for k in self.train.exits if 1 <= k < self.num_layers]

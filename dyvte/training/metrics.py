@@ -5,33 +5,52 @@ Shape letters: B samples, L decoder layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dyvte.calibration import at_exit, threshold_for_compute, visual_compute
+from dyvte.calibration import ThresholdPath, at_schedule, threshold_for_budget
 from dyvte.calibration.operating_points import fixed_points
 from dyvte.errors import CalibrationError
-from dyvte.gates import exit_layers
+from dyvte.gates import HeadLogits, Schedules, schedules
 from dyvte.teacher.trace import Trace
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+FREEZE_BUDGETS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
 
-def validation_metrics(logits_BL: Tensor, trace: Trace, threshold: float) -> dict[str, Any]:
-    """Decisions at one threshold; ``exit_rate`` has L+1 entries, the share of samples leaving at each
-    layer."""
-    exits_B = exit_layers(logits_BL, threshold)
-    return {
-        "validation/risk": float(at_exit(trace.risk, exits_B).mean()),
-        "validation/agreement": float(at_exit(trace.agreement, exits_B).mean()),
-        "validation/same_answer": float(at_exit(trace.same_answer, exits_B).mean()),
-        "validation/visual_compute": visual_compute(exits_B, trace.num_visual, trace.num_layers),
-        "validation/mean_exit_layer": float(exits_B.double().mean()),
-        "validation/exit_rate": exit_rate(exits_B, trace.num_layers),
+def validation_metrics(logits: Tensor | HeadLogits, trace: Trace, threshold: float) -> dict[str, Any]:
+    """Decisions at one threshold (of both heads); ``exit_rate`` has L+1 entries, the share of samples leaving
+    at each layer."""
+    path = path_of(logits, trace)
+    chosen = schedules(logits, threshold)
+    metrics: dict[str, Any] = {
+        f"validation/{name}": float(_at(trace, name, path, chosen).mean())
+        for name in ("risk", "agreement", "same_answer")
     }
+    metrics |= {
+        "validation/visual_compute": path.compute(chosen),
+        "validation/mean_exit_layer": float(chosen.exit_layers_B.double().mean()),
+        "validation/exit_rate": exit_rate(chosen.exit_layers_B, trace.num_layers),
+    }
+    if path.freezes:
+        metrics["validation/mean_freeze_layer"] = float(chosen.freeze_layers_B.double().mean())
+    return metrics
+
+
+def path_of(logits: Tensor | HeadLogits, trace: Trace) -> ThresholdPath:
+    """Decisions at any threshold, the same for both heads."""
+    share = trace.grid.kv_share if trace.grid is not None else math.nan
+    return ThresholdPath(logits, trace.num_visual, kv_share=share)
+
+
+def _at(trace: Trace, name: str, path: ThresholdPath, chosen: Schedules) -> Tensor:
+    """(B,) a measure at each sample's schedule."""
+    labels_BGL1 = trace.labels(name) if path.freezes else getattr(trace, name)[:, None]
+    return at_schedule(labels_BGL1, path.freezes, chosen)
 
 
 def exit_rate(exits_B: Tensor, num_layers: int) -> list[float]:
@@ -40,33 +59,35 @@ def exit_rate(exits_B: Tensor, num_layers: int) -> list[float]:
 
 
 def budget_rows(
-    train_logits_BL: Tensor,
+    train_logits: Tensor | HeadLogits,
     train: Trace,
-    logits_BL: Tensor,
+    logits: Tensor | HeadLogits,
     trace: Trace,
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] | None = None,
 ) -> list[dict[str, float]]:
     """Gates beside fixed K at several budgets: thresholds and K chosen on training samples, judged on others.
 
     Fixed K at a budget is the mixture of two K on the lower convex hull (of the training samples' risk) that
     spends exactly what the gates spent on the judged samples. Budgets that the gates cannot meet are left
-    out.
+    out. ``budgets`` None: `BUDGETS`, or `FREEZE_BUDGETS` for gates with a freeze head.
     """
-    rows = []
+    rows, path = [], path_of(train_logits, train)
+    if budgets is None:
+        budgets = FREEZE_BUDGETS if path.freezes else BUDGETS
     for budget in budgets:
         try:
-            threshold = threshold_for_compute(train_logits_BL, train.num_visual, budget)
+            threshold = threshold_for_budget(path, budget)
         except CalibrationError:
             continue
-        exits_B = exit_layers(logits_BL, threshold)
-        spent = visual_compute(exits_B, trace.num_visual, trace.num_layers)
+        chosen = schedules(logits, threshold)
+        spent = path_of(logits, trace).compute(chosen)
         rows.append(
             {
                 "budget": budget,
                 "threshold": threshold,
                 "visual_compute": spent,
-                "risk": float(at_exit(trace.risk, exits_B).mean()),
-                "same_answer": float(at_exit(trace.same_answer, exits_B).mean()),
+                "risk": float(_at(trace, "risk", path, chosen).mean()),
+                "same_answer": float(_at(trace, "same_answer", path, chosen).mean()),
                 "fixed_risk": fixed_at(train.risk, trace.risk, spent),
                 "fixed_same_answer": fixed_at(-train.same_answer, trace.same_answer, spent),
             }

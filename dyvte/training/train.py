@@ -27,8 +27,16 @@ from dyvte.calibration import gate_logits
 from dyvte.config import to_dict
 from dyvte.data import Selection, select_samples
 from dyvte.distributed import Processes
-from dyvte.errors import GateMismatchError
-from dyvte.gates import GateConfig, GateStack, close_gates, exit_layers, uniform_offsets
+from dyvte.errors import ConfigError, GateMismatchError
+from dyvte.gates import (
+    GateConfig,
+    GateStack,
+    close_freezes,
+    close_gates,
+    schedules,
+    uniform_freeze_offsets,
+    uniform_offsets,
+)
 from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
 from dyvte.teacher import TraceStore
 from dyvte.tracing import run_traces
@@ -74,9 +82,11 @@ def _train(cfg: TrainConfig, processes: Processes) -> Callable[[], TrainResult]:
 
     made = store.manifest
     hidden_size = made.feature_size // len(made.features)
-    gates = make_gates(cfg, made.num_layers, hidden_size, backbone, made.exits)
+    gates = make_gates(cfg, made.num_layers, hidden_size, backbone, made.exits, made.freezes)
     trace = store.trace(gates.config.features)
     train_part, validation = without_held_out(trace.rows, store.image_ids(), cfg)
+    if cfg.gates.init_from is None:
+        gates.fit_inputs(**train_part.gate_inputs())
     training = GateTraining(cfg, gates, train_part, validation, processes)
     weights = train_tracked(cfg, training, processes)
     times = {"trace_seconds": traced - started, "train_seconds": time.perf_counter() - traced}
@@ -89,26 +99,37 @@ def make_gates(
     hidden_size: int,
     backbone: Mapping[str, str | None],
     exits: Sequence[int] | None = None,
+    freezes: Sequence[int] | None = None,
 ) -> GateStack:
     """New gates for the run, or those it starts from.
 
-    New gates get offsets that make all exits equally likely where the objective starts so. Gates at layers
-    that are not among ``exits`` (None: all are) are closed.
+    New gates get offsets that make all exits, and all freezes, equally likely where the objective starts so.
+    Gates at layers that are not among ``exits`` or ``freezes`` (None: all are) are closed.
 
     Raises
     ------
+    ConfigError
+        If a freeze head is to be trained without traced freeze layers, or by an objective that cannot.
     GateMismatchError
         If the gates to start from have another shape, or belong to another backbone.
     """
     if cfg.gates.init_from is None:
-        closed = close_gates((0.0,) * num_layers, exits) if exits is not None else ()
+        zeros, spread = (0.0,) * num_layers, cfg.objective.starts_uniform
+        closed = close_gates(zeros, exits) if exits is not None else ()
+        freeze_offsets: tuple[float, ...] = ()
+        if cfg.gates.freeze_head:
+            _check_freezes(cfg, freezes)
+            closed_too = zeros if freezes is None else close_freezes(zeros, freezes)
+            freeze_offsets = uniform_freeze_offsets(num_layers, freezes) if spread else closed_too
         config = GateConfig(
             num_layers=num_layers,
             hidden_size=hidden_size,
             architecture=cfg.gates.architecture,
             gate_hidden_size=cfg.gates.hidden_size,
             features=cfg.gates.features or cfg.teacher.features,
-            offsets=uniform_offsets(num_layers, exits) if cfg.objective.starts_uniform else closed,
+            offsets=uniform_offsets(num_layers, exits) if spread else closed,
+            freeze_head=cfg.gates.freeze_head,
+            freeze_offsets=freeze_offsets,
             backbone=dict(backbone),
         )
         return GateStack.init(config, seed=cfg.seed)
@@ -127,7 +148,25 @@ def make_gates(
         )
     offsets = gates.config.offsets if exits is None else close_gates(gates.config.offsets, exits)
     gates.config = replace(gates.config, backbone=dict(backbone), calibration={}, offsets=offsets)
+    if gates.config.freeze_head:
+        _check_freezes(cfg, freezes)
+        if freezes is not None:
+            own = close_freezes(gates.config.freeze_offsets, freezes)
+            gates.config = replace(gates.config, freeze_offsets=own)
     return gates
+
+
+def _check_freezes(cfg: TrainConfig, freezes: Sequence[int] | None) -> None:
+    if not cfg.objective.trains_freezes:
+        raise ConfigError(
+            f"objective {cfg.objective.name} trains no freeze head: choose expected_risk, or gates without "
+            "one"
+        )
+    if freezes is not None and not freezes:
+        raise ConfigError(
+            "a freeze head learns from traces with freeze layers: set teacher.freeze_every or "
+            "teacher.freeze_layers"
+        )
 
 
 def _finished(cfg: TrainConfig) -> TrainResult | None:
@@ -157,7 +196,7 @@ def _finish(
         "judged_on": "held-out samples" if training.validation is not None else "training samples",
         "num_judged": len(judged),
         "budgets": budget_rows(train_logits, training.train, logits, judged),
-        "exit_rate": exit_rate(exit_layers(logits, 0.5), judged.num_layers),
+        "exit_rate": exit_rate(schedules(logits, 0.5).exit_layers_B, judged.num_layers),
         "parameters": sum(parameter.numel() for parameter in gates.parameters()),
         "dropped": list(store.dropped()),
         **times,
