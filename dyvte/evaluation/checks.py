@@ -59,13 +59,13 @@ def check_texts(
     _refuse(defects, len(questions), where)
 
 
-def check_pictures(questions: Sequence[Question], where: str) -> None:
-    """Decode every picture of the questions once, on all cores; videos are left for when they are asked.
+def check_images(questions: Sequence[Question], where: str) -> None:
+    """Decode every image of the questions once, on all cores; videos are left for when they are asked.
 
     Raises
     ------
     DataError
-        Naming the questions whose picture cannot be read.
+        Naming the questions whose image cannot be read.
     """
     asked: dict[ImageSource, str] = {}
     for question in questions:
@@ -75,7 +75,7 @@ def check_pictures(questions: Sequence[Question], where: str) -> None:
     def problems(source: ImageSource) -> list[Defect]:
         found: list[Defect] = []
         with collected(found, file=where, sample_id=asked[source], field="image"):
-            open_picture(source)
+            open_image(source)
         return found
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -83,7 +83,7 @@ def check_pictures(questions: Sequence[Question], where: str) -> None:
     _refuse(defects, len(questions), where)
 
 
-def open_picture(source: ImageSource) -> Any:
+def open_image(source: ImageSource) -> Any:
     """An RGB PIL image."""
     return load_image(source.read() if isinstance(source, PackedImage) else source)
 
@@ -118,5 +118,5 @@ def _refuse(defects: Sequence[Defect], total: int, where: str) -> None:
     head = f"{where}: " if where else ""
     raise DataError(
         f"{head}{len(defects)} of {total} questions cannot be asked, and none is left out of a score:\n"
-        f"  {text}\nCorrect the questions, or their pictures"
+        f"  {text}\nCorrect the questions, or their images"
     )

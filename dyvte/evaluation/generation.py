@@ -22,7 +22,7 @@ from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import open_group
 from dyvte.data.defects import is_of_sample
 from dyvte.errors import ConfigError
-from dyvte.evaluation.checks import name_unaskable, open_picture
+from dyvte.evaluation.checks import name_unaskable, open_image
 from dyvte.evaluation.run_log import Answer, pack_layers
 from dyvte.runtime import VisualExit
 from dyvte.runtime.records import PrefillRecord
@@ -107,7 +107,7 @@ def question_images(question: Question, num_frames: int) -> list[Any]:
     """RGB PIL images of a question: its images in order, or its video's sampled frames."""
     if question.video is not None:
         return read_frames(question.video, num_frames)
-    return [open_picture(source) for source in question.images]
+    return [open_image(source) for source in question.images]
 
 
 def encode_questions(

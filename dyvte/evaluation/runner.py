@@ -27,7 +27,7 @@ from dyvte.backbones import (
 from dyvte.config import dump_config, to_dict
 from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError, DataError
-from dyvte.evaluation.checks import check_pictures, check_texts
+from dyvte.evaluation.checks import check_images, check_texts
 from dyvte.evaluation.generation import (
     GenerationSettings,
     Pipeline,
@@ -177,7 +177,7 @@ def run_policies(
     logs = processes.first_alone(open_logs) or open_logs()
     processes.barrier()
     unanswered = sorted(i for at in set().union(*(log.missing() for log in logs)) for i in plan[at])
-    processes.first_alone(lambda: check_pictures([questions[i] for i in unanswered], where))
+    processes.first_alone(lambda: check_images([questions[i] for i in unanswered], where))
     _ask_missing(pipeline, questions, prompts, plan, policies, logs, description or benchmark.name, processes)
     processes.barrier()
 

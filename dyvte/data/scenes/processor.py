@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dyvte.backbones.llava_processor import HALF, llava_processor
 from dyvte.data.scenes.questions import all_words
 from dyvte.data.scenes.render import IMAGE_SIZE
 
@@ -48,25 +49,13 @@ def word_tokenizer(words: Sequence[str]):
 
 
 def word_processor(words: Sequence[str], image_size: int, patch_size: int, **image_options: Any):
-    """The stock `LlavaProcessor` with PIL image processing: (image_size / patch_size)^2 visual tokens."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    image_processor = CLIPImageProcessorPil(
-        size={"height": image_size, "width": image_size}, do_center_crop=False, **image_options
-    )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=word_tokenizer(words),
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-        image_token=IMAGE,
+    """The stock `LlavaProcessor` around a tokenizer of these words."""
+    tokenizer = word_tokenizer(words)
+    return llava_processor(
+        tokenizer, image_size, patch_size, chat_template=CHAT_TEMPLATE, image_token=IMAGE, **image_options
     )
 
 
 def build_processor():
     """The processor of the embedded backbone; its words are exactly those of the questions."""
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return word_processor(all_words(), IMAGE_SIZE, PATCH_SIZE, do_resize=True, **half)
+    return word_processor(all_words(), IMAGE_SIZE, PATCH_SIZE, **HALF)
