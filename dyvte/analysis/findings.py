@@ -52,14 +52,14 @@ class Findings:
     size: tuple[float, float] = (6.4, 4.2)
     notes: tuple[str, ...] = ()
 
-    def markdown(self, source: str, about: Mapping[str, Any], picture: str | None = None) -> str:
+    def markdown(self, source: str, about: Mapping[str, Any], plot: str | None = None) -> str:
         """Title, what was asked, definition, table, notes and the plot's link."""
         parts = [f"# {self.title}", f"After {source}. {self.definition}"]
         parts.append(", ".join(f"{key}: {value}" for key, value in about.items()))
         parts.append(str(self.table))
         parts += [f"Left out: {note}" for note in self.notes]
-        if picture:
-            parts.append(f"![{self.title}]({picture})")
+        if plot:
+            parts.append(f"![{self.title}]({plot})")
         return "\n\n".join(parts) + "\n"
 
     def write(self, folder: Path, name: str, source: str, about: Mapping[str, Any]) -> list[Path]:

@@ -25,8 +25,8 @@ from dyvte.runtime import VisualExit
 from dyvte.tasks.base import Question
 
 DEFINITION = (
-    "(a) the question alone, no image in the prompt; (b) a blank picture of the same size in the layers "
-    "1..K, no visual token behind them; (c) the real picture in the layers 1..K, no visual token behind "
+    "(a) the question alone, no image in the prompt; (b) a blank image of the same size in the layers "
+    "1..K, no visual token behind them; (c) the real image in the layers 1..K, no visual token behind "
     'them: VTW. What a "non-content image" is the paper does not say; ours has one colour, the '
     "processor's mean (black where it has none)."
 )
@@ -79,7 +79,7 @@ def blind_answers(subject: Subject) -> list[Answer]:
 
 
 def blanked(questions: Sequence[Question], subject: Subject) -> list[Question]:
-    """The same questions, each picture replaced by a blank one of its size (kept below ``output/blank``).
+    """The same questions, each image replaced by a blank one of its size (kept below ``output/blank``).
 
     Raises
     ------
@@ -87,13 +87,13 @@ def blanked(questions: Sequence[Question], subject: Subject) -> list[Question]:
         For questions about a video.
     """
     if any(question.video is not None for question in questions):
-        raise ConfigError("blank pictures stand in for images only; this benchmark asks about videos")
+        raise ConfigError("blank images stand in for images only; this benchmark asks about videos")
     color = _mean_color(subject.pipeline.processor)
     return [_blanked(question, subject, color) for question in questions]
 
 
 def _blanked(question: Question, subject: Subject, color: tuple[int, int, int]) -> Question:
-    sizes = [picture.size for picture in question_images(question, subject.pipeline.num_frames)]
+    sizes = [image.size for image in question_images(question, subject.pipeline.num_frames)]
     images = tuple(_blank(subject.config.output / "blank", size, color) for size in sizes)
     return dataclasses.replace(question, image=images[0], more_images=images[1:])
 

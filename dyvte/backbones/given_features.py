@@ -1,7 +1,7 @@
 """Backbones whose vision side has no class in transformers (VILA-1.5, Eagle-X5): it is a function of yours.
 
 The language side is a folder that `save_for_features` wrote from a converted state dict. What the original
-towers (and, for VILA, the projector) make of pictures is computed by a Python function that you name, as
+towers (and, for VILA, the projector) make of images is computed by a Python function that you name, as
 ``module:function``: a list of PIL images in, features (I, T, W) out. Everything else, training included, is
 then as for any other backbone.
 

@@ -55,7 +55,7 @@ def generate_greedily(
 def greedy_arguments(model: nn.Module, max_new_tokens: int, **changes: Any) -> dict[str, Any]:
     """The arguments of ``generate`` that mean greedy for this model; ``changes`` take the place of some."""
     ends = end_tokens(model)
-    return {
+    arguments = {
         **dict.fromkeys(_setting_names()),
         **_NEUTRAL,
         "max_new_tokens": max_new_tokens,
@@ -64,6 +64,9 @@ def greedy_arguments(model: nn.Module, max_new_tokens: int, **changes: Any) -> d
         "suppress_tokens": list(describe(model).visual_token_ids),
         **changes,
     }
+    if arguments.get("min_new_tokens") is not None:  # counts before min_length; given both, generate warns
+        del arguments["min_length"]
+    return arguments
 
 
 def end_tokens(model: nn.Module) -> tuple[int, ...]:

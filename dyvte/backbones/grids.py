@@ -27,7 +27,7 @@ Given = Callable[[str], Any]
 def visual_places(backbone: Backbone, visual_BN: Tensor, given: Given) -> Tensor:
     """(B, N, 3) int64 on the CPU: image, row and column of every visual token; -1 elsewhere.
 
-    Tiles of one picture, and frames of one video, count as images of their own.
+    Tiles of one image, and frames of one video, count as images of their own.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def _sizes(config: Any, given: Given, name: str) -> list[list[int]]:
 
 
 def _vision_side(config: Any) -> int:
-    """Patches along a side of the square picture that the vision tower takes."""
+    """Patches along a side of the square image that the vision tower takes."""
     size, patch = config.vision_config.image_size, config.vision_config.patch_size
     return (size if isinstance(size, int) else size[0]) // (patch if isinstance(patch, int) else patch[0])
 
@@ -130,7 +130,7 @@ def _merged(config: Any, given: Given) -> list[Block]:
 
 
 def _tiled_with_newlines(config: Any, given: Given) -> list[Block]:
-    """LLaVA-NeXT: the whole picture on a square, then its unpadded tiles, a newline behind each row."""
+    """LLaVA-NeXT: the whole image on a square, then its unpadded tiles, a newline behind each row."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     side, size = _vision_side(config), config.vision_config.image_size

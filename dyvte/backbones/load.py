@@ -58,7 +58,7 @@ def load_backbone(
     ------
     ConfigError
         If the processor cannot pad images to a square but was asked to, or does not make as many placeholders
-        of a picture as the model makes features (found before weights are read where its config is enough).
+        of an image as the model makes features (found before weights are read where its config is enough).
     UnsupportedBackboneError
         If nothing loadable is there, flash-attn, PEFT, torchvision or bitsandbytes is needed but missing, the
         adapter does not fit, or exits cannot work on the model.
@@ -143,7 +143,7 @@ def load_processor(
     Raises
     ------
     ConfigError
-        If it does not make as many placeholders of a picture as the model makes features.
+        If it does not make as many placeholders of an image as the model makes features.
     UnsupportedBackboneError
         If there is none with a tokenizer, or it needs torchvision.
     """

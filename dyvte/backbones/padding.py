@@ -1,8 +1,8 @@
 """Square padding of images: LLaVA-1.5 was trained with it, but its converted processors crop instead.
 
-LLaVA-1.5 (``image_aspect_ratio: pad``, llava/mm_utils.py) centres a picture on a square of its longer side,
+LLaVA-1.5 (``image_aspect_ratio: pad``, llava/mm_utils.py) centres an image on a square of its longer side,
 coloured ``int(255 * mean)``, before it resizes. The CLIP processor that converted checkpoints carry resizes
-the shorter side and crops the rest away, so that the model never sees the ends of a wide picture.
+the shorter side and crops the rest away, so that the model never sees the ends of a wide image.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def check_image_padding(trained: str | None, found: str, where: str) -> None:
     if trained not in (None, found):
         raise GateMismatchError(
             f"{where}: image padding is {found!r}, but the gates were trained with {trained!r}: set "
-            f"image_padding to {trained!r}, or the model sees other pictures than the gates learned from"
+            f"image_padding to {trained!r}, or the model sees other images than the gates learned from"
         )
 
 

@@ -1,4 +1,4 @@
-"""Does a processor make as many placeholders of a picture as the model makes features of it?
+"""Does a processor make as many placeholders of an image as the model makes features of it?
 
 Processors saved by older versions of transformers lack settings that newer ones need (``patch_size``,
 ``vision_feature_select_strategy``, ``num_additional_image_tokens``), and transformers tells users to fill
@@ -83,7 +83,7 @@ def check_processor(processor: Any, model: nn.Module, path: str | os.PathLike[st
     Raises
     ------
     ConfigError
-        If the numbers differ, or the model cannot take the pictures that the processor makes.
+        If the numbers differ, or the model cannot take the images that the processor makes.
     """
     model = unwrap(model)
     if any(parameter.numel() == 0 for parameter in model.parameters()):
@@ -107,23 +107,23 @@ def _compare(processor: Any, config: Any, path: Any, placeholders: int, features
         differing[_ADDED] = f"{_ADDED} is {added}, where {added + features - placeholders} would fit"
     hint = f" ({'; '.join(differing.values())})" if differing else ""
     raise ConfigError(
-        f"{path}: the processor makes {placeholders} placeholders of a picture, the model {features} features"
+        f"{path}: the processor makes {placeholders} placeholders of an image, the model {features} features"
         f"{hint}: correct the processor's settings, in processor_config.json beside the model"
     )
 
 
 def _probe(processor: Any, config: Any) -> dict[str, Tensor] | None:
-    """Model inputs of a prompt with one picture; None where the processor cannot make any by itself."""
+    """Model inputs of a prompt with one image; None where the processor cannot make any by itself."""
     from PIL import Image
 
-    picture = Image.new("RGB", _PROBE_SIZE, (90, 120, 150))
+    image = Image.new("RGB", _PROBE_SIZE, (90, 120, 150))
     try:
         template = get_template("auto", processor)
     except ConfigError:
         template = None
     try:
         template = template or get_template("v1", processor)
-        inputs, _ = encode(processor, [template.render("probe")], [[picture]], padding_side="left")
+        inputs, _ = encode(processor, [template.render("probe")], [[image]], padding_side="left")
         describe_config(config)
     except Exception as error:  # said again, with a name, where it is needed
         log.debug("no probe: %s", error)
@@ -150,12 +150,12 @@ def _without_weights(config: Any) -> nn.Module | None:
 
 @torch.no_grad()
 def _features(model: nn.Module | None, inputs: dict[str, Tensor]) -> int | None:
-    """Number of vision features of the picture; None where they cannot be computed.
+    """Number of vision features of the image; None where they cannot be computed.
 
     Raises
     ------
     ConfigError
-        If the vision side refuses the picture.
+        If the vision side refuses the image.
     """
     compute = getattr(model, "get_image_features", None)
     if compute is None:
@@ -169,19 +169,19 @@ def _features(model: nn.Module | None, inputs: dict[str, Tensor]) -> int | None:
     on_shapes = first.device.type == "meta"
     if "pixel_values" not in taken:
         return None
-    if on_shapes:  # what is no picture tells how it is laid out, and is read
+    if on_shapes:  # what is no image tells how it is laid out, and is read
         taken = {name: value if value.is_floating_point() else inputs[name] for name, value in taken.items()}
     try:
         found = compute(**taken)
     except ValueError as error:
-        raise ConfigError(f"the model cannot take the pictures that its processor makes: {error}") from error
+        raise ConfigError(f"the model cannot take the images that its processor makes: {error}") from error
     except DyvteError:
         raise
     except Exception as error:
         if on_shapes:
             log.debug("the vision side needs weights: %s", error)
             return None
-        raise ConfigError(f"the model cannot take the pictures that its processor makes: {error}") from error
+        raise ConfigError(f"the model cannot take the images that its processor makes: {error}") from error
     found = getattr(found, "pooler_output", found)
     parts = [found] if isinstance(found, Tensor) else list(found)
     return sum(part.numel() // part.shape[-1] for part in parts)

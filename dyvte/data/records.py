@@ -2,7 +2,7 @@
 
 Read are LLaVA's ``{"image", "conversations": [{"from", "value"}, ...]}`` and what most trainers write today,
 ``{"images", "messages": [{"role", "content"}, ...]}``, where ``content`` is text or a list of parts such as
-``{"type": "image"}`` and ``{"type": "text", "text": ...}``. What looks like a picture and is not read is a
+``{"type": "image"}`` and ``{"type": "text", "text": ...}``. What looks like an image and is not read is a
 defect: a record is text-only where it shows none, never because its key has another name.
 """
 
@@ -19,7 +19,7 @@ from dyvte.data.samples import EmbeddedImage
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "image_file")
-"""Keys of a record that hold its picture."""
+"""Keys of a record that hold its image."""
 
 TURN_KEYS = ("conversations", "messages")
 _WHO_AND_WHAT = (("from", "value"), ("role", "content"))
@@ -148,8 +148,8 @@ def _turn(turn: Any, where: str) -> Turn:
 
 
 def _joined(parts: list[Any], where: str) -> tuple[str, tuple[Any, ...]]:
-    """Text of the parts one behind the other, as chat templates join them, each picture as a placeholder; and
-    the pictures that they bring themselves."""
+    """Text of the parts one behind the other, as chat templates join them, each image as a placeholder; and
+    the images that they bring themselves."""
     text, images = "", []
     for position, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -177,8 +177,8 @@ def _check_role(turn: Turn, position: int) -> None:
 
 
 def _check_text_only(turns: list[Turn]) -> None:
-    """A conversation without a picture may speak of the placeholder, but no placeholder may stand there for a
-    picture that is not given. Such conversations of mix665k may start with gpt: nobody asks them for a
+    """A conversation without an image may speak of the placeholder, but no placeholder may stand there for a
+    image that is not given. Such conversations of mix665k may start with gpt: nobody asks them for a
     prompt."""
     for turn in turns:
         text = turn.text.strip()
@@ -202,7 +202,7 @@ def _image_key(entry: dict[str, Any]) -> str:
 
 
 def _images_of(entry: dict[str, Any], turns: list[Turn]) -> list[Any]:
-    """The pictures that are there; the same under two keys, or under a key and in a turn, count once."""
+    """The images that are there; the same under two keys, or under a key and in a turn, count once."""
     groups: list[list[Any]] = []
     given = [entry.get(key) for key in IMAGE_KEYS]
     for one in [*given, [image for turn in turns for image in turn.images]]:
@@ -214,7 +214,7 @@ def _images_of(entry: dict[str, Any], turns: list[Turn]) -> list[Any]:
 
 
 def _as_given(image: Any, key: str) -> Given:
-    """A picture's path or bytes out of text, bytes, ``{"bytes", "path"}`` or ``{"url"}``."""
+    """An image's path or bytes out of text, bytes, ``{"bytes", "path"}`` or ``{"url"}``."""
     if isinstance(image, dict):
         data = image.get("bytes")
         name = next((image[one] for one in ("path", "url") if image.get(one) is not None), None)
@@ -234,14 +234,14 @@ def _as_given(image: Any, key: str) -> Given:
     if image.startswith("file://"):
         image = image.removeprefix("file://")
     if _ADDRESS.match(image):
-        raise Unusable(key, f"{_shown(image)} is an address: download the picture and give its path")
+        raise Unusable(key, f"{_shown(image)} is an address: download the image and give its path")
     check_text(image, key)
     return image
 
 
 def _checked_bytes(data: Any, key: str) -> bytes:
     if not isinstance(data, bytes):
-        raise Unusable(key, f"expected the bytes of a picture, found {type(data).__name__}")
+        raise Unusable(key, f"expected the bytes of an image, found {type(data).__name__}")
     return data
 
 
@@ -261,7 +261,7 @@ def _check_other_media(entry: dict[str, Any], *, has_image: bool) -> None:
         return
     for key, value in entry.items():
         if key not in TURN_KEYS and key != "id" and _looks_like_picture(value):
-            raise Unusable(str(key), f"looks like a picture, but is not read: call it {IMAGE_KEYS[0]}")
+            raise Unusable(str(key), f"looks like an image, but is not read: call it {IMAGE_KEYS[0]}")
 
 
 def _looks_like_picture(value: Any) -> bool:

@@ -28,7 +28,7 @@ class Sample:
     Attributes
     ----------
     image
-        Where the picture is; None for text only.
+        Where the image is; None for text only.
     history
         The earlier exchanges of the conversation as (question, answer): part of the prompt, the image
         placeholder before the first question.

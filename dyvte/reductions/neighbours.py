@@ -25,7 +25,7 @@ class Neighbours(Reduction):
 
     It attends to the text before it as ever; text attends to all visual tokens. In all layers, as the
     published code does it, which is bidirectional inside the window: its window of 5 is radius 2. Tiles of a
-    picture and frames of a video are images of their own.
+    image and frames of a video are images of their own.
 
     Parameters
     ----------

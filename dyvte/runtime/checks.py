@@ -26,7 +26,7 @@ def check_decode_mask(mask_BN: Tensor | None, cache: Any, total: int) -> None:
 
 
 def holds_images(value: Any) -> bool:
-    """Whether an argument brings pictures."""
+    """Whether an argument brings images."""
     if isinstance(value, dict):
         return any(item is not None for item in value.values())
     return value is not None

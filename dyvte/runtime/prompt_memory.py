@@ -117,7 +117,7 @@ class PromptMemory:
         Parameters
         ----------
         images
-            What the pass was given as pictures.
+            What the pass was given as images.
         cached
             Whether its keys and values are kept: then the prompts will not come again.
         """
@@ -133,7 +133,7 @@ class PromptMemory:
             if again and not cached:
                 return Prompts(last.ids_BP.shape[1], decided=last.decided)
             return Prompts(known)
-        # A loop of the user's own: the same pictures, one token more than in the pass before.
+        # A loop of the user's own: the same images, one token more than in the pass before.
         again = last is not None and last.call is None and columns == last.columns + 1 and not cached
         if again and _begins(ids_BN, last.ids_BP) and _are_same(images, last.images):
             last.columns = columns

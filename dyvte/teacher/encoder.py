@@ -40,7 +40,7 @@ class SampleEncoder:
     processor, template, config
         Those of a teacher.
     device, dtype
-        Where inputs go, and the precision of pictures.
+        Where inputs go, and the precision of images.
     """
 
     processor: Any

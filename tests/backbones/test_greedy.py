@@ -183,3 +183,13 @@ def test_end_tokens_make_another_run_and_other_defaults_do_not(backbone, changed
     del record["fingerprint"]["decoding"]
     (tmp_path / "t" / "manifest.json").write_text(json.dumps(record))
     TraceStore.open(tmp_path / "t").check(teacher.fingerprint("d"))
+
+
+def test_a_measurement_gets_its_tokens_without_a_word(backbone, caplog) -> None:
+    """Timings make every row generate alike, whatever it says."""
+    model, _, inputs = backbone
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        made = generate_greedily(model, inputs, TOKENS, min_new_tokens=TOKENS)
+    assert made.shape[1] == inputs["input_ids"].shape[1] + TOKENS
+    assert not torch.isin(made[:, -TOKENS:], torch.tensor([2, 31, 34])).any()
+    assert not caplog.records

@@ -123,7 +123,7 @@ def test_families_are_compared_without_weights_or_on_the_model(family: str) -> N
     if seen:
         with pytest.raises(ConfigError, match=f"{family}: the processor makes"):
             complete_processor(processor, model.config, family)
-    with pytest.raises(ConfigError, match=r"placeholders of a picture|cannot take the pictures"):
+    with pytest.raises(ConfigError, match=r"placeholders of an image|cannot take the images"):
         check_processor(processor, model, family)
     assert describe(model)  # nothing changed on it
 

@@ -42,7 +42,7 @@ def test_placeholders_are_counted_by_the_models_own_settings(settings: TrainConf
 
 def test_a_processor_that_does_not_fit_is_refused(settings: TrainConfig) -> None:
     edit(settings, num_additional_image_tokens=0)
-    with pytest.raises(ConfigError, match="15 placeholders of a picture, the model 16 features"):
+    with pytest.raises(ConfigError, match="15 placeholders of an image, the model 16 features"):
         dry_run(settings)
 
 
