@@ -71,7 +71,7 @@ def test_missing_settings_are_those_of_the_model(saved: Path, tmp_path: Path, dr
         ({"num_additional_image_tokens": 2}, "17 placeholders .*is 2, where 1 would fit"),
         ({"patch_size": 8}, "4 placeholders .* 16 features .patch_size is 8, the model's 4"),
         ({"vision_feature_select_strategy": "full"}, "17 placeholders .* is 'full', the model's 'default'"),
-        ({"image_processor": {"size": {"height": 32, "width": 32}}}, "cannot take the pictures .*match"),
+        ({"image_processor": {"size": {"height": 32, "width": 32}}}, "cannot take the images .*match"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_weights(

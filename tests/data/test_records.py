@@ -93,15 +93,15 @@ def test_pictures_inside_the_file_are_taken_out_of_it(tmp_path: Path) -> None:
 
 
 BAD = [
-    ({"img": "x/1.png"}, "img", "looks like a picture"),
-    ({"picture": ["photo.JPEG"]}, "picture", "looks like a picture"),
-    ({"media": {"path": "a/b.webp"}}, "media", "looks like a picture"),
-    ({"image_url": "https://example.org/a.png?size=1"}, "image_url", "looks like a picture"),
+    ({"img": "x/1.png"}, "img", "looks like an image"),
+    ({"picture": ["photo.JPEG"]}, "picture", "looks like an image"),
+    ({"media": {"path": "a/b.webp"}}, "media", "looks like an image"),
+    ({"image_url": "https://example.org/a.png?size=1"}, "image_url", "looks like an image"),
     ({"image": "https://example.org/a.png"}, "image", "is an address"),
     ({"images": ["s3://bucket/a.png"]}, "images", "is an address"),
     ({"image": "data:image/png;base64,%%%"}, "image", "does not hold base64"),
     ({"image": {"file": "a.png"}}, "image", "expected a path or image bytes"),
-    ({"image": {"bytes": "iVBOR", "path": None}}, "image", "expected the bytes of a picture, found str"),
+    ({"image": {"bytes": "iVBOR", "path": None}}, "image", "expected the bytes of an image, found str"),
     ({"images": [["x/1.png"]]}, "images", "expected a path or image bytes, found list"),
     ({"images": ["x/1.png", "x/2.png"]}, "images", "2 images"),
     ({"image": "x/1.png", "image_path": "x/2.png"}, "image", "2 images"),
@@ -112,7 +112,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("extra", "field", "problem"), BAD)
-def test_what_looks_like_a_picture_is_never_text_only(
+def test_what_looks_like_an_image_is_never_text_only(
     tmp_path: Path, extra: dict[str, Any], field: str, problem: str
 ) -> None:
     questions = ["<image>\nQ"] if field in IMAGE_KEYS else ["Q", "<image>\nQ"]
