@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 from dyvte.data.scenes import writers
 from dyvte.data.scenes.questions import MAX_COUNT, TYPES, View, all_words, ask_many
 from dyvte.data.scenes.render import CELL, render
+from dyvte.data.scenes.styles import NATURAL, PLAIN
 from dyvte.data.scenes.world import BACKGROUNDS, COLORS, SPLITS, digits_of_split, draw_scene
 
 STEP = {"up": -4, "down": 4, "left": -1, "right": 1}
@@ -122,7 +123,7 @@ def test_splits_share_no_digit_image_and_no_scene():
     owned = {s: {int(i) for value in digits_of_split(s) for i in value} for s in SPLITS}
     assert sum(map(len, owned.values())) == 1797 == len(set().union(*owned.values()))
     assert all(len(value) > 8 for s in SPLITS for value in digits_of_split(s))
-    first = list(writers.FIRST_SCENE.values())
+    first = [*PLAIN.first_scene.values(), *NATURAL.first_scene.values()]
     signatures = {s: {draw_scene(s, f + i).signature() for f in first for i in range(150)} for s in SPLITS}
     for a in SPLITS:
         used = {c.digit_index for i in range(50) for c in draw_scene(a, i).cells if c and c.kind == "digit"}

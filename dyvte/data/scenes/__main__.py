@@ -1,4 +1,4 @@
-"""`python -m dyvte.data.scenes --output data/scenes`: write the synthetic data sets."""
+"""`python -m dyvte.data.scenes [--natural]`: write the synthetic data sets."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ import argparse
 import sys
 from pathlib import Path
 
+from dyvte.data.scenes.styles import NATURAL, PLAIN
 from dyvte.data.scenes.writers import write_all
 from dyvte.errors import DyvteError
 
 DEFAULT_SIZES = {"train": 4000, "calibration": 2400, "validation": 800, "test": 1600, "gqa": 600, "mme": 30}
+NATURAL_SIZES = {
+    "train": 1600,
+    "calibration": 1200,
+    "validation": 400,
+    "test": 800,
+    "unseen": 400,
+    "gqa": 240,
+    "mme": 10,
+    "refcoco": 120,
+    "captions": 40,
+}
+"""A sample of the 30-layer backbone costs forty times one of the 10-layer backbone."""
+UNITS = {"gqa": "questions", "mme": "images per subtask", "refcoco": "expressions", "captions": "images"}
 
 
 def main() -> int:
@@ -17,14 +31,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Write the synthetic scenes as LLaVA json, GQA and MME files."
     )
-    parser.add_argument("--output", type=Path, default=Path("data/scenes"), help="folder to write into")
+    parser.add_argument(
+        "--natural",
+        action="store_true",
+        help="several wordings per question, sentences, boxes, descriptions; RefCOCO and COCO captions too",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder to write into (default data/scenes, with --natural data/natural)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
-    for name, size in DEFAULT_SIZES.items():
-        unit = "images per subtask" if name == "mme" else "questions" if name == "gqa" else "samples"
-        parser.add_argument(f"--{name}", type=int, default=size, help=f"{unit} (default {size})")
+    for name in NATURAL_SIZES:
+        sizes = [s[name] for s in (DEFAULT_SIZES, NATURAL_SIZES) if name in s]
+        said = f"default {sizes[0]}, with --natural {sizes[1]}" if len(sizes) > 1 else f"default {sizes[0]}"
+        only = "" if len(sizes) > 1 else "--natural only: "
+        parser.add_argument(f"--{name}", type=int, help=f"{only}{UNITS.get(name, 'samples')} ({said})")
     args = parser.parse_args()
+    defaults = NATURAL_SIZES if args.natural else DEFAULT_SIZES
+    given = {name: getattr(args, name) for name in NATURAL_SIZES if getattr(args, name) is not None}
+    unknown = [f"--{name}" for name in given if name not in defaults]
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: only with --natural")
+    output = args.output or Path("data/natural" if args.natural else "data/scenes")
     try:
-        manifest = write_all(args.output, {n: getattr(args, n) for n in DEFAULT_SIZES}, args.seed)
+        manifest = write_all(
+            output, {**defaults, **given}, args.seed, style=NATURAL if args.natural else PLAIN
+        )
     except DyvteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

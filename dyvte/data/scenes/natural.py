@@ -31,6 +31,9 @@ EXTRA_TYPES = ("row", "column", "beside", "larger", "box", "describe")
 NATURAL_TYPES = TYPES + EXTRA_TYPES
 LONG_TYPES = ("row", "column", "box", "describe")
 """Types whose answer is no short phrase: no suffix asks for one."""
+UNTAUGHT_TYPES = ("skip_count", "skip_read", "arrow")
+"""Types that the embedded 30-layer backbone never met in its training."""
+TAUGHT_TYPES = tuple(kind for kind in NATURAL_TYPES if kind not in UNTAUGHT_TYPES)
 _BESIDE = {"above": "up", "below": "down", "left of": "left", "right of": "right"}
 
 
@@ -103,10 +106,16 @@ def _larger(view: View, rng):
     return text, answer, "compare", "attr", steps
 
 
-def _box(view: View, rng):
+def boxed(view: View) -> list[tuple[str, int, Item]]:
+    """Shapes that a phrase tells from all others: the phrase, the cell, the item."""
     options = [(n, *view.one(n)) for n in view.unique_names]
     pairs = list(zip(view.colors, view.names, strict=True))
     options += [(f"{i.color} {i.name}", c, i) for c, i in view.shapes if pairs.count((i.color, i.name)) == 1]
+    return options
+
+
+def _box(view: View, rng):
+    options = boxed(view)
     if not options:
         return None
     name, cell, item = _pick(rng, options)
@@ -189,7 +198,12 @@ def _wording(
 
 
 def reword(
-    question: Question, rng: np.random.Generator, *, unseen: bool = False, suffixes: bool = True
+    question: Question,
+    rng: np.random.Generator,
+    *,
+    unseen: bool = False,
+    suffixes: bool = True,
+    sentences: bool = True,
 ) -> Question:
     """The same question in a random natural wording, with the answer in the form that the wording asks for.
 
@@ -203,6 +217,8 @@ def reword(
         Take one of the wordings that are kept from training.
     suffixes
         Now and then append what evaluations append ("Please answer yes or no.").
+    sentences
+        Now and then ask for a sentence.
     """
     kind, program = question.type, question.program
     inner = kind.removeprefix("skip_")
@@ -216,7 +232,7 @@ def reword(
         return replace(question, text=outer.format(asked=asked, inner=worded))
     verify = question.answer in ("yes", "no")
     table = VERIFICATIONS.get(kind, QUERIES[kind]) if verify else QUERIES[kind]
-    template, answer = _wording(table, question.text, rng, unseen, not verify)
+    template, answer = _wording(table, question.text, rng, unseen, sentences and not verify)
     slots = _slots(kind, question, program)
     text = template.format(**slots)
     answer = answer.format(answer=_in_sentence(question.answer, answer), **slots)
@@ -246,11 +262,12 @@ def ask_natural(
     verify_share: float = 0.3,
     unseen: bool = False,
     suffixes: bool = True,
+    sentences: bool = True,
 ) -> list[Question]:
     """`count` different questions about one scene, types as even as the scene allows.
 
     At most one is a description, and fewer come back where the scene has no more. A function of its
-    arguments alone.
+    arguments alone; the last three are `reword`'s.
     """
     view, seen, questions = View(scene), set(), []
     order = [kinds[int(i)] for i in rng.permutation(len(kinds))]
@@ -264,7 +281,7 @@ def ask_natural(
             misses += 1
             continue
         seen.add(question.text)
-        questions.append(reword(question, rng, unseen=unseen, suffixes=suffixes))
+        questions.append(reword(question, rng, unseen=unseen, suffixes=suffixes, sentences=sentences))
     return questions
 
 
@@ -273,10 +290,12 @@ __all__ = [
     "LONG_TYPES",
     "NATURAL_TYPES",
     "SKIPPED",
+    "TAUGHT_TYPES",
     "Question",
     "ask_natural",
     "ask_plain",
     "box_text",
+    "boxed",
     "description",
     "phrase",
     "place",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -113,6 +114,12 @@ def render(scene: Scene) -> np.ndarray:
         window = pixels[row * CELL : (row + 1) * CELL, col * CELL : (col + 1) * CELL]
         window += alpha * (ink - window)
     return np.round(pixels).astype(np.uint8)
+
+
+def save(scene: Scene, path: Path) -> None:
+    """Write the scene's picture as a file; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(render(scene)).save(path)
 
 
 def item_box(cell: int, item: Item) -> tuple[float, float, float, float]:
