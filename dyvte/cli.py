@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_READER_GONE = 141
 
 
 def build_parser(chosen: str | None = None) -> Parser:
@@ -64,11 +67,26 @@ def build_parser(chosen: str | None = None) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``dyvte``; return the exit code: 0 done, 2 bad input (message on stderr), 130 interrupted.
+    """Run ``dyvte``; return the exit code: 0 done, 2 bad input (message on stderr), 130 interrupted, 141 the
+    reader of a pipe went away (``dyvte score ... | head``), as shells count it.
 
     `search-k` adds 3: no layer qualifies.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where it can be caught; the interpreter does it too late
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # what is still unwritten goes nowhere, without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_READER_GONE
+
+
+def _run(argv: Sequence[str]) -> int:
+    """One command, its errors as messages and exit codes."""
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(chosen)
     args = parser.parse_args(argv)
@@ -85,6 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dyvte {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the standard output any more, so that a broken pipe is this one."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _positionals(parser: argparse.ArgumentParser) -> list[str]:

@@ -6,8 +6,7 @@ one with ``metadata={"registry": registry}`` holds one of its dataclasses, which
 Unknown keys, wrong types and values that the class itself refuses (``ValueError`` in ``__post_init__``) all
 end as one :class:`~dyvte.errors.ConfigError` that names the key by its dotted path.
 
-A field that is a group of settings may be *open* (:func:`open_group`): then a plain value stands for one of
-its settings, and the others may stand beside the group instead of inside.
+Groups of settings may be open, see :mod:`dyvte.groups`.
 """
 
 from __future__ import annotations
@@ -25,37 +24,11 @@ import yaml
 
 from dyvte.errors import ConfigError
 from dyvte.files import write_atomically
+from dyvte.groups import full_key, grouped, setting_names
 from dyvte.registry import Registry, nearest, unknown
 from dyvte.shipped import SettingsFile, find_settings
 
 Config = TypeVar("Config")
-_ALONE = "alone"
-
-
-def open_group(alone: str) -> dict[str, str]:
-    """Metadata of a field that is a group of settings and may also be given flat.
-
-    With ``model: Backbone = field(metadata=open_group("path"))`` these say the same, in a file, a mapping and
-    overrides::
-
-        model: {path: folder, dtype: float32}
-
-        model: folder
-        dtype: float32
-
-    Parameters
-    ----------
-    alone
-        The group's setting that a plain value stands for. Its other settings may stand beside the group,
-        unless the class has a field of the same name.
-    """
-    return {_ALONE: alone}
-
-
-def setting_names(cls: Any) -> list[str]:
-    """Names that may stand at the top of a file: fields of ``cls`` and the settings of its open groups."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    return [*names, *(key for _, _, inside in open_groups(cls) for key in inside)]
 
 
 def load_config(
@@ -133,39 +106,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def open_groups(cls: Any) -> list[tuple[str, str, list[str]]]:
-    """Name of each open group, what a plain value stands for, and the settings that may stand beside it."""
-    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
-    own = {field.name for field in fields}
-    groups = []
-    for field in fields:
-        if _ALONE in field.metadata:
-            inside = [one.name for one in dataclasses.fields(hints[field.name]) if one.name not in own]
-            groups.append((field.name, field.metadata[_ALONE], inside))
-    return groups
-
-
-def _grouped(cls: Any, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The values with each open group's settings inside the group."""
-    found = dict(values)
-    for name, alone, inside in open_groups(cls):
-        beside = {key: found.pop(key) for key in inside if key in found}
-        if not beside and name not in found:
-            continue
-        group = found.get(name)
-        if not isinstance(group, Mapping):
-            group = {} if group is None else {alone: group}
-        if twice := sorted(beside.keys() & group.keys()):
-            raise ConfigError(f"{origin}: {twice[0]!r} is given twice, once as {_dotted(name, twice[0])!r}")
-        found[name] = {**group, **beside}
-    return found
-
-
 def _anchor(cls: Any, values: Any, file: SettingsFile, origin: str) -> Any:
     """The values with relative paths made absolute."""
     if not dataclasses.is_dataclass(cls) or not isinstance(values, dict):
         return values
-    values = _grouped(cls, values, origin)
+    values = grouped(cls, values, origin)
     hints = typing.get_type_hints(cls)
     marked = {field.name for field in dataclasses.fields(cls) if field.metadata.get("path")}
     anchored = dict(values)
@@ -199,7 +144,7 @@ def _apply_override(cls: Any, values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     node = values
-    *parents, last = _full_key(cls, key.strip(), value).split(".")
+    *parents, last = full_key(cls, key.strip(), value).split(".")
     for parent in parents:
         child = node.get(parent)
         if child is None:
@@ -210,16 +155,6 @@ def _apply_override(cls: Any, values: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _full_key(cls: Any, key: str, value: Any) -> str:
-    """The key of an override, where it stands for a setting of an open group."""
-    for name, alone, inside in open_groups(cls):
-        if key == name and not isinstance(value, Mapping):
-            return f"{name}.{alone}"
-        if key in inside:
-            return f"{name}.{key}"
-    return key
-
-
 def _build(cls: type[Config], values: Any, *, prefix: str, origin: str) -> Config:
     if not isinstance(values, Mapping):
         found = type(values).__name__
@@ -228,7 +163,7 @@ def _build(cls: type[Config], values: Any, *, prefix: str, origin: str) -> Confi
         )
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values = _grouped(cls, values, origin)
+    values = grouped(cls, values, origin)
     for key in values:
         if key not in fields:
             near = _nearest(str(key), setting_names(cls), prefix)

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from dyvte.config import open_groups
+from dyvte.groups import open_groups
 from dyvte.registry import Registry
 
 
@@ -46,7 +46,7 @@ class Setting:
     section
         The group of settings that it lies in; empty at the top.
     is_open
-        May it stand beside its group (:func:`dyvte.config.open_group`)?
+        May it stand beside its group (:func:`dyvte.groups.open_group`)?
     alone
         The group's own name, where a plain value of the group is this setting.
     """

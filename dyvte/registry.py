@@ -114,14 +114,22 @@ class Registry(Generic[Item]):
         return {name: (inspect.getdoc(self._items[name]) or "").split("\n")[0] for name in self.names()}
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that ``name`` was probably meant to be; case, ``-`` and ``_`` do not count."""
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known name that ``name`` was probably meant to be; case, ``-`` and ``_`` do not count.
+
+    Parameters
+    ----------
+    name : str
+    known : iterable of str
+    cutoff : float
+        How alike they must be, in [0, 1], as `difflib` counts: higher where other names may be right too.
+    """
 
     def plain(text: str) -> str:
         return text.lower().replace("-", "").replace("_", "")
 
     by_plain = {plain(one): one for one in known}
-    found = difflib.get_close_matches(plain(str(name)), by_plain, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(plain(str(name)), by_plain, n=1, cutoff=cutoff)
     return by_plain[found[0]] if found else None
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
     *["errors", "registry", "files", "formatting", "progress", "plotting"],
-    *["shipped", "config", "fields", "distributed", "spans", "gates"],
+    *["shipped", "groups", "config", "fields", "distributed", "spans", "gates"],
     *["policies", "backbones", "decoder", "reductions", "runtime", "costs"],
     *[
         "data",

@@ -41,7 +41,7 @@ class Findings:
     paint
         Fills a matplotlib figure of ``size`` inches.
     notes
-        What was left out, and why.
+        What was omitted, and why.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Findings:
         parts = [f"# {self.title}", f"After {source}. {self.definition}"]
         parts.append(", ".join(f"{key}: {value}" for key, value in about.items()))
         parts.append(str(self.table))
-        parts += [f"Left out: {note}" for note in self.notes]
+        parts += [f"Omitted: {note}" for note in self.notes]
         if plot:
             parts.append(f"![{self.title}]({plot})")
         return "\n\n".join(parts) + "\n"

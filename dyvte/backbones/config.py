@@ -11,7 +11,7 @@ class BackboneConfig:
     """The frozen backbone; :func:`~dyvte.backbones.open_backbone` loads it.
 
     In a configuration it is the group ``model``; a text alone is its ``path``, and its other settings may
-    stand beside ``model`` (see :func:`dyvte.config.open_group`).
+    stand beside ``model`` (see :func:`dyvte.groups.open_group`).
     """
 
     path: str = field(metadata={"path": True})

@@ -31,7 +31,7 @@ def measure_profile(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> V
     Parameters
     ----------
     batches
-        Model inputs of prompts; rows without an image are left out.
+        Model inputs of prompts; rows without an image are excluded.
 
     Raises
     ------

@@ -69,7 +69,7 @@ def search_exit_layer(
     model:
         A supported backbone in eval mode.
     batches:
-        Model inputs of prompts, or pairs ``(inputs, answer_mask)``. Rows without an image are left out.
+        Model inputs of prompts, or pairs ``(inputs, answer_mask)``. Rows without an image are excluded.
     k_range:
         First and last candidate, both included; (1, L-1) if None.
     direction:

@@ -87,7 +87,7 @@ class Comparison:
     plans: PlanComparison | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, as ``comparison.json`` holds it; what was not asked for is left out."""
+        """JSON-ready, as ``comparison.json`` holds it; what was not asked for is omitted."""
         settings = {"dyvte": self.version, "eta": self.eta, "seed": self.seed, "machine": plain(self.machine)}
         found = {name: plain(getattr(self, name)) for name in ("vtw", "gates", "traces", "benchmarks")}
         asked = {"table": self.rows, "budgets": self.budgets, "plans": self.plans}

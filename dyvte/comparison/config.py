@@ -128,7 +128,7 @@ class CompareConfig(GenerationSettings):
     search_samples: int = 20
     """Calibration samples for VTW's K, as in its paper."""
     max_bad_samples: int = 0
-    """Unusable ones among the calibration samples that are tolerated and left out of the search for K."""
+    """Unusable ones among the calibration samples that are tolerated and excluded from the search for K."""
     lam: float | None = None
     """Price of a layer for the router's training; null: what the gates were trained with."""
     timing_batches: int = 4

@@ -45,7 +45,7 @@ def within_wording_share(exits_B: Tensor, questions: Sequence[str]) -> float:
     """Share of the exit layers' variance that lies within identical wordings; nan without any variance.
 
     Deviations within a wording asked n times are scaled by n / (n - 1), since its own mean is fitted to it.
-    Wordings asked once cannot tell and are left out of both sums.
+    Wordings asked once cannot tell and are excluded from both sums.
     """
     groups: dict[str, list[float]] = {}
     for k, question in zip(exits_B.tolist(), questions, strict=True):

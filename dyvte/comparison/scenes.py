@@ -33,7 +33,7 @@ class TracedScenes:
 def load_scenes(traces: Path, data: Path, image_folder: Path) -> TracedScenes:
     """Join a trace store with the LLaVA json that it was made from.
 
-    Samples without an image are left out: nothing leaves there.
+    Samples without an image are excluded: nothing leaves there.
 
     Raises
     ------

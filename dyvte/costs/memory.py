@@ -21,7 +21,7 @@ def kv_bytes(
     *,
     bytes_per_value: int = 2,
 ) -> Tensor:
-    """Bytes of each sample's keys and values after prefill, padding left out.
+    """Bytes of each sample's keys and values after prefill, padding excluded.
 
     Text tokens lie in the caches of all L layers, visual tokens in those of the k layers in which they can be
     read. Where they freeze does not matter: a frozen token's key and value are cached like an updated one's.

@@ -94,7 +94,7 @@ def reference_step_flops(shape: DecoderShape, sample: SampleShape, layer: int) -
 
     All tokens run through all layers, and through those after ``layer`` twice: the batch is doubled there,
     and its second half masks the visual keys, which saves nothing. Logits are computed at every position of
-    both halves. The gate, and the gradient that goes through nothing else, are left out.
+    both halves. The gate, and the gradient that goes through nothing else, are not counted.
     """
     whole = [_layer(shape, index, sample.total, sample.total) for index in range(shape.num_layers)]
     return sum(whole) + sum(whole[layer:]) + 2 * sample.total * _head(shape)

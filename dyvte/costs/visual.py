@@ -43,7 +43,7 @@ def visual_compute(
     Returns
     -------
     float
-        Rows without an image are left out; nan if no row is left.
+        Rows without an image are excluded; nan if no row is left.
 
     Raises
     ------

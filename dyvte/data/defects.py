@@ -78,7 +78,7 @@ def collected(defects: list[Defect], *, file: str, sample_id: str, field: str) -
 @contextmanager
 def named(what: str) -> Iterator[None]:
     """Whatever the body raises over one sample becomes a DataError that begins with ``what``: for those who
-    cannot leave a sample out.
+    cannot go on without a sample.
 
     Raises
     ------
@@ -139,5 +139,5 @@ def check_defects(defects: Sequence[Defect | str], max_bad_samples: int) -> None
     more = f"\n  ... and {len(defects) - _SHOWN_DEFECTS} more" if len(defects) > _SHOWN_DEFECTS else ""
     raise DataError(
         f"{len(defects)} unusable samples, {max_bad_samples} allowed (max_bad_samples):\n  {shown}{more}\n"
-        "Correct the data, or allow that many: they are then left out and counted."
+        "Correct the data, or allow that many: they are then excluded and counted."
     )

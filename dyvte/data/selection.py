@@ -87,7 +87,7 @@ def select(
         The draw (see the module's text). The reference's "1 % single-turn image-only" is ``fraction=0.01``
         and the defaults; which 1 % its authors took is not published.
     max_bad_samples
-        Unusable samples tolerated; they are left out, counted and named among ``defects``. Chosen samples
+        Unusable samples tolerated; they are excluded, counted and named among ``defects``. Chosen samples
         whose image file does not exist count as unusable.
     repeated_ids
         "number": a repeated id gets a number and is counted. "refuse": it makes its record unusable.

@@ -19,11 +19,11 @@ from dyvte.backbones import BackboneConfig, PromptTemplate, RenderedPrompt, enco
 from dyvte.backbones.encode import takes_videos
 from dyvte.backbones.greedy import in_answer
 from dyvte.backbones.sizes import decoder_shape
-from dyvte.config import open_group
 from dyvte.data.defects import is_of_sample
 from dyvte.errors import ConfigError
 from dyvte.evaluation.checks import name_unaskable, open_image
 from dyvte.evaluation.run_log import Answer, pack_layers
+from dyvte.groups import open_group
 from dyvte.runtime import VisualExit
 from dyvte.runtime.records import PrefillRecord
 from dyvte.tasks.base import Question

@@ -32,7 +32,7 @@ class Neighbours(Reduction):
     radius
         Chebyshev distance on the grid; 0: a visual token sees itself alone.
     causal
-        Leave out neighbours that come later in the sequence.
+        Exclude neighbours that come later in the sequence.
 
     Raises
     ------

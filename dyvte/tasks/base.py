@@ -7,7 +7,6 @@ means, and what an answer is worth.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -19,13 +18,13 @@ from dyvte.formatting import name_some
 from dyvte.registry import Registry
 from dyvte.tasks.metrics import NOT_GRADED, breakdown, percent, ungraded
 from dyvte.tasks.prompts import SHORT_ANSWER_SUFFIX
-from dyvte.tasks.readers.files import fit, is_file, shards_below, tables_below
+from dyvte.tasks.readers.files import fit, shards_below, tables_below
 from dyvte.tasks.readers.predictions import read_answers, read_json_table, read_submitted
 from dyvte.tasks.readers.rows import Row
 from dyvte.tasks.readers.tables import read_table
 from dyvte.tasks.records import Predictions as Predictions
 from dyvte.tasks.records import Question as Question
-from dyvte.tasks.records import count_unknown, require_all, unique_ids
+from dyvte.tasks.records import count_unknown, refuse_missing_files, require_all, unique_ids
 from dyvte.tasks.statistics import Statistic, mean_statistic, unit_strata
 from dyvte.tasks.writing import write_json
 
@@ -121,7 +120,7 @@ class Benchmark:
                 )
 
     def table_question(self, row: Row, number: int, base: Path) -> Question | None:
-        """The question of a table's row; None for one that is left out.
+        """The question of a table's row; None for one that the benchmark does not ask.
 
         Parameters
         ----------
@@ -169,7 +168,7 @@ class Benchmark:
             raise DataError(f"{root}: {len(without)} questions have no gold answer: {name_some(without)}")
         kept = self.limited(questions, limit)
         if images:
-            _refuse_missing_files(kept, root)
+            refuse_missing_files(kept, root)
         return kept
 
     def layout_error(self, root: Path, problem: str) -> DataError:
@@ -399,22 +398,3 @@ def _other_tables(root: Path) -> str:
         whose = f"the table of {owners[0]}" if best else "not named after any benchmark"
         said.append(f"{path.name} is {whose}")
     return f" ({name_some(said)})" if said else ""
-
-
-def _refuse_missing_files(questions: Sequence[Question], root: Path) -> None:
-    """Raise DataError naming images and videos that are not there."""
-    base = root if root.is_dir() else root.parent
-    without = [q.id for q in questions if q.image is None and q.video is None]
-    if without:
-        raise DataError(
-            f"{root}: {len(without)} questions have no image: {name_some(without)}. They can be scored, but "
-            "not asked"
-        )
-    paths = {path: None for q in questions for path in q.images if isinstance(path, Path)}
-    missing = [str(os.path.relpath(path, base)) for path in paths if not is_file(path)]
-    if missing:
-        raise DataError(f"{base} lacks {len(missing)} images: {name_some(missing)}")
-    videos = {q.video: None for q in questions if q.video is not None}
-    lost = [video.name for video in videos if not video.path.exists()]
-    if lost:
-        raise DataError(f"{base} lacks {len(lost)} videos or folders of frames: {name_some(lost)}")

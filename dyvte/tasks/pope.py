@@ -213,7 +213,7 @@ def _as_written(text: str, converted: bool) -> str:
 def _rates(pairs: Sequence[tuple[str, str]], dialect: str) -> dict[str, Any]:
     true_yes = sum(gold == read == "yes" for gold, read in pairs)
     false_yes = sum(gold == "no" and read == "yes" for gold, read in pairs)
-    # lmms-eval leaves answers that are neither yes nor no out of recall
+    # lmms-eval excludes answers that are neither yes nor no from recall
     missed = sum(
         gold == "yes" and (read == "no" if dialect == "lmms" else read != "yes") for gold, read in pairs
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TypeAlias
 
 from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
+from dyvte.tasks.readers.files import is_file
 from dyvte.tasks.readers.tables import PackedImage
 from dyvte.tasks.readers.videos import Video
 
@@ -67,6 +69,25 @@ class Predictions:
 
     texts: Mapping[str, str]
     converted: bool = False
+
+
+def refuse_missing_files(questions: Sequence[Question], root: Path) -> None:
+    """Raise DataError naming images and videos that are not there."""
+    base = root if root.is_dir() else root.parent
+    without = [q.id for q in questions if q.image is None and q.video is None]
+    if without:
+        raise DataError(
+            f"{root}: {len(without)} questions have no image: {name_some(without)}. They can be scored, but "
+            "not asked"
+        )
+    paths = {path: None for q in questions for path in q.images if isinstance(path, Path)}
+    missing = [str(os.path.relpath(path, base)) for path in paths if not is_file(path)]
+    if missing:
+        raise DataError(f"{base} lacks {len(missing)} images: {name_some(missing)}")
+    videos = {q.video: None for q in questions if q.video is not None}
+    lost = [video.name for video in videos if not video.path.exists()]
+    if lost:
+        raise DataError(f"{base} lacks {len(lost)} videos or folders of frames: {name_some(lost)}")
 
 
 def unique_ids(questions: Sequence[Question], where: Path) -> None:

@@ -27,7 +27,7 @@ from dyvte.tasks.records import ImageSource
 
 @TASKS.register
 class ScienceQA(ChoiceBenchmark):
-    """ScienceQA-IMG: text-only questions are left out."""
+    """ScienceQA-IMG: text-only questions are excluded."""
 
     name = "scienceqa"
     title = "ScienceQA"

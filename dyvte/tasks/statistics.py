@@ -58,7 +58,7 @@ def mean_over_parts(units: Sequence[str], values: Sequence[float], parts: Sequen
     ----------
     units, values, parts
         Of each entry; a question that belongs to several parts is an entry of each. A part none of whose
-        units was drawn is left out of the mean.
+        units was drawn is excluded from the mean.
     """
     groups_B, num_units = group_index(units)
     parts_B, num_parts = group_index(parts)

@@ -2,7 +2,7 @@
 
 Sources: ``eval_your_results.py`` of the benchmark, seen in public copies (``original``);
 ``lmms_eval/tasks/videomme/utils.py`` (``lmms``); ``vlmeval/dataset/utils/videomme.py`` with exact matching
-(``vlmevalkit``). The official tool leaves answers in which it finds no letter out of the denominator:
+(``vlmevalkit``). The official tool excludes answers in which it finds no letter from the denominator:
 ``accuracy`` under ``original`` is that score, ``num_unread`` says how many those are, and
 ``accuracy_of_all`` counts them wrong. VLMEvalKit would ask a language model about them, or draw an option;
 here they are wrong.

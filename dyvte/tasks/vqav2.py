@@ -3,7 +3,7 @@
 Sources: ``vqaEval.py`` of GT-Vision-Lab/VQA (``original``), ``lmms_eval/tasks/vqav2/utils.py`` (``lmms``:
 human answers are normalised like the prediction). VLMEvalKit does not score VQAv2. The official rule
 normalises the prediction fully, the human answers in their punctuation only, and only where they differ among
-themselves; an answer is left out together with those that are equal in every field, so that records without
+themselves; an answer is omitted together with those that are equal in every field, so that records without
 ``answer_id`` score lower. Both hold here. LLaVA's test-dev questions have no public answers: the file for the
 server is written.
 """

@@ -119,7 +119,7 @@ def trace_exits(
     Returns
     -------
     Trace
-        On the model's device. Argmaxes leave the visual placeholders out: no answer holds one.
+        On the model's device. Argmaxes exclude the visual placeholders: no answer holds one.
 
     Raises
     ------

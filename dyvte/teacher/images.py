@@ -249,7 +249,7 @@ def find_images(
         name = backbone.model.config.model_type
         return whole, f"{name}: its image tokens see the text behind them"
     if "flash" in call.implementation and text_between(spans):
-        return whole, "flash attention cannot leave out the text between visual tokens"
+        return whole, "flash attention cannot mask the text between visual tokens"
     return SharedImages(spans, slots, hidden_BND, image_B, rows_G), None
 
 

@@ -71,9 +71,9 @@ def prepared_batches(
     max_bad_samples: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[Prepared]:
-    """The selection as the model takes it, batch by batch, by the rules of a trace: unusable samples are left
-    out, counted and logged, so a batch may be smaller than others; one without a usable sample is left out.
-    Samples come in their order, but for those of one image, which come with the first of them.
+    """The selection as the model takes it, batch by batch, by the rules of a trace: unusable samples are
+    excluded, counted and logged, so a batch may be smaller than others; one without a usable sample is
+    skipped. Samples come in their order, but for those of one image, which come with the first of them.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def prepared_batches(
 
 def _log(defects: Sequence[Defect]) -> None:
     for defect in defects:
-        log.warning("left out: %s", defect)
+        log.warning("excluded: %s", defect)
 
 
 def _trace_shard(

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dyvte.backbones import BackboneConfig
-from dyvte.config import open_group
 from dyvte.data import DataConfig
+from dyvte.groups import open_group
 from dyvte.teacher.config import TeacherConfig
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from dyvte.distributed import import_deepspeed
 from dyvte.errors import ConfigError
+from dyvte.registry import nearest
 from dyvte.tracing.config import TracingConfig
 
 ZERO = "zero_optimization"
@@ -29,8 +29,8 @@ _SECTIONS = (
 def read_deepspeed(path: Path | None) -> dict[str, Any]:
     """A DeepSpeed JSON file, checked; stage 0 without one.
 
-    ``"auto"`` (a convention of other trainers) is left out, and DeepSpeed's own default takes its place.
-    Sections on precision, optimiser and scheduler are left out too: they are settings of the run.
+    ``"auto"`` (a convention of other trainers) is dropped, and DeepSpeed's own default takes its place.
+    Sections on precision, optimiser and scheduler are dropped too: they are settings of the run.
 
     Raises
     ------
@@ -42,9 +42,9 @@ def read_deepspeed(path: Path | None) -> dict[str, Any]:
         return {ZERO: {"stage": 0}}
     given = _read_json(path)
     for name in given:
-        near = difflib.get_close_matches(name, _SECTIONS, n=1, cutoff=0.8)
+        near = nearest(name, _SECTIONS, cutoff=0.8)
         if near and name not in _SECTIONS:
-            raise ConfigError(f"{path}: unknown section {name!r}; did you mean {near[0]!r}?")
+            raise ConfigError(f"{path}: unknown section {name!r}; did you mean {near!r}?")
     if not isinstance(given.get(ZERO, {}), dict):
         raise ConfigError(
             f'{path}: {ZERO}: expected a group of settings such as {{"stage": 2}}, found {given[ZERO]!r}'

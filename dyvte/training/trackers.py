@@ -196,7 +196,7 @@ def open_trackers(
     config: Mapping[str, Any],
     resume_step: int,
 ) -> list[Tracker]:
-    """The run's trackers; one that is not installed is left out with a warning, training does not need it."""
+    """The run's trackers; one that is not installed is omitted with a warning, training does not need it."""
     trackers: list[Tracker] = [JsonlTracker(folder / LOG_FILE, resume_step), PlotTracker(folder)]
     for name in report_to:
         try:

@@ -14,11 +14,11 @@ from dyvte.commands.options import add_settings, config_from
 from dyvte.commands.parser import Formatter, Parser
 from dyvte.commands.training_options import TRAINING_NAMES
 from dyvte.comparison.compare import CompareConfig
-from dyvte.config import open_group
 from dyvte.errors import ConfigError
 from dyvte.evaluation.runner import EvalConfig
 from dyvte.fields import field_texts, section_texts, settings_of
 from dyvte.gates import ARCHITECTURES
+from dyvte.groups import open_group
 from dyvte.policies import POLICIES
 from dyvte.training import TrainConfig
 from tests.helpers.shown_commands import parser_of

@@ -99,7 +99,7 @@ def test_every_family_saves_what_the_cost_model_says(family):
 
 
 def test_of_experts_the_active_ones_are_counted():
-    """A LLaVA over Mixtral: 2 of 8 experts a token, and a router, which the published formulas leave out."""
+    """A LLaVA over Mixtral: 2 of 8 experts a token, and a router, which the published formulas omit."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, MixtralConfig
 
     small, processor = tiny_llava(LAYERS)

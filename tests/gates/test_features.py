@@ -59,7 +59,7 @@ def test_teacher_and_runtime_read_the_same_states(side, names):
     wanted = gates_reading(names)(torch.cat([expected, torch.zeros_like(expected[:, :1])], 1))
     torch.testing.assert_close(probe.noted[0][0, :, :-1], wanted[:, :-1], rtol=0, atol=1e-4)
 
-    # An answer of one token, each row's last: it is no part of the prompt, so the teacher must leave it out.
+    # An answer of one token, each row's last: it is no part of the prompt, so the teacher must exclude it.
     mask = inputs["attention_mask"]
     answer = (mask.cumsum(1) == mask.sum(1, keepdim=True)) & mask.bool()
     trace = trace_exits(model, inputs, answer, features=names)

@@ -193,7 +193,7 @@ ACTIVE = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], 
 IMPORTANCE = torch.rand(LAYERS, 64, generator=torch.Generator().manual_seed(3))
 PROFILE = VisualProfile(rho_SLH=torch.zeros(1, LAYERS, HEADS), importance_LM=IMPORTANCE)
 TOP = [IMPORTANCE[i].topk(19).indices for i in range(LAYERS)]
-# name: (reductions, what the reference leaves out)
+# name: (reductions, what the reference omits)
 CASES = {
     "radius 1": ([Neighbours(1)], {"radius": 1}),
     "radius 1, causal": ([Neighbours(1, causal=True)], {"radius": 1, "causal": True}),

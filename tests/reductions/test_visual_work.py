@@ -114,7 +114,7 @@ def test_text_is_never_affected_and_nothing_stays():
         assert not module._forward_pre_hooks
         assert not module._forward_hooks
     assert torch.equal(model(**inputs).logits, stock)
-    # all that there is to leave out left in: the stock model up to rounding
+    # all that there is to save is computed: the stock model up to rounding
     everything = [Neighbours(9), InactiveHeads(torch.ones(LAYERS, HEADS, dtype=torch.bool)), SparseFFN(1.0)]
     with dyvte.VisualExit(reductions=everything[1:])(model):
         assert torch.equal(model(**inputs).logits, stock)

@@ -1,4 +1,4 @@
-"""Frozen visual tokens: read, not updated. Equal to brute force, with the work really left out."""
+"""Frozen visual tokens: read, not updated. Equal to brute force, with the work really saved."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What people do with a whole family: sampling, prompt lookup, turns on one cache, images left out."""
+"""What people do with a whole family: sampling, prompt lookup, turns on one cache, images omitted."""
 
 import inspect
 import re

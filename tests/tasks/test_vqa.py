@@ -107,7 +107,7 @@ def test_vqav2_normalises_human_answers_in_part_or_fully():
 def test_vqav2_leaves_out_equal_records_together():
     humans = ["yes"] * 6 + ["no"] * 4
     assert _vqa(humans, "yes") == 1
-    # without ids each "yes" is the same record: none is left when one is left out
+    # without ids each "yes" is the same record: none is left when one is omitted
     assert _vqa(humans, "yes", ids=False) == pytest.approx(0.4)
 
 

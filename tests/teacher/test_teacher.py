@@ -203,7 +203,7 @@ def test_flash_attention_gets_the_masks_it_can_use(backbone) -> None:
     found = trace_checked(other, inputs, answer, freezes=(0, 2))
     assert found.num_images == 2
     close(found.trace, expected)
-    # A word between the visual tokens: flash attention cannot leave it out.
+    # A word between the visual tokens: flash attention cannot mask it.
     ids = inputs["input_ids"].clone()
     at = (ids == model.config.image_token_id).nonzero().view(3, -1, 2)[:, 3]
     ids[at[:, 0], at[:, 1]] = 10

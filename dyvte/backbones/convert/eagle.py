@@ -1,7 +1,7 @@
 """Eagle-X5 (NVlabs/EAGLE, ``eagle_llama``): language side and projector as LLaVA's class.
 
 The five vision towers, whose features are joined along channels, have no class in transformers: their keys
-are left out and named. Give the model the features of the original towers instead; the projector's input
+are omitted and named. Give the model the features of the original towers instead; the projector's input
 is as wide as all of them together.
 """
 

@@ -27,7 +27,7 @@ class Rule:
     pattern
         Regular expression that a whole source key must match.
     target
-        Its name in transformers (with ``\\1`` for groups); None: known, and left out.
+        Its name in transformers (with ``\\1`` for groups); None: known, and omitted.
     source
         Repository and file that publish the key.
     """

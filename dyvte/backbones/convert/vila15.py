@@ -2,7 +2,7 @@
 
 The projector fits `LlavaForConditionalGeneration` only where it is an ``mlp2x_gelu``. The downsampling one
 (``mlp_downsample``: two by two patches joined, a LayerNorm, two linear layers) has no place there: its keys
-are left out and named, and the model must be given the features of the original projector.
+are omitted and named, and the model must be given the features of the original projector.
 """
 
 from __future__ import annotations

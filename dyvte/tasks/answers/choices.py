@@ -46,7 +46,7 @@ def vlmevalkit_letter(text: str, options: Options) -> str | None:
     as a word, if at most four words follow it ("Z", none of them, for a refusal); else the letter A to D
     behind the first "answer is", in any case and with asterisks before it; else the only option whose text
     occurs in an answer of at most twice the length of all options. The second step is not in
-    ms-vlmeval 0.0.20. The tool's check for "A" as an article runs only in verbose mode and is left out.
+    ms-vlmeval 0.0.20. The tool's check for "A" as an article runs only in verbose mode and is omitted.
     """
     return _vlmevalkit_word(text, options) or _only_option_in(text, options, limited=True)
 

@@ -92,7 +92,7 @@ def remembering(normalise: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def soft_accuracy(prediction: str, answers: Sequence[str], records: Sequence[int] | None = None) -> float:
-    """VQA accuracy: min(matches / 3, 1), averaged over leaving out each human answer in turn.
+    """VQA accuracy: min(matches / 3, 1), averaged over omitting each human answer in turn.
 
     Parameters
     ----------

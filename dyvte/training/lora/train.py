@@ -75,7 +75,7 @@ def check_settings(cfg: TrainConfig) -> None:
     if adapter is not None:
         raise ConfigError(
             f"--lora starts from a backbone without an adapter, found {adapter}: merge it into the backbone "
-            "first (PeftModel.merge_and_unload, then save_pretrained), or leave it out"
+            "first (PeftModel.merge_and_unload, then save_pretrained), or omit it"
         )
 
 

@@ -71,7 +71,7 @@ PER_LAYER = (
     "swiglu_limits",
     "swiglu_limits_shared",
 )
-# What a decoder cannot be built without, though its default config leaves it out.
+# What a decoder cannot be built without, though its default config omits it.
 NEEDED = {
     "deepseek_ocr2_text": {
         "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
@@ -156,7 +156,7 @@ def tiny_text(text: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _sample(values: Sequence[Any]) -> list[Any]:
-    """Both ends, so that kinds that alternate and kinds that come last are there, then any kind left out."""
+    """Both ends, so that kinds that alternate and kinds that come last are there, then any kind omitted."""
     picked = [*values[: LAYERS // 2], *values[-LAYERS // 2 :]]
     absent = [kind for kind in dict.fromkeys(values) if kind not in picked]
     for place, kind in zip(range(1, LAYERS), absent, strict=False):
