@@ -210,8 +210,10 @@ def answer(
     texts = pipeline.processor.tokenizer.batch_decode(new_B, skip_special_tokens=True)
     record = run.records[0] if run.records else _record_of_text(pipeline, batch)
     asked_gates = bool(record.gate_logits_BL.isfinite().any())
+    asked_freezes = bool(record.freeze_logits_BL.isfinite().any())
     kv_bytes = sum(record.kv_bytes) / len(texts)
     visual_BL, text_BL = record.visual_tokens_BL.tolist(), record.text_tokens_BL.tolist()
+    frozen_BL = record.frozen_tokens_BL.tolist()
     return [
         Answer(
             question_id=question_id,
@@ -225,6 +227,9 @@ def answer(
             num_new_tokens=len(new_B[row]),
             kv_bytes=kv_bytes,
             gate_logits=_logits(record.gate_logits_BL[row]) if asked_gates else (),
+            freeze_layer=_frozen_before(record, row),
+            frozen_tokens=pack_layers(frozen_BL[row]) if any(frozen_BL[row]) else (),
+            freeze_logits=_logits(record.freeze_logits_BL[row]) if asked_freezes else (),
         )
         for row, (question_id, text) in enumerate(zip(batch.question_ids, texts, strict=True))
     ]
@@ -249,6 +254,12 @@ def _record_of_text(pipeline: Pipeline, batch: Batch) -> PrefillRecord:
         text_tokens_BL=batch.num_tokens_B.cpu()[:, None].expand(-1, num_layers),
         score_layers=(),
     )
+
+
+def _frozen_before(record: PrefillRecord, row: int) -> int | None:
+    """A row's freeze layer, where it is another than its exit layer."""
+    f, k = int(record.freeze_layers_B[row]), int(record.exit_layers_B[row])
+    return f if f < k else None
 
 
 def _logits(logits_L: Tensor) -> tuple[float | None, ...]:

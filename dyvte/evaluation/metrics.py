@@ -41,6 +41,10 @@ def cost_metrics(config: Any, answers: Sequence[Answer], reductions: Sequence[Re
     visual_BL = [unpack_layers(answer.visual_tokens) for answer in answers]
     text_BL = [unpack_layers(answer.text_tokens) for answer in answers]
     num_visual_B, num_text_B = [a.num_visual for a in answers], [a.num_text for a in answers]
+    frozen_BL = None
+    if any(answer.frozen_tokens for answer in answers):
+        none = ((0, shape.num_layers),)
+        frozen_BL = [unpack_layers(answer.frozen_tokens or none) for answer in answers]
     tokens_BL = [[v + t for v, t in zip(*rows, strict=True)] for rows in zip(visual_BL, text_BL, strict=True)]
     score_flops_B = score_row_flops(shape, tokens_BL, [a.score_layers for a in answers])
     factors = visual_factors(reductions, shape, _mean([answer.num_visual for answer in seeing]))
@@ -49,9 +53,9 @@ def cost_metrics(config: Any, answers: Sequence[Answer], reductions: Sequence[Re
         num_layers=shape.num_layers,
         mean_exit_layer=_mean([answer.exit_layer for answer in seeing]),
         exit_layer_counts={k: counts[k] for k in sorted(counts)},
-        visual_compute=visual_share(shape, visual_BL, num_visual_B, factors),
+        visual_compute=visual_share(shape, visual_BL, num_visual_B, factors, frozen_BL),
         visual_token_layers_per_question=_mean([answer.visual_token_layers for answer in answers]),
-        prefill=mean_prefill_costs(shape, text_BL, visual_BL, num_text_B, num_visual_B, factors),
+        prefill=mean_prefill_costs(shape, text_BL, visual_BL, num_text_B, num_visual_B, factors, frozen_BL),
         score_row_flops_per_question=_mean(score_flops_B),
         vision_tower_flops_per_image=_vision_tower(config, seeing),
         output_head_flops_per_token=head_flops(shape),
@@ -59,6 +63,7 @@ def cost_metrics(config: Any, answers: Sequence[Answer], reductions: Sequence[Re
         mean_visual_tokens=_mean(num_visual_B),
         mean_text_tokens=_mean(num_text_B),
         mean_new_tokens=_mean([answer.num_new_tokens for answer in answers]),
+        mean_freeze_layer=None if frozen_BL is None else _mean([a.updated_layers for a in seeing]),
     )
 
 

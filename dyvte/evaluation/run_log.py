@@ -50,14 +50,17 @@ class Answer:
     Attributes
     ----------
     question_id, prediction : str
-    exit_layer : layers that processed the visual tokens; -1 without an image.
+    exit_layer : layers that could read the visual tokens; -1 without an image.
+    freeze_layer : layers that updated them; None: as many as read them.
     num_visual, num_text : tokens of the prompt.
     visual_tokens, text_tokens : tokens that each decoder layer processed in prefill, after whatever exits and
         reductions took away.
+    frozen_tokens : further visual tokens that each layer read and did not update; empty: none in any.
     score_layers : layers k in which a reduction had the last token's attention computed apart.
     num_new_tokens : tokens generated, the closing one included.
     kv_bytes : share of the batch's KV cache after prefill.
     gate_logits : one per layer, None where no gate ran; empty when no gates were used.
+    freeze_logits : of the freeze head, entry j after j layers; empty without one.
     """
 
     question_id: str
@@ -71,6 +74,14 @@ class Answer:
     kv_bytes: float
     score_layers: tuple[int, ...] = ()
     gate_logits: tuple[float | None, ...] = ()
+    freeze_layer: int | None = None
+    frozen_tokens: Layers = ()
+    freeze_logits: tuple[float | None, ...] = ()
+
+    @property
+    def updated_layers(self) -> int:
+        """Layers that updated the visual tokens; -1 without an image."""
+        return self.exit_layer if self.freeze_layer is None else self.freeze_layer
 
     @property
     def visual_token_layers(self) -> int:
@@ -246,16 +257,19 @@ def read_answers(folder: Path) -> list[Answer]:
 
 def _answer(row: Mapping[str, Any]) -> Answer:
     fields = {key: value for key, value in row.items() if key != "gate_probabilities"}
-    for key in ("visual_tokens", "text_tokens"):
-        fields[key] = tuple((int(tokens), int(layers)) for tokens, layers in fields[key])
-    for key in ("score_layers", "gate_logits"):
+    for key in ("visual_tokens", "text_tokens", "frozen_tokens"):
+        fields[key] = tuple((int(tokens), int(layers)) for tokens, layers in fields.get(key, ()))
+    for key in ("score_layers", "gate_logits", "freeze_logits"):
         fields[key] = tuple(fields.get(key, ()))
     return Answer(**fields)
 
 
 def exit_row(answer: Answer) -> dict[str, Any]:
-    """A row of ``exits.jsonl``: all of an answer but its text."""
+    """A row of ``exits.jsonl``: all of an answer but its text; what is of freezing where there is any."""
     row = {key: value for key, value in asdict(answer).items() if key != "prediction"}
+    for key in ("freeze_layer", "frozen_tokens", "freeze_logits"):
+        if not row[key] and row[key] != 0:
+            del row[key]
     return {**row, "gate_probabilities": answer.gate_probabilities}
 
 

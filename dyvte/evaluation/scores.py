@@ -41,6 +41,8 @@ class CostMetrics:
     output_head_flops_per_token : of the language model's head.
     kv_bytes_per_question : of the KV cache after prefill.
     mean_visual_tokens, mean_text_tokens, mean_new_tokens : of the prompt, and generated.
+    mean_freeze_layer : layers that updated the visual tokens; None where no token was frozen: as many as read
+        them.
     """
 
     num_layers: int
@@ -56,6 +58,12 @@ class CostMetrics:
     mean_visual_tokens: float
     mean_text_tokens: float
     mean_new_tokens: float
+    mean_freeze_layer: float | None = None
+
+    @property
+    def mean_updated_layers(self) -> float:
+        """Layers that updated the visual tokens."""
+        return self.mean_exit_layer if self.mean_freeze_layer is None else self.mean_freeze_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +194,8 @@ class RunScores:
             timing = {**timing.pop("times"), **timing}
         cost = asdict(self.cost)
         cost["exit_layer_counts"] = {str(k): count for k, count in cost["exit_layer_counts"].items()}
+        if self.cost.mean_freeze_layer is None:  # the file that versions without freezing wrote
+            del cost["mean_freeze_layer"]
         return {
             "scores": dict(self.scores),
             "headline": self.headline,
@@ -255,7 +265,8 @@ class RunScores:
 
 
 def _cost(values: Mapping[str, Any], where: str) -> CostMetrics:
-    cost = _entries(values, [field.name for field in dataclasses.fields(CostMetrics)], where)
+    names = [field.name for field in dataclasses.fields(CostMetrics) if field.name != "mean_freeze_layer"]
+    cost = {**_entries(values, names, where), "mean_freeze_layer": values.get("mean_freeze_layer")}
     try:
         cost["exit_layer_counts"] = {int(k): count for k, count in cost["exit_layer_counts"].items()}
         conventions = dict(cost["prefill"].items())

@@ -108,15 +108,18 @@ def parse_named(text: str, seed: int = 0) -> NamedPolicy:
     policy = parse_policy(text)
     name = re.sub(r"[^\w.-]+", "-", text)
     if isinstance(policy, OraclePolicy):
-        return given_exits(name, policy.exit_layers)
+        return given_exits(name, policy.exit_layers, policy.freeze_layers)
     return NamedPolicy(name, policy, {"policy": text})
 
 
-def given_exits(name: str, exit_layers: Mapping[str, int]) -> NamedPolicy:
-    """Exit layers known beforehand, by question id."""
-    content = ",".join(f"{question_id}={k}" for question_id, k in sorted(exit_layers.items()))
-    identity = {"policy": "given", "exit_layers_sha256": _sha256(content.encode())}
-    return NamedPolicy(name, OraclePolicy(exit_layers), identity)
+def given_exits(
+    name: str, exit_layers: Mapping[str, int], freeze_layers: Mapping[str, int] | None = None
+) -> NamedPolicy:
+    """Exit layers, and freeze layers if any, known beforehand, by question id."""
+    identity = {"policy": "given", "exit_layers_sha256": _layers_digest(exit_layers)}
+    if freeze_layers is not None:
+        identity["freeze_layers_sha256"] = _layers_digest(freeze_layers)
+    return NamedPolicy(name, OraclePolicy(exit_layers, freeze_layers), identity)
 
 
 def learned(name: str, policy: LearnedPolicy) -> NamedPolicy:
@@ -149,5 +152,6 @@ def _gates(argument: str) -> NamedPolicy:
     return learned(f"{name}-{threshold}" if at else name, policy)
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _layers_digest(layers: Mapping[str, int]) -> str:
+    content = ",".join(f"{question_id}={layer}" for question_id, layer in sorted(layers.items()))
+    return hashlib.sha256(content.encode()).hexdigest()

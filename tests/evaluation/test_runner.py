@@ -11,16 +11,26 @@ import pytest
 import torch
 
 from dyvte.backbones import BackboneConfig
+from dyvte.backbones.sizes import decoder_shape
 from dyvte.comparison.probe import probe_gates
 from dyvte.comparison.question_features import TextStates
+from dyvte.costs.schedules import kv_share
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.evaluation import generation as asking
 from dyvte.evaluation.generation import Pipeline
-from dyvte.evaluation.run_log import AnswerLog
+from dyvte.evaluation.run_log import AnswerLog, read_answers, unpack_layers
 from dyvte.evaluation.runner import EvalConfig, run_policies
+from dyvte.evaluation.scores import RunScores
 from dyvte.evaluation.settings import given_exits, parse_policies
-from dyvte.gates import GateConfig, GateStack, exit_layers, uniform_offsets
+from dyvte.gates import (
+    GateConfig,
+    GateStack,
+    exit_layers,
+    logit_threshold,
+    uniform_freeze_offsets,
+    uniform_offsets,
+)
 from dyvte.tasks.base import get_benchmark
 from tests.helpers.fixtures import write_mini_gqa, write_mini_mme
 from tests.helpers.models import tiny_llava
@@ -290,3 +300,55 @@ def test_text_states_are_those_of_the_prompt_without_its_image(pipeline):
         hidden = pipeline.model(**inputs, output_hidden_states=True).hidden_states
         parts = [torch.cat([hidden[k][0, :-1].mean(0), hidden[k][0, -1]]) for k in states.layers]
         torch.testing.assert_close(found[row], torch.cat(parts), atol=1e-4, rtol=1e-4)
+
+
+def test_costs_of_frozen_and_given_schedules(pipeline, data, tmp_path):
+    questions = get_benchmark("gqa").load(data / "gqa")
+    pairs = {q.id: [(0, 2), (1, LAYERS), (2, 2)][n % 3] for n, q in enumerate(questions)}
+    file = tmp_path / "given.json"
+    file.write_text(json.dumps(pairs))
+    _, results = _run(
+        pipeline, _config(data, tmp_path), ["never", "freeze:1:3", "freeze:2:2", "fixed:2", f"oracle:{file}"]
+    )
+    oracle = next(name for name in results if name.startswith("oracle"))
+    frozen, given = results["freeze-1-3"], results[oracle]
+    share = kv_share(decoder_shape(pipeline.model.config))
+    assert frozen.scores.cost.visual_compute == pytest.approx((1 + 2 * share) / LAYERS)
+    assert (frozen.scores.cost.mean_freeze_layer, frozen.scores.cost.mean_exit_layer) == (1, 3)
+    assert [(a.updated_layers, a.exit_layer) for a in given.answers] == list(pairs.values())
+    spent = [(f + share * (k - f)) / LAYERS for f, k in pairs.values()]
+    assert given.scores.cost.visual_compute == pytest.approx(sum(spent) / len(spent))
+    assert all(unpack_layers(a.frozen_tokens) == [0, 16, 16, 0] for a in frozen.answers)
+    costs = {name: results[name].scores.cost for name in ("freeze-1-3", "fixed-2", "freeze-2-2", "never")}
+    # Three layers of keys and values beside two; f = k is the fixed exit in all that is written.
+    assert costs["freeze-1-3"].kv_bytes_per_question > costs["fixed-2"].kv_bytes_per_question
+    assert costs["freeze-1-3"].prefill["vtw"].ratio < costs["never"].prefill["vtw"].ratio
+    assert costs["freeze-2-2"] == costs["fixed-2"]
+    assert costs["fixed-2"].mean_freeze_layer is None
+    for one in ("exits.jsonl", "predictions.jsonl"):
+        same = [(results[name].folder / one).read_text() for name in ("freeze-2-2", "fixed-2")]
+        assert same[0] == same[1]
+    assert read_answers(frozen.folder) == frozen.answers
+    assert RunScores.read(frozen.folder).cost == frozen.scores.cost
+
+
+def test_logits_of_both_heads_on_disk_explain_the_schedules(pipeline, data, tmp_path):
+    config = GateConfig(
+        num_layers=LAYERS,
+        hidden_size=32,
+        offsets=uniform_offsets(LAYERS),
+        freeze_head=True,
+        freeze_offsets=uniform_freeze_offsets(LAYERS),
+    )
+    GateStack.init(config, seed=3).save_pretrained(tmp_path / "gates")
+    policies = ["never", f"gates:{tmp_path / 'gates'}@0.3"]
+    _, results = _run(pipeline, _config(data, tmp_path / "out"), policies)
+    gated = next(result for name, result in results.items() if name != "never")
+    assert len({(a.updated_layers, a.exit_layer) for a in gated.answers}) > 2
+    cut = logit_threshold(0.3)
+    for one in gated.answers:
+        first = next((k for k, x in enumerate(one.gate_logits, 1) if x is not None and x > cut), LAYERS)
+        freezes = [j for j, x in enumerate(one.freeze_logits) if x is not None and x > cut]
+        assert one.exit_layer == first
+        assert one.updated_layers == min([*freezes[:1], first])
+    assert read_answers(gated.folder) == gated.answers
