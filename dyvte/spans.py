@@ -87,6 +87,18 @@ def find_spans(
     return Spans(valid_BN, visual_BN, prefix_BN, prompt_BN, answer_BN)
 
 
+def up_to_image(spans: Spans) -> Tensor:
+    """(B, N) bool: tokens up to each row's last visual one; none in a row without an image."""
+    seen_BN = spans.visual_BN.cumsum(1)
+    behind_BN = (seen_BN == seen_BN[:, -1:]) & ~spans.visual_BN
+    return spans.valid_BN & ~behind_BN
+
+
+def text_between(spans: Spans) -> bool:
+    """Does any row have text between its visual tokens?"""
+    return bool((up_to_image(spans) & ~spans.visual_BN & ~spans.prefix_BN).any())
+
+
 def _like(input_ids_BN: Tensor, mask_BN: Tensor | None, name: str, *, fill: bool) -> Tensor:
     if mask_BN is None:
         return torch.full_like(input_ids_BN, fill, dtype=torch.bool)

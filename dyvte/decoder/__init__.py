@@ -9,7 +9,7 @@ from dyvte.decoder.layout import Layout
 from dyvte.decoder.picking import Picker
 from dyvte.decoder.slots import Slots
 from dyvte.decoder.windows import Window, layer_windows
-from dyvte.decoder.wrapping import hidden_of, replace_forward, wrap_layers
+from dyvte.decoder.wrapping import hidden_of, replace_forward, returns_early, wrap_layers
 
 __all__ = [
     "Layout",
@@ -19,5 +19,6 @@ __all__ = [
     "hidden_of",
     "layer_windows",
     "replace_forward",
+    "returns_early",
     "wrap_layers",
 ]

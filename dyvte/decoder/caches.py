@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dyvte.errors import UnsupportedBackboneError
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of some tokens of some rows, each (rows, heads, tokens, head size)."""
+
 
 class Capture:
     """Remembers the keys and values it is given, and stores nothing.

@@ -46,6 +46,15 @@ def cut_mask(mask: Any, queries: Slots, keys: Slots, implementation: str) -> Ten
     return hide_keys(mask, keys.valid)
 
 
+def sees(mask: Any, queries_BN: Tensor, keys_BN: Tensor) -> bool:
+    """May any of some tokens attend to any of some later tokens (as in a prefix-LM)? Not under causal masks,
+    which are those that are not 4D."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return False
+    allowed_BNN = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
+    return bool((allowed_BNN & queries_BN[:, :, None] & keys_BN[:, None, :]).any())
+
+
 def cut_square(mask: Tensor, queries_BQ: Tensor, keys_BK: Tensor | None) -> Tensor:
     """(B, H, Q, K) rows and columns of a (B or 1, H, N, N) mask; keys None: all columns."""
     mask = mask.expand(len(queries_BQ), -1, -1, -1)

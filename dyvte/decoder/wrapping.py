@@ -84,6 +84,14 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def returns_early(layer: nn.Module) -> bool:
+    """May a layer stop after its keys and values? Not under hooks that expect every submodule to return
+    (offloading, gathering)."""
+    inner = [module for module in layer.modules() if module is not layer]
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in inner)
+    return not hooked and not any(hasattr(module, "_hf_hook") for module in layer.modules())
+
+
 def _wrapper(index: int, forward: Callable[..., Any], run_layer: RunLayer) -> Callable[..., Any]:
     names = list(inspect.signature(forward).parameters)[1:]
 

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyvte.decoder import Slots
+from dyvte.decoder import Slots, returns_early
 from dyvte.decoder.attention import KeysAlone
-from dyvte.decoder.caches import Capture
+from dyvte.decoder.caches import Capture, KeysValues
 from dyvte.decoder.masks import cut_mask
-
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of some tokens of some rows, each (rows, heads, tokens, head size)."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,6 @@ class LayerCall:
     mask: Any
     implementation: str
 
-    @property
-    def returns_early(self) -> bool:
-        """May the layer stop after its keys and values? Not under hooks that expect every submodule to return
-        (offloading, gathering)."""
-        inner = [module for module in self.layer.modules() if module is not self.layer]
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in inner)
-        return not hooked and not any(hasattr(module, "_hf_hook") for module in self.layer.modules())
-
     def cut(self, queries: Slots, keys: Slots, rows_R: Tensor | None = None) -> Any:
         """The attention mask of these tokens, of all rows or of some."""
         mask = self.mask
@@ -55,7 +44,7 @@ class LayerCall:
 
     def read_only(self, states: Tensor, arguments: dict[str, Any], alone: KeysAlone) -> KeysValues:
         """Keys and values of states, without queries; where the layer cannot stop early, after all of it."""
-        if self.returns_early:
+        if returns_early(self.layer):
             return alone(self.layer, self.forward, states, **arguments)
         cache = Capture()
         self.forward(states, **{**arguments, "past_key_values": cache})

@@ -19,10 +19,12 @@ from torch import Tensor
 from dyvte.backbones import Backbone
 from dyvte.decoder import Picker, Slots, hidden_of
 from dyvte.decoder.attention import KeysAlone
-from dyvte.decoder.caches import Capture, Given, keys_and_values
-from dyvte.spans import Spans
-from dyvte.teacher.calls import KeysValues, LayerCall, take_tokens
-from dyvte.teacher.slots import StreamSlots, sees
+from dyvte.decoder.caches import Capture, Given, KeysValues, keys_and_values
+from dyvte.decoder.content import Content, contents_of
+from dyvte.decoder.masks import sees
+from dyvte.spans import Spans, text_between, up_to_image
+from dyvte.teacher.calls import LayerCall, take_tokens
+from dyvte.teacher.slots import StreamSlots
 from dyvte.teacher.texts import TextStreams
 
 
@@ -256,56 +258,19 @@ def find_images(
 def same_images(spans: Spans, hidden_BND: Tensor, beside: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Which rows hold the same image behind the same text: (B,) number of its image, (G,) a row of each.
 
-    The states of all tokens up to the last visual one must be equal, bit by bit, and so must what the layer
-    gets beside them (positions). Rows without an image are given number 0.
+    Rows without an image are given number 0.
     """
-    batch, tokens = spans.valid_BN.shape
-    slots = Slots.of(up_to_image(spans))
-    picked = Picker.of(slots, tokens)(beside, remember=False)
-    own = [slots.take(hidden_BND), *_per_token(picked, *slots.index.shape)]
-    length_B, has_image_B = slots.valid.sum(1).tolist(), spans.visual_BN.any(1).tolist()
-    last_B = (slots.valid.sum(1) - 1).clamp(min=0)
-    # The last visual token tells most images apart, and is little to compare.
-    probes = own[0][torch.arange(batch, device=last_B.device), last_B].float().cpu().numpy()
-    known: dict[tuple[int, bytes], list[tuple[int, int]]] = {}
-    image_B, rows_G = [0] * batch, []
-    for row in range(batch):
-        if not has_image_B[row]:
+    contents = contents_of(Slots.of(up_to_image(spans)), hidden_BND, beside)
+    known: dict[bytes, list[tuple[int, Content]]] = {}
+    image_B, rows_G = [0] * len(contents), []
+    for row, content in enumerate(contents):
+        if not len(content):
             continue
-        length = length_B[row]
-        candidates = known.setdefault((length, probes[row].tobytes()), [])
-        for image, other in candidates:
-            if all(torch.equal(part[row, :length], part[other, :length]) for part in own):
-                image_B[row] = image
-                break
-        else:
-            image_B[row] = len(rows_G)
-            candidates.append((len(rows_G), row))
+        alike = known.setdefault(content.probe, [])
+        found = next((number for number, other in alike if content.is_same(other)), len(rows_G))
+        if found == len(rows_G):
+            alike.append((found, content))
             rows_G.append(row)
+        image_B[row] = found
     device = hidden_BND.device
     return torch.tensor(image_B, device=device), torch.tensor(rows_G, dtype=torch.long, device=device)
-
-
-def up_to_image(spans: Spans) -> Tensor:
-    """(B, N) bool: tokens up to each row's last visual one; none in a row without an image."""
-    seen_BN = spans.visual_BN.cumsum(1)
-    behind_BN = (seen_BN == seen_BN[:, -1:]) & ~spans.visual_BN
-    return spans.valid_BN & ~behind_BN
-
-
-def text_between(spans: Spans) -> bool:
-    """Does any row have text between its visual tokens?"""
-    return bool((up_to_image(spans) & ~spans.visual_BN & ~spans.prefix_BN).any())
-
-
-def _per_token(picked: Any, rows: int, tokens: int) -> list[Tensor]:
-    """All tensors among layer arguments that say something of each token, as (rows, tokens, ...)."""
-    if isinstance(picked, dict):
-        picked = tuple(picked.values())
-    if isinstance(picked, (tuple, list)):
-        return [tensor for value in picked for tensor in _per_token(value, rows, tokens)]
-    if isinstance(picked, Tensor):
-        for axis in range(picked.dim() - 1):
-            if tuple(picked.shape[axis : axis + 2]) == (rows, tokens):
-                return [picked.movedim((axis, axis + 1), (0, 1))]
-    return []

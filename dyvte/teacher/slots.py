@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dyvte.decoder import Slots
+from dyvte.decoder.masks import sees
 from dyvte.spans import Spans
 
 
@@ -73,15 +74,6 @@ class StreamSlots:
         return StreamSlots(
             **{name: _narrowed(getattr(self, name), rows_R) for name in self.__dataclass_fields__}
         )
-
-
-def sees(mask: Any, queries_BN: Tensor, keys_BN: Tensor) -> bool:
-    """May any of some tokens attend to any of some later tokens (as in a prefix-LM)? Not under causal masks,
-    which are those that are not 4D."""
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return False
-    allowed_BNN = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
-    return bool((allowed_BNN & queries_BN[:, :, None] & keys_BN[:, None, :]).any())
 
 
 def repeat_streams(value: Any, count: int, rows: int, tokens: int) -> Any:

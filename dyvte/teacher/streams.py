@@ -22,18 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.backbones import Backbone
-from dyvte.decoder import layer_windows, wrap_layers
+from dyvte.decoder import layer_windows, returns_early, wrap_layers
+from dyvte.decoder.vision import each_image_once
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.gates import DEFAULT_FEATURES, check_features, reads_visual
 from dyvte.runtime.frozen import check_can_freeze
-from dyvte.spans import Spans
+from dyvte.spans import Spans, text_between
 from dyvte.teacher.calls import LayerCall
-from dyvte.teacher.images import Images, WholeRows, find_images, text_between
+from dyvte.teacher.images import Images, WholeRows, find_images
 from dyvte.teacher.memory import PassPlan, PassSizes, pass_sizes, plan_pass
 from dyvte.teacher.schedules import Schedules
 from dyvte.teacher.slots import StreamSlots
 from dyvte.teacher.texts import TextStreams
-from dyvte.teacher.vision import each_image_once
 
 # Rows are taken through a layer together while the shortest has at least this share of the longest's tokens.
 _ALIKE = 0.75
@@ -266,7 +266,9 @@ class ExitStreams:
     def _can_be_cut(self, call: LayerCall) -> bool:
         """May the last layer stop after its keys and values? Not with masks or features that need all
         tokens."""
-        return call.returns_early and not ("flash" in self.implementation or reads_visual(self.features))
+        return returns_early(call.layer) and not (
+            "flash" in self.implementation or reads_visual(self.features)
+        )
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from dyvte.backbones.greedy import end_tokens
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.costs.schedules import kv_share
 from dyvte.data import Defect, Sample, Selection
+from dyvte.decoder.vision import each_image_once
 from dyvte.errors import ConfigError, MemoryBudgetError
 from dyvte.reductions import identity, parse_reductions
 from dyvte.runtime.frozen import check_can_freeze
@@ -44,7 +45,6 @@ from dyvte.teacher.reduced import trace_reduced_exits
 from dyvte.teacher.store import Manifest, Shard, empty_trace, exits_text, grid_fingerprint
 from dyvte.teacher.streams import is_sharded
 from dyvte.teacher.trace import Trace
-from dyvte.teacher.vision import each_image_once
 
 log = logging.getLogger(__name__)
 
