@@ -53,8 +53,9 @@ class Benchmark:
         Patterns of the parquet files of a Hugging Face split; all files of the first that fits are read.
     columns : tuple of tuple of str
         What a table must have: of each tuple one column.
-    shard_columns : tuple of str
-        What a parquet split must have beside that, by which it is told from those of other benchmarks.
+    shard_columns : tuple of str, or of tuples of str
+        What a parquet split must have beside that (of a tuple one), by which it is told from those of other
+        benchmarks.
     dialects : tuple of str
         Whose rules exist for it.
     suffix : str
@@ -77,7 +78,7 @@ class Benchmark:
     tables: ClassVar[tuple[str, ...]] = ()
     shards: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("question",),)
-    shard_columns: ClassVar[tuple[str, ...]] = ()
+    shard_columns: ClassVar[tuple[str | tuple[str, ...], ...]] = ()
     dialects: ClassVar[tuple[str, ...]] = DIALECTS
     suffix: ClassVar[str] = SHORT_ANSWER_SUFFIX
     max_new_tokens: ClassVar[int] = 16
@@ -111,8 +112,8 @@ class Benchmark:
         return sorted(own, key=lambda path: (-fits[path], path.name))
 
     def _check_columns(self, row: Row, path: Path) -> None:
-        own = [(name,) for name in self.shard_columns] if path.suffix == ".parquet" else []
-        for names in (*self.columns, *own):
+        own = self.shard_columns if path.suffix == ".parquet" else ()
+        for names in (*self.columns, *((name,) if isinstance(name, str) else name for name in own)):
             if not any(name in row for name in names):
                 raise DataError(
                     f"{path} is no table of {self.title}: it has no column {' or '.join(map(repr, names))}, "

@@ -48,6 +48,7 @@ class TextVQA(Benchmark):
     tables = ("TextVQA_VAL.tsv", "*textvqa*.tsv")
     shards = ("data/validation-*.parquet", "*.parquet")
     columns = (("question",), ("answers", "answer"))
+    shard_columns = ("image_id",)
 
     def sources(self):
         """The release with LLaVA's texts where they are, tables."""

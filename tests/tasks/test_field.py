@@ -166,10 +166,10 @@ def test_another_benchmarks_table_is_refused_by_name(tmp_path, name):
                 benchmark.load(given, images=False)
             assert f"is not {benchmark.title} data" in str(error.value)
             assert f"{path.name} is the table of {get_benchmark(other).title}" in str(error.value)
-    for unknown in ("MMStar.tsv", "my answers.tsv"):
+    for unknown in ("MyBench.tsv", "my answers.tsv"):
         put_tsv(tmp_path / "u" / unknown, [{"index": 0, "question": "?", "answer": "A", "A": "a", "B": "b"}])
     with pytest.raises(
-        DataError, match=r"MMStar.tsv is not named after any benchmark, my answers.tsv is not"
+        DataError, match=r"MyBench.tsv is not named after any benchmark, my answers.tsv is not"
     ):
         benchmark.load(tmp_path / "u", images=False)
 

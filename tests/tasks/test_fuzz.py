@@ -45,8 +45,10 @@ def _damaged(path: Path, data: bytes, draw: random.Random) -> bytes:
         content = json.loads(data)
         return json_bytes(mutated_json(content, draw))
     except ValueError:
-        rows = [json.loads(line) for line in data.decode().split("\n") if line] if b"{" in data else None
-        return mutated(data, draw) if rows is None else json_bytes(mutated_json(rows, draw), lines=True)
+        if path.suffix != ".jsonl" and not data.startswith(b"{"):
+            return mutated(data, draw)
+        rows = [json.loads(line) for line in data.decode().split("\n") if line]
+        return json_bytes(mutated_json(rows, draw), lines=True)
 
 
 def _other_columns(path: Path, draw: random.Random) -> bytes:
