@@ -55,6 +55,7 @@ class MMBench(ChoiceBenchmark):
     tables = ("MMBench_DEV_EN*.tsv", "mmbench_dev_2*.tsv", "*mmbench*.tsv")
     shards = ("en/dev-*.parquet", "data/dev-*.parquet", "dev-*.parquet", "en/test-*.parquet", "*.parquet")
     columns = (("index",), ("question",), ("A",), ("B",))
+    shard_columns = (("hint", "L2-category", "l2-category"),)
 
     def table(self, root: Path) -> list[Question] | None:
         """Also refuses rotations whose question is not there."""
