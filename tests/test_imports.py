@@ -20,6 +20,7 @@ ORDER = [
         "objectives",
         "calibration",
         "tracing",
+        "readers",
         "tasks",
         "evaluation",
         "comparison",
@@ -42,7 +43,8 @@ FLOORS = {
     "reductions": ["base", "profile", "fastv"],
     "reporting": ["page", "sections", "section_tables", "report"],
     "runtime": ["cache", "replay", "prompt_memory", "prefill", "engine", "visual_exit"],
-    "tasks": ["readers", "answers", "base", "choices", "gqa", "mmbench"],
+    "readers": ["rows", "tables", "files"],
+    "tasks": ["records", "predictions", "answers", "base", "choices", "gqa", "mmbench"],
     "tracing": ["config", "zero", "sharded", "traces"],
     "training": ["config", "zero", "loop", "gate_training", "running", "summary", "train", "dryrun"],
     "teacher": [

@@ -15,13 +15,13 @@ import numpy as np
 
 from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.formatting import name_some
+from dyvte.readers.files import fit, shards_below, tables_below
+from dyvte.readers.rows import Row
+from dyvte.readers.tables import read_table
 from dyvte.registry import Registry
 from dyvte.tasks.metrics import NOT_GRADED, breakdown, percent, ungraded
+from dyvte.tasks.predictions import read_answers, read_json_table, read_submitted
 from dyvte.tasks.prompts import SHORT_ANSWER_SUFFIX
-from dyvte.tasks.readers.files import fit, shards_below, tables_below
-from dyvte.tasks.readers.predictions import read_answers, read_json_table, read_submitted
-from dyvte.tasks.readers.rows import Row
-from dyvte.tasks.readers.tables import read_table
 from dyvte.tasks.records import Predictions as Predictions
 from dyvte.tasks.records import Question as Question
 from dyvte.tasks.records import count_unknown, refuse_missing_files, require_all, unique_ids
@@ -126,7 +126,7 @@ class Benchmark:
         Parameters
         ----------
         row
-            Its image cells are packed, see :func:`~dyvte.tasks.readers.files.table_images`.
+            Its image cells are packed, see :func:`~dyvte.readers.files.table_images`.
         number
             Of the row, from 1.
         base

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, read_rows
 from dyvte.tasks.answers.relaxed import relaxed_match
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.metrics import breakdown, percent
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.rows import Row, read_rows
 from dyvte.tasks.records import ImageSource
 
 _SPLITS = {"human": "test_human.json", "augmented": "test_augmented.json"}

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, read_rows
 from dyvte.tasks.answers.anls import anls
 from dyvte.tasks.base import Benchmark, Predictions, Question
 from dyvte.tasks.metrics import percent
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.predictions import read_submitted
-from dyvte.tasks.readers.rows import Row, read_rows
+from dyvte.tasks.predictions import read_submitted
 from dyvte.tasks.records import ImageSource
 from dyvte.tasks.writing import number_or_text
 

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, read_rows
 from dyvte.tasks.answers.yes_no import yes_no_words
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.metrics import breakdown, percent
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.predictions import answer_text, checked
-from dyvte.tasks.readers.rows import Row, read_rows
+from dyvte.tasks.predictions import answer_text, checked
 from dyvte.tasks.records import ImageSource
 from dyvte.tasks.statistics import Statistic, mean_statistic
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError
+from dyvte.readers.files import table_images
+from dyvte.readers.rows import Row
 from dyvte.tasks.answers.choices import hrbench_letter, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Predictions, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, lettered_options
 from dyvte.tasks.metrics import breakdown, percent
-from dyvte.tasks.readers.files import table_images
-from dyvte.tasks.readers.rows import Row
 from dyvte.tasks.statistics import Statistic, all_right, mean_over_parts
 
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dyvte.readers.files import table_images
+from dyvte.readers.rows import Row
 from dyvte.tasks.answers.choices import cut_options, lmms_letter, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Predictions, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, lettered_options
 from dyvte.tasks.metrics import breakdown, percent
-from dyvte.tasks.readers.files import table_images
-from dyvte.tasks.readers.rows import Row
 
 _MARK = r"(?:\bOptions:\s*|,\s+|\n){}: "
 _START = re.compile(r"(?:\(|option |the answer is )?(.)", re.DOTALL)

@@ -17,14 +17,14 @@ from typing import Any
 
 from dyvte.errors import DataError
 from dyvte.formatting import name_some
+from dyvte.readers.csv import read_csv
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, read_jsonl
 from dyvte.tasks.answers.choices import LETTERS, cut_options, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Predictions, Question
 from dyvte.tasks.choices import ChoiceBenchmark, checked_letter, lettered_options
 from dyvte.tasks.metrics import percent
-from dyvte.tasks.readers.csv import read_csv
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.predictions import collected
-from dyvte.tasks.readers.rows import Row, read_jsonl
+from dyvte.tasks.predictions import collected
 from dyvte.tasks.records import ImageSource
 from dyvte.tasks.statistics import Statistic, all_right, mean_statistic
 from dyvte.tasks.writing import number_or_text, write_jsonl

@@ -13,11 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from dyvte.errors import DataError
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, is_blank, read_rows
 from dyvte.tasks.answers.choices import cut_options, lmms_letter, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Question
 from dyvte.tasks.choices import ChoiceBenchmark, checked_letter, lettered_options
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.rows import Row, is_blank, read_rows
 from dyvte.tasks.records import ImageSource
 
 _REQUEST = "Please answer directly with "

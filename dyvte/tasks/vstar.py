@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from dyvte.readers.files import ImageFolder, find_file, table_images
+from dyvte.readers.rows import Row, read_jsonl
 from dyvte.tasks.answers.choices import cut_options, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, lettered_options
 from dyvte.tasks.prompts import strip_suffix
-from dyvte.tasks.readers.files import ImageFolder, find_file, table_images
-from dyvte.tasks.readers.rows import Row, read_jsonl
 from dyvte.tasks.records import ImageSource
 
 _LETTER_PLACES = (

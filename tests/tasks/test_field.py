@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from dyvte.errors import DataError, DyvteError, ScoreError
+from dyvte.readers.tables import read_tsv
 from dyvte.tasks.base import Predictions, get_benchmark
-from dyvte.tasks.readers.tables import read_tsv
 from tests.helpers.benchmark_files import (
     ASK,
     CASES,
@@ -418,7 +418,7 @@ def test_mmbenchs_own_workbook_is_read_back(tmp_path):
 @pytest.mark.parametrize("name", ["ai2d", "gqa", "pope"])
 def test_vlmevalkits_tables_of_answers_are_read(tmp_path, name):
     """In each of the three formats that VLMEvalKit offers."""
-    from dyvte.tasks.readers.xlsx import write_xlsx
+    from dyvte.readers.xlsx import write_xlsx
 
     benchmark = get_benchmark(name)
     questions = benchmark.load(write_benchmark(tmp_path / "d", name, "tsv"))

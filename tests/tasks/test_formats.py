@@ -11,8 +11,8 @@ from PIL import Image
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.evaluation.generation import question_images
+from dyvte.readers.tables import PackedImage
 from dyvte.tasks.base import TASKS, Predictions, get_benchmark
-from dyvte.tasks.readers.tables import PackedImage
 from tests.helpers.benchmark_files import CASES, CHOICES, WRITERS, picture, put, rendered, write_benchmark
 
 LETTERED = ("scienceqa", "ai2d", "mmmu", "seed", "mmstar", "vstar")

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from dyvte.errors import DataError
-from dyvte.tasks.readers.rows import Row, read_text
+from dyvte.readers.rows import Row, read_text
 
 
 def read_csv(path: Path) -> list[Row]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dyvte.data import EmbeddedImage
 from dyvte.errors import ConfigError, DataError
-from dyvte.tasks.readers.rows import Row, shown
+from dyvte.readers.rows import Row, shown
 
 _LONGEST_REFERENCE = 64  # VLMEvalKit: a shorter image cell is the index of the row that holds the image
 _ABSENT = frozenset(
