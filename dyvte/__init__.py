@@ -10,17 +10,26 @@ __version__ = "0.1.0"
 # Loaded on first use, so that `import dyvte` (and the command line's --help) costs nothing.
 _EXPORTS = {
     "VisualExit": "dyvte.runtime",
+    "ImageStore": "dyvte.runtime",
     "GateStack": "dyvte.gates",
     "GateConfig": "dyvte.gates",
     "trace_exits": "dyvte.teacher",
     "search_exit_layer": "dyvte.calibration",
 }
-__all__ = ["GateConfig", "GateStack", "VisualExit", "__version__", "search_exit_layer", "trace_exits"]
+__all__ = [
+    "GateConfig",
+    "GateStack",
+    "ImageStore",
+    "VisualExit",
+    "__version__",
+    "search_exit_layer",
+    "trace_exits",
+]
 
 if TYPE_CHECKING:
     from .calibration import search_exit_layer
     from .gates import GateConfig, GateStack
-    from .runtime import VisualExit
+    from .runtime import ImageStore, VisualExit
     from .teacher import trace_exits
 
 

@@ -72,6 +72,32 @@ class Prefixed:
         return self.keys.shape[-2]
 
 
+class Behind(Capture):
+    """Writes what it is given behind keys and values that stand in a buffer already.
+
+    Parameters
+    ----------
+    keys, values
+        Buffers with room for the new tokens at their end.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self._all = (keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """All of them; the new ones alone are remembered."""
+        super().update(key_states, value_states)
+        keys, values = self._all
+        keys[..., -key_states.shape[-2] :, :] = key_states
+        values[..., -value_states.shape[-2] :, :] = value_states
+        return keys, values
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Number of earlier tokens."""
+        return self._all[0].shape[-2] - (0 if self.keys is None else self.keys.shape[-2])
+
+
 class Interleaved(Capture):
     """Adds keys and values that are known already to those it is given, and puts them into a given order.
 

@@ -1,4 +1,4 @@
-"""Every image through the vision tower once, however many rows of a batch hold it.
+"""Every image through the vision tower once, however many rows of a batch hold it, or of later ones.
 
 Shape letters: I images of a call, U different ones.
 """
@@ -6,10 +6,12 @@ Shape letters: I images of a call, U different ones.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,18 +23,51 @@ _METHOD = "get_image_features"
 _PER_IMAGE, _PER_LAYER_AND_IMAGE = "pooler_output", "deepstack_features"
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What the vision tower made of one image.
+
+    Attributes
+    ----------
+    features, by_layer
+        As the decoder's placeholders take them, and, where there are such, those that are added deeper.
+    output, container
+        Of which kinds the tower's output and its list of features are.
+    """
+
+    features: Tensor
+    by_layer: tuple[Tensor, ...] | None
+    output: type
+    container: type
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(one.numel() * one.element_size() for one in (self.features, *(self.by_layer or ())))
+
+
+class Memory(Protocol):
+    """Remembers encoded images from call to call, by a digest of all that they were made from."""
+
+    def features(self, digest: bytes) -> Encoded | None:
+        """What is known of an image."""
+
+    def keep_features(self, digest: bytes, encoded: Encoded) -> None:
+        """Remember it."""
+
+
 @contextmanager
-def each_image_once(backbone: Backbone) -> Iterator[None]:
+def each_image_once(backbone: Backbone, memory: Memory | None = None) -> Iterator[None]:
     """Inside, the model encodes equal images of a call once and repeats what they become.
 
     Equal means equal pixels and sizes, as the processor made them. Calls whose images cannot be told apart go
-    through as they are.
+    through as they are. With a ``memory``, images of earlier calls are not encoded again.
     """
     # The innermost alone: others call it.
     modules = [module for module in backbone.path if callable(getattr(module, _METHOD, None))]
     inner = modules[-1:] if modules and _METHOD not in modules[-1].__dict__ else []
     for module in inner:
-        object.__setattr__(module, _METHOD, _once(getattr(module, _METHOD)))
+        object.__setattr__(module, _METHOD, _once(getattr(module, _METHOD), memory))
     try:
         yield
     finally:
@@ -40,7 +75,7 @@ def each_image_once(backbone: Backbone) -> Iterator[None]:
             module.__dict__.pop(_METHOD, None)
 
 
-def _once(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _once(stock: Callable[..., Any], memory: Memory | None) -> Callable[..., Any]:
     names = list(inspect.signature(stock).parameters)
 
     @functools.wraps(stock)
@@ -50,12 +85,26 @@ def _once(stock: Callable[..., Any]) -> Callable[..., Any]:
         if images is None:
             return stock(*args, **kwargs)
         which_I, first_U = _numbered(images)
-        if len(first_U) == len(which_I):
-            return stock(*args, **kwargs)
-        output = stock(**{**given, **_chosen(given, images, first_U)})
-        if not _repeat(output, which_I, len(first_U)):
-            return stock(*args, **kwargs)
-        return output
+        digests = [] if memory is None else [_digest(images[first], given) for first in first_U]
+        known_U = [None if memory is None else memory.features(one) for one in digests or first_U]
+        new = [number for number, known in enumerate(known_U) if known is None]
+        if new:
+            chosen = _chosen(given, images, [first_U[number] for number in new])
+            # Nothing to leave out: the call as it came.
+            everything = len(new) == len(images)
+            output = stock(*args, **kwargs) if everything else stock(**{**given, **chosen})
+            encoded = _encoded(output, len(new))
+            if encoded is None:
+                return output if everything else stock(*args, **kwargs)
+            for number, one in zip(new, encoded, strict=True):
+                known_U[number] = one
+                if memory is not None and not one.features.requires_grad:
+                    memory.keep_features(digests[number], _copy(one))
+            if everything:
+                return output
+        else:
+            output = known_U[0].output()
+        return _filled(output, [known_U[number] for number in which_I])
 
     return encode
 
@@ -98,6 +147,16 @@ def _numbered(images: list[tuple[Tensor, ...]]) -> tuple[list[int], list[int]]:
     return which_I, first_U
 
 
+def _digest(image: tuple[Tensor, ...], given: Mapping[str, Any]) -> bytes:
+    """Of one image's tensors, and of how it is to be encoded."""
+    how = sorted((name, repr(value)) for name, value in given.items() if not isinstance(value, Tensor))
+    digest = hashlib.blake2b(repr(how).encode(), digest_size=20)
+    for part in image:
+        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
 def _chosen(given: Mapping[str, Any], images: list[Any], first_U: list[int]) -> dict[str, Any]:
     """The arguments of some images alone."""
     index = torch.tensor(first_U)
@@ -108,21 +167,40 @@ def _chosen(given: Mapping[str, Any], images: list[Any], first_U: list[int]) -> 
     return found
 
 
-def _repeat(output: Any, which_I: list[int], different: int) -> bool:
-    """Put every image's own features into an output that holds different ones; can it be done?"""
+def _encoded(output: Any, count: int) -> list[Encoded] | None:
+    """An output image by image; None where that cannot be told."""
     features = getattr(output, _PER_IMAGE, None)
     layers = getattr(output, _PER_LAYER_AND_IMAGE, None)
-    if features is None or len(features) != different:
-        return False
-    if layers is not None and any(len(of_layer) != different for of_layer in layers):
-        return False
-    output[_PER_IMAGE] = _picked(features, which_I)
-    if layers is not None:
-        output[_PER_LAYER_AND_IMAGE] = [_picked(of_layer, which_I) for of_layer in layers]
-    return True
+    if features is None or len(features) != count:
+        return None
+    if layers is not None and any(len(of_layer) != count for of_layer in layers):
+        return None
+    return [
+        Encoded(
+            features=features[number],
+            by_layer=None if layers is None else tuple(of_layer[number] for of_layer in layers),
+            output=type(output),
+            container=type(features),
+        )
+        for number in range(count)
+    ]
 
 
-def _picked(values: Any, which_I: list[int]) -> Any:
-    if isinstance(values, Tensor):
-        return values[torch.tensor(which_I, device=values.device)]
-    return type(values)(values[number] for number in which_I)
+def _filled(output: Any, images_I: Sequence[Encoded]) -> Any:
+    """An output that holds these images' features."""
+    container = images_I[0].container
+    output[_PER_IMAGE] = _joined([one.features for one in images_I], container)
+    if images_I[0].by_layer is not None:
+        of_layers = zip(*(one.by_layer for one in images_I), strict=True)
+        output[_PER_LAYER_AND_IMAGE] = [_joined(of_layer, container) for of_layer in of_layers]
+    return output
+
+
+def _joined(values: Sequence[Tensor], container: type) -> Any:
+    return torch.stack(list(values)) if issubclass(container, Tensor) else container(values)
+
+
+def _copy(one: Encoded) -> Encoded:
+    """The same in memory of its own: what it is cut from may be a whole batch."""
+    by_layer = None if one.by_layer is None else tuple(part.clone() for part in one.by_layer)
+    return Encoded(one.features.clone(), by_layer, one.output, one.container)

@@ -24,10 +24,10 @@ from dyvte.errors import ConfigError
 from dyvte.evaluation.checks import name_unaskable, open_image
 from dyvte.evaluation.run_log import Answer, pack_layers
 from dyvte.groups import open_group
-from dyvte.readers.videos import read_frames
 from dyvte.runtime import VisualExit
 from dyvte.runtime.records import PrefillRecord
 from dyvte.tasks.base import Question
+from dyvte.tasks.readers.videos import read_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ def answer(
     record = run.records[0] if run.records else _record_of_text(pipeline, batch)
     asked_gates = bool(record.gate_logits_BL.isfinite().any())
     asked_freezes = bool(record.freeze_logits_BL.isfinite().any())
-    kv_bytes = sum(record.kv_bytes) / len(texts)
+    kv_bytes = sum(record.kv_bytes_alone) / len(texts)
     visual_BL, text_BL = record.visual_tokens_BL.tolist(), record.text_tokens_BL.tolist()
     frozen_BL = record.frozen_tokens_BL.tolist()
     return [
@@ -248,6 +248,9 @@ def _record_of_text(pipeline: Pipeline, batch: Batch) -> PrefillRecord:
         freeze_logits_BL=torch.full((rows, num_layers), torch.nan),
         num_visual_B=none_BL[:, 0],
         kv_bytes=(batch.inputs["input_ids"].numel() * width,) * num_layers,
+        kv_bytes_alone=(batch.inputs["input_ids"].numel() * width,) * num_layers,
+        shared_B=torch.zeros(rows, dtype=torch.bool),
+        not_shared=None,
         gate_fallbacks=0,
         visual_tokens_BL=none_BL,
         frozen_tokens_BL=none_BL,

@@ -18,12 +18,15 @@ from dyvte.errors import ExitRuntimeError
 from dyvte.policies import Plan, Policy, Rows
 from dyvte.reductions import Reduction, ReductionPlan, TokenRows
 from dyvte.runtime.cache import ExitLayer
+from dyvte.runtime.image_store import ImageStore
 from dyvte.runtime.masks import decode_mask
 from dyvte.runtime.positions import close_up
-from dyvte.runtime.prefill import Prefill
+from dyvte.runtime.prefill import FindShared, Prefill
 from dyvte.runtime.prompt_memory import Decided
 from dyvte.runtime.records import Run
 from dyvte.runtime.replay import Replay
+from dyvte.runtime.shared_rows import SharedRows
+from dyvte.runtime.sharing import find_shared, reason_of_model
 from dyvte.runtime.stack import Stack
 
 
@@ -38,10 +41,12 @@ class Engine:
         positions: str = "keep",
         reductions: Sequence[Reduction] = (),
         replay: Replay | None = None,
+        store: ImageStore | None = None,
     ) -> None:
         self.policy, self.run, self.reductions = policy, run, reductions
-        self.replay = replay
+        self.replay, self.store = replay, store
         self.stack = Stack(backbone, positions)
+        self._not_shared = None if store is None else reason_of_model(self.stack, policy, reductions)
         self.prefill: Prefill | None = None
         self._closed_up: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._masks: dict[tuple[int, Window | None], tuple[Any, Tensor | None]] = {}
@@ -66,11 +71,12 @@ class Engine:
         decided: Decided | None = None,
         *,
         is_part: bool = False,
+        not_shared: str | None = None,
     ) -> bool:
         """Take up a prefill with visual tokens; False where it will be the stock model's.
 
         ``decided`` is what was decided when the same prompts passed before; ``is_part``: the prompts go on in
-        a later pass.
+        a later pass; ``not_shared``: why this pass may not read stored images.
         """
         num_layers = self.stack.backbone.num_layers
         rows = Rows(num_layers, layout.num_visual_B, layout.num_prompt_B, sample_ids)
@@ -91,8 +97,27 @@ class Engine:
             )
             plan.exit_layers_B[stuck_B] = num_layers
             plan.freeze_layers_B[stuck_B] = num_layers
-        self.prefill = Prefill(self.stack, layout, plan, reducing, places_BN3, plain, self.replay, decided)
+        find = self._finder(layout, plain, not_shared)
+        self.prefill = Prefill(
+            self.stack, layout, plan, reducing, places_BN3, plain, self.replay, decided, find
+        )
         return self.prefill.active
+
+    def _finder(self, layout: Layout, plain: bool, not_shared: str | None) -> FindShared | None:
+        """What looks for stored images once the first layer is given the pass's states."""
+        store, reason = self.store, self._not_shared or not_shared
+        if store is None:
+            return None
+
+        def find(
+            plan: Plan, hidden_BND: Tensor, kwargs: dict[str, Any]
+        ) -> tuple[SharedRows | None, str | None]:
+            if reason is not None:
+                return None, reason
+            how = {"plain": plain, "may_freeze": self.policy.may_freeze}
+            return find_shared(self.stack, layout, plan, store, hidden_BND, kwargs, **how)
+
+        return find
 
     def start_decode(self, new_valid_BQ: Tensor | None) -> None:
         """Take up a pass that continues a cache."""
@@ -106,6 +131,8 @@ class Engine:
         self._masks.clear()
         self._closed_up.clear()
         self._new_valid_BQ = None
+        if prefill is not None and self.store is not None:
+            self.store.trim()
         if prefill is None or failed:
             return None
         if prefill.again is not None:
@@ -117,6 +144,10 @@ class Engine:
                 stacklevel=2,
             )
         self.run.records.append(record)
+        if self.store is not None:
+            num_images = int(prefill.layout.has_image_B.sum())
+            num_shared = int(record.shared_B.sum())
+            self.store.count(num_shared, num_images - num_shared, record.not_shared)
         return prefill
 
     def _expect(self, layer: ExitLayer, hidden_BND: Tensor, kwargs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dyvte.runtime.cache import Columns
-from dyvte.runtime.streams import Partition, Stream
+from dyvte.runtime.streams import Partition
 
 
 class Packing:
@@ -33,31 +33,34 @@ class Packing:
         # What an earlier token sees of a window has been dropped with what the next one does not.
         whole = 0 if first > 0 else int(kept_BN.all(0).flip(0).cumprod(0).sum())
         self.floor = layout.tokens - whole
+        self.num_kept = int(kept_B.sum())
         length = int(kept_B.max())
-        streams = [stream.keys for stream in part.streams]
-        only = streams[0]
+        only = part.streams[0] if len(part.sources) == 1 else None
         # Nothing but one compact stream, all rows of one length, all kept: (B, H, K, d) as it is.
-        self.is_dense = len(streams) == 1 and only.is_compact and only.is_uniform
-        self.is_dense &= bool((kept_B == only.length).all())
+        self.is_dense = only is not None and only.keys.is_compact and only.keys.is_uniform
+        self.is_dense = self.is_dense and bool((kept_B == only.keys.length).all())
         places = self._places(layout, kept_BN, length, device) if with_places else None
         if self.is_dense:
             self.columns = Columns(None, None, length, places=places, shift_B=part.shift_B)
             return
-        self._take = [_kept_slots(stream, kept_BN, device) for stream in streams]
-        num_slots = int(kept_B.sum())
-        # Slots run over the rows of one stream, then over those of the other.
-        order = torch.cat([stream.rows_R for stream in streams])
-        first_B = torch.empty_like(kept_B)
-        first_B[order] = kept_B[order].cumsum(0) - kept_B[order]
-        offset_KB = torch.arange(length)[:, None] - (length - kept_B)
-        slots_KB = (first_B + offset_KB.clamp(min=0)).clamp(max=max(num_slots - 1, 0)).to(device)
-        valid_BK = None
-        if not (kept_B == length).all():
-            valid_BK = (offset_KB >= 0).T.contiguous().to(device)
+        slots_BN, sizes = _slots(part)
+        used = torch.zeros(sum(sizes), dtype=torch.bool)
+        used[slots_BN[kept_BN]] = True
+        num_slots = int(used.sum())
+        self._take = [_indices(own, device) for own in used.split(sizes)]
+        # Right-aligned; an empty column repeats its row's first token.
+        order_BK = torch.argsort(kept_BN.to(torch.uint8), dim=1, stable=True)[:, layout.tokens - length :]
+        valid_BK = torch.arange(length) >= (length - kept_B)[:, None]
+        if length:
+            first_B1 = order_BK.gather(1, (length - kept_B).clamp(max=length - 1)[:, None])
+            order_BK = torch.where(valid_BK, order_BK, first_B1)
+        slots_BK = slots_BN.gather(1, order_BK).clamp(min=0)
+        slots_KB = (used.cumsum(0) - 1).clamp(min=0)[slots_BK].T.contiguous().to(device)
+        valid_BK = None if valid_BK.all() else valid_BK.to(device)
         self.columns = Columns(slots_KB, valid_BK, length, num_slots, places=places, shift_B=part.shift_B)
 
     def states(self, parts: Sequence[Tensor]) -> Tensor:
-        """The streams' K (or V), each (R, H, T, d), as the cache stores them: (B, H, K, d) or (S, H, d)."""
+        """K (or V) of all sources, each (R, H, T, d), as the cache stores them: (B, H, K, d) or (S, H, d)."""
         if self.is_dense:
             return parts[0].contiguous()
         kept = []
@@ -90,10 +93,23 @@ def whole_states(part: Partition, parts: Sequence[Tensor]) -> Tensor:
     return out_BNX.unflatten(2, (heads, size)).transpose(1, 2)
 
 
-def _kept_slots(stream: Stream, kept_BN: Tensor, device: torch.device) -> Tensor | None:
-    """Which of a stream's R * T slots are kept; None: all."""
-    kept_RT = kept_BN[stream.rows_R].gather(1, stream.order_RT) & stream.real_RT
-    return None if kept_RT.all() else kept_RT.flatten().nonzero().flatten().to(device)
+def _slots(part: Partition) -> tuple[Tensor, list[int]]:
+    """(B, N) where each token's keys and values lie in those of all sources, back to back (-1: nowhere), and
+    how many each source has. Where two have a token, the later one counts."""
+    slots_BN = torch.full(part.carried_BN.shape, -1)
+    sizes: list[int] = []
+    for source in part.sources:
+        real_RT, tokens = source.real_RT, source.order_RT.shape[1]
+        slots_RT = sum(sizes) + source.at_R[:, None] * tokens + torch.arange(tokens)
+        rows_RT = source.rows_R[:, None].expand(-1, tokens)
+        slots_BN[rows_RT[real_RT], source.order_RT[real_RT]] = slots_RT[real_RT]
+        sizes.append((int(source.at_R.max()) + 1) * tokens)
+    return slots_BN, sizes
+
+
+def _indices(used: Tensor, device: torch.device) -> Tensor | None:
+    """Which of a source's slots are used; None: all."""
+    return None if used.all() else used.nonzero().flatten().to(device)
 
 
 def _tokens_first(states_BHNd: Tensor) -> Tensor:

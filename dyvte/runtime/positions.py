@@ -22,7 +22,7 @@ from dyvte.errors import ConfigError, ExitRuntimeError, UnsupportedBackboneError
 
 CHOICES = ("keep", "rearrange")
 # Rotary embeddings whose angles depend on the longest position of the batch, not on the token's own alone.
-_LENGTH_DEPENDENT = {"dynamic", "longrope"}
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
 def check_choice(positions: str) -> None:
@@ -58,7 +58,7 @@ def _reason(backbone: Backbone, windows: Sequence[Window | None]) -> str | None:
         return "deepstack adds vision features at several layers, at the tokens' first positions"
     if any(windows):
         return "its sliding windows or chunks are rules about the first positions"
-    if rope.get("rope_type") in _LENGTH_DEPENDENT:
+    if rope.get("rope_type") in LENGTH_DEPENDENT:
         return f"its '{rope['rope_type']}' rotary embedding depends on the length of the whole sequence"
     if rotary is None or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
         return "its positions do not come from one rotary embedding of position ids"

@@ -24,10 +24,15 @@ from dyvte.runtime.positions import dropped_before
 from dyvte.runtime.prompt_memory import Decided
 from dyvte.runtime.records import PrefillRecord
 from dyvte.runtime.replay import Replay
+from dyvte.runtime.shared_rows import SharedRows
 from dyvte.runtime.split import SplitLayers
 from dyvte.runtime.stack import Stack
 from dyvte.runtime.streams import FrozenStream, Partition, Stream
 from dyvte.runtime.visual_work import LighterLayer, VisualTokens
+
+FindShared = Callable[[Plan, Tensor, dict[str, Any]], tuple[SharedRows | None, str | None]]
+"""Called with the plan and what the first layer is given: rows that read stored images, and why others do
+not."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,13 @@ class Prefill:
         plain: bool,
         replay: Replay | None = None,
         again: Decided | None = None,
+        find_shared: FindShared | None = None,
     ) -> None:
         self.replay = replay
+        # Rows that read stored images are known once the first layer is given their states.
+        self._find_shared = find_shared
+        self.shared: SharedRows | None = None
+        self.not_shared: str | None = None
         # What was decided when the same prompts passed before; it holds for their whole answers.
         self.again = again
         self._kept_after: dict[int, Tensor] = {}
@@ -123,8 +133,13 @@ class Prefill:
         if replay is not None and replay.takes(index):
             self._rows_of(index)
             return self._replayed(replay, index)
-        if index == 0 and self.plan.asks(0):
-            self._ask(0, hidden_BND)
+        if index == 0:
+            if self._find_shared is not None:
+                self.shared, self.not_shared = self._find_shared(self.plan, hidden_BND, kwargs)
+                self.split.alone_splits = self.active
+                self.active |= self.shared is not None
+            if self.plan.asks(0):
+                self._ask(0, hidden_BND)
         rows = self._rows_of(index)
         partition = self._partition(rows, hidden_BND.device)
         scores: list[LastRow] = []
@@ -137,7 +152,8 @@ class Prefill:
             with contextlib.nullcontext() if whole is None else around(whole):
                 output = forward(hidden_BND, **kwargs)
         else:
-            output = self.split.run(partition, index, forward, hidden_BND, kwargs, around)
+            exits_B = self.plan.exit_layers_B
+            output = self.split.run(partition, index, forward, hidden_BND, kwargs, around, exits_B)
         k = index + 1
         if self.plan.asks(k):
             self._ask(k, hidden_of(output))
@@ -170,6 +186,9 @@ class Prefill:
         """What happened, for the user."""
         plan, has_image_B = self.plan, self.layout.has_image_B
         layers = getattr(self.cache, "layers", ())
+        held = tuple(layer_bytes(layer) for layer in layers)
+        alone = tuple(self.split.bytes_alone.get(i, own) for i, own in enumerate(held))
+        none_B = torch.zeros_like(has_image_B)
         return PrefillRecord(
             exit_layers_B=torch.where(has_image_B, plan.exit_layers_B, -1),
             freeze_layers_B=torch.where(
@@ -178,7 +197,10 @@ class Prefill:
             gate_logits_BL=self.logits_BL,
             freeze_logits_BL=self.freeze_logits_BL,
             num_visual_B=self.layout.num_visual_B,
-            kv_bytes=tuple(layer_bytes(layer) for layer in layers),
+            kv_bytes=held,
+            kv_bytes_alone=alone,
+            shared_B=none_B if self.shared is None else self.shared.is_shared_B,
+            not_shared=self.not_shared,
             gate_fallbacks=plan.num_fallbacks,
             visual_tokens_BL=self.visual_tokens_BL,
             frozen_tokens_BL=self.frozen_tokens_BL,
@@ -206,12 +228,14 @@ class Prefill:
         if not self.active:
             return None
         now = (rows.carried_BN, rows.in_text_B, rows.frozen_B, device)
-        if not (rows.in_text_B.any() or rows.frozen_B.any()) and torch.equal(
-            rows.carried_BN, self.layout.spans.valid_BN
-        ):
+        splits = rows.in_text_B.any() or rows.frozen_B.any() or self.shared is not None
+        if not splits and torch.equal(rows.carried_BN, self.layout.spans.valid_BN):
             return None
         if self.partition is None or not self.partition.is_of(*now):
-            self.partition = Partition(self.layout, *now, self.dropped_BN)
+            shared = None
+            if self.shared is not None:
+                shared = self.shared.part(rows.in_text_B, rows.frozen_B, self.plan.freeze_layers_B, device)
+            self.partition = Partition(self.layout, *now, self.dropped_BN, shared)
         return self.partition
 
     def _whole(self, device: torch.device) -> Stream | None:

@@ -30,6 +30,12 @@ class PrefillRecord:
         (B,) int64.
     kv_bytes
         Bytes that each layer's cache holds after the prefill; empty without a cache.
+    kv_bytes_alone
+        What they would hold if no row shared its image with another.
+    shared_B
+        (B,) bool: rows that read a stored image.
+    not_shared
+        Why other rows with an image did not; None where there was no store, or no such reason.
     gate_fallbacks
         Rows whose gate output was not finite.
     visual_tokens_BL
@@ -49,6 +55,9 @@ class PrefillRecord:
     freeze_logits_BL: Tensor
     num_visual_B: Tensor
     kv_bytes: tuple[int, ...]
+    kv_bytes_alone: tuple[int, ...]
+    shared_B: Tensor
+    not_shared: str | None
     gate_fallbacks: int
     visual_tokens_BL: Tensor
     frozen_tokens_BL: Tensor

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from dyvte.decoder import Layout, hidden_of
-from dyvte.decoder.caches import Capture
+from dyvte.decoder.caches import Capture, KeysValues
 from dyvte.runtime.cache import ExitLayer, holds_exits, put_layer, records_past
 from dyvte.runtime.frozen import FrozenCall, text_mask
 from dyvte.runtime.masks import causal_mask, window_needs_mask
 from dyvte.runtime.packing import Packing, whole_states
 from dyvte.runtime.positions import close_up
+from dyvte.runtime.shared_groups import Call
 from dyvte.runtime.stack import Stack
 from dyvte.runtime.streams import FrozenStream, Partition, Stream
 
@@ -40,6 +41,10 @@ class SplitLayers:
         self.stack, self.layout, self.plain = stack, layout, plain
         self._packings: tuple[Partition, dict[int, Packing]] | None = None
         self._text_masks: dict[Any, tuple[Any, FrozenStream, Tensor]] = {}
+        # Bytes of each cache layer if every row had its own image; whether the rows would be split then, and
+        # whether anything would have left so far.
+        self.bytes_alone: dict[int, int] = {}
+        self.alone_splits, self._alone_left = True, False
 
     def run(
         self,
@@ -49,6 +54,7 @@ class SplitLayers:
         hidden_BND: Tensor,
         kwargs: dict[str, Any],
         around: Around,
+        exit_layers_B: Tensor,
     ) -> Any:
         """Layer `index` on each stream; its output, and its cache layer where there is a cache.
 
@@ -64,11 +70,18 @@ class SplitLayers:
             What the layer was called with.
         around
             What to enter around the call on a stream that carries visual tokens.
+        exit_layers_B
+            As known so far, L where not decided.
         """
         mask, cache = kwargs.pop("attention_mask", None), kwargs.pop("past_key_values", None)
-        # What is in no stream keeps its last state: frozen and departed visual tokens, and dropped ones.
-        out_BND = hidden_BND.clone(memory_format=torch.contiguous_format)
-        captures, output = [], None
+        if part.shared is not None:
+            is_last = index + 1 == self.stack.backbone.num_layers
+            is_alone = part.visual is None and part.frozen is None
+            out_BND = part.shared.rows.blank(hidden_BND, alone=is_alone, last=is_last)
+        else:
+            # What is in no stream keeps its last state: frozen and departed visual tokens, and dropped ones.
+            out_BND = hidden_BND.clone(memory_format=torch.contiguous_format)
+        captures, output, shared = [], None, []
         if part.visual is not None:
             with around(part.visual):
                 output = self._run(part.visual, index, forward, hidden_BND, mask, kwargs, captures, cache)
@@ -80,11 +93,14 @@ class SplitLayers:
         if part.text is not None:
             output = self._run(part.text, index, forward, hidden_BND, mask, kwargs, captures, cache)
             part.text.scatter(out_BND, hidden_of(output))
+        if part.shared is not None:
+            call = Call(index, forward, hidden_BND, mask, kwargs)
+            output, shared = part.shared.run(call, out_BND, exit_layers_B)
         # Under gradient checkpointing a layer drops its cache, as in the stock model.
         layer = self.stack.backbone.layers[index]
         is_dropped = getattr(layer, "gradient_checkpointing", False) and layer.training
         if cache is not None and not is_dropped:
-            self._store(part, index, captures, cache)
+            self._store(part, index, [(one.keys, one.values) for one in captures] + shared, cache)
         return (out_BND, *output[1:]) if isinstance(output, tuple) else out_BND
 
     def _run(
@@ -158,11 +174,11 @@ class SplitLayers:
             stream.causal_mask = (causal_mask(self.stack.config, hidden_RTD),)
         return stream.causal_mask[0]
 
-    def _store(self, part: Partition, index: int, captures: Sequence[Capture], cache: Any) -> None:
-        if part.frozen is not None and part.is_whole and not holds_exits(cache):
+    def _store(self, part: Partition, index: int, known: Sequence[KeysValues], cache: Any) -> None:
+        keys, values = (list(one) for one in zip(*known, strict=True))
+        if part.frozen is not None and part.is_whole and part.shared is None and not holds_exits(cache):
             # Nothing has left so far: the layer is the cache's own. Behind one that is not it must not be, or
             # the decoder would make its mask by the other's sizes.
-            keys, values = ([getattr(one, name) for one in captures] for name in ("keys", "values"))
             cache.update(whole_states(part, keys), whole_states(part, values), index)
             return
         windows, tokens = self.stack.windows, self.layout.tokens
@@ -171,10 +187,23 @@ class SplitLayers:
         if windows[index] is not None and not records_past(cache, index):
             first = windows[index].first_needed(tokens)
         packing = self._packing(part, first)
-        keys = packing.states([capture.keys for capture in captures])
-        values = packing.states([capture.values for capture in captures])
-        layer = ExitLayer(keys, values, packing.columns, tokens, windows[index], floor=packing.floor)
+        if part.shared is not None:
+            width = sum(one[0].shape[1] * one[0].shape[3] * one[0].element_size() for one in (keys, values))
+            self.bytes_alone[index] = width * self._num_alone(part, packing, first)
+        layer = ExitLayer(
+            packing.states(keys), packing.states(values), packing.columns, tokens, windows[index],
+            floor=packing.floor,
+        )  # fmt: skip
         put_layer(cache, index, layer)
+
+    def _num_alone(self, part: Partition, packing: Packing, first: int) -> int:
+        """Tokens that this cache layer would hold if every row had its own image."""
+        splits = self.alone_splits and bool(part.in_text_B.any() or part.frozen_B.any())
+        if part.is_whole and not self._alone_left and (not splits or bool(part.frozen_B.any())):
+            # The stock cache's, padding included.
+            return part.carried_BN[:, first:].numel()
+        self._alone_left = True
+        return packing.num_kept
 
     def _packing(self, part: Partition, first: int) -> Packing:
         """What the layers of a partition keep from column `first` on: worked out once for all of them."""

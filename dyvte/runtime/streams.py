@@ -7,13 +7,18 @@ Shapes: B rows, N tokens of the padded batch, R rows of a stream, T tokens of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dyvte.decoder import Layout, Picker, Slots
+
+if TYPE_CHECKING:
+    from dyvte.runtime.shared_rows import SharedPart
 
 # Beyond, one gather is cheaper than many small copies.
 _MOST_RUNS = 64
@@ -32,6 +37,8 @@ class Stream:
         Indices of the rows, on the host.
     order_RT, real_RT
         Position in the batch of every slot, and whether it is a token of the row; on the host.
+    at_R
+        Which row of the stream's tensors each of the rows is: its own.
     """
 
     def __init__(
@@ -48,7 +55,7 @@ class Stream:
         else:
             self.order_RT = torch.arange(layout.tokens).expand(self.num_rows, -1)
             self.real_RT = carried_RN
-        self.rows = rows_R.to(device)
+        self.rows, self.at_R = rows_R.to(device), torch.arange(self.num_rows)
         self._device = device
         self._pick = Picker(layout.batch, layout.tokens, rows_R, self.order_RT if compact else None, device)
         if compact:
@@ -95,6 +102,29 @@ class Stream:
         put = (self.order_RT + self.rows_R[:, None] * self._pick.tokens)[self.real_RT].to(self._device)
         out_BN.view(-1)[put] = values_RT.flatten()[take]
         return out_BN
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys and values that are there once, and stand in several rows of the batch.
+
+    Attributes
+    ----------
+    rows_R, order_RT, real_RT, at_R
+        As of a stream; all rows are the one of its tensors.
+    """
+
+    rows_R: Tensor
+    order_RT: Tensor
+    real_RT: Tensor
+    at_R: Tensor
+
+    @staticmethod
+    def of_all(rows: Sequence[int], places: Sequence[Tensor]) -> Source:
+        """Tokens that stand in these rows at these places."""
+        order_RT = torch.stack(list(places))
+        real_RT = torch.ones_like(order_RT, dtype=torch.bool)
+        return Source(torch.tensor(rows), order_RT, real_RT, torch.zeros(len(rows), dtype=torch.long))
 
 
 class FrozenStream:
@@ -145,11 +175,15 @@ class Partition:
         (B,) bool: rows whose visual tokens are read, but not updated.
     dropped_BN
         Where positions are closed up: visual tokens before each token, see `positions.dropped_before`.
+    shared
+        Rows that read stored images; the streams are those of the others.
 
     Attributes
     ----------
     visual, frozen, text
         Rows whose visual tokens are updated, read, and gone.
+    sources
+        Where the keys and values of all streams stand, and then those of the shared rows.
     """
 
     def __init__(
@@ -160,11 +194,17 @@ class Partition:
         frozen_B: Tensor,
         device: torch.device,
         dropped_BN: Tensor | None = None,
+        shared: SharedPart | None = None,
     ) -> None:
-        self.layout, self.device = layout, device
+        self.layout, self.device, self.shared = layout, device, shared
         self.carried_BN, self.in_text_B, self.frozen_B = carried_BN, in_text_B, frozen_B
+        if shared is not None:
+            alone_B = ~shared.rows.is_shared_B
+            in_text_B, frozen_B = in_text_B & alone_B, frozen_B & alone_B
+        else:
+            alone_B = torch.ones_like(in_text_B)
         self.visual, self.frozen, self.text = None, None, None
-        updated_B = ~(in_text_B | frozen_B)
+        updated_B = alone_B & ~(in_text_B | frozen_B)
         if updated_B.any():
             rows_R = updated_B.nonzero().flatten()
             is_reduced = not torch.equal(carried_BN[rows_R], layout.spans.valid_BN[rows_R])
@@ -176,6 +216,9 @@ class Partition:
             self.text = Stream(layout, rows_R, carried_BN, device, compact=True)
         streams = (self.visual, self.frozen, self.text)
         self.streams = [stream for stream in streams if stream is not None]
+        self.sources: list[Stream | Source] = [stream.keys for stream in self.streams]
+        if shared is not None:
+            self.sources += shared.sources
         # Where positions are closed up: what to take off the ids of later tokens.
         self.shift_B = None
         if dropped_BN is not None and self.text is not None:

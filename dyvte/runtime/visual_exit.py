@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyvte.backbones import describe, visual_places
 from dyvte.decoder import Layout, wrap_layers
+from dyvte.decoder.vision import each_image_once
 from dyvte.errors import ConfigError, ExitRuntimeError, NoVisualTokensError
 from dyvte.gates import GateStack, check_rule, load_checkpoint
 from dyvte.policies import FixedPolicy, FreezePolicy, LearnedPolicy, Policy
@@ -22,10 +23,12 @@ from dyvte.runtime.cache import check_cache, holds_exits
 from dyvte.runtime.checks import check_backbone, check_decode_mask, holds_images, warn_short_prompts
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.frozen import check_can_freeze
+from dyvte.runtime.image_store import ImageStore
 from dyvte.runtime.positions import check_choice
 from dyvte.runtime.prompt_memory import Decided, PromptMemory, Prompts, tensors_in
 from dyvte.runtime.records import Run
 from dyvte.runtime.replay import Replay
+from dyvte.runtime.sharing import reason_of_pass
 from dyvte.runtime.vision_calls import VisionCalls
 from dyvte.spans import find_spans, visual_mask
 
@@ -37,6 +40,9 @@ _IMAGE_ARGUMENTS = (
     "image_embeds",
     "mm_encoder_outputs",  # encoded beforehand: `generate` does so
 )
+
+# What a pass may be asked for that needs the states of whole rows.
+_WHOLE_ROWS = ("labels", "output_hidden_states", "output_attentions")
 
 
 class VisualExit:
@@ -163,16 +169,27 @@ class VisualExit:
         exits.config = config
         return exits
 
-    def __call__(self, model: nn.Module) -> ExitSession:
-        """A context manager for one model."""
-        return ExitSession(self, model)
+    def __call__(self, model: nn.Module, *, images: ImageStore | None = None) -> ExitSession:
+        """A context manager for one model.
+
+        Parameters
+        ----------
+        model
+            The transformers model, also inside wrappers.
+        images
+            Images that the model has seen: prompts that show one of them read it from there. The same store
+            may go from block to block, whatever their exits.
+        """
+        return ExitSession(self, model, images)
 
 
 class ExitSession:
     """Installs the exits on entering and takes every trace of them away on leaving."""
 
-    def __init__(self, exits: VisualExit, model: nn.Module) -> None:
-        self.exits, self.model = exits, model
+    def __init__(self, exits: VisualExit, model: nn.Module, images: ImageStore | None = None) -> None:
+        if images is not None and not isinstance(images, ImageStore):
+            raise ConfigError(f"images must be a dyvte.ImageStore, got {type(images).__name__}")
+        self.exits, self.model, self.images = exits, model, images
         self._undo: list[Any] = []
         self._seen: dict[int, dict[str, Any]] = {}
         self._prefills = 0
@@ -201,8 +218,12 @@ class ExitSession:
         self.run = Run(transferred)
         self.backbone = backbone
         exits = self.exits
+        # Replayed passes have their images from the record.
+        store = None if exits.replay is not None else self.images
+        if store is not None:
+            store.bind(backbone)
         self.engine = Engine(
-            backbone, exits.policy, self.run, exits.positions, exits.reductions, exits.replay
+            backbone, exits.policy, self.run, exits.positions, exits.reductions, exits.replay, store
         )
         if exits.replay is not None:
             exits.replay.start()
@@ -233,6 +254,10 @@ class ExitSession:
         if replay is not None or any(reduction.needs_grid for reduction in self.exits.reductions):
             self._vision = VisionCalls(self.backbone.path, replay)
             self._undo += self._vision.undo
+        elif self.images is not None:
+            images = each_image_once(self.backbone, self.images)
+            images.__enter__()
+            self._undo.append(lambda: images.__exit__(None, None, None))
         decoder = self.backbone.decoder
         for handle in (
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -385,7 +410,9 @@ class ExitSession:
             places_BN3 = visual_places(self.backbone, visual_BN, self._vision)
         sample_ids = self._sample_ids(layout.batch, again=decided is not None)
         is_part = prompts is not None and prompts.is_part
-        if not self.engine.start_prefill(layout, sample_ids, plain, places_BN3, decided, is_part=is_part):
+        not_shared = self._not_shared(is_part)
+        how = {"is_part": is_part, "not_shared": not_shared}
+        if not self.engine.start_prefill(layout, sample_ids, plain, places_BN3, decided, **how):
             return False
         if self._argument("output_attentions"):
             raise ExitRuntimeError("output_attentions has no meaning once tokens have left: switch it off")
@@ -396,6 +423,21 @@ class ExitSession:
                 "which tokens are padding cannot be told from another"
             )
         return True
+
+    def _not_shared(self, is_part: bool) -> str | None:
+        """Why the pass that begins may not read stored images."""
+        if self.images is None:
+            return None
+        if is_part:
+            return "a prefill in chunks"
+        try:
+            check_cache(self._argument("past_key_values"))
+        except ExitRuntimeError:
+            return "a cache whose layers cannot differ in content"
+        config = self.backbone.model.config
+        given = {name: _first(self._argument(name), getattr(config, name, None)) for name in _WHOLE_ROWS}
+        asked_for = [name for name, value in given.items() if value is not None and value is not False]
+        return reason_of_pass(self.backbone.model, asked_for)
 
     def _two_dimensional_mask(self) -> Tensor | None:
         # gemma3 and paligemma hand a 4D or dict mask to their text model; the 2D one is higher up.

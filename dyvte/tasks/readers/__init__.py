@@ -1,0 +1,1 @@
+"""Files that benchmarks come in."""

@@ -1,0 +1,444 @@
+"""Stored images: the same answers as without, each image computed once and no deeper than it is read."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import dyvte
+from dyvte.errors import ConfigError
+from dyvte.gates import GateConfig, GateStack
+from dyvte.policies import OraclePolicy
+from dyvte.reductions import FastV
+from tests.helpers.batches import VISUAL_ID, llava
+from tests.helpers.families import FAMILIES
+from tests.helpers.models import tiny_llava
+from tests.helpers.passes import about_images, padded
+from tests.helpers.questions import asked
+from tests.helpers.reference import greedy_cached, greedy_reference
+
+IMAGES = (1, 1, 2, 1, 2, None)  # by number; None: a row without
+SCHEDULES = {
+    "each at its own layer": ([0, 1, 2, 4, 3, -1], None),
+    "never": ([4, 4, 4, 4, 4, -1], None),
+    "all in the middle": ([2, 2, 2, 2, 2, -1], None),
+    "frozen, then gone": ([4, 3, 3, 4, 2, -1], [1, 2, 0, 4, 1, -1]),
+    "frozen to the end": ([4, 4, 4, 4, 4, -1], [2, 2, 2, 2, 2, -1]),
+}
+
+
+def exits_of(exits, freezes=None):
+    return dyvte.VisualExit.from_policy(OraclePolicy(exits, freezes))
+
+
+def run_of(model, inputs, exits, store, freezes=None, steps=3, visual_ids=(VISUAL_ID,)):
+    with torch.no_grad(), exits_of(exits, freezes)(model, images=store) as run:
+        logits, tokens, _ = greedy_cached(model, inputs, visual_ids, steps)
+    return logits, tokens, run.records[0]
+
+
+@contextmanager
+def rows_of_calls(layers):
+    """By layer: (rows, tokens) of each call of its MLP."""
+    seen = [[] for _ in layers]
+    with pytest.MonkeyPatch.context() as patch:
+        for layer, own in zip(layers, seen, strict=True):
+            # no hook: under hooks no layer is cut short
+            patch.setattr(layer.mlp, "forward", noting(layer.mlp.forward, own))
+        yield seen
+
+
+def noting(forward, own):
+    def noted(states):
+        own.append(tuple(states.shape[:2]))
+        return forward(states)
+
+    return noted
+
+
+# --- the same answers ---
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_prefill_and_decode_equal_brute_force_whatever_the_store_knows(attention, side):
+    model, processor = llava(attention)
+    inputs = asked(processor, IMAGES, padding_side=side)
+    used = dyvte.ImageStore()
+    for exits, freezes in SCHEDULES.values():
+        given = None if freezes is None else [4 if f < 0 else f for f in freezes]
+        expected, expected_tokens = greedy_reference(model, inputs, exits, [VISUAL_ID], 3, freezes_B=given)
+        for store in (dyvte.ImageStore(), used):
+            logits, tokens, record = run_of(model, inputs, exits, store, freezes)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+            assert torch.equal(tokens, expected_tokens)
+            assert record.exit_layers_B.tolist() == exits
+            assert record.shared_B.tolist() == [image is not None for image in IMAGES]
+    assert len(used) == used.report().images_computed == 2
+
+
+FAST = {
+    ("qwen3_vl", "sdpa"),
+    ("qwen2_5_vl", "eager"),
+    ("gemma3", "sdpa"),
+    ("smolvlm", "eager"),
+    ("mistral3", "sdpa"),
+    ("paligemma", "sdpa"),
+    ("llava over mistral", "eager"),
+}
+CASES = [
+    pytest.param(*case, id=" ".join(case), marks=() if case in FAST else pytest.mark.full)
+    for case in ((name, attention) for name in FAMILIES for attention in ("sdpa", "eager"))
+]
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_every_family_gives_what_its_rows_give_alone(family, attention):
+    (model, inputs, visual_ids), _, images = about_images(family, attention)
+    layers = len(model.get_decoder().layers)
+    for side in ("left", "right"):
+        placed, store = padded(inputs, side), dyvte.ImageStore()
+        for exits, freezes in (
+            (range(6), None),
+            ([layers] * 6, None),
+            ([layers] * 6, [1] * 6),
+            ([layers, layers - 1, 2, layers, 1, layers], [0, 1, 2, 0, 1, 2]),
+        ):
+            exits = [min(k, layers) if i >= 0 else -1 for k, i in zip(exits, images, strict=True)]
+            if freezes is not None:
+                freezes = [min(f, k) if k >= 0 else -1 for f, k in zip(freezes, exits, strict=True)]
+            how = {"freezes": freezes, "visual_ids": visual_ids}
+            expected, expected_tokens, alone = run_of(model, placed, exits, None, **how)
+            logits, tokens, record = run_of(model, placed, exits, store, **how)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+            assert torch.equal(tokens, expected_tokens)
+            # what a row costs by itself is said as before
+            assert record.kv_bytes_alone == alone.kv_bytes == alone.kv_bytes_alone
+            assert torch.equal(record.visual_tokens_BL, alone.visual_tokens_BL)
+        shares = family != "paligemma"
+        assert record.shared_B.tolist() == [shares and image >= 0 for image in images]
+        assert len(store) == 2 * shares
+        if not shares:
+            assert record.not_shared == "paligemma: its image tokens see the text behind them"
+            assert store.report().rows_alone == {record.not_shared: 5 * 4}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2, "top_k": 20},
+        {"use_cache": False},
+        {"repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_generate_says_the_same(options):
+    model, processor = llava()
+    inputs = asked(processor, IMAGES)
+    given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    answers = []
+    for store in (None, dyvte.ImageStore()):
+        with exits_of([0, 1, 2, 4, 3, -1])(model, images=store) as run:
+            torch.manual_seed(0)
+            answers.append(model.generate(**inputs, **given))
+    assert torch.equal(*answers)
+    assert run.records[0].shared_B.any()
+    assert len(store) == 2
+
+
+@pytest.mark.parametrize("freeze_head", [False, True])
+def test_gates_decide_the_same(freeze_head):
+    model, processor = llava()
+    inputs = asked(processor, IMAGES)
+    config = GateConfig(num_layers=4, hidden_size=32, architecture="compact", freeze_head=freeze_head)
+    store, found = dyvte.ImageStore(), set()
+    for seed in range(8):
+        gates, generator = GateStack.init(config), torch.Generator().manual_seed(seed)
+        for parameter in gates.parameters():
+            torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+        records = []
+        for images in (None, store):
+            with torch.no_grad(), dyvte.VisualExit(gates)(model, images=images) as run:
+                model(**inputs)
+            records.append(run.records[0])
+        alone, shared = records
+        assert torch.equal(alone.exit_layers_B, shared.exit_layers_B)
+        assert torch.equal(alone.freeze_layers_B, shared.freeze_layers_B)
+        for name in ("gate_logits_BL", "freeze_logits_BL"):
+            torch.testing.assert_close(
+                getattr(shared, name), getattr(alone, name), rtol=0, atol=1e-4, equal_nan=True
+            )
+        found |= set(zip(alone.freeze_layers_B.tolist(), alone.exit_layers_B.tolist(), strict=True))
+    assert len(found) > 4
+
+
+def test_rows_that_cannot_share_stand_beside_others():
+    model, processor = llava()
+    inputs = asked(processor, IMAGES, padding_side="right")
+    # a row that ends with its image
+    visual = inputs["input_ids"][0] == VISUAL_ID
+    inputs["attention_mask"][0, int(visual.nonzero()[-1]) + 1 :] = 0
+    with pytest.warns(UserWarning, match="no text after the image"):
+        expected, expected_tokens, _ = run_of(model, inputs, [2, 1, 3, 4, 0, -1], None)
+    with pytest.warns(UserWarning, match="no text after the image"):
+        logits, tokens, record = run_of(model, inputs, [2, 1, 3, 4, 0, -1], dyvte.ImageStore())
+    assert record.shared_B.tolist() == [False, True, True, True, True, False]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert torch.equal(tokens, expected_tokens)
+
+
+# --- once, and no deeper than it is read ---
+
+
+def test_an_image_gets_as_deep_as_it_is_read_and_every_layer_runs_on_it_once():
+    model, processor = llava()
+    store = dyvte.ImageStore()
+
+    def images_run(images, exits):
+        """By layer: on how many images it ran whole, states behind it included."""
+        with rows_of_calls(model.get_decoder().layers) as seen:
+            run_of(model, asked(processor, images), exits, store, steps=0)
+        return [sum(rows for rows, tokens in of_layer if tokens == 16) for of_layer in seen]
+
+    # behind layer 2 all rows are text: of that layer keys and values are enough
+    assert images_run([1, 1, 2], [2, 2, 1]) == [1, 0, 0, 0]
+    # one goes a layer deeper; another is new
+    assert images_run([1, 2, 3], [3, 2, 2]) == [2, 1, 0, 0]
+    assert images_run([1, 2, 3, 3], [3, 0, 2, 1]) == [0, 0, 0, 0]
+    assert images_run([2, 2], [4, 1]) == [0, 1, 1, 0]
+    report = store.report()
+    assert (report.images, report.images_computed, report.rows_shared) == (3, 3, 12)
+
+
+def test_the_vision_tower_sees_every_image_once():
+    model, processor = llava()
+    store, seen = dyvte.ImageStore(), []
+    handle = model.model.vision_tower.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs.get("pixel_values", args[0] if args else ()))),
+        with_kwargs=True,
+    )
+    try:
+        for images in ([1, 1, 2], [2, 3, 1], [3, 2]):
+            with dyvte.VisualExit.fixed(2)(model, images=store):
+                model.generate(**asked(processor, images), max_new_tokens=2)
+    finally:
+        handle.remove()
+    assert seen == [2, 1]
+
+
+def test_exits_of_one_block_serve_another():
+    model, processor = llava()
+    inputs, store = asked(processor, [1, 1]), dyvte.ImageStore()
+    run_of(model, inputs, [4, 4], store, steps=0)
+    with rows_of_calls(model.get_decoder().layers) as seen:
+        run_of(model, inputs, [1, 3], store, steps=0)
+    assert all(tokens < 16 for of_layer in seen for _, tokens in of_layer)  # text alone
+
+
+def test_the_cache_holds_an_image_once():
+    model, processor = llava()
+    inputs = asked(processor, [1] * 5)
+    _, _, alone = run_of(model, inputs, [4] * 5, None, steps=0)
+    _, _, shared = run_of(model, inputs, [4] * 5, dyvte.ImageStore(), steps=0)
+    width = 2 * 2 * 8 * 4  # keys and values, 2 heads of size 8, float32
+    texts = int(inputs["attention_mask"].sum())
+    begins = (
+        int((inputs["input_ids"][0] == VISUAL_ID).nonzero()[-1] - inputs["attention_mask"][0].argmax()) + 1
+    )
+    assert shared.kv_bytes == ((texts - 4 * begins) * width,) * 4
+    assert alone.kv_bytes == shared.kv_bytes_alone == (inputs["input_ids"].numel() * width,) * 4
+
+
+# --- which images are the same ---
+
+
+def test_content_decides_and_no_name():
+    model, processor = llava()
+    store = dyvte.ImageStore()
+    inputs = asked(processor, [1, 1, 1])
+    inputs["pixel_values"] = inputs["pixel_values"].clone()
+    inputs["pixel_values"][2, 0, 0, 0] += 0.5  # one pixel of one row's picture
+    expected, _, _ = run_of(model, inputs, [2, 3, 2], None)
+    logits, _, _ = run_of(model, inputs, [2, 3, 2], store)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert len(store) == 2
+    # the same picture behind another text is another image, as it reads that text
+    run_of(model, asked(processor, [1], system="answer with yes or no"), [2], store)
+    assert len(store) == 3
+
+
+def test_another_model_and_changed_weights_empty_the_store():
+    model, processor = tiny_llava(seed=3)
+    other, _ = tiny_llava(seed=4)
+    inputs, store = asked(processor, [1, 1]), dyvte.ImageStore()
+    run_of(model, inputs, [2, 2], store)
+    run_of(other, inputs, [2, 2], store)
+    assert store.report().images_computed == 2
+    run_of(model, inputs, [2, 2], store)
+    for change in (lambda: model.get_decoder().layers[1].mlp.up_proj.weight.mul_(1.5),
+                   lambda: model.model.multi_modal_projector.linear_1.weight.mul_(1.5)):  # fmt: skip
+        with torch.no_grad():
+            change()
+        expected, _, _ = run_of(model, inputs, [2, 2], None)
+        logits, _, _ = run_of(model, inputs, [2, 2], store)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert store.report().images_computed == 5
+    store.clear()
+    assert (len(store), store.nbytes) == (0, 0)
+
+
+# --- memory ---
+
+
+def test_memory_is_bounded_and_reported_and_the_oldest_leaves():
+    model, processor = llava()
+    sizes = dyvte.ImageStore()
+    run_of(model, asked(processor, [1]), [4], sizes, steps=0)
+    one = sizes.nbytes
+    store = dyvte.ImageStore(int(2.5 * one))
+    for image in (1, 2, 1, 3):
+        expected, _, _ = run_of(model, asked(processor, [image]), [4], None)
+        logits, _, _ = run_of(model, asked(processor, [image]), [4], store)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        assert store.nbytes <= store.max_bytes
+    # 2 was used longest ago
+    assert store.report().images_dropped >= 1
+    computed = store.report().images_computed
+    run_of(model, asked(processor, [1]), [4], store)
+    assert store.report().images_computed == computed
+    run_of(model, asked(processor, [2]), [4], store)
+    assert store.report().images_computed == computed + 1
+    # more images in one batch than it may keep: right, and within the budget afterwards
+    inputs = asked(processor, [4, 5, 6, 7, 4])
+    expected, _, _ = run_of(model, inputs, [4, 2, 3, 1, 4], None)
+    logits, _, _ = run_of(model, inputs, [4, 2, 3, 1, 4], store)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert store.nbytes <= store.max_bytes
+
+
+def test_bytes_are_those_of_the_tensors():
+    model, processor = llava()
+    store = dyvte.ImageStore()
+    run_of(model, asked(processor, [1, 2, 2]), [4, 3, 4], store, [1, 2, 4])
+    held, known = 0, set()
+    for entry in store._entries.values():
+        value = entry.value
+        tensors = [value.features] if hasattr(value, "features") else []
+        if not tensors:
+            tensors = [value.content.states_SD, *value.content.beside, *value.states.values()]
+            pairs = [*value.keys_values, *(one for of in value.frozen.values() for one in of.values())]
+            tensors += [part for pair in pairs for part in pair]
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                held += storage.nbytes()
+    assert held == store.nbytes
+
+
+def test_a_store_too_small_for_one_image_says_so_once_and_shares_none():
+    model, processor = llava()
+    inputs, store = asked(processor, [1, 1]), dyvte.ImageStore(100)
+    expected, _, _ = run_of(model, inputs, [2, 4], None)
+    with pytest.warns(UserWarning, match=r"takes up to \d+ bytes, the image store may hold 100"):
+        run_of(model, inputs, [2, 4], store)
+    # a second time would fail the test
+    logits, _, record = run_of(model, inputs, [2, 4], store)
+    assert torch.equal(logits, expected)
+    assert record.not_shared == "the image store is too small for one image"
+    assert store.nbytes <= 100
+    assert store.report().rows_alone == {record.not_shared: 4}
+
+
+# --- what goes wrong ---
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_an_image_that_fails_half_way_does_no_harm(layer, times):
+    model, processor = llava()
+    inputs, store = asked(processor, [1, 2, 1]), dyvte.ImageStore()
+    expected, expected_tokens, _ = run_of(model, inputs, [4, 3, 4], None)
+    calls = []
+
+    def explode(*_):
+        calls.append(1)
+        if len(calls) == times:
+            raise ZeroDivisionError
+
+    handle = model.get_decoder().layers[layer].self_attn.o_proj.register_forward_hook(explode)
+    try:
+        # whichever of prefix, images and text is running
+        run_of(model, inputs, [4, 3, 4], store, steps=0)
+    except ZeroDivisionError:
+        pass
+    finally:
+        handle.remove()
+    for exits in ([4, 3, 4], [1, 1, 1], [4, 3, 4]):
+        logits, tokens, _ = run_of(model, inputs, exits, store)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert torch.equal(tokens, expected_tokens)
+    assert len(store) == 2
+
+
+def test_blocks_that_cannot_share_say_why_and_are_as_without():
+    model, processor = llava()
+    inputs = asked(processor, [1, 1, 2])
+    visual = GateStack.init(GateConfig(num_layers=4, hidden_size=32, features=("mean_prompt", "mean_visual")))
+    for exits, reason in (
+        (dyvte.VisualExit.fixed(2, positions="rearrange"), "positions='rearrange'"),
+        (dyvte.VisualExit.fixed(2, reductions=[FastV(1, 0.5)]), "reductions"),
+        (dyvte.VisualExit(visual), "gates that read visual tokens"),
+    ):
+        logits = []
+        for store in (None, dyvte.ImageStore()):
+            with torch.no_grad(), exits(model, images=store) as run:
+                logits.append(model(**inputs).logits)
+        assert torch.equal(*logits)
+        assert reason in run.records[0].not_shared
+        assert store.report().rows_shared == 0
+
+
+def test_passes_that_cannot_share_say_why_and_are_as_without():
+    model, processor = tiny_llava()
+    inputs = asked(processor, [1, 1, 2])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == VISUAL_ID, -100)
+    store = dyvte.ImageStore()
+
+    def not_shared(**more):
+        with dyvte.VisualExit.fixed(2)(model, images=store) as run:
+            model(**inputs, **more)
+        return run.records[0].not_shared
+
+    assert not_shared() is None
+    assert not_shared(labels=labels) == "labels was asked for"
+    assert not_shared(output_hidden_states=True) == "output_hidden_states was asked for"
+    model.requires_grad_(True)
+    assert "gradients are on" in not_shared()
+    with torch.no_grad():
+        assert not_shared() is None
+        model.train()
+        assert not_shared() == "the model is in training mode"
+    assert store.report().rows_shared == 6
+
+
+def test_what_is_no_store_is_refused():
+    model, _ = llava()
+    with pytest.raises(ConfigError, match=r"images must be a dyvte.ImageStore, got int"):
+        dyvte.VisualExit.fixed(2)(model, images=5)
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        dyvte.ImageStore(0)
+
+
+def test_nothing_is_left_on_the_model():
+    model, processor = llava()
+    inputs = asked(processor, [1, 1, 2])
+    stock = model(**inputs).logits
+    names = {name: set(vars(module)) for name, module in model.named_modules()}
+    with dyvte.VisualExit.fixed(2)(model, images=dyvte.ImageStore()):
+        model(**inputs)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == names
+    assert torch.equal(model(**inputs).logits, stock)
