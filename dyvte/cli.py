@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("calibrate", "choose the threshold for a compute budget or a bounded risk"),
     "search-k": ("search_k", "VTW's fixed layer K by KL"),
     "profile": ("profile", "what heads and neurons do with visual tokens, for YOPO's reductions"),
+    "search-frozen": ("search_frozen", "layers that read visual tokens without updating them"),
     "search-plan": ("search_plan", "exit policy and reductions for a compute budget"),
     "eval": ("eval", "run benchmarks with one or several exit policies"),
     "score": ("score", "score a predictions file, no model needed"),

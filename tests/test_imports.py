@@ -11,7 +11,7 @@ import dyvte
 PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
-    *["errors", "registry", "files", "formatting", "progress", "plotting"],
+    *["errors", "registry", "files", "entries", "formatting", "progress", "plotting"],
     *["shipped", "groups", "config", "fields", "distributed", "spans", "gates"],
     *["policies", "backbones", "decoder", "reductions", "runtime", "costs"],
     *[
@@ -20,6 +20,7 @@ ORDER = [
         "objectives",
         "calibration",
         "tracing",
+        "readers",
         "tasks",
         "evaluation",
         "comparison",
@@ -42,9 +43,10 @@ FLOORS = {
     "reductions": ["base", "profile", "fastv"],
     "reporting": ["page", "sections", "section_tables", "report"],
     "runtime": ["cache", "replay", "prompt_memory", "prefill", "engine", "visual_exit"],
-    "tasks": ["readers", "answers", "base", "choices", "gqa", "mmbench"],
+    "readers": ["rows", "tables", "files"],
+    "tasks": ["records", "predictions", "answers", "base", "choices", "gqa", "mmbench"],
     "tracing": ["config", "zero", "sharded", "traces"],
-    "training": ["config", "zero", "loop", "gate_training", "running", "train", "dryrun"],
+    "training": ["config", "zero", "loop", "gate_training", "running", "summary", "train", "dryrun"],
     "teacher": [
         "slots",
         "texts",

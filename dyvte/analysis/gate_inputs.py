@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ def study(subject: Subject) -> Findings:
     outcomes = outcomes_of(subject, results, dict(zip(names, chosen, strict=True)))
     rows = []
     for outcome, one in zip(outcomes, trained.values(), strict=True):
-        half = min(one.summary["budgets"], key=lambda row: abs(row["budget"] - 0.5), default=None)
-        held_out = {"held_out_at_half": half, "held_out_samples": one.summary["num_judged"]}
+        half = min(one.summary.budgets, key=lambda row: abs(row.budget - 0.5), default=None)
+        held_out = {"held_out_at_half": half and asdict(half), "held_out_samples": one.summary.num_judged}
         rows.append({"features": outcome.label, **outcome.to_dict(), **held_out})
     header = ["gates read", subject.benchmark.name, "right answers", "against the full model", "same answer"]
     header += ["mean exit layer", "visual compute", "held-out visual compute", "held-out same answer"]

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyvte.calibration.path import Labels
+from dyvte.costs.schedules import schedule_compute
 from dyvte.costs.visual import visual_compute
 from dyvte.errors import DataError
-from dyvte.gates import GateStack, HeadLogits, select_features
+from dyvte.gates import GateStack, HeadLogits, Schedules, select_features
 from dyvte.teacher.trace import Trace
 
 _SAMPLES_AT_ONCE = 1024
@@ -89,7 +91,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class OperatingPoints:
-    """Exit layers of one rule on the same samples at several settings, visual compute not falling.
+    """Schedules of one rule on the same samples at several settings, visual compute not falling.
 
     Attributes
     ----------
@@ -98,6 +100,8 @@ class OperatingPoints:
     exits_SB : (S, B) int64 exit layers.
     num_visual_B : (B,) visual tokens.
     num_layers : L.
+    freezes_SB : (S, B) int64 layers that update the visual tokens; None: all that read them.
+    kv_share : of the backbone, see `dyvte.costs.schedules.kv_share`; needed with freeze layers.
     """
 
     name: str
@@ -105,6 +109,8 @@ class OperatingPoints:
     exits_SB: Tensor
     num_visual_B: Tensor
     num_layers: int
+    freezes_SB: Tensor | None = None
+    kv_share: float = math.nan
 
     def __post_init__(self) -> None:
         if self.exits_SB.shape != (len(self.settings_S), len(self.num_visual_B)) or not self.settings_S:
@@ -113,37 +119,82 @@ class OperatingPoints:
                 f"settings and {len(self.num_visual_B)} samples"
             )
 
+    @staticmethod
+    def of_schedules(
+        name: str,
+        settings_S: Sequence[float],
+        chosen_S: Sequence[Schedules],
+        num_visual_B: Tensor,
+        num_layers: int,
+        kv_share: float,
+    ) -> OperatingPoints:
+        """Schedules of every setting, brought into the order of what they spend on these samples."""
+        exits_SB = torch.stack([chosen.exit_layers_B for chosen in chosen_S])
+        freezes_SB = torch.stack([chosen.freeze_layers_B for chosen in chosen_S])
+        order = np.argsort(_spent_S(freezes_SB, exits_SB, num_visual_B, num_layers, kv_share), kind="stable")
+        return OperatingPoints(
+            name,
+            tuple(settings_S[i] for i in order),
+            exits_SB[order],
+            num_visual_B,
+            num_layers,
+            freezes_SB[order],
+            kv_share,
+        )
+
+    def schedules(self, setting: int) -> Schedules:
+        """The decisions at one of the settings."""
+        exits_B = self.exits_SB[setting]
+        return Schedules(exits_B if self.freezes_SB is None else self.freezes_SB[setting], exits_B)
+
     @property
     def compute_S(self) -> np.ndarray:
         """Visual compute of every setting, as a share of the full model's."""
+        if self.freezes_SB is not None:
+            parts = (self.freezes_SB, self.exits_SB, self.num_visual_B)
+            return _spent_S(*parts, self.num_layers, self.kv_share)
         shares = [visual_compute(exits_B, self.num_visual_B, self.num_layers) for exits_B in self.exits_SB]
         return np.array(shares)
 
-    def values_SB(self, values_BL1: Tensor) -> Tensor:
-        """(S, B) float64 entries of a trace's (B, L+1) column at every setting's exits."""
-        return torch.stack([at_exit(values_BL1, exits_B) for exits_B in self.exits_SB]).double()
+    def values_SB(self, values: Tensor | Labels) -> Tensor:
+        """(S, B) float64 entries at every setting's schedules: of a trace's (B, L+1) column, or of the labels
+        of all its schedules."""
+        labels = values if isinstance(values, Labels) else Labels.of_exits(values)
+        return torch.stack([labels.at(self.schedules(i)) for i in range(len(self.settings_S))]).double()
 
-    def means_S(self, values_BL1: Tensor) -> np.ndarray:
-        """Mean over samples of a trace's (B, L+1) column at every setting."""
-        return self.values_SB(values_BL1).mean(1).numpy()
+    def means_S(self, values: Tensor | Labels) -> np.ndarray:
+        """Mean over samples of `values_SB`."""
+        return self.values_SB(values).mean(1).numpy()
 
     def at_compute(self, budget: float) -> Mixture:
         """The mixture of two neighbours that spends ``budget``; the nearest end outside the curve's reach."""
         return mixture_at(self.compute_S, budget)
 
-    def mixed_values(self, values_BL1: Tensor, mixture: Mixture) -> Tensor:
-        """(B,) expected entry of a trace's (B, L+1) column for each sample under the mixture."""
-        values_SB = self.values_SB(values_BL1)
+    def mixed_values(self, values: Tensor | Labels, mixture: Mixture) -> Tensor:
+        """(B,) expected entry of `values_SB` for each sample under the mixture."""
+        values_SB = self.values_SB(values)
         return torch.lerp(values_SB[mixture.lower], values_SB[mixture.upper], mixture.weight)
 
     def mixed_compute(self, mixture: Mixture) -> float:
         """Visual compute of the mixture."""
         return mixed(self.compute_S, mixture)
 
-    def draw(self, mixture: Mixture, sample_ids: Sequence[str], seed: int = 0) -> Tensor:
-        """(B,) exit layers, each sample assigned to one of the two settings by its id and the seed."""
+    def draw(self, mixture: Mixture, sample_ids: Sequence[str], seed: int = 0) -> Schedules:
+        """Each sample assigned to one of the two settings by its id and the seed."""
         upper_B = torch.from_numpy(chosen_by_id(sample_ids, mixture.weight, seed))
-        return torch.where(upper_B, self.exits_SB[mixture.upper], self.exits_SB[mixture.lower])
+        low, high = self.schedules(mixture.lower), self.schedules(mixture.upper)
+        return Schedules(
+            torch.where(upper_B, high.freeze_layers_B, low.freeze_layers_B),
+            torch.where(upper_B, high.exit_layers_B, low.exit_layers_B),
+        )
+
+
+def _spent_S(
+    freezes_SB: Tensor, exits_SB: Tensor, num_visual_B: Tensor, num_layers: int, kv_share: float
+) -> np.ndarray:
+    spent_SB = schedule_compute(freezes_SB.double(), exits_SB.double(), num_layers, kv_share)
+    visual_B = num_visual_B.double()
+    return ((spent_SB * visual_B).sum(1) / visual_B.sum()).numpy()
 
 
 def mixture_at(compute_S: Sequence[float] | np.ndarray, budget: float) -> Mixture:
@@ -224,6 +275,49 @@ def fixed_points(
     exits_SB = torch.tensor(corners)[:, None].expand(len(corners), len(num_visual_B))
     num_layers = calibration_values_BL1.shape[1] - 1
     return OperatingPoints("fixed K", tuple(map(float, corners)), exits_SB, num_visual_B, num_layers)
+
+
+def static_points(
+    calibration: Labels,
+    num_visual_B: Tensor,
+    kv_share: float,
+    *,
+    smaller_is_better: bool = True,
+) -> OperatingPoints:
+    """Static schedules (f, k) along the lower hull found on calibration samples, applied to other samples.
+
+    Parameters
+    ----------
+    calibration : a measure of the calibration samples; its freeze layers, and f = k, are what is tried.
+    num_visual_B : (B,) visual tokens of the samples that the schedules are applied to.
+    kv_share : of the backbone.
+    smaller_is_better : whether the measure should be small (risk) or large (same answer).
+
+    Returns
+    -------
+    OperatingPoints
+        Its settings are the freeze layers.
+    """
+    means_GL1 = calibration.values_BGL1.double().mean(0)
+    num_layers, sign = means_GL1.shape[1] - 1, 1.0 if smaller_is_better else -1.0
+    tried = [(k, k) for k in range(num_layers + 1)]
+    tried += [(f, k) for f in calibration.freeze_layers for k in range(f + 1, num_layers + 1)]
+    cheapest: dict[float, tuple[float, tuple[int, int]]] = {}  # of equal costs the best
+    for f, k in tried:
+        stream = calibration.freeze_layers.index(f) if f < k else -1
+        entry = (sign * float(means_GL1[stream, k]), (f, k))
+        compute = float(schedule_compute(f, k, num_layers, kv_share))
+        if not math.isnan(entry[0]):
+            cheapest[compute] = min(cheapest.get(compute, entry), entry)
+    compute_S = sorted(cheapest)
+    corners = lower_hull(compute_S, [cheapest[compute][0] for compute in compute_S])
+    pairs = [cheapest[compute_S[corner]][1] for corner in corners]
+    whole_B = torch.ones_like(num_visual_B)
+    chosen_S = [Schedules(f * whole_B, k * whole_B) for f, k in pairs]
+    settings_S = tuple(float(f) for f, _ in pairs)
+    return OperatingPoints.of_schedules(
+        "static schedule", settings_S, chosen_S, num_visual_B, num_layers, kv_share
+    )
 
 
 def compute_to_reach(compute_S: np.ndarray, value_S: np.ndarray, target: float) -> float:

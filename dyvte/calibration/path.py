@@ -106,6 +106,36 @@ class ThresholdPath:
         return found
 
 
+@dataclass(frozen=True)
+class Labels:
+    """One measure of every traced schedule of some samples.
+
+    Attributes
+    ----------
+    values_BGL1
+        (B, G, L+1), in the order of `Trace.labels`: the streams that are frozen, and the plain one last.
+    freeze_layers
+        Of the frozen streams.
+    """
+
+    values_BGL1: Tensor
+    freeze_layers: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(trace: Trace, name: str) -> Labels:
+        """A trace's column by its name, such as "risk"."""
+        return Labels(trace.labels(name), trace.freezes)
+
+    @staticmethod
+    def of_exits(values_BL1: Tensor) -> Labels:
+        """A column of exits alone, (B, L+1)."""
+        return Labels(values_BL1[:, None])
+
+    def at(self, chosen: Schedules) -> Tensor:
+        """(B,) entries at each row's schedule, see `at_schedule`."""
+        return at_schedule(self.values_BGL1, self.freeze_layers, chosen)
+
+
 def threshold_at(level: float) -> float:
     """The probability threshold t whose logit, log(t / (1 - t)), is ``level``."""
     if level >= 0:

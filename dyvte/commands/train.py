@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     if cfg.lora.enabled:
         return _run_lora(cfg, args.dry_run, started)
     if args.dry_run:
-        from dyvte.training.dryrun import describe_dry_run, dry_run
+        from dyvte.training.dryrun import dry_run
 
         if started.rank == 0:
-            print(describe_dry_run(dry_run(cfg, started.world_size)))
+            print(dry_run(cfg, started.world_size))
         return 0
     from dyvte.training.train import train
 
@@ -86,12 +86,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_lora(cfg: TrainConfig, dry: bool, started: Launch) -> int:
-    from dyvte.training.lora.dryrun import describe_lora_dry_run, lora_dry_run
+    from dyvte.training.lora.dryrun import lora_dry_run
     from dyvte.training.lora.train import train_lora
 
     if dry:
         if started.rank == 0:
-            print(describe_lora_dry_run(lora_dry_run(cfg, started.world_size)))
+            print(lora_dry_run(cfg, started.world_size))
         return 0
     result = train_lora(cfg)
     if started.rank == 0:
@@ -101,27 +101,26 @@ def _run_lora(cfg: TrainConfig, dry: bool, started: Launch) -> int:
 
 def _print_lora(result: LoraResult) -> None:
     summary = result.summary
-    first, last = summary["layers_adapted"]
-    sizes = f"{summary['parameters']:,} parameters in layers {first}..{last}"
-    print(f"\n{summary['num_samples']} samples, {summary['steps']} steps, {sizes}")
-    print(f"answers {summary['answer_seconds']:.0f} s, training {summary['train_seconds']:.0f} s")
-    for text in summary["dropped"]:
+    first, last = summary.record.layers_adapted
+    sizes = f"{summary.parameters:,} parameters in layers {first}..{last}"
+    print(f"\n{summary.record.num_samples} samples, {summary.record.steps} steps, {sizes}")
+    print(f"answers {summary.answer_seconds:.0f} s, training {summary.train_seconds:.0f} s")
+    for text in summary.dropped:
         print(f"dropped: {text}", file=sys.stderr)
-    print(f"\non {summary['num_judged']} {summary['judged_on']}, against the full model without the adapter:")
+    print(f"\non {summary.num_judged} {summary.judged_on}, against the full model without the adapter:")
     print(result.table())
     print(f"\nadapter: {result.adapter}\nnext: dyvte train --adapter {result.adapter} ... for gates on it")
 
 
 def _print_result(result: TrainResult) -> None:
     summary = result.summary
-    print(
-        f"\n{summary['num_samples']} samples, {summary['steps']} steps, {summary['parameters']:,} parameters"
-    )
-    print(f"teacher {summary['trace_seconds']:.0f} s, gates {summary['train_seconds']:.0f} s")
-    for text in summary["dropped"]:
+    record = summary.record
+    print(f"\n{record.num_samples} samples, {record.steps} steps, {summary.parameters:,} parameters")
+    print(f"teacher {summary.trace_seconds:.0f} s, gates {summary.train_seconds:.0f} s")
+    for text in summary.dropped:
         print(f"dropped: {text}", file=sys.stderr)
-    print(f"\non {summary['num_judged']} {summary['judged_on']}, beside fixed K at the same compute:")
+    print(f"\non {summary.num_judged} {summary.judged_on}, beside fixed K at the same compute:")
     print(result.table())
-    exits = ", ".join(f"{k} ({share:.0%})" for k, share in enumerate(summary["exit_rate"]) if share)
+    exits = ", ".join(f"{k} ({share:.0%})" for k, share in enumerate(summary.exit_rate) if share)
     print(f"at threshold 0.5 they leave after layer {exits}")
     print(f"\ngates: {result.gates}\nnext: dyvte calibrate --gates {result.gates} --budget 0.5 ...")

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from dyvte.calibration.operating_points import OperatingPoints, compute_to_reach
+from dyvte.calibration.path import Labels
 from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
-from dyvte.comparison.oracle import first_safe_layer
+from dyvte.comparison.oracle import first_safe_layer, first_safe_schedule
 from dyvte.comparison.records import Curve, Spread, plain
 from dyvte.comparison.scenes import TracedScenes
+from dyvte.costs.schedules import schedule_compute
 from dyvte.costs.visual import visual_compute
 
 MARGIN = 0.002
@@ -40,12 +42,12 @@ class Rule:
         """A rule whose points do not depend on the budget."""
         return Rule(name, tuple(lambda budget, p=one: p for one in points))
 
-    def values_RB(self, column_BL1: Tensor, budget: float) -> Tensor:
+    def values_RB(self, values: Tensor | Labels, budget: float) -> Tensor:
         """(R, B) expected value of each sample at the budget, by mixing two neighbouring settings."""
         found = []
         for points_at in self.seeds:
             points = points_at(budget)
-            found.append(points.mixed_values(column_BL1, points.at_compute(budget)))
+            found.append(points.mixed_values(values, points.at_compute(budget)))
         return torch.stack(found)
 
 
@@ -57,13 +59,15 @@ class BudgetRow:
     ----------
     budget : share of the full model's visual compute.
     risk, same_answer : over seeds, by rule.
-    risk_minus : risk of our rule less a baseline's, by baseline; of means over seeds, intervals over images.
+    risk_minus, same_answer_minus : our rule's less a baseline's, by baseline; of means over seeds, intervals
+        over images.
     """
 
     budget: float
     risk: dict[str, Spread]
     same_answer: dict[str, Spread]
     risk_minus: dict[str, PairedDifference]
+    same_answer_minus: dict[str, PairedDifference]
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class ComputeAtTarget:
     rules : what each rule spends, over seeds.
     hindsight : what leaving where all later exits agree would spend, and keep every answer.
     hindsight_one_layer_late : leaving one layer after it.
+    schedule_oracle, schedule_hindsight : the same of schedules (freeze and exit); None where no freeze layer
+        is traced.
     """
 
     target: float
@@ -102,10 +108,17 @@ class ComputeAtTarget:
     rules: dict[str, Spread]
     hindsight: float
     hindsight_one_layer_late: float
+    schedule_oracle: float | None = None
+    schedule_hindsight: float | None = None
+
+    @property
+    def bound(self) -> float:
+        """What the strongest oracle spends: that of schedules where they are traced."""
+        return self.oracle if self.schedule_oracle is None else self.schedule_oracle
 
     def over_oracle(self, rule: str) -> float:
-        """How many times the oracle's compute a rule needs."""
-        return self.rules[rule].mean / self.oracle
+        """How many times the strongest oracle's compute a rule needs."""
+        return self.rules[rule].mean / self.bound
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, ratios included."""
@@ -152,6 +165,7 @@ def compare_at_budgets(
     oracle: OperatingPoints,
     budgets: Sequence[float],
     *,
+    schedule_oracle: OperatingPoints | None = None,
     num_draws: int = 2000,
     seed: int = 0,
 ) -> BudgetComparison:
@@ -165,11 +179,13 @@ def compare_at_budgets(
     test : what rules are judged on.
     ours : the rule that is compared.
     baselines : what it is compared with.
-    oracle : the bound.
+    oracle : the bound of exits.
+    schedule_oracle : that of schedules, where the traces hold freeze layers.
     budgets : shares of the full model's visual compute, ascending.
     num_draws, seed : of the paired bootstrap.
     """
-    rules = [ours, *baselines, Rule.of("oracle", oracle)]
+    bounds = [Rule.of(one.name, one) for one in (oracle, schedule_oracle) if one is not None]
+    rules = [ours, *baselines, *bounds]
     rows = tuple(_row(test, ours, baselines, rules, budget, num_draws, seed) for budget in budgets)
     return BudgetComparison(
         num_samples=len(test.trace),
@@ -177,7 +193,7 @@ def compare_at_budgets(
         ours=ours.name,
         rows=rows,
         verdicts={one.name: verdict([row.risk_minus[one.name] for row in rows]) for one in baselines},
-        compute_at_same_answer=_compute_needed(test, [ours, *baselines], oracle, budgets[-1]),
+        compute_at_same_answer=_compute_needed(test, [ours, *baselines], bounds, budgets[-1]),
         curves={
             rule.name: tuple(_curve(points(budgets[-1]), test) for points in rule.seeds) for rule in rules
         },
@@ -193,22 +209,25 @@ def _row(
     num_draws: int,
     seed: int,
 ) -> BudgetRow:
-    risk = {rule.name: rule.values_RB(test.trace.risk, budget) for rule in rules}
-    same = {rule.name: rule.values_RB(test.trace.same_answer, budget) for rule in rules}
+    risk, same = (
+        {rule.name: rule.values_RB(Labels.of(test.trace, metric), budget) for rule in rules}
+        for metric in ("risk", "same_answer")
+    )
+
+    def minus(values: dict[str, Tensor]) -> dict[str, PairedDifference]:
+        means = {name: values_RB.mean(0) for name, values_RB in values.items()}
+        draws = {"num_draws": num_draws, "seed": seed}
+        return {
+            one.name: paired_bootstrap(means[ours.name], means[one.name], test.image_ids, **draws)
+            for one in baselines
+        }
+
     return BudgetRow(
         budget=budget,
         risk={name: Spread.of(values_RB.mean(1).tolist()) for name, values_RB in risk.items()},
         same_answer={name: Spread.of(values_RB.mean(1).tolist()) for name, values_RB in same.items()},
-        risk_minus={
-            one.name: paired_bootstrap(
-                risk[ours.name].mean(0),
-                risk[one.name].mean(0),
-                test.image_ids,
-                num_draws=num_draws,
-                seed=seed,
-            )
-            for one in baselines
-        },
+        risk_minus=minus(risk),
+        same_answer_minus=minus(same),
     )
 
 
@@ -223,11 +242,14 @@ def verdict(differences: Sequence[PairedDifference]) -> Verdict:
 
 
 def _compute_needed(
-    test: TracedScenes, rules: Sequence[Rule], oracle: OperatingPoints, budget: float
+    test: TracedScenes, rules: Sequence[Rule], bounds: Sequence[Rule], budget: float
 ) -> ComputeAtTarget:
-    def needed(points: OperatingPoints) -> float:
-        return compute_to_reach(points.compute_S, points.means_S(test.trace.same_answer), TARGET)
+    same = Labels.of(test.trace, "same_answer")
 
+    def needed(points: OperatingPoints) -> float:
+        return compute_to_reach(points.compute_S, points.means_S(same), TARGET)
+
+    bound = [needed(one.seeds[0](budget)) for one in bounds]
     safe_B = first_safe_layer(test.trace.same_answer)
 
     def leaving(late: int) -> float:
@@ -236,11 +258,24 @@ def _compute_needed(
 
     return ComputeAtTarget(
         target=TARGET,
-        oracle=needed(oracle),
+        oracle=bound[0],
         rules={rule.name: Spread.of([needed(points(budget)) for points in rule.seeds]) for rule in rules},
         hindsight=leaving(0),
         hindsight_one_layer_late=leaving(1),
+        schedule_oracle=bound[1] if len(bound) > 1 else None,
+        schedule_hindsight=_in_hindsight(test, same),
     )
+
+
+def _in_hindsight(test: TracedScenes, same_answer: Labels) -> float | None:
+    """Visual compute of the cheapest schedules that are right, and stay right for all later ones."""
+    if test.trace.grid is None:
+        return None
+    share, visual_B = test.trace.grid.kv_share, test.trace.num_visual.double()
+    safe = first_safe_schedule(same_answer, share)
+    layers = (safe.freeze_layers_B.double(), safe.exit_layers_B.double())
+    spent_B = schedule_compute(*layers, test.num_layers, share)
+    return float((spent_B * visual_B).sum() / visual_B.sum())
 
 
 def _curve(points: OperatingPoints, test: TracedScenes) -> Curve:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import dyvte
-from dyvte.calibration.operating_points import fixed_points
+from dyvte.calibration.operating_points import fixed_points, static_points
+from dyvte.calibration.path import Labels
 from dyvte.comparison.budgets import BudgetComparison, Rule, compare_at_budgets
 from dyvte.comparison.config import CompareConfig
-from dyvte.comparison.oracle import oracle_points
+from dyvte.comparison.oracle import oracle_points, schedule_oracle_points
 from dyvte.comparison.plan_compare import PlanComparison, compare_searches, shared_reductions
 from dyvte.comparison.question_features import router_features
 from dyvte.comparison.records import plain
@@ -27,8 +28,10 @@ from dyvte.comparison.runs import (
     mixture_name,
     router_name,
     run_benchmark,
+    static_name,
 )
 from dyvte.comparison.scenes import TracedScenes, load_scenes
+from dyvte.comparison.schedule_router import KINDS as SCHEDULE_RULES
 from dyvte.comparison.score_curves import score_curves
 from dyvte.comparison.table import PolicyRow, table_rows
 from dyvte.comparison.traces import Pair, TraceComparison, compare_on_traces
@@ -167,12 +170,21 @@ def make_pairs(
     """
     features = router_features(pipeline, train.questions)
     stacks = _load_seeds(config.gates, calibration)
+    freezes = {one.freezes for one in stacks}
+    if len(freezes) > 1:
+        raise ConfigError(
+            "some of the gates have a freeze head and some do not: compare one kind, and give the other as "
+            "--baseline NAME=FOLDER with --budgets"
+        )
     tuned = [training_settings(one.gates, len(train.questions), lam=config.lam) for one in stacks]
     steps = len(features) * sum(router_steps(len(train.questions), settings) for settings in tuned)
+    steps *= len(SCHEDULE_RULES) if freezes == {True} else 1
     pairs = []
     with progress(steps, "question-only routers", "step") as advance:
         for gates, settings in zip(stacks, tuned, strict=True):
-            candidates = train_router_candidates(features, train, calibration, settings, advance)
+            candidates = train_router_candidates(
+                features, train, calibration, settings, advance, freezes=gates.freezes
+            )
             pairs.append(Pair(gates, best_router(candidates, gates.budget), tuple(candidates)))
     return pairs
 
@@ -207,16 +219,20 @@ def _at_budgets(
         Rule.of(name, *(gates.points_on(test) for gates in _load_seeds(folders, calibration)))
         for name, folders in config.baseline_gates.items()
     ]
+    baselines = [Rule.of("fixed K", fixed_points(calibration.trace.risk, visual_B))]
+    bound = None
+    if pairs[0].gates.freezes:
+        share = calibration.trace.grid.kv_share
+        static = static_points(Labels.of(calibration.trace, "risk"), visual_B, share)
+        baselines.append(Rule.of("static schedule", static))
+        bound = schedule_oracle_points(Labels.of(test.trace, "risk"), visual_B, share)
     return compare_at_budgets(
         test,
         Rule.of("gates", *(pair.gates.points_on(test) for pair in pairs)),
-        [
-            Rule.of("fixed K", fixed_points(calibration.trace.risk, visual_B)),
-            Rule("question-only router", routers),
-            *further,
-        ],
+        [*baselines, Rule("question-only router", routers), *further],
         oracle_points(test.trace.risk, visual_B),
         config.shares,
+        schedule_oracle=bound,
         num_draws=config.num_draws,
         seed=config.seed,
     )
@@ -278,7 +294,7 @@ def _timing(
 ) -> dict[str, PrefillTimes]:
     """Prefill time of the table's rows against the full model, in turns; baselines at the first seed."""
     names = [FULL_MODEL, *(f"fixed-{k}" for k in vtw.layers())]
-    names += [make(pairs[0]) for make in (mixture_name, router_name, gates_name)]
+    names += [make(pairs[0]) for make in (mixture_name, static_name, router_name, gates_name)]
     policies = [runs.policies[name] for name in names if name in runs.policies]
     prompts = prompts_of(runs.benchmark, runs.questions, config.question_suffix)
     plan = plan_batches(pipeline, prompts, config.batch_size)

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from dyvte.calibration.operating_points import OperatingPoints
+from dyvte.calibration.path import Labels
+from dyvte.costs.schedules import schedule_compute
+from dyvte.gates import Schedules
 
 ORACLE_LAMS = tuple(float(x) for x in np.geomspace(1e-4, 30.0, 41))
 """Prices of the oracle's curve."""
@@ -33,6 +36,63 @@ def oracle_points(
     lams = sorted(lams, reverse=True)
     exits_SB = torch.stack([oracle_exits(risk_BL1, lam) for lam in lams])
     return OperatingPoints("oracle", tuple(lams), exits_SB, num_visual_B, risk_BL1.shape[1] - 1)
+
+
+def schedule_oracle_points(
+    risk: Labels, num_visual_B: Tensor, kv_share: float, lams: Sequence[float] = ORACLE_LAMS
+) -> OperatingPoints:
+    """oracle(lambda) over all traced schedules (f, k) with k >= 1, falling lambda: rising compute."""
+    num_layers = risk.values_BGL1.shape[2] - 1
+    pairs, lams = traced_pairs(num_layers, risk.freeze_layers), sorted(lams, reverse=True)
+    chosen_S = cheapest_at_prices(at_pairs(risk, pairs), pairs, num_layers, kv_share, lams)
+    return OperatingPoints.of_schedules("schedule oracle", lams, chosen_S, num_visual_B, num_layers, kv_share)
+
+
+def first_safe_schedule(same_answer: Labels, kv_share: float) -> Schedules:
+    """The cheapest traced (f, k), k >= 1, from which on every later freeze and exit gives the full model's
+    answer."""
+    num_layers = same_answer.values_BGL1.shape[2] - 1
+    pairs = traced_pairs(num_layers, same_answer.freeze_layers)
+    right_BM, pairs_M2 = at_pairs(same_answer, pairs) == 1, torch.tensor(pairs)
+    # later_MM[i, j]: schedule j updates and reads at least as long as schedule i.
+    later_MM = (pairs_M2[None] >= pairs_M2[:, None]).all(-1)
+    unsafe_BM = (~right_BM).float() @ later_MM.float().T
+    return cheapest_at_prices(unsafe_BM.sign().double(), pairs, num_layers, kv_share, [0.5])[0]
+
+
+def traced_pairs(num_layers: int, freeze_layers: Sequence[int]) -> list[tuple[int, int]]:
+    """(f, k) of the M traced schedules that read the visual tokens in some layer: f = k first."""
+    frozen = [(f, k) for f in freeze_layers for k in range(f + 1, num_layers + 1)]
+    return [*((k, k) for k in range(1, num_layers + 1)), *frozen]
+
+
+def at_pairs(labels: Labels, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """(B, M) float64 entries at the pairs."""
+    streams = [labels.freeze_layers.index(f) if f < k else len(labels.freeze_layers) for f, k in pairs]
+    return labels.values_BGL1[:, streams, [k for _, k in pairs]].double()
+
+
+def cheapest_at_prices(
+    loss_BM: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    num_layers: int,
+    kv_share: float,
+    lams: Sequence[float],
+) -> list[Schedules]:
+    """For each price the schedule of least loss + lam * visual compute, of equal ones the cheapest.
+
+    Parameters
+    ----------
+    loss_BM : (B, M) float64 losses, nan where none is known: never taken.
+    pairs : the M schedules (f, k).
+    num_layers, kv_share : L, and r of `dyvte.costs.schedules`.
+    lams : prices.
+    """
+    pairs_M2 = torch.tensor(pairs)
+    cost_M = schedule_compute(*pairs_M2.double().unbind(1), num_layers, kv_share)
+    order = cost_M.argsort(stable=True)  # argmin takes the first of equal ones
+    loss_BM = loss_BM[:, order].nan_to_num(nan=math.inf)
+    return [Schedules(*pairs_M2[order][(loss_BM + lam * cost_M[order]).argmin(1)].unbind(1)) for lam in lams]
 
 
 def first_safe_layer(same_answer_BL1: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dyvte.calibration.operating_points import OperatingPoints
+from dyvte.calibration.path import Labels
 from dyvte.teacher.trace import Trace
 
 METRICS = {"risk": True, "same_answer": False, "agreement": False}
@@ -64,7 +65,7 @@ class Curve:
         return Curve(
             first.settings_S,
             tuple(first.compute_S.tolist()),
-            {name: tuple(own.means_S(getattr(trace, name)).tolist()) for name, own in points.items()},
+            {name: tuple(own.means_S(Labels.of(trace, name)).tolist()) for name, own in points.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,22 +86,28 @@ class RuleCurves:
     Attributes
     ----------
     fixed : every fixed K, whether on the hull or not.
-    oracle : what knows the outcome.
+    oracle : what knows the outcome of every exit.
     gates, router : by seed.
+    static : every static schedule (f, k), hull or not, where the gates choose schedules.
+    schedule_oracle : what knows the outcome of every schedule; likewise.
     """
 
     fixed: Curve
     oracle: Curve
     gates: Mapping[str, Curve]
     router: Mapping[str, Curve]
+    static: Curve | None = None
+    schedule_oracle: Curve | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready; what there is not is left out."""
+        schedules = {"static": self.static, "schedule_oracle": self.schedule_oracle}
         return {
             "fixed": self.fixed.to_dict(),
             "oracle": self.oracle.to_dict(),
             "gates": {name: curve.to_dict() for name, curve in self.gates.items()},
             "router": {name: curve.to_dict() for name, curve in self.router.items()},
+            **{name: curve.to_dict() for name, curve in schedules.items() if curve is not None},
         }
 
 

@@ -17,7 +17,7 @@ from dyvte.calibration.operating_points import OperatingPoints
 from dyvte.costs.visual import visual_compute
 from dyvte.errors import DataError
 from dyvte.gates import uniform_offsets
-from dyvte.objectives.expected_risk import expected_risk
+from dyvte.objectives import answer_loss, expected_risk
 from dyvte.teacher.trace import Trace
 
 NEVER = 1.0
@@ -40,6 +40,9 @@ class RouterSettings:
     weight_decay: float = 0.01
     seed: int = 0
     min_parameters: int = 0
+    loss: str = "risk"
+    """What the gates learned from, see :func:`dyvte.objectives.answer_loss`."""
+    memory_price: float = 0.0
 
 
 class QuestionRouter(nn.Module):
@@ -133,7 +136,7 @@ def _fit(
     num_layers, first = trace.num_layers, settings_C[0]
     share_L = torch.arange(1, num_layers + 1) / num_layers
     # Features of the whole trace are not needed here, and picking rows of them would be most of the work.
-    risk_only = dataclasses.replace(trace, features=trace.features[:, :, :0])
+    risk_only = dataclasses.replace(trace, features=trace.features[:, :, :0], grid=None)
     optimizer = torch.optim.AdamW(
         [
             {"params": list(router.parameters()), "lr": s.learning_rate, "weight_decay": s.weight_decay}
@@ -148,9 +151,10 @@ def _fit(
             loss = torch.zeros(())
             for logits_BL, s in zip(_logits_together(routers, normed_BF[rows]), settings_C, strict=True):
                 if s.span > 1:
-                    loss = loss + expected_risk(logits_BL, batch, lam=s.lam, span=s.span)
+                    prices = {"lam": s.lam, "span": s.span, "memory_price": s.memory_price}
+                    loss = loss + expected_risk(logits_BL, batch, loss=s.loss, **prices)
                 else:
-                    cost_BL = batch.risk[:, 1:].float() + s.lam * share_L
+                    cost_BL = answer_loss(batch, s.loss)[:, -1, 1:].float() + s.lam * share_L
                     loss = loss + (logits_BL.softmax(-1) * cost_BL).sum(1).mean()
             # A router's parameters appear in its own term only: the sum trains each as if alone.
             optimizer.zero_grad()

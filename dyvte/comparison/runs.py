@@ -8,6 +8,7 @@ Shape letters: B questions, L decoder layers.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyvte.calibration.operating_points import fixed_points
+from dyvte.calibration.operating_points import fixed_points, static_points
+from dyvte.calibration.path import Labels
 from dyvte.comparison.bootstrap import PairedDifference
 from dyvte.comparison.records import RuleCurves, plain
 from dyvte.comparison.scenes import TracedScenes
@@ -86,6 +88,15 @@ class BenchmarkRuns:
 
 
 @dataclass(frozen=True)
+class KindLayers:
+    """Mean layers that update and that read the visual tokens of one type of question, over seeds."""
+
+    questions: int
+    updated: float
+    read: float
+
+
+@dataclass(frozen=True)
 class BenchmarkComparison:
     """Scores of every rule on one benchmark, and what the gates are ahead or behind.
 
@@ -97,6 +108,8 @@ class BenchmarkComparison:
     runs : scores and costs by run.
     values : the score that intervals are of, by run; None where nothing can be graded here.
     gates_minus : mean of the gates' seeds less a baseline's, by baseline; empty where nothing can be graded.
+    kinds : layers that update and read the visual tokens under gates with a freeze head, by question type,
+        most frequent first; empty without.
     curves : scores over visual compute; None unless they were asked for.
     """
 
@@ -108,6 +121,7 @@ class BenchmarkComparison:
     runs: dict[str, RunScores]
     values: dict[str, float | None]
     gates_minus: dict[str, PairedDifference]
+    kinds: dict[str, KindLayers]
     curves: ScoreCurves | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,8 +144,8 @@ class ScoreCurves:
     ----------
     num_questions : how many.
     rules : metrics "score" and "same_answer" over visual compute.
-    lookup_agreement : by seed, the share of the gates' own answers that equal the fixed layer's at their exit
-        layer: an answer depends on the exit layer alone, so 1 up to rounding.
+    lookup_agreement : by seed, the share of the gates' own answers that equal those of the runs at the same
+        schedules: an answer depends on its schedule alone, so 1 up to rounding.
     """
 
     num_questions: int
@@ -183,6 +197,11 @@ def mixture_name(pair: Pair) -> str:
     return f"vtw-mixture-{pair.name}"
 
 
+def static_name(pair: Pair) -> str:
+    """Folder of the mixture of static schedules at that seed's budget."""
+    return f"static-{pair.name}"
+
+
 def router_name(pair: Pair) -> str:
     """Folder of the router at that seed's budget."""
     return f"router-{pair.name}"
@@ -195,17 +214,25 @@ def _learned(gates: TunedGates, name: str) -> NamedPolicy:
 def _at_gates_budget(
     runs: BenchmarkRuns, calibration: TracedScenes, pairs: Sequence[Pair], config: EvalConfig
 ) -> list[NamedPolicy]:
-    """VTW's mixture and the router, drawn per question, at the visual compute of each seed's gates."""
+    """VTW's mixture, that of static schedules where gates choose them, and the router, drawn per question, at
+    the visual compute of each seed's gates."""
     ids = [q.id for q in runs.questions]
     prompts = prompts_of(runs.benchmark, runs.questions, config.question_suffix)
-    fixed = fixed_points(calibration.trace.risk, runs.num_visual_B)
+    visual_B, trace = runs.num_visual_B, calibration.trace
+    shared = {mixture_name: fixed_points(trace.risk, visual_B)}
+    if pairs[0].gates.freezes:
+        shared[static_name] = static_points(Labels.of(trace, "risk"), visual_B, trace.grid.kv_share)
     named = []
     for pair in pairs:
         compute = runs.results[gates_name(pair)].scores.cost.visual_compute
-        router = pair.router.points(prompts, runs.num_visual_B)
-        for name, points in ((mixture_name(pair), fixed), (router_name(pair), router)):
-            exits_B = points.draw(points.at_compute(compute), ids, config.seed)
-            named.append(given_exits(name, dict(zip(ids, exits_B.tolist()))))
+        rules = {**shared, router_name: pair.router.points(prompts, visual_B)}
+        for name, points in rules.items():
+            chosen = points.draw(points.at_compute(compute), ids, config.seed)
+            exits = dict(zip(ids, chosen.exit_layers_B.tolist()))
+            freezes = None
+            if points.freezes_SB is not None:
+                freezes = dict(zip(ids, chosen.freeze_layers_B.tolist()))
+            named.append(given_exits(name(pair), exits, freezes))
     return named
 
 
@@ -229,11 +256,10 @@ def benchmark_comparison(
     hits = {name: runs.hits(name) for name in runs.results}
     gates_minus = {}
     if hits[FULL_MODEL] is not None:
-        compared = {
-            "vtw_mixture": [hits[mixture_name(pair)] for pair in pairs],
-            "router": [hits[router_name(pair)] for pair in pairs],
-            "full": [hits[FULL_MODEL]],
-        }
+        compared = {"vtw_mixture": [hits[mixture_name(pair)] for pair in pairs]}
+        if pairs[0].gates.freezes:
+            compared["static"] = [hits[static_name(pair)] for pair in pairs]
+        compared |= {"router": [hits[router_name(pair)] for pair in pairs], "full": [hits[FULL_MODEL]]}
         ours = [hits[gates_name(pair)] for pair in pairs]
         gates_minus = {
             name: score_difference(
@@ -250,5 +276,21 @@ def benchmark_comparison(
         runs={name: result.scores for name, result in runs.results.items()},
         values={name: None if one is None else runs.value(one) for name, one in hits.items()},
         gates_minus=gates_minus,
+        kinds=_layers_by_kind(runs, pairs) if pairs[0].gates.freezes else {},
         curves=curves,
     )
+
+
+def _layers_by_kind(runs: BenchmarkRuns, pairs: Sequence[Pair]) -> dict[str, KindLayers]:
+    names = [gates_name(pair) for pair in pairs]
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, question in enumerate(runs.questions):
+        rows[question.kind].append(row)
+    found = {}
+    for kind, own in sorted(rows.items(), key=lambda item: (-len(item[1]), item[0])):
+        answers = [runs.results[name].answers[row] for name in names for row in own]
+        seeing = [one for one in answers if one.exit_layer >= 0]
+        if seeing:
+            updated = sum(one.updated_layers for one in seeing) / len(seeing)
+            found[kind] = KindLayers(len(own), updated, sum(a.exit_layer for a in seeing) / len(seeing))
+    return found

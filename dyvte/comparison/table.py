@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dyvte.comparison.records import Spread, plain
-from dyvte.comparison.runs import BenchmarkRuns, gates_name, mixture_name, router_name
+from dyvte.comparison.runs import BenchmarkRuns, gates_name, mixture_name, router_name, static_name
 from dyvte.comparison.traces import Pair
 from dyvte.comparison.vtw import VtwChoice
 from dyvte.evaluation.latency import PrefillTimes
@@ -28,7 +28,8 @@ class PolicyRow:
     policy : what the row is called.
     scores : by the benchmark's title, its headline metrics over seeds; empty where nothing was run or graded.
     same_answer : share of questions with the full model's whole answer.
-    mean_exit_layer, visual_compute : of the questions.
+    mean_exit_layer, mean_freeze_layer : layers that read, and that update, visual tokens; of the questions.
+    visual_compute, prefill_flops : over the full model's; the latter by the convention "vtw".
     prefill_ratio : time of the prefill over the full model's.
     """
 
@@ -36,7 +37,9 @@ class PolicyRow:
     scores: Mapping[str, tuple[Spread, ...]] = field(default_factory=dict)
     same_answer: float | None = None
     mean_exit_layer: float | None = None
+    mean_freeze_layer: float | None = None
     visual_compute: float | None = None
+    prefill_flops: float | None = None
     prefill_ratio: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,8 +73,12 @@ def table_rows(
         rows.append(_row(label, runs, [f"fixed-{vtw.calibrated_k}"], timing))
     mixtures = list(map(mixture_name, pairs))
     rows.append(_row("VTW at the gates' budget (mixture of two K)", runs, mixtures, timing))
+    if pairs[0].gates.freezes:
+        statics = list(map(static_name, pairs))
+        rows.append(_row("static schedule at the gates' budget (mixture of two)", runs, statics, timing))
     rows.append(_row("question-only router", runs, list(map(router_name, pairs)), timing))
-    rows.append(_row("DyVTE gates", runs, list(map(gates_name, pairs)), timing))
+    ours = "three-state gates" if pairs[0].gates.freezes else "DyVTE gates"
+    rows.append(_row(ours, runs, list(map(gates_name, pairs)), timing))
     return rows
 
 
@@ -96,7 +103,9 @@ def _row(
         scores={run.title: found for run in runs if (found := _headline(run, names))},
         same_answer=float(np.average(same, weights=questions)),
         mean_exit_layer=pooled(lambda cost: cost.mean_exit_layer),
+        mean_freeze_layer=pooled(lambda cost: cost.mean_updated_layers),
         visual_compute=pooled(lambda cost: cost.visual_compute),
+        prefill_flops=pooled(lambda cost: cost.prefill["vtw"].ratio),
         prefill_ratio=1.0 if full else timed and timed.prefill_ratio,
     )
 

@@ -1,4 +1,4 @@
-"""Rules compared on traced test samples: no generation, every exit layer known for every sample.
+"""Rules compared on traced test samples: no generation, every traced schedule known for every sample.
 
 Shape letters: B samples, L decoder layers, S settings.
 """
@@ -13,15 +13,32 @@ import torch
 from torch import Tensor
 
 from dyvte.calibration import gate_logits
-from dyvte.calibration.operating_points import OperatingPoints, compute_to_reach, fixed_points
+from dyvte.calibration.operating_points import (
+    OperatingPoints,
+    compute_to_reach,
+    fixed_points,
+    static_points,
+)
+from dyvte.calibration.path import Labels
 from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
-from dyvte.comparison.oracle import first_safe_layer, oracle_exits, oracle_points, within_wording_share
+from dyvte.comparison.oracle import (
+    at_pairs,
+    first_safe_layer,
+    first_safe_schedule,
+    oracle_exits,
+    oracle_points,
+    schedule_oracle_points,
+    traced_pairs,
+    within_wording_share,
+)
 from dyvte.comparison.records import METRICS, Curve, RuleCurves, Spread, on_every_metric, plain
 from dyvte.comparison.scenes import TracedScenes, distinct_share
 from dyvte.comparison.tuned_gates import TunedGates
 from dyvte.comparison.tuned_router import TunedRouter
+from dyvte.costs.schedules import schedule_compute
 
-BASELINES = ("fixed", "router")
+BASELINES = ("fixed", "static", "router")
+"""Rules that the gates are compared with; static schedules where the gates choose schedules."""
 SAME_ANSWER_TARGETS = (0.90, 0.95, 0.98, 0.99)
 
 Points = Mapping[str, OperatingPoints]
@@ -52,27 +69,26 @@ class Pair:
 
 @dataclass(frozen=True)
 class ComputeNeeded:
-    """Visual compute at which each rule keeps a share of the answers; nan where it never does."""
+    """Visual compute at which each rule keeps a share of the answers; nan where it never does.
+
+    Attributes
+    ----------
+    same_answer : that share.
+    spent : visual compute by rule.
+    """
 
     same_answer: float
-    gates: float
-    router: float
-    fixed: float
+    spent: Mapping[str, float]
 
     @property
-    def router_over_gates(self) -> float:
-        """How many times the gates' compute the router needs."""
-        return self.router / self.gates
-
-    @property
-    def fixed_over_gates(self) -> float:
-        """How many times the gates' compute a mixture of fixed K needs."""
-        return self.fixed / self.gates
+    def over_gates(self) -> dict[str, float]:
+        """How many times the gates' compute each other rule needs."""
+        return {rule: one / self.spent["gates"] for rule, one in self.spent.items() if rule != "gates"}
 
     def to_dict(self) -> dict[str, float]:
         """JSON-ready, ratios included."""
-        ratios = {name: getattr(self, name) for name in ("router_over_gates", "fixed_over_gates")}
-        return {**vars(self), **ratios}
+        ratios = {f"{rule}_over_gates": one for rule, one in self.over_gates.items()}
+        return {"same_answer": self.same_answer, **self.spent, **ratios}
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,7 @@ class SeedComparison:
 
     Attributes
     ----------
-    threshold, visual_compute, mean_exit_layer : of the gates on the test samples.
+    threshold, visual_compute, mean_exit_layer, mean_freeze_layer : of the gates on the test samples.
     router_kind, router_learning_rate : what was chosen for the router.
     at_equal_compute : means, by rule and metric.
     gates_minus : differences, by baseline and metric.
@@ -92,6 +108,7 @@ class SeedComparison:
     threshold: float
     visual_compute: float
     mean_exit_layer: float
+    mean_freeze_layer: float
     router_kind: str
     router_learning_rate: float
     at_equal_compute: dict[str, dict[str, float]]
@@ -106,10 +123,11 @@ class OverSeeds:
 
     visual_compute: Spread
     mean_exit_layer: Spread
+    mean_freeze_layer: Spread
     at_equal_compute: dict[str, dict[str, Spread]]
     gates_minus: dict[str, ByMetric]
-    router_over_gates: Spread
-    fixed_over_gates: Spread
+    over_gates: dict[str, Spread]
+    """Compute that a rule needs to keep as many answers as the gates, over theirs."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +175,28 @@ def compare_on_traces(
     pairs : gates of every seed with their routers.
     num_draws, seed : of the paired bootstrap.
     """
-    fixed = {
-        metric: fixed_points(
-            getattr(calibration.trace, metric), test.trace.num_visual, smaller_is_better=less
-        )
-        for metric, less in METRICS.items()
+    trace, visual_B = test.trace, test.trace.num_visual
+    bounds = {"oracle": on_every_metric(oracle_points(trace.risk, visual_B))}
+    shared: dict[str, Points] = {
+        "fixed": {
+            metric: fixed_points(getattr(calibration.trace, metric), visual_B, smaller_is_better=less)
+            for metric, less in METRICS.items()
+        }
     }
-    oracle = oracle_points(test.trace.risk, test.trace.num_visual)
-    judged = [_OneSeed(test, pair, fixed, oracle) for pair in pairs]
+    if pairs[0].gates.freezes:
+        share = calibration.trace.grid.kv_share
+        shared["static"] = {
+            metric: static_points(
+                Labels.of(calibration.trace, metric), visual_B, share, smaller_is_better=less
+            )
+            for metric, less in METRICS.items()
+        }
+        found = schedule_oracle_points(Labels.of(trace, "risk"), visual_B, share)
+        bounds["schedule_oracle"] = on_every_metric(found)
+    judged = [_OneSeed(test, pair, shared, bounds) for pair in pairs]
+    curves = {rule: Curve.on_trace(points, trace) for rule, points in bounds.items()}
+    if "static" in shared:
+        curves["static"] = _every_schedule(test)
     return TraceComparison(
         num_samples=len(test.questions),
         num_images=len(set(test.image_ids)),
@@ -172,10 +204,10 @@ def compare_on_traces(
         distinct_wordings=distinct_share(test.questions),
         within_wording_share=_wording_shares(test, pairs),
         curves=RuleCurves(
-            fixed=_every_layer(test),
-            oracle=Curve.on_trace(on_every_metric(oracle), test.trace),
             gates={one.pair.name: one.curve("gates") for one in judged},
             router={one.pair.name: one.curve("router") for one in judged},
+            fixed=_every_layer(test),
+            **curves,
         ),
         seeds={one.pair.name: one.compared(num_draws, seed) for one in judged},
         over_seeds=_over_seeds(judged, num_draws, seed),
@@ -188,26 +220,33 @@ class _OneSeed:
     ``values`` holds (B,) expected values by rule and metric.
     """
 
-    def __init__(self, test: TracedScenes, pair: Pair, fixed: Points, oracle: OperatingPoints) -> None:
+    def __init__(
+        self,
+        test: TracedScenes,
+        pair: Pair,
+        shared: Mapping[str, Points],
+        bounds: Mapping[str, Points],
+    ) -> None:
         self.test, self.pair = test, pair
         visual_B = test.trace.num_visual
-        logits_BL = gate_logits(pair.gates.gates, test.trace, test.features)
-        self.own = pair.gates.operating_point(logits_BL, visual_B)
+        logits = gate_logits(pair.gates.gates, test.trace, test.features)
+        self.own = pair.gates.operating_point(logits, visual_B)
         self.compute = float(self.own.compute_S[0])
+        self.labels = {metric: Labels.of(test.trace, metric) for metric in METRICS}
         self.points: dict[str, Points] = {
-            "gates": on_every_metric(pair.gates.points(logits_BL, visual_B)),
-            "fixed": fixed,
+            "gates": on_every_metric(pair.gates.points(logits, visual_B)),
             "router": on_every_metric(pair.router.points(test.questions, visual_B)),
-            "oracle": on_every_metric(oracle),
+            **shared,
+            **bounds,
         }
         self.values = {
             rule: {metric: self._at_compute(points[metric], metric) for metric in METRICS}
             for rule, points in self.points.items()
         }
-        self.values["gates"] = {m: self.own.values_SB(getattr(test.trace, m))[0] for m in METRICS}
+        self.values["gates"] = {m: self.own.values_SB(self.labels[m])[0] for m in METRICS}
 
     def _at_compute(self, points: OperatingPoints, metric: str) -> Tensor:
-        return points.mixed_values(getattr(self.test.trace, metric), points.at_compute(self.compute))
+        return points.mixed_values(self.labels[metric], points.at_compute(self.compute))
 
     def curve(self, rule: str) -> Curve:
         """Of a rule's settings."""
@@ -216,7 +255,12 @@ class _OneSeed:
     @property
     def mean_exit_layer(self) -> float:
         """Of the gates."""
-        return float(self.own.exits_SB[0].double().mean())
+        return float(self.own.schedules(0).exit_layers_B.double().mean())
+
+    @property
+    def mean_freeze_layer(self) -> float:
+        """Of the gates: layers that update the visual tokens."""
+        return float(self.own.schedules(0).freeze_layers_B.double().mean())
 
     def means(self) -> dict[str, dict[str, float]]:
         """By rule and metric."""
@@ -227,15 +271,12 @@ class _OneSeed:
 
     def needed(self, target: float) -> ComputeNeeded:
         """What the rules spend to keep a share of the answers."""
-        metric = "same_answer"
-        column_BL1 = self.test.trace.same_answer
-        spent = {
-            rule: compute_to_reach(
-                self.points[rule][metric].compute_S, self.points[rule][metric].means_S(column_BL1), target
-            )
-            for rule in ("gates", "router", "fixed")
-        }
-        return ComputeNeeded(target, **spent)
+        metric, spent = "same_answer", {}
+        for rule, points in self.points.items():
+            if rule == "gates" or rule in BASELINES or rule == "schedule_oracle":
+                means_S = points[metric].means_S(self.labels[metric])
+                spent[rule] = compute_to_reach(points[metric].compute_S, means_S, target)
+        return ComputeNeeded(target, spent)
 
     def needed_for_own(self) -> ComputeNeeded:
         """What the rules spend to keep as many answers as the gates at their threshold."""
@@ -247,6 +288,7 @@ class _OneSeed:
             threshold=self.pair.gates.threshold,
             visual_compute=self.compute,
             mean_exit_layer=self.mean_exit_layer,
+            mean_freeze_layer=self.mean_freeze_layer,
             router_kind=self.pair.router.kind,
             router_learning_rate=self.pair.router.settings.learning_rate,
             at_equal_compute=self.means(),
@@ -268,6 +310,7 @@ def _differences(
             for metric in METRICS
         }
         for name in BASELINES
+        if name in values
     }
 
 
@@ -281,12 +324,14 @@ def _over_seeds(judged: Sequence[_OneSeed], num_draws: int, seed: int) -> OverSe
     return OverSeeds(
         visual_compute=Spread.of([one.compute for one in judged]),
         mean_exit_layer=Spread.of([one.mean_exit_layer for one in judged]),
+        mean_freeze_layer=Spread.of([one.mean_freeze_layer for one in judged]),
         at_equal_compute={
             rule: {m: Spread.of([one[rule][m] for one in means]) for m in METRICS} for rule in rules
         },
         gates_minus=_differences(mean, judged[0].test, num_draws, seed),
-        router_over_gates=Spread.of([one.router_over_gates for one in needed]),
-        fixed_over_gates=Spread.of([one.fixed_over_gates for one in needed]),
+        over_gates={
+            rule: Spread.of([one.over_gates[rule] for one in needed]) for rule in needed[0].over_gates
+        },
     )
 
 
@@ -300,6 +345,22 @@ def _every_layer(test: TracedScenes) -> Curve:
     )
 
 
+def _every_schedule(test: TracedScenes) -> Curve:
+    """Every traced static schedule, hull or not, the best of those that cost the same; its settings are the
+    freeze layers."""
+    pairs, share = traced_pairs(test.num_layers, test.trace.freezes), test.trace.grid.kv_share
+    costs = [round(float(schedule_compute(f, k, test.num_layers, share)), 9) for f, k in pairs]
+    compute, metrics = sorted(set(costs)), {}
+    for metric, less in METRICS.items():
+        means = at_pairs(Labels.of(test.trace, metric), pairs).mean(0).tolist()
+        best = min if less else max
+        metrics[metric] = tuple(
+            best(mean for mean, own in zip(means, costs, strict=True) if own == cost) for cost in compute
+        )
+    settings = tuple(float(pairs[costs.index(cost)][0]) for cost in compute)
+    return Curve(settings, tuple(compute), metrics)
+
+
 def _wording_shares(test: TracedScenes, pairs: Sequence[Pair]) -> dict[str, float]:
     """Within-wording share of the variance of oracle layers, for each lam the gates were trained with."""
     shares = {}
@@ -309,4 +370,9 @@ def _wording_shares(test: TracedScenes, pairs: Sequence[Pair]) -> dict[str, floa
     shares["first layer with the same answer from there on"] = within_wording_share(
         first_safe_layer(test.trace.same_answer), test.questions
     )
+    if pairs[0].gates.freezes:
+        safe = first_safe_schedule(Labels.of(test.trace, "same_answer"), test.trace.grid.kv_share)
+        shares["freeze layer of the cheapest schedule with the same answer from there on"] = (
+            within_wording_share(safe.freeze_layers_B, test.questions)
+        )
     return shares

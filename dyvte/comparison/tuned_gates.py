@@ -5,6 +5,8 @@ Shape letters: B samples, L decoder layers, S settings.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyvte.calibration import gate_logits, threshold_for_compute
+from dyvte.calibration import ThresholdPath, gate_logits, threshold_for_compute
 from dyvte.calibration.operating_points import OperatingPoints
+from dyvte.calibration.path import threshold_at
 from dyvte.comparison.router import NEVER
 from dyvte.comparison.scenes import TracedScenes
-from dyvte.costs.visual import visual_compute
 from dyvte.errors import CalibrationError, ConfigError
-from dyvte.gates import GateStack, exit_layers, load_checkpoint
+from dyvte.gates import GateStack, HeadLogits, Schedules, follow_threshold, load_checkpoint, schedules
+
+CURVE_LEVELS = 160
+"""Levels of the threshold on a curve of gates with a freeze head."""
 
 
 @dataclass(frozen=True)
@@ -33,30 +38,48 @@ class TunedGates:
     curve_thresholds: tuple[float, ...]
     budget: float
     """Visual compute on the calibration scenes at ``threshold``."""
+    kv_share: float = math.nan
+    """Of the backbone, where the gates have a freeze head."""
 
     @property
     def num_parameters(self) -> int:
         """Of all gates that decide."""
         return self.gates.num_deciding_parameters
 
-    def exits(self, logits_BL: Tensor, threshold: float | None = None) -> Tensor:
-        """(B,) exit layers that the rule draws from logits."""
-        t = self.threshold if threshold is None else threshold
-        return exit_layers(logits_BL, t, self.min_layer, self.fallback)
+    @property
+    def freezes(self) -> bool:
+        """Do they say when visual tokens freeze, too?"""
+        return self.gates.config.freeze_head
 
-    def points(self, logits_BL: Tensor, num_visual_B: Tensor) -> OperatingPoints:
+    def decided(self, logits: Tensor | HeadLogits, threshold: float | None = None) -> Schedules:
+        """The schedules that the rule draws; the freeze threshold goes with the exit threshold."""
+        t, config = self.threshold if threshold is None else threshold, self.gates.config
+        freeze = follow_threshold(config.freeze_threshold, config.threshold, t) if self.freezes else None
+        return schedules(logits, t, self.min_layer, self.fallback, freeze)
+
+    def points(self, logits: Tensor | HeadLogits, num_visual_B: Tensor) -> OperatingPoints:
         """The threshold curve on other samples."""
-        exits_SB = torch.stack([self.exits(logits_BL, t) for t in self.curve_thresholds])
-        return OperatingPoints(self.name, self.curve_thresholds, exits_SB, num_visual_B, logits_BL.shape[1])
+        return self._points(logits, num_visual_B, self.curve_thresholds)
 
     def points_on(self, scenes: TracedScenes) -> OperatingPoints:
         """The threshold curve on traced scenes."""
         return self.points(gate_logits(self.gates, scenes.trace, scenes.features), scenes.trace.num_visual)
 
-    def operating_point(self, logits_BL: Tensor, num_visual_B: Tensor) -> OperatingPoints:
+    def operating_point(self, logits: Tensor | HeadLogits, num_visual_B: Tensor) -> OperatingPoints:
         """The one point of the stored threshold."""
-        exits_1B = self.exits(logits_BL)[None]
-        return OperatingPoints(self.name, (self.threshold,), exits_1B, num_visual_B, logits_BL.shape[1])
+        return self._points(logits, num_visual_B, (self.threshold,))
+
+    def _points(
+        self, logits: Tensor | HeadLogits, num_visual_B: Tensor, thresholds: tuple[float, ...]
+    ) -> OperatingPoints:
+        chosen_S = [self.decided(logits, t) for t in thresholds]
+        num_layers = self.gates.config.num_layers
+        if self.freezes:
+            return OperatingPoints.of_schedules(
+                self.name, thresholds, chosen_S, num_visual_B, num_layers, self.kv_share
+            )
+        exits_SB = torch.stack([chosen.exit_layers_B for chosen in chosen_S])
+        return OperatingPoints(self.name, thresholds, exits_SB, num_visual_B, num_layers)
 
 
 def budget_grid(num_layers: int) -> list[float]:
@@ -65,38 +88,63 @@ def budget_grid(num_layers: int) -> list[float]:
 
 
 def load_gates(folder: str | Path, name: str, calibration: TracedScenes) -> TunedGates:
-    """Gates of a checkpoint folder; their thresholds over budgets come from the calibration scenes.
+    """Gates of a checkpoint folder; the thresholds of their curve come from the calibration scenes.
 
     Raises
     ------
     ConfigError
-        The folder holds no gates, or they do not fit the traces, or have a freeze head.
+        The folder holds no gates, or they do not fit the traces.
     """
     config, gates = load_checkpoint(folder)
     if gates is None or config.mode == "fixed":
         raise ConfigError(f"{folder} describes a fixed exit; a comparison needs trained gates")
-    if config.freeze_head:
-        raise ConfigError(f"{folder}: gates with a freeze head; a comparison needs gates of exits alone")
     if config.num_layers != calibration.num_layers:
         raise ConfigError(
             f"{folder}: gates for {config.num_layers} layers, traces of {calibration.num_layers} layers"
         )
-    logits_BL = gate_logits(gates, calibration.trace, calibration.features)
-    num_visual_B = calibration.trace.num_visual
-    thresholds = set()
-    for budget in budget_grid(config.num_layers):
-        try:
-            found = threshold_for_compute(logits_BL, num_visual_B, budget, min_layer=config.min_layer)
-        except CalibrationError:
-            continue  # below what leaving at min_layer costs
-        thresholds.add(found)
-    exits_B = exit_layers(logits_BL, config.threshold, config.min_layer, config.fallback)
-    return TunedGates(
+    trace = calibration.trace
+    if unknown := sorted(set(config.open_freezes) - set(trace.freezes)):
+        raise ConfigError(
+            f"{folder}: the gates can freeze rows after layers {unknown[:8]}, which the traces do not hold "
+            f"(they hold {list(trace.freezes)}): trace with the freeze layers of the gates' training data"
+        )
+    logits = gate_logits(gates, trace, calibration.features)
+    path = ThresholdPath.of(logits, trace, config)
+    find = levels_of_both if isinstance(logits, HeadLogits) else _thresholds_over_budgets
+    tuned = TunedGates(
         name=name,
         gates=gates,
         threshold=config.threshold,
         min_layer=config.min_layer,
         fallback=config.fallback,
-        curve_thresholds=tuple(sorted(thresholds | {NEVER})),
-        budget=visual_compute(exits_B, num_visual_B, config.num_layers),
+        curve_thresholds=tuple(sorted({*find(path), NEVER})),
+        budget=math.nan,
+        kv_share=path.kv_share,
     )
+    return dataclasses.replace(tuned, budget=path.compute(tuned.decided(logits)))
+
+
+def _thresholds_over_budgets(path: ThresholdPath) -> set[float]:
+    """Thresholds of gates without freeze head that meet the budgets of the grid."""
+    found = set()
+    for budget in budget_grid(path.num_layers):
+        try:
+            found.add(threshold_for_compute(path.logits, path.num_visual_B, budget, min_layer=path.min_layer))
+        except CalibrationError:
+            continue  # below what leaving at min_layer costs
+    return found
+
+
+def levels_of_both(path: ThresholdPath, count: int = CURVE_LEVELS) -> set[float]:
+    """Thresholds of both heads at ``count`` levels, evenly over those at which some decision changes.
+
+    Of them, those that spend more than all before.
+    """
+    levels = path.levels()
+    cuts = levels[torch.linspace(0, len(levels) - 1, count).round().long()]
+    found, most = set(), -math.inf
+    for level in cuts.tolist():
+        if (spent := path.compute(path.at(level))) > most + 1e-6:
+            found.add(threshold_at(level))
+            most = spent
+    return found

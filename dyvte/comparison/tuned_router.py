@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from dyvte.calibration.operating_points import OperatingPoints, mixed, mixture_at
+from dyvte.calibration.path import Labels
 from dyvte.comparison.question_features import Featurise
 from dyvte.comparison.router import (
     NEVER,
@@ -26,10 +28,12 @@ from dyvte.comparison.router import (
     train_routers,
 )
 from dyvte.comparison.scenes import TracedScenes
+from dyvte.comparison.schedule_router import KINDS as SCHEDULE_RULES
+from dyvte.comparison.schedule_router import ScheduleRouter, schedule_curve, train_schedule_routers
 from dyvte.comparison.tuned_gates import budget_grid
 from dyvte.errors import ConfigError
 from dyvte.gates import GateConfig, GateStack
-from dyvte.objectives import ExpectedRisk
+from dyvte.objectives import ExpectedRisk, answer_loss
 
 ROUTER_LEARNING_RATES = (1e-3, 3e-3)
 ROUTER_MIN_STEPS = 1000
@@ -37,25 +41,25 @@ ROUTER_MIN_STEPS = 1000
 
 @dataclass(frozen=True)
 class TunedRouter:
-    """A trained question-only router with its curve of thresholds found on calibration scenes."""
+    """A trained question-only router with its curve of settings found on calibration scenes."""
 
     kind: str
     featurise: Featurise
-    router: QuestionRouter
-    curve_thresholds: tuple[float, ...]
+    router: QuestionRouter | ScheduleRouter
+    curve: Callable[[Tensor, Tensor], OperatingPoints]
+    """From features and visual tokens of other questions to the rule's operating points."""
     calibration_curve: tuple[np.ndarray, np.ndarray]
-    """Visual compute and risk on the calibration scenes at those thresholds."""
+    """Visual compute and loss on the calibration scenes at those settings."""
     settings: RouterSettings
 
-    def calibration_risk(self, budget: float) -> float:
-        """Risk on the calibration scenes at a visual compute, by mixing neighbouring thresholds."""
-        compute_S, risk_S = self.calibration_curve
-        return mixed(risk_S, mixture_at(compute_S, budget))
+    def calibration_loss(self, budget: float) -> float:
+        """Loss on the calibration scenes at a visual compute, by mixing neighbouring settings."""
+        compute_S, loss_S = self.calibration_curve
+        return mixed(loss_S, mixture_at(compute_S, budget))
 
     def points(self, questions: Sequence[str], num_visual_B: Tensor) -> OperatingPoints:
-        """The threshold curve on other questions."""
-        readiness_BL = self.router.readiness(self.featurise(questions))
-        return router_points("question-only router", readiness_BL, num_visual_B, self.curve_thresholds)
+        """The curve on other questions."""
+        return self.curve(self.featurise(questions), num_visual_B)
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,15 @@ class TrainingRecord:
     span : range of prices; what `ExpectedRisk` trains with where it is not recorded.
     epochs : passes over the samples.
     seed : of the training.
+    loss, memory_price : what the gates learned from, and the price of KV memory.
     """
 
     lam: float | None
     span: float
     epochs: float
     seed: int
+    loss: str = "risk"
+    memory_price: float = 0.0
 
     @staticmethod
     def of(config: GateConfig) -> TrainingRecord:
@@ -85,6 +92,8 @@ class TrainingRecord:
             span=float(objective.get("span", ExpectedRisk().span)),
             epochs=float(record.get("epochs", 1)),
             seed=int(record.get("seed", 0)),
+            loss=str(objective.get("loss", "risk")),
+            memory_price=float(objective.get("memory_price", 0.0)),
         )
 
 
@@ -120,6 +129,8 @@ def training_settings(
         batch_size=batch_size,
         seed=record.seed,
         min_parameters=gates.num_deciding_parameters,
+        loss=record.loss,
+        memory_price=record.memory_price,
     )
 
 
@@ -129,40 +140,85 @@ def train_router_candidates(
     calibration: TracedScenes,
     settings: RouterSettings,
     advance: Callable[[int], object] | None = None,
+    *,
+    freezes: bool = False,
 ) -> list[TunedRouter]:
-    """Routers on each kind of features, with each objective (one price, or the gates' range of prices) and
-    learning rate; ``advance`` as in `train_routers`."""
+    """Routers on each kind of features, of each kind of rule, with each learning rate.
+
+    Of exits: one price, or the gates' range of prices. With ``freezes`` of schedules, as gates with a freeze
+    head choose them: both kinds of `dyvte.comparison.schedule_router`. ``advance`` as in `train_routers`.
+    """
+    find = _schedule_candidates if freezes else _exit_candidates
+    return [
+        router
+        for kind, featurise in features.items()
+        for router in find(kind, featurise, train, calibration, settings, advance)
+    ]
+
+
+def _exit_candidates(
+    kind: str,
+    featurise: Featurise,
+    train: TracedScenes,
+    calibration: TracedScenes,
+    settings: RouterSettings,
+    advance: Callable[[int], object] | None,
+) -> list[TunedRouter]:
     tried = [
         dataclasses.replace(settings, learning_rate=rate, span=span)
         for span in sorted({1.0, settings.span})
         for rate in ROUTER_LEARNING_RATES
     ]
+    routers = train_routers(featurise(train.questions), train.trace, tried, advance)
+    features_BF, num_visual_B = featurise(calibration.questions), calibration.trace.num_visual
     found = []
-    for kind, featurise in features.items():
-        routers = train_routers(featurise(train.questions), train.trace, tried, advance)
-        features_BF = featurise(calibration.questions)
+    for router, chosen in zip(routers, tried, strict=True):
+        readiness_BL = router.readiness(features_BF)
+        grid = budget_grid(calibration.num_layers)
+        thresholds = {router_threshold(readiness_BL, num_visual_B, b) for b in grid} | {NEVER}
+        curve = partial(_exit_points, router, tuple(sorted(thresholds)))
+        found.append(_tuned(kind, featurise, router, curve, calibration, chosen))
+    return found
+
+
+def _exit_points(
+    router: QuestionRouter, thresholds: Sequence[float], features_BF: Tensor, num_visual_B: Tensor
+) -> OperatingPoints:
+    return router_points("question-only router", router.readiness(features_BF), num_visual_B, thresholds)
+
+
+def _schedule_candidates(
+    kind: str,
+    featurise: Featurise,
+    train: TracedScenes,
+    calibration: TracedScenes,
+    settings: RouterSettings,
+    advance: Callable[[int], object] | None,
+) -> list[TunedRouter]:
+    tried = [dataclasses.replace(settings, learning_rate=rate) for rate in ROUTER_LEARNING_RATES]
+    features_BF, found = featurise(calibration.questions), []
+    for rule in SCHEDULE_RULES:
+        routers = train_schedule_routers(featurise(train.questions), train.trace, rule, tried, advance)
         for router, chosen in zip(routers, tried, strict=True):
-            found.append(_tuned(kind, featurise, router, features_BF, calibration, chosen))
+            curve = schedule_curve(router, features_BF, calibration.trace, chosen.loss)
+            found.append(_tuned(f"{kind}, {rule}", featurise, router, curve, calibration, chosen))
     return found
 
 
 def best_router(candidates: Sequence[TunedRouter], budget: float) -> TunedRouter:
-    """The candidate with the least risk at ``budget`` on the calibration scenes."""
-    return min(candidates, key=lambda router: router.calibration_risk(budget))
+    """The candidate with the least loss at ``budget`` on the calibration scenes."""
+    return min(candidates, key=lambda router: router.calibration_loss(budget))
 
 
 def _tuned(
     kind: str,
     featurise: Featurise,
-    router: QuestionRouter,
-    features_BF: Tensor,
+    router: QuestionRouter | ScheduleRouter,
+    curve: Callable[[Tensor, Tensor], OperatingPoints],
     calibration: TracedScenes,
     settings: RouterSettings,
 ) -> TunedRouter:
-    readiness_BL = router.readiness(features_BF)
-    num_visual_B = calibration.trace.num_visual
-    grid = budget_grid(calibration.num_layers)
-    thresholds = tuple(sorted({router_threshold(readiness_BL, num_visual_B, b) for b in grid} | {NEVER}))
-    points = router_points(kind, readiness_BL, num_visual_B, thresholds)
-    curve = (points.compute_S, points.means_S(calibration.trace.risk))
-    return TunedRouter(kind, featurise, router, thresholds, curve, settings)
+    trace = calibration.trace
+    points = curve(featurise(calibration.questions), trace.num_visual)
+    loss = Labels(answer_loss(trace, settings.loss), trace.freezes)
+    return TunedRouter(kind, featurise, router, curve, (points.compute_S, points.means_S(loss)), settings)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dyvte.calibration import gate_logits, search_exit_layer
+from dyvte.calibration.path import Labels
 from dyvte.comparison.config import CompareConfig
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.tuned_gates import TunedGates
@@ -82,6 +83,6 @@ def choose_vtw(
 
 def _kept(gates: TunedGates, calibration: TracedScenes) -> float:
     """Same-answer rate of gates on the calibration samples at their stored threshold."""
-    logits_BL = gate_logits(gates.gates, calibration.trace, calibration.features)
-    points = gates.operating_point(logits_BL, calibration.trace.num_visual)
-    return float(points.means_S(calibration.trace.same_answer)[0])
+    logits = gate_logits(gates.gates, calibration.trace, calibration.features)
+    points = gates.operating_point(logits, calibration.trace.num_visual)
+    return float(points.means_S(Labels.of(calibration.trace, "same_answer"))[0])

@@ -6,6 +6,7 @@ Shape letters: B samples, L decoder layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -125,3 +126,15 @@ def visual_share(
         whole = macs.linear_L.sum()
     full = whole * num_visual_B1.sum()
     return float(spent / full) if full > 0 else float("nan")
+
+
+def frozen_share(shape: DecoderShape, layers: Collection[int]) -> float:
+    """Visual compute with a static set of layers frozen and nothing else: linear work, as `visual_compute`.
+
+    Parameters
+    ----------
+    shape : sizes of the decoder.
+    layers : those that read visual tokens without updating them, counted from 0.
+    """
+    frozen_1L = torch.tensor([[index in layers for index in range(shape.num_layers)]])
+    return visual_share(shape, ~frozen_1L, [1], frozen_BL=frozen_1L)

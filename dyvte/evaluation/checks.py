@@ -15,8 +15,8 @@ from dyvte.backbones.encode import check_prompt
 from dyvte.data import Defect, load_image
 from dyvte.data.defects import check_text, collected
 from dyvte.errors import DataError
+from dyvte.readers.tables import PackedImage
 from dyvte.tasks.base import Question
-from dyvte.tasks.readers.tables import PackedImage
 from dyvte.tasks.records import ImageSource
 
 _SHOWN = 5

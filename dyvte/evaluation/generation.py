@@ -24,10 +24,10 @@ from dyvte.errors import ConfigError
 from dyvte.evaluation.checks import name_unaskable, open_image
 from dyvte.evaluation.run_log import Answer, pack_layers
 from dyvte.groups import open_group
+from dyvte.readers.videos import read_frames
 from dyvte.runtime import VisualExit
 from dyvte.runtime.records import PrefillRecord
 from dyvte.tasks.base import Question
-from dyvte.tasks.readers.videos import read_frames
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.scores import SCORES_FILE
 from dyvte.files import write_atomically
-from dyvte.tasks.readers.rows import read_jsonl
+from dyvte.readers.rows import read_jsonl
 
 RUN_FILE = "run.json"
 PARTIAL_FILE = "answers.partial.jsonl"

@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dyvte.costs.prefill import PrefillCost
+from dyvte.entries import entries, record_of
 from dyvte.errors import DataError
 from dyvte.files import write_atomically
 from dyvte.reductions import NO_REDUCTION
@@ -21,7 +22,7 @@ SCORES_FILE = "scores.json"
 FULL_MODEL = "never"
 """The policy of the full model, and the name of its run: never an exit, no reduction."""
 
-Record = TypeVar("Record")
+_ADVICE = "not what this version of dyvte eval writes. Run the same command again with --overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,10 +223,9 @@ class RunScores:
         """
         if not isinstance(values, Mapping):
             raise DataError(f"{where}: expected an object, found {type(values).__name__}")
-        top = _entries(
-            values, ("scores", "headline", "same_answer_as_never", "timing", "run", "config"), where
-        )
-        identity = _entries(top["run"], ("policy", "name", "backbone"), f"{where}, run")
+        names = ("scores", "headline", "same_answer_as_never", "timing", "run", "config")
+        top = entries(values, names, where, _ADVICE)
+        identity = entries(top["run"], ("policy", "name", "backbone"), f"{where}, run", _ADVICE)
         timing = top["timing"]
         return RunScores(
             scores=top["scores"],
@@ -266,36 +266,22 @@ class RunScores:
 
 def _cost(values: Mapping[str, Any], where: str) -> CostMetrics:
     names = [field.name for field in dataclasses.fields(CostMetrics) if field.name != "mean_freeze_layer"]
-    cost = {**_entries(values, names, where), "mean_freeze_layer": values.get("mean_freeze_layer")}
+    cost = {**entries(values, names, where, _ADVICE), "mean_freeze_layer": values.get("mean_freeze_layer")}
     try:
         cost["exit_layer_counts"] = {int(k): count for k, count in cost["exit_layer_counts"].items()}
         conventions = dict(cost["prefill"].items())
     except (AttributeError, ValueError) as error:
         raise DataError(f"{where} is not what dyvte eval writes ({error})") from error
     prefill = {
-        name: _record(PrefillCost, one, f"{where}, prefill, {name}") for name, one in conventions.items()
+        name: record_of(PrefillCost, one, f"{where}, prefill, {name}", _ADVICE)
+        for name, one in conventions.items()
     }
     return CostMetrics(**{**cost, "prefill": prefill})
 
 
 def _timing(values: Mapping[str, Any], where: str) -> Timing:
     names = [field.name for field in dataclasses.fields(Timing) if field.name != "times"]
-    about = _entries(values, names, where)
-    about["plain"] = _record(GenerationTimes, about["plain"], f"{where}, plain")
-    about["machine"] = _record(Machine, about["machine"], f"{where}, machine")
-    return Timing(times=_record(GenerationTimes, values, where), **about)
-
-
-def _record(cls: type[Record], values: Any, where: str) -> Record:
-    return cls(**_entries(values, [field.name for field in dataclasses.fields(cls)], where))  # type: ignore[arg-type]
-
-
-def _entries(values: Any, names: list[str] | tuple[str, ...], where: str) -> dict[str, Any]:
-    """The entries of those names; further ones, of a later version, are left alone."""
-    missing = [name for name in names if not isinstance(values, Mapping) or name not in values]
-    if missing:
-        raise DataError(
-            f"{where}: no {', '.join(map(repr, missing))}: not what this version of dyvte eval writes. Run "
-            "the same command again with --overwrite"
-        )
-    return {name: values[name] for name in names}
+    about = entries(values, names, where, _ADVICE)
+    about["plain"] = record_of(GenerationTimes, about["plain"], f"{where}, plain", _ADVICE)
+    about["machine"] = record_of(Machine, about["machine"], f"{where}, machine", _ADVICE)
+    return Timing(times=record_of(GenerationTimes, values, where, _ADVICE), **about)

@@ -25,7 +25,7 @@ from dyvte.evaluation.generation import plan_batches
 from dyvte.evaluation.run_log import Answer, exit_row
 from dyvte.plugins.answering import Answering, Request, plugin_config
 from dyvte.progress import progress
-from dyvte.tasks.readers.videos import Video, read_frames
+from dyvte.readers.videos import Video, read_frames
 
 
 class DyvteChat(lmms):

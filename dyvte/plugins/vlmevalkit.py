@@ -27,7 +27,7 @@ from dyvte.data.defects import named
 from dyvte.errors import DataError
 from dyvte.evaluation.run_log import exit_row
 from dyvte.plugins.answering import Answering, Request, plugin_config
-from dyvte.tasks.readers.videos import Video, read_frames
+from dyvte.readers.videos import Video, read_frames
 
 
 class DyvteVLM(BaseModel):

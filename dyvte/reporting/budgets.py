@@ -13,8 +13,8 @@ from dyvte.comparison.records import Curve
 from dyvte.formatting import difference_text, markdown_table, spread_text
 from dyvte.plotting import COLORS, new_figure, plain_axes
 
-_BOUND_COLOR = "#2ca02c"
-_RULE_COLORS = [color for color in (*COLORS, "#e377c2", "#bcbd22") if color != _BOUND_COLOR]
+_BOUND_COLORS = {"oracle": "#2ca02c", "schedule oracle": "#98df8a"}
+_RULE_COLORS = [c for c in (*COLORS, "#e377c2", "#bcbd22") if c not in _BOUND_COLORS.values()]
 _PANELS = {"risk": "risk: KL(full || exit), nats", "same_answer": "same answer as the full model, %"}
 
 
@@ -31,6 +31,13 @@ def budget_markdown(found: BudgetComparison) -> str:
         [_share(row.budget), *(difference_text(row.risk_minus[name], 4) for name in found.baselines)]
         for row in found.rows
     ]
+    same_minus = [
+        [
+            _share(row.budget),
+            *(difference_text(row.same_answer_minus[name], scale=100.0) for name in found.baselines),
+        ]
+        for row in found.rows
+    ]
     needed = found.compute_at_same_answer
     return "\n\n".join(
         [
@@ -40,13 +47,26 @@ def budget_markdown(found: BudgetComparison) -> str:
             markdown_table(head, same),
             f"Risk of {ours} minus the baseline's, nats, with 95 % intervals over images:",
             markdown_table(["visual compute", *found.baselines], minus),
+            f"Same answer of {ours} minus the baseline's, points, with 95 % intervals over images:",
+            markdown_table(["visual compute", *found.baselines], same_minus),
+            "Verdicts, by risk:",
             _verdict_table(found),
             f"Visual compute at which {needed.target:.0%} of the answers stay the same:",
             _needed_table(found),
             "In hindsight, leaving at the first layer from which all exits give the full model's answer "
             f"spends {needed.hindsight:.1%} and keeps every answer; leaving one layer after it "
-            f"{needed.hindsight_one_layer_late:.1%}.",
+            f"{needed.hindsight_one_layer_late:.1%}." + _schedules_in_hindsight(found),
         ]
+    )
+
+
+def _schedules_in_hindsight(found: BudgetComparison) -> str:
+    spent = found.compute_at_same_answer.schedule_hindsight
+    if spent is None:
+        return ""
+    return (
+        " The cheapest freeze and exit from which on all later ones give the full model's answer spend "
+        f"{spent:.1%}."
     )
 
 
@@ -70,12 +90,14 @@ def _verdict_table(found: BudgetComparison) -> str:
 
 def _needed_table(found: BudgetComparison) -> str:
     needed = found.compute_at_same_answer
-    rows = [["oracle", f"{needed.oracle:.1%}", "1.00"]]
+    rows = [["oracle", f"{needed.oracle:.1%}", f"{needed.oracle / needed.bound:.2f}"]]
+    if needed.schedule_oracle is not None:
+        rows.insert(0, ["schedule oracle", f"{needed.schedule_oracle:.1%}", "1.00"])
     rows += [
         [name, f"{spread_text(spread, 1, scale=100.0)} %", f"{needed.over_oracle(name):.2f}"]
         for name, spread in needed.rules.items()
     ]
-    return markdown_table(["rule", "visual compute", "over oracle"], rows)
+    return markdown_table(["rule", "visual compute", f"over {rows[0][0]}"], rows)
 
 
 def plot_budgets(found: BudgetComparison, path: Path) -> None:
@@ -90,14 +112,14 @@ def plot_budgets(found: BudgetComparison, path: Path) -> None:
     for axes, (metric, title) in zip(figure.subplots(1, 2), _PANELS.items()):
         colors = iter(_RULE_COLORS * len(found.curves))
         for name, seeds in found.curves.items():
-            is_bound = name == "oracle"
-            color = _BOUND_COLOR if is_bound else next(colors)
+            is_bound = name in _BOUND_COLORS
+            color = _BOUND_COLORS[name] if is_bound else next(colors)
             _band(axes, seeds, metric, name, color, dashed=is_bound)
         for row in found.rows:
             axes.axvline(100 * row.budget, color="#dddddd", lw=0.6, zorder=0)
         axes.set_xlabel("visual compute, % of the full model")
         axes.set_title(title, fontsize=10)
-        axes.set_xlim(8, 101)
+        axes.set_xlim(0 if "schedule oracle" in found.curves else 8, 101)
         plain_axes(axes)
         if metric == "risk":
             axes.set_yscale("symlog", linthresh=1e-3)

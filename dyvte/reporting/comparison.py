@@ -15,15 +15,17 @@ from dyvte.errors import ConfigError
 from dyvte.files import write_atomically
 from dyvte.formatting import difference_text, markdown_table, number, percentage, spread_text
 from dyvte.reporting.budgets import budget_markdown, plot_budgets
-from dyvte.reporting.comparison_plots import plot_comparison
+from dyvte.reporting.comparison_plots import plot_comparison, plot_schedules
 from dyvte.reporting.plans import plan_markdown, plot_plans
 from dyvte.tasks.base import get_benchmark
 
 BASELINE_LABELS = {
     "fixed": "fixed K (mixture of two)",
+    "static": "static schedule (mixture of two)",
     "router": "question-only router",
     "vtw_mixture": "VTW, mixture of two K",
     "full": "full model",
+    "schedule_oracle": "schedule oracle",
 }
 
 
@@ -50,6 +52,7 @@ def write_comparison(found: Comparison, output: Path) -> Path:
         write_atomically(output / "comparison.json", json.dumps(found.to_dict(), indent=2) + "\n")
         write_atomically(page, comparison_markdown(found))
         plot_comparison(found, output)
+        plot_schedules(found, output / "schedules.png")
         if found.budgets is not None:
             plot_budgets(found.budgets, output / "budgets.png")
         if found.plans is not None:
@@ -69,6 +72,8 @@ def comparison_markdown(found: Comparison) -> str:
         parts.append("## Benchmarks: gates minus baseline, paired bootstrap")
         parts.append(_benchmark_differences(found.benchmarks))
     parts.append("![scores and risk over visual compute](comparison.png)")
+    if any(one.kinds for one in found.benchmarks.values()):
+        parts.append("![layers that update and read visual tokens, by question type](schedules.png)")
     if found.budgets is not None:
         parts += ["## At given budgets", budget_markdown(found.budgets), "![rules at budgets](budgets.png)"]
     if found.plans is not None:
@@ -82,28 +87,44 @@ def comparison_table(found: Comparison) -> str:
     for title, one in found.benchmarks.items():
         metrics = get_benchmark(one.benchmark).headline_metrics
         header.append(title if len(metrics) == 1 else f"{title} ({' / '.join(metrics)})")
-    header += ["same answer", "exit layer", "visual compute", "prefill time"]
-    return markdown_table(header, [_cells(row, found.benchmarks) for row in found.rows])
+    freezes = _freezes(found)
+    layers = ["layers updated", "layers read"] if freezes else ["exit layer"]
+    flops = ["prefill FLOPs"] if freezes else []
+    header += ["same answer", *layers, "visual compute", *flops, "prefill time"]
+    return markdown_table(header, [_cells(row, found.benchmarks, freezes) for row in found.rows])
 
 
-def _cells(row: PolicyRow, benchmarks: Mapping[str, BenchmarkComparison]) -> list[str]:
+def _freezes(found: Comparison) -> bool:
+    """Do the gates choose schedules?"""
+    return found.traces.curves.static is not None
+
+
+def _cells(row: PolicyRow, benchmarks: Mapping[str, BenchmarkComparison], freezes: bool) -> list[str]:
     scores = [" / ".join(spread_text(one, 1) for one in row.scores.get(title, ())) for title in benchmarks]
     return [
         row.policy,
         *(cell or "-" for cell in scores),
         percentage(row.same_answer),
+        *([number(row.mean_freeze_layer)] if freezes else []),
         number(row.mean_exit_layer),
         percentage(row.visual_compute),
+        *([percentage(row.prefill_flops)] if freezes else []),
         number(row.prefill_ratio),
     ]
 
 
 def _table_notes(found: Comparison) -> str:
     seeds = len(found.gates)
+    layers = "Exit layer: mean"
+    if _freezes(found):
+        layers = (
+            "Layers updated: mean number of layers that update the visual tokens; read: that text can read "
+            "them in. Prefill FLOPs: of all tokens, two per multiply-add, over the full model's"
+        )
     return (
-        f"Gates, router and mixture: mean over {seeds} seed{'s' if seeds > 1 else ''} (± deviation). "
-        "The router and the mixture spend what the gates of that seed spent on the same questions. "
-        "Same answer: the whole answer equals the full model's. Exit layer: mean. Prefill time: relative to "
+        f"Gates, router and mixtures: mean over {seeds} seed{'s' if seeds > 1 else ''} (± deviation). "
+        "The router and the mixtures spend what the gates of that seed spent on the same questions. "
+        f"Same answer: the whole answer equals the full model's. {layers}. Prefill time: relative to "
         f"the full model, taken in turns, vision tower included ({found.machine})."
     )
 
@@ -111,11 +132,18 @@ def _table_notes(found: Comparison) -> str:
 def _trace_parts(traces: TraceComparison) -> list[str]:
     over = traces.over_seeds
     rows = []
-    for rule in ("gates", "router", "fixed", "oracle"):
-        means = over.at_equal_compute[rule]
+    for rule in ("gates", "router", "fixed", "static", "oracle", "schedule_oracle"):
+        if (means := over.at_equal_compute.get(rule)) is None:
+            continue
         cells = [spread_text(means["risk"], 4)]
         cells += [spread_text(means[metric], scale=100.0) for metric in ("same_answer", "agreement")]
         rows.append([BASELINE_LABELS.get(rule, rule), *cells])
+    names = {"router": "question-only router", "fixed": "fixed K", "static": "static schedule"}
+    needed = ", ".join(
+        f"{name} {number(over.over_gates[rule].mean)} x" + (" theirs" if rule == "router" else "")
+        for rule, name in names.items()
+        if rule in over.over_gates
+    )
     shares = ", ".join(f"{name} {percentage(share)}" for name, share in traces.within_wording_share.items())
     return [
         f"{traces.num_samples} samples about {traces.num_images} images. The gates spend "
@@ -123,8 +151,7 @@ def _trace_parts(traces: TraceComparison) -> list[str]:
         markdown_table(["rule", "risk (nats)", "same answer, %", "agreement, %"], rows),
         "Gates minus baseline (95 % interval over images, mean of the seeds):",
         _difference_table(over.gates_minus),
-        "Visual compute needed to keep as many answers as the gates: question-only router "
-        f"{number(over.router_over_gates.mean)} x theirs, fixed K {number(over.fixed_over_gates.mean)} x.\n"
+        f"Visual compute needed to keep as many answers as the gates: {needed}.\n"
         f"Variance of the needed layer within identical wordings: {shares}.",
     ]
 

@@ -12,15 +12,27 @@ import numpy as np
 from dyvte.calibration.operating_points import lower_hull
 from dyvte.comparison.compare import Comparison
 from dyvte.comparison.records import Curve, RuleCurves
+from dyvte.comparison.runs import KindLayers
 from dyvte.plotting import new_figure, plain_axes
 
-RULE_COLORS = {"fixed": "#4d4d4d", "router": "#1f77b4", "gates": "#d62728", "oracle": "#2ca02c"}
+RULE_COLORS = {
+    "fixed": "#4d4d4d",
+    "static": "#8c564b",
+    "router": "#1f77b4",
+    "gates": "#d62728",
+    "oracle": "#2ca02c",
+    "schedule_oracle": "#98df8a",
+}
 LABELS = {
     "fixed": "fixed K (VTW)",
+    "static": "best mixture of two static schedules",
     "router": "question-only router",
-    "gates": "DyVTE gates",
-    "oracle": "oracle",
+    "gates": "gates",
+    "oracle": "oracle of exits",
+    "schedule_oracle": "oracle of schedules",
 }
+STATE_COLORS = {"updated": "#d62728", "read": "#f4a6a0", "gone": "#eeeeee"}
+MOST_KINDS = 24
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,47 @@ def plot_comparison(found: Comparison, folder: Path, name: str = "comparison") -
     return paths
 
 
+def plot_schedules(found: Comparison, path: Path) -> None:
+    """For each benchmark a bar per question type: layers that update visual tokens, read them, or lack them.
+
+    Nothing is drawn where the gates decide exits alone.
+
+    Raises
+    ------
+    ConfigError
+        matplotlib is not installed.
+    """
+    shown = [one for one in found.benchmarks.values() if one.kinds]
+    if not shown:
+        return
+    rows = max(min(len(one.kinds), MOST_KINDS) for one in shown)
+    figure = new_figure(5.6 * len(shown), 1.4 + 0.26 * rows)
+    for axes, one in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        paint_states(axes, one.kinds, found.traces.num_layers)
+        axes.set_title(f"{one.title}, gates", fontsize=10)
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
+def paint_states(axes: Any, kinds: Mapping[str, KindLayers], num_layers: int) -> None:
+    """Bars of updated, read and gone layers, the most frequent question type on top."""
+    chosen = dict(list(kinds.items())[:MOST_KINDS])
+    ends = {
+        "updated": [one.updated for one in chosen.values()],
+        "read": [one.read for one in chosen.values()],
+        "gone": [float(num_layers)] * len(chosen),
+    }
+    left = np.zeros(len(chosen))
+    for state, values in ends.items():
+        axes.barh(list(chosen), np.array(values) - left, left=left, color=STATE_COLORS[state], label=state)
+        left = np.array(values)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlim(0, num_layers)
+    axes.set_xlabel("decoder layers, mean")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _paint(axes: Any, panel: Panel) -> None:
     fixed = panel.curves.fixed
     compute, values = _columns(fixed, panel)
@@ -108,8 +161,15 @@ def _paint(axes: Any, panel: Panel) -> None:
         )
     _band(axes, panel.curves.router, panel, "router")
     _band(axes, panel.curves.gates, panel, "gates")
-    style = {"color": RULE_COLORS["oracle"], "ls": "--", "lw": 1.2, "label": LABELS["oracle"]}
-    _line(axes, *_columns(panel.curves.oracle, panel), **style)
+    if panel.curves.static is not None:
+        compute, values = _columns(panel.curves.static, panel)
+        style = {"color": RULE_COLORS["static"], "lw": 1.2, "label": LABELS["static"]}
+        corners = lower_hull(compute, values if panel.less_is_better else -values)
+        _line(axes, compute[corners], values[corners], **style)
+    for rule in ("oracle", "schedule_oracle"):
+        if (curve := getattr(panel.curves, rule)) is not None:
+            style = {"color": RULE_COLORS[rule], "ls": "--", "lw": 1.2, "label": LABELS[rule]}
+            _line(axes, *_columns(curve, panel), **style)
     for x, y in panel.stars:
         axes.plot(
             100 * x, panel.scale * y, "*", color=RULE_COLORS["gates"], ms=9, mec="white", mew=0.6, zorder=5

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dyvte.readers.files import ImageFolder, find_folder, table_images
+from dyvte.readers.rows import Row, read_json, read_text, rows_of
 from dyvte.tasks.answers.choices import Options, lmms_exact, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_index, gold_letter, lettered_options
-from dyvte.tasks.readers.files import ImageFolder, find_folder, table_images
-from dyvte.tasks.readers.rows import Row, read_json, read_text, rows_of
 from dyvte.tasks.records import ImageSource
 
 

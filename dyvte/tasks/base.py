@@ -15,13 +15,13 @@ import numpy as np
 
 from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.formatting import name_some
+from dyvte.readers.files import fit, shards_below, tables_below
+from dyvte.readers.rows import Row
+from dyvte.readers.tables import read_table
 from dyvte.registry import Registry
 from dyvte.tasks.metrics import NOT_GRADED, breakdown, percent, ungraded
+from dyvte.tasks.predictions import read_answers, read_json_table, read_submitted
 from dyvte.tasks.prompts import SHORT_ANSWER_SUFFIX
-from dyvte.tasks.readers.files import fit, shards_below, tables_below
-from dyvte.tasks.readers.predictions import read_answers, read_json_table, read_submitted
-from dyvte.tasks.readers.rows import Row
-from dyvte.tasks.readers.tables import read_table
 from dyvte.tasks.records import Predictions as Predictions
 from dyvte.tasks.records import Question as Question
 from dyvte.tasks.records import count_unknown, refuse_missing_files, require_all, unique_ids
@@ -53,8 +53,9 @@ class Benchmark:
         Patterns of the parquet files of a Hugging Face split; all files of the first that fits are read.
     columns : tuple of tuple of str
         What a table must have: of each tuple one column.
-    shard_columns : tuple of str
-        What a parquet split must have beside that, by which it is told from those of other benchmarks.
+    shard_columns : tuple of str, or of tuples of str
+        What a parquet split must have beside that (of a tuple one), by which it is told from those of other
+        benchmarks.
     dialects : tuple of str
         Whose rules exist for it.
     suffix : str
@@ -77,7 +78,7 @@ class Benchmark:
     tables: ClassVar[tuple[str, ...]] = ()
     shards: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("question",),)
-    shard_columns: ClassVar[tuple[str, ...]] = ()
+    shard_columns: ClassVar[tuple[str | tuple[str, ...], ...]] = ()
     dialects: ClassVar[tuple[str, ...]] = DIALECTS
     suffix: ClassVar[str] = SHORT_ANSWER_SUFFIX
     max_new_tokens: ClassVar[int] = 16
@@ -111,8 +112,8 @@ class Benchmark:
         return sorted(own, key=lambda path: (-fits[path], path.name))
 
     def _check_columns(self, row: Row, path: Path) -> None:
-        own = [(name,) for name in self.shard_columns] if path.suffix == ".parquet" else []
-        for names in (*self.columns, *own):
+        own = self.shard_columns if path.suffix == ".parquet" else ()
+        for names in (*self.columns, *((name,) if isinstance(name, str) else name for name in own)):
             if not any(name in row for name in names):
                 raise DataError(
                     f"{path} is no table of {self.title}: it has no column {' or '.join(map(repr, names))}, "
@@ -125,7 +126,7 @@ class Benchmark:
         Parameters
         ----------
         row
-            Its image cells are packed, see :func:`~dyvte.tasks.readers.files.table_images`.
+            Its image cells are packed, see :func:`~dyvte.readers.files.table_images`.
         number
             Of the row, from 1.
         base

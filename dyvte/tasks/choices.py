@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from dyvte.readers.rows import Row, is_blank
 from dyvte.tasks.answers.choices import LETTERS, Options
 from dyvte.tasks.base import Benchmark, Predictions, Question
 from dyvte.tasks.prompts import LETTER_SUFFIX
-from dyvte.tasks.readers.rows import Row, is_blank
 
 
 class ChoiceBenchmark(Benchmark):

@@ -15,18 +15,18 @@ from typing import Any
 
 from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
-from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
-from dyvte.tasks.metrics import percent
-from dyvte.tasks.readers.files import (
+from dyvte.readers.files import (
     IMAGE_EXTENSIONS,
     find_file,
     find_folder,
     shards_below,
     table_images,
 )
-from dyvte.tasks.readers.predictions import read_submitted
-from dyvte.tasks.readers.rows import Row, read_entries, read_jsonl
-from dyvte.tasks.readers.tables import read_table
+from dyvte.readers.rows import Row, read_entries, read_jsonl
+from dyvte.readers.tables import read_table
+from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
+from dyvte.tasks.metrics import percent
+from dyvte.tasks.predictions import read_submitted
 from dyvte.tasks.records import ImageSource, count_unknown
 from dyvte.tasks.statistics import Statistic, mean_statistic
 from dyvte.tasks.writing import write_json

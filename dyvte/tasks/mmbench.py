@@ -21,6 +21,9 @@ from typing import Any
 
 from dyvte.errors import DataError
 from dyvte.formatting import name_some
+from dyvte.readers.files import table_images
+from dyvte.readers.rows import Row
+from dyvte.readers.xlsx import write_xlsx
 from dyvte.tasks.answers.choices import (
     Options,
     lmms_letter,
@@ -31,9 +34,6 @@ from dyvte.tasks.answers.choices import (
 from dyvte.tasks.base import TASKS, Predictions, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, lettered_options
 from dyvte.tasks.metrics import breakdown, percent
-from dyvte.tasks.readers.files import table_images
-from dyvte.tasks.readers.rows import Row
-from dyvte.tasks.readers.xlsx import write_xlsx
 from dyvte.tasks.statistics import Statistic, all_right, mean_statistic
 
 _ROTATION = 1_000_000
@@ -55,6 +55,7 @@ class MMBench(ChoiceBenchmark):
     tables = ("MMBench_DEV_EN*.tsv", "mmbench_dev_2*.tsv", "*mmbench*.tsv")
     shards = ("en/dev-*.parquet", "data/dev-*.parquet", "dev-*.parquet", "en/test-*.parquet", "*.parquet")
     columns = (("index",), ("question",), ("A",), ("B",))
+    shard_columns = (("hint", "L2-category", "l2-category"),)
 
     def table(self, root: Path) -> list[Question] | None:
         """Also refuses rotations whose question is not there."""

@@ -19,12 +19,12 @@ import numpy as np
 from dyvte.errors import DataError, ScoreError
 from dyvte.files import write_atomically
 from dyvte.formatting import name_some
+from dyvte.readers.files import find_file, table_images
+from dyvte.readers.rows import Row, read_jsonl
 from dyvte.tasks.answers.yes_no import yes_no_words
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.metrics import percent
-from dyvte.tasks.prompts import strip_suffix
-from dyvte.tasks.readers.files import find_file, table_images
-from dyvte.tasks.readers.mme_release import (
+from dyvte.tasks.mme_release import (
     COGNITION,
     PERCEPTION,
     SUBTASKS,
@@ -36,8 +36,8 @@ from dyvte.tasks.readers.mme_release import (
     subtask_images,
     subtask_names,
 )
-from dyvte.tasks.readers.predictions import joined_by_prompt, read_answers
-from dyvte.tasks.readers.rows import Row, read_jsonl
+from dyvte.tasks.predictions import joined_by_prompt, read_answers
+from dyvte.tasks.prompts import strip_suffix
 from dyvte.tasks.records import count_unknown
 from dyvte.tasks.statistics import Statistic, all_right, group_index
 

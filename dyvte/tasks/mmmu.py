@@ -23,16 +23,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dyvte.readers.files import table_images
+from dyvte.readers.rows import Row, is_blank
+from dyvte.readers.tables import PackedImage
 from dyvte.tasks.answers.choices import LETTERS, Options, lettered, vlmevalkit_letter, with_options
 from dyvte.tasks.answers.mmmu_open import gold_forms, is_right, read_open
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.choices import checked_letter, lettered_options
 from dyvte.tasks.metrics import breakdown, percent
+from dyvte.tasks.predictions import checked, read_by_id
 from dyvte.tasks.prompts import LETTER_SUFFIX, SHORT_ANSWER_SUFFIX
-from dyvte.tasks.readers.files import table_images
-from dyvte.tasks.readers.predictions import checked, read_by_id
-from dyvte.tasks.readers.rows import Row, is_blank
-from dyvte.tasks.readers.tables import PackedImage
 from dyvte.tasks.records import ImageSource
 
 SEED = 42

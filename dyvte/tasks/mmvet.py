@@ -14,11 +14,11 @@ from typing import Any
 
 from dyvte.errors import ScoreError
 from dyvte.formatting import name_some
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, read_entries, read_jsonl, shown
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.metrics import percent, ungraded
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.predictions import checked, read_by_id
-from dyvte.tasks.readers.rows import Row, read_entries, read_jsonl, shown
+from dyvte.tasks.predictions import checked, read_by_id
 from dyvte.tasks.records import ImageSource
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.formatting import name_some
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, read_jsonl
 from dyvte.tasks.answers.yes_no import yes_no_words
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.metrics import percent
+from dyvte.tasks.predictions import collected
 from dyvte.tasks.prompts import strip_suffix
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.predictions import collected
-from dyvte.tasks.readers.rows import Row, read_jsonl
 from dyvte.tasks.records import ImageSource
 from dyvte.tasks.statistics import Statistic, mean_over_parts
 from dyvte.tasks.writing import number_or_text, write_jsonl

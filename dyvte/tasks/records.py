@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
-from dyvte.tasks.readers.files import is_file
-from dyvte.tasks.readers.tables import PackedImage
-from dyvte.tasks.readers.videos import Video
+from dyvte.readers.files import is_file
+from dyvte.readers.tables import PackedImage
+from dyvte.readers.videos import Video
 
 ImageSource: TypeAlias = Path | PackedImage
 """An image file, or an image inside a table (parquet, TSV)."""

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, is_blank, read_entries, read_json, read_rows, shown
 from dyvte.tasks.answers.choices import LETTERS, Options, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Predictions, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_index, gold_letter, lettered_options
+from dyvte.tasks.predictions import checked, read_by_id
 from dyvte.tasks.prompts import strip_suffix
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.predictions import checked, read_by_id
-from dyvte.tasks.readers.rows import Row, is_blank, read_entries, read_json, read_rows, shown
 from dyvte.tasks.records import ImageSource
 
 

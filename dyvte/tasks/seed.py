@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dyvte.errors import DataError
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, read_json, read_jsonl, read_rows, shown
 from dyvte.tasks.answers.choices import LETTERS, Options, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Predictions, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, lettered_options
 from dyvte.tasks.prompts import strip_suffix
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.rows import Row, read_json, read_jsonl, read_rows, shown
 from dyvte.tasks.records import ImageSource
 from dyvte.tasks.writing import write_jsonl
 

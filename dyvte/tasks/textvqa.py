@@ -17,12 +17,12 @@ from typing import Any
 
 from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, read_jsonl, read_rows
 from dyvte.tasks.answers.vqa import evalai_answer, official_answer, remembering, soft_accuracy
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
+from dyvte.tasks.predictions import joined_by_prompt
 from dyvte.tasks.prompts import strip_suffix
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.predictions import joined_by_prompt
-from dyvte.tasks.readers.rows import Row, read_jsonl, read_rows
 from dyvte.tasks.records import ImageSource
 from dyvte.tasks.writing import number_or_text
 
@@ -48,6 +48,7 @@ class TextVQA(Benchmark):
     tables = ("TextVQA_VAL.tsv", "*textvqa*.tsv")
     shards = ("data/validation-*.parquet", "*.parquet")
     columns = (("question",), ("answers", "answer"))
+    shard_columns = ("image_id",)
 
     def sources(self):
         """The release with LLaVA's texts where they are, tables."""

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.errors import DataError
+from dyvte.readers.files import find_file
+from dyvte.readers.rows import Row, read_jsonl, read_rows
+from dyvte.readers.tables import read_tsv
+from dyvte.readers.videos import find_video
 from dyvte.tasks.answers.vqa import official_answer, remembering
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.metrics import breakdown, percent
-from dyvte.tasks.readers.files import find_file
-from dyvte.tasks.readers.predictions import collected
-from dyvte.tasks.readers.rows import Row, read_jsonl, read_rows
-from dyvte.tasks.readers.tables import read_tsv
-from dyvte.tasks.readers.videos import find_video
+from dyvte.tasks.predictions import collected
 from dyvte.tasks.writing import write_jsonl
 
 _FOLDERS = ("frames", "mp4", "videos", "gifs", "")

@@ -7,7 +7,7 @@ Sources: ``eval_your_results.py`` of the benchmark, seen in public copies (``ori
 ``accuracy_of_all`` counts them wrong. VLMEvalKit would ask a language model about them, or draw an option;
 here they are wrong.
 
-The question is put as lmms-eval puts it; frames are sampled uniformly, see :mod:`dyvte.tasks.readers.videos`.
+The question is put as lmms-eval puts it; frames are sampled uniformly, see :mod:`dyvte.readers.videos`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dyvte.readers.files import find_file
+from dyvte.readers.rows import Row, read_rows
+from dyvte.readers.videos import find_video
 from dyvte.tasks.answers.choices import lmms_letter
 from dyvte.tasks.base import TASKS, Predictions, Question
 from dyvte.tasks.choices import ChoiceBenchmark, gold_letter, listed_options
 from dyvte.tasks.metrics import breakdown, percent
-from dyvte.tasks.readers.files import find_file
-from dyvte.tasks.readers.predictions import collected
-from dyvte.tasks.readers.rows import Row, read_rows
-from dyvte.tasks.readers.videos import find_video
+from dyvte.tasks.predictions import collected
 
 _REQUEST = (
     "Select the best answer to the following multiple-choice question based on the video. "

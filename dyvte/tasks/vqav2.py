@@ -17,6 +17,8 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.rows import Row, read_jsonl, read_rows, shown
 from dyvte.tasks.answers.vqa import (
     evalai_answer,
     official_answer,
@@ -28,8 +30,6 @@ from dyvte.tasks.answers.vqa import (
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.metrics import breakdown, percent
 from dyvte.tasks.prompts import strip_suffix
-from dyvte.tasks.readers.files import ImageFolder, find_file, find_folder, table_images
-from dyvte.tasks.readers.rows import Row, read_jsonl, read_rows, shown
 from dyvte.tasks.records import ImageSource
 from dyvte.tasks.writing import number_or_text
 

@@ -13,7 +13,7 @@ from dyvte.teacher.config import TeacherConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TracingConfig:
-    """What ``trace``, ``calibrate``, ``search-k`` and ``search-plan`` need, and a part of every training."""
+    """What ``trace``, ``calibrate`` and the searches need, and a part of every training."""
 
     model: BackboneConfig = field(metadata=open_group("path"))
     """The frozen backbone."""

@@ -19,7 +19,7 @@ from dyvte.tracing.zero import shards_backbone
 
 def search_k(cfg: TracingConfig, **search: Any) -> LayerSearch:
     """VTW's K on the configured data; ``search`` goes to :func:`~dyvte.calibration.search_exit_layer`."""
-    _check_whole(cfg, "the search for K")
+    check_whole(cfg, "the search for K")
     model, processor = open_backbone(cfg.model, own_device())
     labels = "data" if search.get("positions") == "answer" else "greedy"
     teacher = Teacher(model, processor, replace(cfg.teacher, label_source=labels))
@@ -31,7 +31,7 @@ def search_k(cfg: TracingConfig, **search: Any) -> LayerSearch:
 
 def visual_profile(cfg: TracingConfig) -> VisualProfile:
     """What heads and neurons do with the visual tokens of the configured data."""
-    _check_whole(cfg, "the profile")
+    check_whole(cfg, "the profile")
     model, processor = open_backbone(cfg.model, own_device())
     teacher = Teacher(model, processor, replace(cfg.teacher, label_source="greedy"))
     selection = select_samples(cfg.data)
@@ -45,7 +45,8 @@ def visual_profile(cfg: TracingConfig) -> VisualProfile:
     return replace(found, about={**found.about, "backbone": backbone, **data})
 
 
-def _check_whole(cfg: TracingConfig, what: str) -> None:
+def check_whole(cfg: TracingConfig, what: str) -> None:
+    """Raise ConfigError where ZeRO-3 would shard the backbone: ``what`` keeps it whole in one process."""
     if shards_backbone(cfg):
         raise ConfigError(
             f"{cfg.deepspeed} asks for ZeRO-3, but {what} keeps the backbone whole in one process: leave the "

@@ -26,7 +26,7 @@ Report = Callable[[int, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSize:
     """Numbers of a run that follow from its configuration, its data and its processes."""
 
     num_samples: int
@@ -35,10 +35,10 @@ class Plan:
     steps_per_epoch: int
 
     @staticmethod
-    def of(cfg: TrainConfig, num_samples: int, world_size: int) -> Plan:
+    def of(cfg: TrainConfig, num_samples: int, world_size: int) -> TrainingSize:
         """Work them out."""
         global_batch = cfg.batch_size * cfg.accumulation * world_size
-        return Plan(
+        return TrainingSize(
             num_samples=num_samples,
             global_batch=global_batch,
             steps=total_steps(num_samples, cfg.epochs, global_batch),
@@ -64,7 +64,7 @@ class Training:
 
     def __init__(self, cfg: TrainConfig, module: nn.Module, num_samples: int, processes: Processes) -> None:
         self.cfg, self.module, self.processes = cfg, module, processes
-        self.plan = Plan.of(cfg, num_samples, processes.world_size)
+        self.size = TrainingSize.of(cfg, num_samples, processes.world_size)
         self.order = SampleOrder(num_samples, cfg.seed)
         settings = engine_config(cfg, processes.world_size)
         self.zero_stage = stage_of(settings)
@@ -93,7 +93,7 @@ class Training:
     def position(self, step: int, micro: int) -> int:
         """Where in the stream of all samples this process's micro-step begins."""
         place = (micro * self.processes.world_size + self.processes.rank) * self.cfg.batch_size
-        return step * self.plan.global_batch + place
+        return step * self.size.global_batch + place
 
     def resume(self) -> int:
         """Load the newest whole checkpoint; the step to go on from, 0 if there is none."""
@@ -120,19 +120,19 @@ class Training:
         TrainingError
             If a loss is not finite; the message names the samples, and the last checkpoint stays.
         """
-        cfg, plan = self.cfg, self.plan
+        cfg, size = self.cfg, self.size
         began, seen = time.perf_counter(), 0
-        for step in range(start, plan.steps):
+        for step in range(start, size.steps):
             loss = self._step(step)
             done = step + 1
-            seen += plan.global_batch
-            if done % cfg.tracking.log_every == 0 or done == plan.steps:
+            seen += size.global_batch
+            if done % cfg.tracking.log_every == 0 or done == size.steps:
                 rate = seen / (time.perf_counter() - began)
                 metrics = {"loss": self.processes.mean(loss), "learning_rate": self._learning_rate()}
-                report(done, {**metrics, "epoch": done / plan.steps_per_epoch, "samples_per_second": rate})
-            if self.validates and (done % plan.steps_per_epoch == 0 or done == plan.steps):
+                report(done, {**metrics, "epoch": done / size.steps_per_epoch, "samples_per_second": rate})
+            if self.validates and (done % size.steps_per_epoch == 0 or done == size.steps):
                 report(done, self.validate())
-            if done % cfg.checkpoint.every_steps == 0 or done == plan.steps:
+            if done % cfg.checkpoint.every_steps == 0 or done == size.steps:
                 self._check_weights(done)
                 self.checkpoints.save(self.engine, self._state(done))
             advance(1)
@@ -182,7 +182,7 @@ class Training:
         cfg = self.cfg.optimizer
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-        factor = lr_factor(cfg.schedule, self.plan.steps, cfg.warmup_ratio)
+        factor = lr_factor(cfg.schedule, self.size.steps, cfg.warmup_ratio)
         return start_engine(
             self.cfg.deepspeed,
             settings,
@@ -198,7 +198,7 @@ class Training:
     def _state(self, step: int) -> RunState:
         return RunState(
             step=step,
-            global_batch=self.plan.global_batch,
+            global_batch=self.size.global_batch,
             world_size=self.processes.world_size,
             zero_stage=self.zero_stage,
         )

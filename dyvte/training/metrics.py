@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,28 @@ from dyvte.teacher.trace import Trace
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 FREEZE_BUDGETS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetRow:
+    """Gates beside fixed K at one budget, on the judged samples.
+
+    Attributes
+    ----------
+    budget : of visual compute, met on the training samples.
+    threshold : that meets it.
+    visual_compute : what the gates spent, as a share of the full model's.
+    risk, same_answer : of the gates, as means.
+    fixed_risk, fixed_same_answer : of the best mixture of two fixed K that spends the same.
+    """
+
+    budget: float
+    threshold: float
+    visual_compute: float
+    risk: float
+    same_answer: float
+    fixed_risk: float
+    fixed_same_answer: float
 
 
 def validation_metrics(logits: Tensor | HeadLogits, trace: Trace, threshold: float) -> dict[str, Any]:
@@ -64,12 +87,12 @@ def budget_rows(
     logits: Tensor | HeadLogits,
     trace: Trace,
     budgets: Sequence[float] | None = None,
-) -> list[dict[str, float]]:
+) -> list[BudgetRow]:
     """Gates beside fixed K at several budgets: thresholds and K chosen on training samples, judged on others.
 
     Fixed K at a budget is the mixture of two K on the lower convex hull (of the training samples' risk) that
-    spends exactly what the gates spent on the judged samples. Budgets that the gates cannot meet are left
-    out. ``budgets`` None: `BUDGETS`, or `FREEZE_BUDGETS` for gates with a freeze head.
+    spends exactly what the gates spent on the judged samples. Budgets that the gates cannot meet are
+    omitted. ``budgets`` None: `BUDGETS`, or `FREEZE_BUDGETS` for gates with a freeze head.
     """
     rows, path = [], path_of(train_logits, train)
     if budgets is None:
@@ -82,15 +105,15 @@ def budget_rows(
         chosen = schedules(logits, threshold)
         spent = path_of(logits, trace).compute(chosen)
         rows.append(
-            {
-                "budget": budget,
-                "threshold": threshold,
-                "visual_compute": spent,
-                "risk": float(_at(trace, "risk", path, chosen).mean()),
-                "same_answer": float(_at(trace, "same_answer", path, chosen).mean()),
-                "fixed_risk": fixed_at(train.risk, trace.risk, spent),
-                "fixed_same_answer": fixed_at(-train.same_answer, trace.same_answer, spent),
-            }
+            BudgetRow(
+                budget=budget,
+                threshold=threshold,
+                visual_compute=spent,
+                risk=float(_at(trace, "risk", path, chosen).mean()),
+                same_answer=float(_at(trace, "same_answer", path, chosen).mean()),
+                fixed_risk=fixed_at(train.risk, trace.risk, spent),
+                fixed_same_answer=fixed_at(-train.same_answer, trace.same_answer, spent),
+            )
         )
     return rows
 
@@ -101,13 +124,13 @@ def fixed_at(chosen_on_BL1: Tensor, judged_BL1: Tensor, compute: float) -> float
     return float(points.mixed_values(judged_BL1, points.at_compute(compute)).mean())
 
 
-def budget_table(rows: Sequence[dict[str, float]]) -> str:
+def budget_table(rows: Sequence[BudgetRow]) -> str:
     """The rows as aligned text."""
     head = "visual compute | gates: risk  same answer | fixed K: risk  same answer"
     lines = [head, "-" * len(head)]
     for row in rows:
         lines.append(
-            f"{row['visual_compute']:14.1%} | {row['risk']:11.4f}  {row['same_answer']:11.1%} | "
-            f"{row['fixed_risk']:13.4f}  {row['fixed_same_answer']:11.1%}"
+            f"{row.visual_compute:14.1%} | {row.risk:11.4f}  {row.same_answer:11.1%} | "
+            f"{row.fixed_risk:13.4f}  {row.fixed_same_answer:11.1%}"
         )
     return "\n".join(lines)

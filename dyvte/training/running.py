@@ -1,9 +1,8 @@
-"""What gates and adapters have in common around their training: folder, resuming, trackers, disk, summary."""
+"""What gates and adapters have in common around their training: folder, resuming, trackers, disk."""
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from torch import Tensor
 from dyvte.config import dump_config, to_dict
 from dyvte.distributed import Processes, join_processes
 from dyvte.errors import TrainingError
-from dyvte.files import write_atomically
 from dyvte.progress import progress
 from dyvte.training.config import TrainConfig
 from dyvte.training.loop import Training
@@ -24,7 +22,7 @@ from dyvte.training.schedule import held_out
 from dyvte.training.trackers import open_trackers
 
 log = logging.getLogger(__name__)
-CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+CONFIG_FILE = "config.yaml"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 Result = TypeVar("Result")
@@ -63,17 +61,6 @@ def without_held_out(
     out_B = held_out(tuple(image_ids), cfg.data.validation_fraction, cfg.seed)
     validation = rows(out_B.nonzero().flatten()) if bool(out_B.any()) else None
     return rows((~out_B).nonzero().flatten()), validation
-
-
-def write_summary(cfg: TrainConfig, summary: Mapping[str, Any]) -> None:
-    """The last file of a run: its settings and metrics, as JSON."""
-    write_atomically(cfg.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-
-
-def read_summary(cfg: TrainConfig) -> dict[str, Any] | None:
-    """The summary in the output folder; None if there is none."""
-    path = cfg.output_dir / SUMMARY_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 @contextmanager
@@ -119,7 +106,7 @@ def train_tracked(cfg: TrainConfig, training: Training, processes: Processes) ->
     """
     start = training.resume()
     if start and processes.first:
-        log.info("going on from step %d of %d", start, training.plan.steps)
+        log.info("going on from step %d of %d", start, training.size.steps)
     trackers = []
     if processes.first:
         trackers = open_trackers(
@@ -136,7 +123,7 @@ def train_tracked(cfg: TrainConfig, training: Training, processes: Processes) ->
             tracker.write(step, metrics)
 
     try:
-        steps = training.plan.steps
+        steps = training.size.steps
         with progress(steps, training.trained, "step", shown=processes.first, done=start) as advance:
             training.run(start, report, advance)
         return training.weights()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,54 @@ from dyvte.teacher import TraceStore
 from dyvte.tracing import run_traces
 from dyvte.training.config import TrainConfig
 from dyvte.training.gate_training import GateTraining
-from dyvte.training.loop import Plan
-from dyvte.training.metrics import budget_rows, budget_table, exit_rate
-from dyvte.training.running import carry_out, read_summary, train_tracked, without_held_out, write_summary
+from dyvte.training.loop import TrainingSize
+from dyvte.training.metrics import BudgetRow, budget_rows, budget_table, exit_rate
+from dyvte.training.running import carry_out, train_tracked, without_held_out
+from dyvte.training.summary import RunSummary, TrainingRecord, judged_on, read_summary, write_summary
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateRecord(TrainingRecord):
+    """How gates came about; ``gate_config.json`` keeps it.
+
+    Attributes
+    ----------
+    objective : its settings, as YAML would hold them.
+    init_from : gates that the run started from; None for new ones.
+    data : file, digests, rule and counts of the selection.
+    trace : what the traces depend on.
+    reductions : with which the teacher was traced.
+    trace_notes : what was counted in the pass.
+    """
+
+    objective: Mapping[str, Any]
+    init_from: str | None
+    data: Mapping[str, Any]
+    trace: Mapping[str, Any]
+    reductions: str
+    trace_notes: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSummary(RunSummary):
+    """How gates fared.
+
+    Attributes
+    ----------
+    gates : their folder.
+    budgets : beside fixed K at several budgets.
+    exit_rate : (L+1,) share of samples leaving at each exit layer at threshold 0.5.
+    trace_seconds : of the teacher pass.
+    record : how they came about.
+    """
+
+    gates: str
+    budgets: tuple[BudgetRow, ...]
+    exit_rate: tuple[float, ...]
+    trace_seconds: float
+    record: GateRecord
 
 
 @dataclass(frozen=True)
@@ -54,11 +97,11 @@ class TrainResult:
     """Where the gates are and how they fared on the held-out samples."""
 
     gates: Path
-    summary: dict[str, Any]
+    summary: GateSummary
 
     def table(self) -> str:
         """The summary table."""
-        return budget_table(self.summary["budgets"])
+        return budget_table(self.summary.budgets)
 
 
 def train(cfg: TrainConfig) -> TrainResult:
@@ -170,7 +213,7 @@ def _check_freezes(cfg: TrainConfig, freezes: Sequence[int] | None) -> None:
 
 
 def _finished(cfg: TrainConfig) -> TrainResult | None:
-    folder, summary = cfg.output_dir / "gates", read_summary(cfg)
+    folder, summary = cfg.output_dir / "gates", read_summary(cfg, GateSummary)
     return TrainResult(folder, summary) if summary and (folder / GATES_CONFIG).is_file() else None
 
 
@@ -183,42 +226,37 @@ def _finish(
     times: dict[str, float],
 ) -> TrainResult:
     """Write the gates with their record, then the summary."""
-    record = _record(cfg, training.plan, selection, store)
-    config = replace(training.gates.config, training=record, dyvte_version=__version__)
+    record = _record(cfg, training.size, selection, store)
+    config = replace(training.gates.config, training=asdict(record), dyvte_version=__version__)
     gates = GateStack(config)
     gates.load_state_dict(weights)
     gates.eval().save_pretrained(cfg.output_dir / "gates")
 
     judged = training.validation if training.validation is not None else training.train
     train_logits, logits = gate_logits(gates, training.train), gate_logits(gates, judged)
-    summary = {
-        "gates": str(cfg.output_dir / "gates"),
-        "judged_on": "held-out samples" if training.validation is not None else "training samples",
-        "num_judged": len(judged),
-        "budgets": budget_rows(train_logits, training.train, logits, judged),
-        "exit_rate": exit_rate(schedules(logits, 0.5).exit_layers_B, judged.num_layers),
-        "parameters": sum(parameter.numel() for parameter in gates.parameters()),
-        "dropped": list(store.dropped()),
+    summary = GateSummary(
+        gates=str(cfg.output_dir / "gates"),
+        judged_on=judged_on(training.validation),
+        num_judged=len(judged),
+        budgets=tuple(budget_rows(train_logits, training.train, logits, judged)),
+        exit_rate=tuple(exit_rate(schedules(logits, 0.5).exit_layers_B, judged.num_layers)),
+        parameters=sum(parameter.numel() for parameter in gates.parameters()),
+        dropped=store.dropped(),
+        record=record,
         **times,
-        **record,
-    }
+    )
     write_summary(cfg, summary)
     return TrainResult(cfg.output_dir / "gates", summary)
 
 
-def _record(cfg: TrainConfig, plan: Plan, selection: Selection, store: TraceStore) -> dict[str, Any]:
-    """How the weights came about: kept in ``gate_config.json``."""
-    return {
-        "objective": to_dict(cfg.objective),
-        "optimizer": to_dict(cfg.optimizer),
-        "epochs": cfg.epochs,
-        "steps": plan.steps,
-        "global_batch": plan.global_batch,
-        "num_samples": plan.num_samples,
-        "seed": cfg.seed,
-        "init_from": str(cfg.gates.init_from) if cfg.gates.init_from else None,
-        "data": selection.record(),
-        "trace": store.manifest.fingerprint,
-        "reductions": cfg.teacher.reductions,
-        "trace_notes": store.notes(),
-    }
+def _record(cfg: TrainConfig, size: TrainingSize, selection: Selection, store: TraceStore) -> GateRecord:
+    """How the weights came about."""
+    return GateRecord(
+        objective=to_dict(cfg.objective),
+        init_from=str(cfg.gates.init_from) if cfg.gates.init_from else None,
+        data=selection.record(),
+        trace=store.manifest.fingerprint,
+        reductions=cfg.teacher.reductions,
+        trace_notes=store.notes(),
+        **TrainingRecord.common(cfg, size),
+    )

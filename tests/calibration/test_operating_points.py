@@ -64,8 +64,10 @@ def test_mixtures_meet_any_compute_between():
     assert points.mixed_values(values, mixture).tolist() == pytest.approx([3.0] * 8)
     ids = [f"q{n}" for n in range(8)]
     drawn = points.draw(mixture, ids, seed=1)
-    assert sorted(drawn.tolist()) == [1] * 4 + [5] * 4
-    assert points.draw(mixture, ids[::-1], seed=1).tolist() == drawn.tolist()[::-1]
+    assert sorted(drawn.exit_layers_B.tolist()) == [1] * 4 + [5] * 4
+    assert drawn.freeze_layers_B.tolist() == drawn.exit_layers_B.tolist()
+    backwards = points.draw(mixture, ids[::-1], seed=1).exit_layers_B.tolist()
+    assert backwards == drawn.exit_layers_B.tolist()[::-1]
     assert points.at_compute(0.01) == Mixture(0, 0, 0.0)
     assert points.at_compute(0.99) == Mixture(1, 1, 0.0)
 

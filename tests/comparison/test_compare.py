@@ -105,7 +105,7 @@ def test_depth_that_the_image_decides_is_beyond_the_router(planted):
     assert over.at_equal_compute["gates"]["same_answer"].mean > 0.95
     assert over.gates_minus["router"]["same_answer"].low > 0
     assert over.gates_minus["fixed"]["risk"].high < 0
-    assert over.router_over_gates.mean > 1.15
+    assert over.over_gates["router"].mean > 1.15
     assert result.within_wording_share[f"oracle(lambda={LAM})"] == pytest.approx(1.0, abs=0.01)
     # on one wording the router is a fixed layer (or a mixture of two)
     for name in ("risk", "same_answer"):
@@ -116,7 +116,7 @@ def test_depth_that_the_image_decides_is_beyond_the_router(planted):
 def test_depth_that_the_wording_decides_is_the_routers_too(planted):
     _, result = planted[False]
     over = result.over_seeds
-    assert over.router_over_gates.mean == pytest.approx(1.0, abs=0.05)
+    assert over.over_gates["router"].mean == pytest.approx(1.0, abs=0.05)
     assert over.gates_minus["fixed"]["same_answer"].low > 0
     assert result.within_wording_share[f"oracle(lambda={LAM})"] == pytest.approx(0.0, abs=0.01)
 

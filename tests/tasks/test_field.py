@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from dyvte.errors import DataError, DyvteError, ScoreError
+from dyvte.readers.tables import read_tsv
 from dyvte.tasks.base import Predictions, get_benchmark
-from dyvte.tasks.readers.tables import read_tsv
 from tests.helpers.benchmark_files import (
     ASK,
     CASES,
@@ -166,10 +166,10 @@ def test_another_benchmarks_table_is_refused_by_name(tmp_path, name):
                 benchmark.load(given, images=False)
             assert f"is not {benchmark.title} data" in str(error.value)
             assert f"{path.name} is the table of {get_benchmark(other).title}" in str(error.value)
-    for unknown in ("MMStar.tsv", "my answers.tsv"):
+    for unknown in ("MyBench.tsv", "my answers.tsv"):
         put_tsv(tmp_path / "u" / unknown, [{"index": 0, "question": "?", "answer": "A", "A": "a", "B": "b"}])
     with pytest.raises(
-        DataError, match=r"MMStar.tsv is not named after any benchmark, my answers.tsv is not"
+        DataError, match=r"MyBench.tsv is not named after any benchmark, my answers.tsv is not"
     ):
         benchmark.load(tmp_path / "u", images=False)
 
@@ -418,7 +418,7 @@ def test_mmbenchs_own_workbook_is_read_back(tmp_path):
 @pytest.mark.parametrize("name", ["ai2d", "gqa", "pope"])
 def test_vlmevalkits_tables_of_answers_are_read(tmp_path, name):
     """In each of the three formats that VLMEvalKit offers."""
-    from dyvte.tasks.readers.xlsx import write_xlsx
+    from dyvte.readers.xlsx import write_xlsx
 
     benchmark = get_benchmark(name)
     questions = benchmark.load(write_benchmark(tmp_path / "d", name, "tsv"))

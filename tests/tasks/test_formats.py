@@ -11,11 +11,11 @@ from PIL import Image
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.evaluation.generation import question_images
+from dyvte.readers.tables import PackedImage
 from dyvte.tasks.base import TASKS, Predictions, get_benchmark
-from dyvte.tasks.readers.tables import PackedImage
 from tests.helpers.benchmark_files import CASES, CHOICES, WRITERS, picture, put, rendered, write_benchmark
 
-LETTERED = ("scienceqa", "ai2d", "mmmu", "seed")
+LETTERED = ("scienceqa", "ai2d", "mmmu", "seed", "mmstar", "vstar")
 
 
 def _load(tmp_path, name, form, **options):
@@ -123,6 +123,14 @@ IMAGES = {
     "textvqa": "train_images/i1.jpg",
     "vqav2": "val2014/COCO_val2014_000000000043.jpg",
     "mmvet": "images/v1_1.png",
+    "docvqa": "spdocvqa_images/page_1.png",
+    "infovqa": "infographicsvqa_images/37171.jpeg",
+    "chartqa": "test/png/1.png",
+    "ocrbench": "OCRBench_Images/SROIE/1.jpg",
+    "realworldqa": "images/1.webp",
+    "mmvp": "MMVP Images/2.jpg",
+    "vstar": "relative_position/sa_1.jpg",
+    "hallusionbench": "hallusion_bench/VD/illusion/0_1.png",
 }
 
 
@@ -151,7 +159,9 @@ def test_scoring_needs_no_images(tmp_path, name):
     benchmark = get_benchmark(name)
     root = write_benchmark(tmp_path, name, next(iter(WRITERS[name])))
     questions = benchmark.load(root)
-    for folder in ("images", "val2014", "SEED-Bench-image", "train_images", "abc_images", "frames", "mp4"):
+    for path in (path for path in root.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".webp", "")):
+        path.unlink() if path.is_file() else None
+    for folder in ("frames", "mp4"):
         shutil.rmtree(root / folder, ignore_errors=True)
     with pytest.raises(DataError, match="lacks"):
         benchmark.load(root)

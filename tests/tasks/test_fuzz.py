@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from dyvte.errors import DyvteError
+from dyvte.readers.tables import PackedImage
 from dyvte.tasks.base import Benchmark, Predictions, Question, get_benchmark
-from dyvte.tasks.readers.tables import PackedImage
 from tests.helpers.benchmark_files import CASES, write_benchmark
 from tests.helpers.mutations import VALUES, json_bytes, mutated, mutated_json, seeded
 
@@ -45,8 +45,10 @@ def _damaged(path: Path, data: bytes, draw: random.Random) -> bytes:
         content = json.loads(data)
         return json_bytes(mutated_json(content, draw))
     except ValueError:
-        rows = [json.loads(line) for line in data.decode().split("\n") if line] if b"{" in data else None
-        return mutated(data, draw) if rows is None else json_bytes(mutated_json(rows, draw), lines=True)
+        if path.suffix != ".jsonl" and not data.startswith(b"{"):
+            return mutated(data, draw)
+        rows = [json.loads(line) for line in data.decode().split("\n") if line]
+        return json_bytes(mutated_json(rows, draw), lines=True)
 
 
 def _other_columns(path: Path, draw: random.Random) -> bytes:
@@ -147,7 +149,7 @@ def test_question_files(minis):
 
 def _answer_files(name: str, form: str, root: Path, folder: Path) -> dict[str, bytes]:
     """Files of answers to a mini benchmark: ours, LLaVA's, the submission, a table, a workbook."""
-    from dyvte.tasks.readers.xlsx import write_xlsx
+    from dyvte.readers.xlsx import write_xlsx
 
     benchmark = get_benchmark(name)
     questions = benchmark.load(root, images=False)

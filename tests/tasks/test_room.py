@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import dyvte
+from dyvte.readers.files import table_images
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question, get_benchmark
-from dyvte.tasks.readers.files import table_images
 
 ROOM = Path(dyvte.__file__).parent / "tasks"
 HEAVY = ("torch", "transformers", "pyarrow", "pandas", "PIL", "datasets")

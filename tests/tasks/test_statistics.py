@@ -11,6 +11,10 @@ from dyvte.tasks.base import TASKS, Predictions, get_benchmark
 from tests.helpers.benchmark_files import WRITERS, write_benchmark
 
 SCORES = {
+    "mmvp": lambda scores: scores["pair_accuracy"],
+    "hallusionbench": lambda scores: scores["mean"],
+    "docvqa": lambda scores: scores["anls"],
+    "infovqa": lambda scores: scores["anls"],
     "mme": lambda scores: scores["perception"] + scores["cognition"],
     "tgifqa": lambda scores: scores["exact_match"],
     "videomme": lambda scores: scores["accuracy_of_all"],

@@ -9,9 +9,9 @@ import pytest
 
 from dyvte.errors import ConfigError, DataError, ScoreError
 from dyvte.evaluation.generation import question_images
+from dyvte.readers.rows import Row
+from dyvte.readers.videos import Video, find_video, read_frames, uniform_indices
 from dyvte.tasks.base import Predictions, get_benchmark
-from dyvte.tasks.readers.rows import Row
-from dyvte.tasks.readers.videos import Video, find_video, read_frames, uniform_indices
 from dyvte.tasks.videomme import read_answer
 from tests.helpers.benchmark_files import picture, put, put_frames, put_gif, write_benchmark
 

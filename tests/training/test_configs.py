@@ -17,7 +17,7 @@ from dyvte.backbones.given_features import save_for_features
 from dyvte.config import load_config
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.training import TrainConfig
-from dyvte.training.dryrun import describe_dry_run, dry_run
+from dyvte.training.dryrun import dry_run
 from dyvte.training.train import train
 from dyvte.training.zero import engine_config
 from tests.helpers.families import FAMILIES
@@ -142,19 +142,19 @@ def test_it_loads_and_its_paths_are_relative_to_it(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_it_dry_runs_and_trains_two_steps(name: str, world: list[str], tmp_path: Path) -> None:
     cfg = config(name, world)
-    numbers = dry_run(cfg)
+    planned = dry_run(cfg)
     model, processor = load_backbone(tmp_path / "backbone", image_features=cfg.model.image_features)
-    assert numbers["backbone_parameters"] == sum(p.numel() for p in model.parameters())
-    assert numbers["backbone_bytes"] == 4 * numbers["backbone_parameters"]
-    assert numbers["tokens"].visual == VISUAL[FAMILY[name]]
-    assert (numbers["samples"]["chosen"], numbers["steps"]) == (8, 2)
-    assert "by 8 samples of the data" in describe_dry_run(numbers)
+    assert planned.backbone_parameters == sum(p.numel() for p in model.parameters())
+    assert planned.backbone_bytes == 4 * planned.backbone_parameters
+    assert planned.tokens.visual == VISUAL[FAMILY[name]]
+    assert (planned.samples["chosen"], planned.steps) == (8, 2)
+    assert "by 8 samples of the data" in str(planned)
     assert not (tmp_path / "run").exists()
 
     result = train(cfg)
-    assert result.summary["steps"] == 2
-    assert result.summary["num_samples"] == 8
-    assert result.summary["dropped"] == []
+    assert result.summary.record.steps == 2
+    assert result.summary.record.num_samples == 8
+    assert result.summary.dropped == ()
     trained = load_file(result.gates / "gates.safetensors")
     # Gates moved, all but the one after the last layer, which is never asked; and they are this backbone's.
     start = dyvte.GateStack.init(dyvte.GateStack.from_pretrained(result.gates).config, seed=cfg.seed)

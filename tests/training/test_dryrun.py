@@ -34,10 +34,10 @@ def edit(settings: TrainConfig, **changes) -> None:
 
 
 def test_placeholders_are_counted_by_the_models_own_settings(settings: TrainConfig) -> None:
-    expected = dry_run(settings)["tokens"]
+    expected = dry_run(settings).tokens
     assert expected.visual == 16
     edit(settings, patch_size=None, vision_feature_select_strategy=None)
-    assert dry_run(settings)["tokens"] == expected
+    assert dry_run(settings).tokens == expected
 
 
 def test_a_processor_that_does_not_fit_is_refused(settings: TrainConfig) -> None:
@@ -52,6 +52,6 @@ def test_samples_that_cannot_be_read_are_logged_by_name(settings: TrainConfig, c
     rows = json.loads(settings.data.path.read_text())
     rows[2]["image"] = "1.png"
     settings.data.path.write_text(json.dumps(rows))
-    tokens = dry_run(settings)["tokens"]
+    tokens = dry_run(settings).tokens
     assert tokens.source == "5 samples of the data"
     assert "data.json: sample 's2': image:" in caplog.text

@@ -93,8 +93,8 @@ def test_both_heads_learn_what_the_features_tell(tmp_path, processes, architectu
     metrics = validation_metrics(logits, held_out, 0.5)
     assert metrics["validation/mean_freeze_layer"] < metrics["validation/mean_exit_layer"]
     rows = budget_rows(gate_logits(trained, trace), trace, logits, held_out)
-    assert [row["budget"] for row in rows][-1] == 0.5
-    assert all(row["visual_compute"] < row["budget"] + 0.1 for row in rows)
+    assert [row.budget for row in rows][-1] == 0.5
+    assert all(row.visual_compute < row.budget + 0.1 for row in rows)
     assert any("validation/mean_freeze_layer" in one for one in reported)
 
 

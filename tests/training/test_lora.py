@@ -332,13 +332,13 @@ def test_training_lowers_its_loss(world: Path, tmp_path: Path, processes: Proces
 
 
 def test_the_summary_tells_before_from_after(trained) -> None:
-    rows = {row["exit_layer"]: row for row in trained.summary["exits"]}
+    rows = {row.exit_layer: row for row in trained.summary.exits}
     assert list(rows) == list(range(LAYERS + 1))
-    assert trained.summary["judged_on"] == "held-out samples"
-    assert trained.summary["num_judged"] == 6
-    assert rows[LAYERS]["risk_before"] == pytest.approx(0, abs=1e-6)
-    assert rows[LAYERS]["same_answer_before"] == 1
-    assert all(rows[k]["risk_after"] != rows[k]["risk_before"] for k in range(LAYERS + 1))
+    assert trained.summary.judged_on == "held-out samples"
+    assert trained.summary.num_judged == 6
+    assert rows[LAYERS].risk_before == pytest.approx(0, abs=1e-6)
+    assert rows[LAYERS].same_answer_before == 1
+    assert all(rows[k].risk_after != rows[k].risk_before for k in range(LAYERS + 1))
     lines = trained.table().splitlines()
     assert lines[-1] == f"first exit with at least 99% same answer: {LAYERS} before, none after"
 
@@ -396,7 +396,7 @@ def test_an_interrupted_run_ends_bit_identical(
 def test_checkpoints_hold_the_adapter_alone(trained) -> None:
     folder = trained.adapter.parent / "checkpoints"
     size = sum(path.stat().st_size for path in max(folder.iterdir()).rglob("*") if path.is_file())
-    assert size < 8 * 4 * trained.summary["parameters"] + 100_000
+    assert size < 8 * 4 * trained.summary.parameters + 100_000
 
 
 def test_a_nan_stops_the_run_and_names_the_samples(world: Path, tmp_path: Path, processes: Processes) -> None:

@@ -308,8 +308,8 @@ def test_budget_rows_compare_at_equal_compute() -> None:
     rows = budget_rows(logits, trace, logits, trace)
     assert rows
     for row in rows:
-        assert row["visual_compute"] <= row["budget"]
-        assert row["risk"] <= row["fixed_risk"] + 1e-6
+        assert row.visual_compute <= row.budget
+        assert row.risk <= row.fixed_risk + 1e-6
 
 
 def test_fixed_at_is_the_lower_hull() -> None:

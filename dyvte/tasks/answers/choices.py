@@ -16,6 +16,37 @@ Options: TypeAlias = Mapping[str, str]
 """Texts of the options by letter."""
 
 
+def cut_options(text: str, mark: str, letters: str = LETTERS) -> tuple[str, dict[str, str]]:
+    """Take apart a question that states its options itself.
+
+    Parameters
+    ----------
+    text
+        Question and options.
+    mark
+        Regular expression of what stands before an option; ``{}`` is its letter.
+    letters
+        As they are written there.
+
+    Returns
+    -------
+    tuple
+        What stands before the first option, and the options by capital letter; the last one runs to the end.
+        Without two options one after the other: the text as it is, and none.
+    """
+    places: list[re.Match[str]] = []
+    for letter in letters:
+        found = re.compile(mark.format(letter)).search(text, places[-1].end() if places else 0)
+        if found is None:
+            break
+        places.append(found)
+    if len(places) < 2:
+        return text, {}
+    ends = [place.start() for place in places[1:]] + [len(text)]
+    options = [text[place.end() : end].strip() for place, end in zip(places, ends, strict=True)]
+    return text[: places[0].start()].strip(), lettered(options)
+
+
 def with_options(question: str, options: Options) -> str:
     """``question``, then one line ``A. option`` each, as LLaVA asks."""
     return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
@@ -72,6 +103,25 @@ def _only_option_in(text: str, options: Options, limited: bool) -> str | None:
         return None
     found = [letter for letter, option in options.items() if option.lower() in lowered]
     return found[0] if len(found) == 1 else None
+
+
+def hrbench_letter(text: str, options: Options) -> str | None:
+    """The first step of HR-Bench's evaluation, an early copy of VLMEvalKit's; None where it would ask a
+    language model.
+
+    As in ``hrbench_evals.py`` of lmms-eval: the only option letter that stands as a word, wherever ("Z" for a
+    refusal), else the only option whose text occurs in the answer, however long that is.
+    """
+    if _API_FAILURE not in text:
+        if any(refusal in text for refusal in _REFUSALS):
+            return "Z"
+        words = text.translate(_MARKS).split()
+        found = [letter for letter in options if letter in words]
+        if len(found) == 1:
+            return found[0]
+        if not found and "Z" in words:
+            return "Z"
+    return _only_option_in(text, options, limited=False)
 
 
 _AFFIXES = (

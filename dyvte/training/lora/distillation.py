@@ -91,13 +91,13 @@ class LoraTraining(Training):
         exits = drawn_exits(
             self.cfg.seed,
             step,
-            self.plan.global_batch,
+            self.size.global_batch,
             first=first,
             last=last,
             full=self.backbone.num_layers,
             full_share=self.cfg.lora.full_share,
         )
-        start = self.position(step, micro) - step * self.plan.global_batch
+        start = self.position(step, micro) - step * self.size.global_batch
         return exits[start : start + self.cfg.batch_size]
 
     def validate(self) -> dict[str, Any]:

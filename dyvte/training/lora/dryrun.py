@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from dyvte.backbones import describe_config
 from dyvte.data import select_samples
 from dyvte.tracing.estimates import shapes_of
-from dyvte.tracing.zero import stage_of
 from dyvte.training.config import TrainConfig
-from dyvte.training.loop import Plan
+from dyvte.training.dryrun import PlannedRun
 from dyvte.training.lora.model import add_adapter, target_pattern, trainable
 from dyvte.training.lora.train import check_settings
-from dyvte.training.zero import engine_config
 
 
-def lora_dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
-    """Numbers of the run; raises what the run itself would raise about its data and settings."""
+@dataclass(frozen=True, kw_only=True)
+class LoraDryRun(PlannedRun):
+    """What a training of an adapter would do.
+
+    Attributes
+    ----------
+    exits : first and last exit layer that is drawn.
+    layers : first and last decoder layer that is adapted, from 1.
+    modules : pattern of the adapted modules' names.
+    parameters : of the adapter.
+    passes : cost of a step at least, in forward passes of the full model.
+    """
+
+    exits: tuple[int, int]
+    layers: tuple[int, int]
+    modules: str
+    parameters: int
+    passes: float
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What each line is about, and its text."""
+        size = f"{self.parameters * 16 / 1e6:.1f} MB"
+        return [
+            ("backbone", f"{self.model_type}, {self.num_layers} layers of {self.hidden_size}"),
+            ("exits", f"drawn from {self.exits[0]}..{self.exits[1]}"),
+            ("adapter", f"layers {self.layers[0]}..{self.layers[1]}, {self.parameters:,} parameters"),
+            ("modules", self.modules),
+            ("data", self.data_text()),
+            ("steps", f"{self.steps} of {self.samples_per_step} samples, ZeRO {self.zero_stage}"),
+            ("training", f"{size} for weights, gradients and moments (fp32)"),
+            ("a step", f"at least {self.passes:.1f} forward passes of the full model"),
+        ]
+
+
+def lora_dry_run(cfg: TrainConfig, world_size: int = 1) -> LoraDryRun:
+    """What the run would do; raises what the run itself would raise about its data and settings.
+
+    Parameters
+    ----------
+    cfg
+        Of the run.
+    world_size
+        Processes that it is planned for.
+    """
     check_settings(cfg)
     model = shapes_of(cfg.model)
     shape = describe_config(model.config)
@@ -26,25 +66,15 @@ def lora_dry_run(cfg: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     with torch.device("meta"):
         model = add_adapter(model, cfg.lora, cfg.seed)
     selection = select_samples(cfg.data)
-    held_out = round(len(selection.samples) * cfg.data.validation_fraction)
-    plan = Plan.of(cfg, max(1, len(selection.samples) - held_out), world_size)
-    first, last = cfg.lora.exits(shape.num_layers)
     layers = cfg.lora.layers(shape.num_layers)
-    return {
-        "model_type": shape.model_type,
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "exits": (first, last),
-        "layers": (layers[0], layers[-1]),
-        "modules": pattern,
-        "parameters": sum(parameter.numel() for parameter in trainable(model)),
-        "samples": selection.counts,
-        "data_sha256": selection.sha256,
-        "steps": plan.steps,
-        "samples_per_step": plan.global_batch,
-        "zero_stage": stage_of(engine_config(cfg, world_size)),
-        "passes": _passes(cfg, shape.num_layers),
-    }
+    return LoraDryRun(
+        exits=cfg.lora.exits(shape.num_layers),
+        layers=(layers[0], layers[-1]),
+        modules=pattern,
+        parameters=sum(parameter.numel() for parameter in trainable(model)),
+        passes=_passes(cfg, shape.num_layers),
+        **PlannedRun.common(cfg, shape, selection, world_size),
+    )
 
 
 def _passes(cfg: TrainConfig, num_layers: int) -> float:
@@ -60,30 +90,3 @@ def _passes(cfg: TrainConfig, num_layers: int) -> float:
     exits = [(num_layers, share)] + [(k, (1 - share) / (last - first + 1)) for k in range(first, last + 1)]
     behind = sum(weight * max(0, k - start + 1) for k, weight in exits)
     return 1 + mean_exit / num_layers + 2 * behind / num_layers
-
-
-def describe_lora_dry_run(numbers: dict[str, Any]) -> str:
-    """The numbers as text."""
-    counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in numbers["samples"].items())
-    lines = [
-        ("backbone", f"{numbers['model_type']}, {numbers['num_layers']} layers of {numbers['hidden_size']}"),
-        ("exits", f"drawn from {numbers['exits'][0]}..{numbers['exits'][1]}"),
-        (
-            "adapter",
-            f"layers {numbers['layers'][0]}..{numbers['layers'][1]}, {numbers['parameters']:,} parameters",
-        ),
-        ("modules", numbers["modules"]),
-        ("data", f"{counts}; sha256 {numbers['data_sha256'][:16]}"),
-        (
-            "steps",
-            f"{numbers['steps']} of {numbers['samples_per_step']} samples, ZeRO {numbers['zero_stage']}",
-        ),
-        ("training", f"{parameters_size(numbers['parameters'])} for weights, gradients and moments (fp32)"),
-        ("a step", f"at least {numbers['passes']:.1f} forward passes of the full model"),
-    ]
-    return "\n".join(f"{name:>16}: {text}" for name, text in lines)
-
-
-def parameters_size(parameters: int) -> str:
-    """Bytes of what the optimiser holds."""
-    return f"{parameters * 16 / 1e6:.1f} MB"

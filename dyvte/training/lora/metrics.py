@@ -6,6 +6,7 @@ Shape letters: B samples, K = L+1 exit layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ from dyvte.training.lora.labels import Labelled
 
 TARGETS = (0.98, 0.99)
 """Shares of same answers for which the first exit that reaches them is named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRow:
+    """How a fixed exit fares against the un-adapted full model, as means, before and after the training."""
+
+    exit_layer: int
+    same_answer_before: float
+    same_answer_after: float
+    risk_before: float
+    risk_after: float
 
 
 def exit_columns(
@@ -66,31 +78,33 @@ def first_reaching(same_answer_K: Tensor, target: float) -> int:
     return int(reached[0]) if len(reached) else len(same_answer_K)
 
 
-def exit_rows(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[dict[str, float]]:
+def exit_rows(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[ExitRow]:
     """One row per exit layer: means before and after."""
-    rows = []
-    for k in range(before["risk"].shape[1]):
-        row: dict[str, float] = {"exit_layer": k}
-        for name in ("same_answer", "risk"):
-            row[f"{name}_before"] = float(before[name][:, k].mean())
-            row[f"{name}_after"] = float(after[name][:, k].mean())
-        rows.append(row)
-    return rows
+    return [
+        ExitRow(
+            exit_layer=k,
+            same_answer_before=float(before["same_answer"][:, k].mean()),
+            same_answer_after=float(after["same_answer"][:, k].mean()),
+            risk_before=float(before["risk"][:, k].mean()),
+            risk_after=float(after["risk"][:, k].mean()),
+        )
+        for k in range(before["risk"].shape[1])
+    ]
 
 
-def exit_table(rows: Sequence[Mapping[str, float]]) -> str:
+def exit_table(rows: Sequence[ExitRow]) -> str:
     """The rows as aligned text, and the first exits that reach the targets."""
     head = "exit layer | same answer: before   after | risk: before    after"
     lines = [head, "-" * len(head)]
     for row in rows:
         lines.append(
-            f"{row['exit_layer']:10d} | {row['same_answer_before']:19.1%} {row['same_answer_after']:7.1%} | "
-            f"{row['risk_before']:12.4f} {row['risk_after']:8.4f}"
+            f"{row.exit_layer:10d} | {row.same_answer_before:19.1%} {row.same_answer_after:7.1%} | "
+            f"{row.risk_before:12.4f} {row.risk_after:8.4f}"
         )
     for target in TARGETS:
         found = []
-        for when in ("before", "after"):
-            k = first_reaching(torch.tensor([row[f"same_answer_{when}"] for row in rows]), target)
+        for shares in ([row.same_answer_before for row in rows], [row.same_answer_after for row in rows]):
+            k = first_reaching(torch.tensor(shares), target)
             found.append(str(k) if k < len(rows) else "none")
         lines.append(
             f"first exit with at least {target:.0%} same answer: {found[0]} before, {found[1]} after"

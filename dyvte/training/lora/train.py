@@ -14,8 +14,8 @@ Output folder::
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,53 @@ from dyvte.tracing.zero import stage_of
 from dyvte.training.config import TrainConfig
 from dyvte.training.lora.distillation import LoraTraining
 from dyvte.training.lora.labels import Labelled, label
-from dyvte.training.lora.metrics import exit_columns, exit_rows, exit_table
+from dyvte.training.lora.metrics import ExitRow, exit_columns, exit_rows, exit_table
 from dyvte.training.lora.model import add_adapter, save_adapter, trainable
-from dyvte.training.running import carry_out, read_summary, train_tracked, without_held_out, write_summary
+from dyvte.training.running import carry_out, train_tracked, without_held_out
+from dyvte.training.summary import RunSummary, TrainingRecord, judged_on, read_summary, write_summary
 from dyvte.training.zero import engine_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRecord(TrainingRecord):
+    """How an adapter came about; ``dyvte_lora.json`` keeps it beside the adapter.
+
+    Attributes
+    ----------
+    base : id, fingerprint and digest of weights of the backbone.
+    data : file, digest and counts of the selection.
+    lora : its settings, as YAML would hold them.
+    exits_trained : first and last exit layer that was drawn.
+    layers_adapted : first and last decoder layer, from 1.
+    dyvte_version : that trained it.
+    """
+
+    base: Mapping[str, str]
+    data: Mapping[str, Any]
+    lora: Mapping[str, Any]
+    exits_trained: tuple[int, ...]
+    layers_adapted: tuple[int, ...]
+    dyvte_version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSummary(RunSummary):
+    """How an adapter fared.
+
+    Attributes
+    ----------
+    adapter : its folder.
+    exits : every fixed exit before and after.
+    notes : what was counted while the samples were labelled.
+    answer_seconds : of the labelling.
+    record : how it came about.
+    """
+
+    adapter: str
+    exits: tuple[ExitRow, ...]
+    notes: Mapping[str, int]
+    answer_seconds: float
+    record: LoraRecord
 
 
 @dataclass(frozen=True)
@@ -43,11 +86,11 @@ class LoraResult:
     """Where the adapter is and how every fixed exit fares with it on the held-out samples."""
 
     adapter: Path
-    summary: dict[str, Any]
+    summary: LoraSummary
 
     def table(self) -> str:
         """The summary table."""
-        return exit_table(self.summary["exits"])
+        return exit_table(self.summary.exits)
 
 
 def train_lora(cfg: TrainConfig) -> LoraResult:
@@ -105,7 +148,7 @@ def _train(cfg: TrainConfig, processes: Processes) -> Callable[[], LoraResult]:
     train_tracked(cfg, training, processes)
     times = {"answer_seconds": answered - began, "train_seconds": time.perf_counter() - answered}
     data = {"file": cfg.data.path.name if cfg.data.path else None, "sha256": selection.sha256}
-    record = {"base": base, "data": {**data, **selection.counts}, **_record(cfg, training)}
+    record = _record(cfg, training, base, {**data, **selection.counts})
     return lambda: _finish(cfg, training, labelled, record, times)
 
 
@@ -113,47 +156,46 @@ def _finish(
     cfg: TrainConfig,
     training: LoraTraining,
     labelled: Labelled,
-    record: dict[str, Any],
+    record: LoraRecord,
     times: dict[str, float],
 ) -> LoraResult:
     """Write the adapter with its record, then the summary."""
     folder = cfg.output_dir / "adapter"
-    save_adapter(training.model, folder, record)
+    save_adapter(training.model, folder, asdict(record))
     judged = training.validation if training.validation is not None else training.train
     before = exit_columns(training.model, judged, cfg.teacher, adapted=False)
     after = exit_columns(training.model, judged, cfg.teacher)
-    summary = {
-        "adapter": str(folder),
-        "judged_on": "held-out samples" if training.validation is not None else "training samples",
-        "num_judged": len(judged),
-        "exits": exit_rows(before, after),
-        "parameters": sum(parameter.numel() for parameter in trainable(training.model)),
-        "dropped": list(labelled.dropped),
-        "notes": dict(labelled.notes),
+    summary = LoraSummary(
+        adapter=str(folder),
+        judged_on=judged_on(training.validation),
+        num_judged=len(judged),
+        exits=tuple(exit_rows(before, after)),
+        parameters=sum(parameter.numel() for parameter in trainable(training.model)),
+        dropped=labelled.dropped,
+        notes=dict(labelled.notes),
+        record=record,
         **times,
-        **record,
-    }
+    )
     write_summary(cfg, summary)
     return LoraResult(folder, summary)
 
 
-def _record(cfg: TrainConfig, training: LoraTraining) -> dict[str, Any]:
-    """How the adapter came about: kept beside it."""
+def _record(
+    cfg: TrainConfig, training: LoraTraining, base: Mapping[str, str], data: Mapping[str, Any]
+) -> LoraRecord:
+    """How the adapter came about."""
     layers = cfg.lora.layers(describe(training.model).num_layers)
-    return {
-        "lora": to_dict(cfg.lora),
-        "exits_trained": list(training.exits),
-        "layers_adapted": [layers[0], layers[-1]],
-        "optimizer": to_dict(cfg.optimizer),
-        "epochs": cfg.epochs,
-        "steps": training.plan.steps,
-        "global_batch": training.plan.global_batch,
-        "num_samples": training.plan.num_samples,
-        "seed": cfg.seed,
-        "dyvte_version": __version__,
-    }
+    return LoraRecord(
+        base=base,
+        data=data,
+        lora=to_dict(cfg.lora),
+        exits_trained=tuple(training.exits),
+        layers_adapted=(layers[0], layers[-1]),
+        dyvte_version=__version__,
+        **TrainingRecord.common(cfg, training.size),
+    )
 
 
 def _finished(cfg: TrainConfig) -> LoraResult | None:
-    adapter, summary = cfg.output_dir / "adapter", read_summary(cfg)
+    adapter, summary = cfg.output_dir / "adapter", read_summary(cfg, LoraSummary)
     return LoraResult(adapter, summary) if summary and (adapter / ADAPTER_WEIGHTS).is_file() else None

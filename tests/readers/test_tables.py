@@ -8,8 +8,8 @@ import zipfile
 import pytest
 
 from dyvte.errors import ConfigError, DataError
-from dyvte.tasks.readers.tables import read_parquet, read_tsv
-from dyvte.tasks.readers.xlsx import read_xlsx, write_xlsx
+from dyvte.readers.tables import read_parquet, read_tsv
+from dyvte.readers.xlsx import read_xlsx, write_xlsx
 from tests.helpers.benchmark_files import picture, put_parquet, put_tsv, text64
 
 

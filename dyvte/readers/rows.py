@@ -106,6 +106,11 @@ class Row(dict[str, Any]):
             raise self.error(f"{_named(keys)} is {shown(value)}, expected a list")
         return [None if is_blank(item) else self._as_text(item, keys) for item in value]
 
+    def several(self, *keys: str) -> list[str | None]:
+        """As :meth:`texts`, but a text that is no list is taken for the only one."""
+        value = self.need(*keys)
+        return [self._as_text(value, keys)] if _is_one(value) else self.texts(*keys)
+
     def rows(self, key: str) -> list[Row]:
         """A list of records within this one."""
         return rows_of(self.need(key), f"{self.where}, {key!r}")
@@ -129,6 +134,16 @@ class Row(dict[str, Any]):
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         raise self.error(f"{_named(keys)} is {shown(value)}, expected text")
+
+
+def _is_one(value: Any) -> bool:
+    """A text, and not that of a list."""
+    if not isinstance(value, str):
+        return isinstance(value, int | float)
+    try:
+        return not isinstance(ast.literal_eval(value.strip()), list)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return True
 
 
 def is_absent(value: Any) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
-from dyvte.tasks.readers.files import IMAGE_EXTENSIONS
-from dyvte.tasks.readers.rows import read_text, shown
+from dyvte.readers.files import IMAGE_EXTENSIONS
+from dyvte.readers.rows import read_text, shown
 from dyvte.tasks.records import Predictions, Question
 
 _YES_NO_REQUEST = re.compile(r"\s*Please answer yes or no\.\s*$")

@@ -10,8 +10,8 @@ from typing import Any
 
 from dyvte.data.defects import Unusable
 from dyvte.data.images import image_path
-from dyvte.tasks.readers.rows import Row, shown
-from dyvte.tasks.readers.tables import PackedImage
+from dyvte.readers.rows import Row, shown
+from dyvte.readers.tables import PackedImage
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, DataError
-from dyvte.tasks.readers.rows import Row, shown
+from dyvte.readers.rows import Row, shown
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")

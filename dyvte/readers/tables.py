@@ -16,7 +16,7 @@ from typing import Any
 
 from dyvte.data import EmbeddedImage
 from dyvte.errors import ConfigError, DataError
-from dyvte.tasks.readers.rows import Row, shown
+from dyvte.readers.rows import Row, shown
 
 _LONGEST_REFERENCE = 64  # VLMEvalKit: a shorter image cell is the index of the row that holds the image
 _ABSENT = frozenset(
@@ -41,6 +41,8 @@ class PackedImage:
         TSV: byte offset and length of the base64 text. Parquet: row group and row within it.
     column : str
         Parquet column; empty for TSV.
+    is_text : bool
+        A parquet column that holds base64 text in place of bytes.
     item : int
         Position within the cell, where a cell holds several images.
     """
@@ -50,6 +52,7 @@ class PackedImage:
     at: tuple[int, int]
     column: str = ""
     item: int = 0
+    is_text: bool = False
 
     def read(self) -> EmbeddedImage:
         """The image with its encoded bytes (PNG, JPEG, ...).
@@ -78,8 +81,10 @@ class PackedImage:
         try:
             value = cell.column(0)[index].as_py()
             value = value[self.item] if isinstance(value, list) else value
+            if self.is_text:
+                return base64.b64decode(value, validate=False)
             return None if value is None else value["bytes"]
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:  # binascii's is a ValueError
             raise DataError(f"{self.file}: cannot read {self.name}: {error}") from error
 
 
@@ -110,6 +115,9 @@ def read_parquet(path: Path) -> Iterator[Row]:
             row = Row(values, f"{path}, row {number}")
             for column in packed:
                 row[column] = _packed_cell(row.get(column), path, column, group, index)
+            if isinstance(row.get("image"), str) and len(row["image"]) > _LONGEST_REFERENCE:
+                name = f"{path.name}:{group}:{index}:image"
+                row["image"] = PackedImage(path, name, (group, index), "image", is_text=True)
             yield row
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from dyvte.data.defects import Unusable, check_text
 from dyvte.errors import DataError, ScoreError
-from dyvte.tasks.readers.rows import Row, read_json, read_jsonl, read_rows, rows_of, shown
-from dyvte.tasks.readers.tables import read_tsv
-from dyvte.tasks.readers.xlsx import read_xlsx
+from dyvte.readers.rows import Row, read_json, read_jsonl, read_rows, rows_of, shown
+from dyvte.readers.tables import read_tsv
+from dyvte.readers.xlsx import read_xlsx
 from dyvte.tasks.records import Predictions, Question
 
 _ID_KEYS = ("index", "question_id", "id")

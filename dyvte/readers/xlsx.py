@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 
 from dyvte.errors import DataError
 from dyvte.files import write_atomically
-from dyvte.tasks.readers.rows import Row
+from dyvte.readers.rows import Row
 
 _HEAD = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
 _MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"

@@ -1,1 +1,0 @@
-"""Files that benchmarks come in."""
