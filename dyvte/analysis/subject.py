@@ -18,11 +18,13 @@ import dyvte
 from dyvte.backbones import Backbone, describe, fingerprint, weights_digest
 from dyvte.calibration import LayerSearch, search_exit_layer
 from dyvte.errors import ConfigError, UnsupportedBackboneError
+from dyvte.evaluation.askable import without_unaskable
 from dyvte.evaluation.generation import Batch, Pipeline, encoded_batches, plan_batches
 from dyvte.evaluation.runner import (
     EvalConfig,
     PolicyResult,
     load_pipeline,
+    load_questions,
     prompts_of,
     run_policies,
 )
@@ -68,7 +70,7 @@ class AnalysisConfig(EvalConfig):
         """The evaluation's part of it."""
         names = [one.name for one in dataclasses.fields(EvalConfig)]
         settings = {name: getattr(self, name) for name in names}
-        return EvalConfig(**{**settings, "output": output, **changes})
+        return EvalConfig(**{**settings, "output": output, "max_bad_samples": 0, **changes})
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Subject:
     pipeline: Pipeline
     benchmark: Benchmark
     questions: Sequence[Question]
+    unaskable: Mapping[str, str] = field(default_factory=dict)
+    """Questions that cannot be asked, by id, and why; they are none of ``questions``."""
     _memory: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -192,6 +196,7 @@ class Subject:
             "layers": self.num_layers,
             "benchmark": self.benchmark.name,
             "questions": len(self.questions),
+            **({"unaskable": dict(self.unaskable)} if self.unaskable else {}),
             "sampled": len(self.sampled),
             "seed": self.config.seed,
             "dyvte": dyvte.__version__,
@@ -199,10 +204,19 @@ class Subject:
 
 
 def open_subject(config: AnalysisConfig) -> Subject:
-    """Load questions and backbone."""
+    """Load questions and backbone; questions that cannot be asked are excluded, with all about their images,
+    where ``max_bad_samples`` allows for them."""
     benchmark = get_benchmark(config.benchmark)
-    questions = benchmark.load(config.data, config.limit)
-    return Subject(config, load_pipeline(config), benchmark, questions)
+    questions = load_questions(benchmark, config.data, config.limit, config.max_bad_samples)
+    pipeline = load_pipeline(config)
+    kept, unaskable = without_unaskable(
+        pipeline,
+        questions,
+        prompts_of(benchmark, questions, config.question_suffix),
+        f"{benchmark.name} ({config.data})",
+        config.max_bad_samples,
+    )
+    return Subject(config, pipeline, benchmark, kept, unaskable)
 
 
 def gates_of(subject: Subject) -> Mapping[str, str]:

@@ -2,8 +2,7 @@
 
 Predictions: raw answers as jsonl ({"question_id", "prediction"} or LLaVA's {"question_id", "text"}),
 VLMEvalKit's table or workbook (index, prediction), or the benchmark's submission format, compared as it
-stands (docs/benchmarks.md lists them). Every question must have a prediction; images need not be there
-(MME's release layout excepted).
+stands (docs/benchmarks.md lists them). Every question must have a prediction; images need not be there.
 """
 
 from __future__ import annotations

@@ -40,9 +40,10 @@ from dyvte.comparison.tuned_router import best_router, train_router_candidates, 
 from dyvte.comparison.vtw import VtwChoice, choose_vtw
 from dyvte.config import dump_config
 from dyvte.errors import ConfigError
+from dyvte.evaluation.askable import without_unaskable
 from dyvte.evaluation.generation import Pipeline, encoded_batches, plan_batches
 from dyvte.evaluation.latency import PrefillTimes, machine, measure_prefill, spread_batches
-from dyvte.evaluation.runner import load_pipeline, prompts_of
+from dyvte.evaluation.runner import load_pipeline, load_questions, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL, Machine
 from dyvte.progress import progress
 from dyvte.tasks.base import get_benchmark
@@ -262,8 +263,12 @@ def _run_benchmarks(
     found = []
     for source in config.sources:
         benchmark = get_benchmark(source.name)
-        questions = benchmark.load(source.root, config.limit)
-        runs = BenchmarkRuns(benchmark, source.title, questions, config.dialect)
+        questions = load_questions(benchmark, source.root, config.limit, config.max_bad_samples)
+        prompts = prompts_of(benchmark, questions, config.question_suffix)
+        kept, unaskable = without_unaskable(
+            pipeline, questions, prompts, f"{source.title} ({source.root})", config.max_bad_samples
+        )
+        runs = BenchmarkRuns(benchmark, source.title, kept, config.dialect, unaskable)
         evaluation = config.evaluation_of(source)
         run_benchmark(pipeline, runs, calibration, pairs, evaluation, fixed_layers=vtw.layers())
         found.append(runs)

@@ -128,7 +128,8 @@ class CompareConfig(GenerationSettings):
     search_samples: int = 20
     """Calibration samples for VTW's K, as in its paper."""
     max_bad_samples: int = 0
-    """Unusable ones among the calibration samples that are tolerated and excluded from the search for K."""
+    """Unusable calibration samples, and questions of each benchmark that cannot be asked, that are tolerated:
+    they are excluded, named and counted."""
     lam: float | None = None
     """Price of a layer for the router's training; null: what the gates were trained with."""
     timing_batches: int = 4
@@ -181,7 +182,7 @@ class CompareConfig(GenerationSettings):
         """The runner's settings for a benchmark."""
         asking = {one.name: getattr(self, one.name) for one in dataclasses.fields(GenerationSettings)}
         return EvalConfig(
-            **asking,
+            **{**asking, "max_bad_samples": 0},  # those are excluded before
             benchmark=source.name,
             data=source.root,
             output=self.output / "runs" / source.folder,

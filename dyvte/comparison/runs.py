@@ -9,7 +9,7 @@ Shape letters: B questions, L decoder layers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,8 @@ class BenchmarkRuns:
     title : what it is called in tables and plots.
     questions : all or the first of it.
     dialect : whose rule reads the answers.
+    unaskable : questions that cannot be asked, by id, and why; they are none of ``questions``, nor are others
+        about their images.
     results, policies : by name.
     """
 
@@ -50,6 +52,7 @@ class BenchmarkRuns:
     title: str
     questions: list[Question]
     dialect: str
+    unaskable: Mapping[str, str] = field(default_factory=dict)
     results: dict[str, PolicyResult] = field(default_factory=dict)
     policies: dict[str, NamedPolicy] = field(default_factory=dict)
 
@@ -105,6 +108,7 @@ class BenchmarkComparison:
     benchmark, title : its name and what it is called.
     score_name, unit : what values are, and what was resampled.
     num_questions : answered.
+    unaskable : those that cannot be asked, by id, and why.
     runs : scores and costs by run.
     values : the score that intervals are of, by run; None where nothing can be graded here.
     gates_minus : mean of the gates' seeds less a baseline's, by baseline; empty where nothing can be graded.
@@ -118,6 +122,7 @@ class BenchmarkComparison:
     score_name: str
     unit: str
     num_questions: int
+    unaskable: dict[str, str]
     runs: dict[str, RunScores]
     values: dict[str, float | None]
     gates_minus: dict[str, PairedDifference]
@@ -127,9 +132,9 @@ class BenchmarkComparison:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; identity and settings of the runs are in their own folders."""
         values = {name: plain(value) for name, value in vars(self).items() if name not in ("runs", "curves")}
-        left_out = ("run", "timing", "config")
+        omitted = ("run", "timing", "config")
         runs = {
-            name: {key: value for key, value in scores.to_dict().items() if key not in left_out}
+            name: {key: value for key, value in scores.to_dict().items() if key not in omitted}
             for name, scores in self.runs.items()
         }
         curves = {} if self.curves is None else {"curves": self.curves.to_dict()}
@@ -273,6 +278,7 @@ def benchmark_comparison(
         score_name=runs.benchmark.score_name,
         unit=runs.benchmark.unit,
         num_questions=len(runs.questions),
+        unaskable=dict(runs.unaskable),
         runs={name: result.scores for name, result in runs.results.items()},
         values={name: None if one is None else runs.value(one) for name, one in hits.items()},
         gates_minus=gates_minus,

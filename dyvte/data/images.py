@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -66,11 +68,26 @@ def load_image(source: Path | EmbeddedImage) -> Any:
     DataError
         Missing or unreadable, truncated files included, or of a range of values that cannot be told.
     """
+    with _opened(source) as image:
+        return as_rgb(image)
+
+
+def check_image(source: Path | EmbeddedImage) -> None:
+    """Raise what `load_image` would. A JPEG is decoded at an eighth of its size, which is several times
+    faster and reads its whole stream all the same."""
+    with _opened(source) as image:
+        image.draft("RGB", (1, 1))
+        as_rgb(image)
+
+
+@contextmanager
+def _opened(source: Path | EmbeddedImage) -> Iterator[Any]:
+    """The PIL image, not decoded yet; what goes wrong with it as a DataError that names it."""
     from PIL import Image
 
     try:
         with Image.open(BytesIO(source.data) if isinstance(source, EmbeddedImage) else source) as image:
-            return as_rgb(image)
+            yield image
     except FileNotFoundError as error:
         raise DataError(f"missing image {source}") from error
     except Exception as error:  # what a damaged file makes its decoder raise is beyond listing

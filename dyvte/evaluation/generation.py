@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from dyvte.backbones.greedy import in_answer
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.data.defects import is_of_sample
 from dyvte.errors import ConfigError
-from dyvte.evaluation.checks import name_unaskable, open_image
+from dyvte.evaluation.checks import defects_alone, open_image, refuse
 from dyvte.evaluation.run_log import Answer, pack_layers
 from dyvte.groups import open_group
 from dyvte.readers.videos import read_frames
@@ -46,11 +46,15 @@ class GenerationSettings:
     """Frames sampled from a video."""
     seed: int = 0
     """Of everything that is drawn at random."""
+    max_bad_samples: int = 0
+    """Questions that cannot be asked (image, text) and are tolerated: they are named and counted."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "num_frames"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.max_bad_samples < 0:
+            raise ConfigError(f"max_bad_samples must be at least 0, found {self.max_bad_samples}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded questions, left-padded, on the model's device."""
+    """Encoded questions, left-padded, on the model's device; there may be none."""
 
     index: int
     question_ids: tuple[str, ...]
@@ -121,19 +125,21 @@ def encode_questions(
         Naming the questions that cannot be asked, each alone, if the batch cannot.
     """
     try:
-        return _encode_questions(pipeline, questions, prompts, index)
+        return encode_together(pipeline, questions, prompts, index)
     except Exception as error:
         if is_of_sample(error):
-            name_unaskable(
+            defects = defects_alone(
                 [question.id for question in questions],
-                lambda i: _encode_questions(pipeline, questions[i : i + 1], prompts[i : i + 1], index),
+                lambda i: encode_together(pipeline, questions[i : i + 1], prompts[i : i + 1], index),
             )
+            refuse(defects, len(questions))
         raise
 
 
-def _encode_questions(
-    pipeline: Pipeline, questions: Sequence[Question], prompts: Sequence[str], index: int
+def encode_together(
+    pipeline: Pipeline, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
 ) -> Batch:
+    """One batch of questions; raises whatever one of them makes a decoder, template or processor raise."""
     shown = {(q.images, q.video): question_images(q, pipeline.num_frames) for q in questions}
     rows = [shown[q.images, q.video] for q in questions]
     as_videos = all(q.video is not None for q in questions) and takes_videos(pipeline.processor)
@@ -175,11 +181,15 @@ def encoded_batches(
     prompts: Sequence[str],
     plan: Sequence[Sequence[int]],
     wanted: Sequence[int],
+    skipped: Collection[str] = (),
 ) -> Iterator[Batch]:
-    """The wanted batches of the plan; the next one is read and encoded while the caller works on this one."""
+    """The wanted batches of the plan, without the questions of ids in ``skipped``; the next one is read and
+    encoded while the caller works on this one."""
 
     def make(index: int) -> Batch:
-        rows = plan[index]
+        rows = [i for i in plan[index] if questions[i].id not in skipped]
+        if not rows:
+            return Batch(index, (), {}, torch.zeros(0, dtype=torch.int64))
         return encode_questions(pipeline, [questions[i] for i in rows], [prompts[i] for i in rows], index)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -274,5 +284,9 @@ def questions_digest(questions: Sequence[Question], prompts: Sequence[str]) -> s
     digest = hashlib.sha256()
     for question, prompt in zip(questions, prompts, strict=True):
         shown = question.images if question.video is None else (question.video,)
-        digest.update("\0".join((question.id, prompt, *(one.name for one in shown), "\n")).encode())
+        digest.update(
+            "\0".join((question.id, prompt, *(one.name for one in shown), "\n")).encode(
+                "utf-8", "surrogatepass"
+            )
+        )
     return digest.hexdigest()

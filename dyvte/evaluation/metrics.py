@@ -26,7 +26,7 @@ def cost_metrics(config: Any, answers: Sequence[Answer], reductions: Sequence[Re
     Parameters
     ----------
     config : the backbone's transformers config.
-    answers : of all questions.
+    answers : of all questions; those that were not asked cost nothing and are excluded.
     reductions : those of the run, accepted by the backbone: what they make cheaper is no count of tokens.
 
     Raises
@@ -34,6 +34,7 @@ def cost_metrics(config: Any, answers: Sequence[Answer], reductions: Sequence[Re
     DataError
         No question had visual tokens.
     """
+    answers = [answer for answer in answers if not answer.problem]
     seeing = [answer for answer in answers if answer.exit_layer >= 0]
     if not seeing:
         raise DataError("no question had visual tokens: nothing to exit from")
@@ -80,9 +81,9 @@ def _vision_tower(config: Any, answers: Sequence[Answer]) -> float | None:
 
 
 def same_answer(answers: Sequence[Answer], reference: Sequence[Answer]) -> float:
-    """Share of questions whose whole answer equals the reference's."""
+    """Share of questions, of those that were asked, whose whole answer equals the reference's."""
     pairs = zip(answers, reference, strict=True)
-    return _mean([a.prediction == b.prediction for a, b in pairs])
+    return _mean([a.prediction == b.prediction for a, b in pairs if not (a.problem or b.problem)])
 
 
 def _mean(values: Sequence[float]) -> float:

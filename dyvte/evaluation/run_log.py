@@ -61,6 +61,7 @@ class Answer:
     kv_bytes : share of the batch's KV cache after prefill.
     gate_logits : one per layer, None where no gate ran; empty when no gates were used.
     freeze_logits : of the freeze head, entry j after j layers; empty without one.
+    problem : why the question was not asked; empty for one that was.
     """
 
     question_id: str
@@ -77,6 +78,24 @@ class Answer:
     freeze_layer: int | None = None
     frozen_tokens: Layers = ()
     freeze_logits: tuple[float | None, ...] = ()
+    problem: str = ""
+
+    @staticmethod
+    def unanswered(question_id: str, problem: str, num_layers: int) -> Answer:
+        """In place of the answer to a question that cannot be asked: an empty one that cost nothing."""
+        none = ((0, num_layers),)
+        return Answer(
+            question_id=question_id,
+            prediction="",
+            exit_layer=-1,
+            num_visual=0,
+            num_text=0,
+            visual_tokens=none,
+            text_tokens=none,
+            num_new_tokens=0,
+            kv_bytes=0.0,
+            problem=problem,
+        )
 
     @property
     def updated_layers(self) -> int:
@@ -265,9 +284,9 @@ def _answer(row: Mapping[str, Any]) -> Answer:
 
 
 def exit_row(answer: Answer) -> dict[str, Any]:
-    """A row of ``exits.jsonl``: all of an answer but its text; what is of freezing where there is any."""
+    """A row of ``exits.jsonl``: all of an answer but its text; freezing and a problem where there are any."""
     row = {key: value for key, value in asdict(answer).items() if key != "prediction"}
-    for key in ("freeze_layer", "frozen_tokens", "freeze_logits"):
+    for key in ("freeze_layer", "frozen_tokens", "freeze_logits", "problem"):
         if not row[key] and row[key] != 0:
             del row[key]
     return {**row, "gate_probabilities": answer.gate_probabilities}

@@ -5,7 +5,7 @@ Several processes (torchrun, accelerate) share the batches; the first of them ti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ from dyvte.backbones import (
     open_backbone,
     weights_digest,
 )
+from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import dump_config, to_dict
 from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError, DataError
-from dyvte.evaluation.checks import check_images, check_texts
+from dyvte.evaluation.askable import unaskable
+from dyvte.evaluation.checks import check_ids, defects_of, refuse
 from dyvte.evaluation.generation import (
+    Batch,
     GenerationSettings,
     Pipeline,
     answer,
@@ -44,6 +47,7 @@ from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies,
 from dyvte.policies import POLICIES
 from dyvte.progress import progress
 from dyvte.reductions import REDUCTIONS
+from dyvte.runtime import VisualExit
 from dyvte.tasks.base import (
     DIALECTS,
     TASKS,
@@ -125,10 +129,18 @@ def evaluate(config: EvalConfig) -> list[PolicyResult]:
     benchmark = get_benchmark(config.benchmark)
     check_dialect(config.dialect, getattr(benchmark, "dialects", DIALECTS), benchmark.name)
     policies = with_reductions(parse_policies(config.policies, config.seed), config.reductions)
-    questions = benchmark.load(config.data, config.limit)
+    questions = load_questions(benchmark, config.data, config.limit, config.max_bad_samples)
     with join_processes() as processes:
         pipeline = load_pipeline(config, processes.device)
         return run_policies(pipeline, benchmark, questions, policies, config, processes=processes)
+
+
+def load_questions(
+    benchmark: Benchmark, root: Path, limit: int | None, max_bad_samples: int
+) -> list[Question]:
+    """A benchmark's questions, to be asked. A file that is not there ends the run at once; where any are
+    tolerated, it counts as the other things do that keep a question from being asked."""
+    return benchmark.load(root, limit, images=max_bad_samples == 0)
 
 
 def prompts_of(benchmark: Benchmark, questions: Sequence[Question], suffix: str | None) -> list[str]:
@@ -153,9 +165,9 @@ def run_policies(
     others an empty list.
     """
     processes = processes or Processes()
-    prompts = prompts_of(benchmark, questions, config.question_suffix)
     where = f"{benchmark.name} ({config.data})"
-    check_texts(pipeline.processor, pipeline.template, questions, prompts, where)
+    check_ids(questions, where)
+    prompts = prompts_of(benchmark, questions, config.question_suffix)
     plan = plan_batches(pipeline, prompts, config.batch_size)
     check_policies(pipeline, policies)
     identity = _identity(pipeline, benchmark, questions, prompts, config)
@@ -176,13 +188,27 @@ def run_policies(
     # The first process tidies up what a kill left; only then may the others look.
     logs = processes.first_alone(open_logs) or open_logs()
     processes.barrier()
-    unanswered = sorted(i for at in set().union(*(log.missing() for log in logs)) for i in plan[at])
-    processes.first_alone(lambda: check_images([questions[i] for i in unanswered], where))
-    _ask_missing(pipeline, questions, prompts, plan, policies, logs, description or benchmark.name, processes)
+    missing = sorted(i for at in set().union(*(log.missing() for log in logs)) for i in plan[at])
+
+    def find_unaskable() -> dict[str, str]:
+        kept = {one.question_id: one.problem for log in logs for one in log.answers.values() if one.problem}
+        found = unaskable(
+            pipeline,
+            [questions[i] for i in missing],
+            [prompts[i] for i in missing],
+            where,
+            config.max_bad_samples,
+        )
+        refuse(defects_of(kept | found, where), len(questions), where, config.max_bad_samples)
+        return kept | found
+
+    problems = processes.from_first(processes.first_alone(find_unaskable))
+    asking = _Asking(pipeline, questions, prompts, plan, problems)
+    _ask_missing(asking, policies, logs, description or benchmark.name, processes)
     processes.barrier()
 
     def conclude() -> list[PolicyResult]:
-        timing = _timing(pipeline, questions, prompts, plan, policies, logs, config)
+        timing = _timing(asking, policies, logs, config)
         answers = [log.finish([q.id for q in questions]) for log in logs]
         named_answers = zip(policies, answers, strict=True)
         reference = next((a for named, a in named_answers if named.name == FULL_MODEL), None)
@@ -197,6 +223,7 @@ def run_policies(
                 timing=timing.get(named.name),
                 run=RunIdentity(_identity_of(named, identity), named.name, config.model.path),
                 config=to_dict(config),
+                unanswered={one.question_id: one.problem for one in given if one.problem},
             )
             dump_config(config, log.folder / CONFIG_FILE)
             benchmark.write_submission(log.folder, questions, Predictions(texts(given)))
@@ -219,11 +246,34 @@ def check_policies(pipeline: Pipeline, policies: Sequence[NamedPolicy]) -> None:
         check_image_padding(trained, image_padding(pipeline.processor), f"policy {named.name}")
 
 
+@dataclass(frozen=True)
+class _Asking:
+    """What is put to the backbone: questions, their prompts, the batches as indices of questions, and why
+    some questions cannot be asked, by id."""
+
+    pipeline: Pipeline
+    questions: Sequence[Question]
+    prompts: Sequence[str]
+    plan: Sequence[Sequence[int]]
+    problems: Mapping[str, str]
+
+    def batches(self, wanted: Sequence[int]) -> Iterator[Batch]:
+        """The wanted ones, encoded, of the questions that can be asked."""
+        return encoded_batches(
+            self.pipeline, self.questions, self.prompts, self.plan, wanted, self.problems.keys()
+        )
+
+    def answers(self, batch: Batch, exits: VisualExit) -> list[Answer]:
+        """To all questions of a batch; empty ones to those that cannot be asked."""
+        given = answer(self.pipeline, batch, exits) if batch.question_ids else []
+        by_id = {one.question_id: one for one in given}
+        num_layers = decoder_shape(self.pipeline.model.config).num_layers
+        ids = [self.questions[i].id for i in self.plan[batch.index]]
+        return [by_id.get(q) or Answer.unanswered(q, self.problems[q], num_layers) for q in ids]
+
+
 def _ask_missing(
-    pipeline: Pipeline,
-    questions: Sequence[Question],
-    prompts: Sequence[str],
-    plan: Sequence[Sequence[int]],
+    asking: _Asking,
     policies: Sequence[NamedPolicy],
     logs: Sequence[AnswerLog],
     description: str,
@@ -232,24 +282,21 @@ def _ask_missing(
     """Ask this process's share of what is missing; the first shows how far it is with its own."""
     missing = [set(log.missing()) for log in logs]
     wanted = processes.share(sorted(set().union(*missing)))
-    total = sum(len(plan[index]) for index in wanted for one in missing if index in one)
+    total = sum(len(asking.plan[index]) for index in wanted for one in missing if index in one)
     if processes.world_size > 1:
         description = f"{description} (1 of {processes.world_size} processes)"
     hidden = total == 0 or not processes.first
     exits = [named.exits() for named in policies]
     with progress(total, description, "answer", shown=not hidden) as advance:
-        for batch in encoded_batches(pipeline, questions, prompts, plan, wanted):
+        for batch in asking.batches(wanted):
             for one, log, still in zip(exits, logs, missing, strict=True):
                 if batch.index in still:
-                    log.append(batch.index, answer(pipeline, batch, one))
-                    advance(len(batch.question_ids))
+                    log.append(batch.index, asking.answers(batch, one))
+                    advance(len(asking.plan[batch.index]))
 
 
 def _timing(
-    pipeline: Pipeline,
-    questions: Sequence[Question],
-    prompts: Sequence[str],
-    plan: Sequence[Sequence[int]],
+    asking: _Asking,
     policies: Sequence[NamedPolicy],
     logs: Sequence[AnswerLog],
     config: EvalConfig,
@@ -261,9 +308,13 @@ def _timing(
             kept[named.name] = timing
     if config.timing_batches < 1 or len(kept) == len(policies):
         return kept
-    chosen = spread_batches(len(plan), config.timing_batches)
-    batches = list(encoded_batches(pipeline, questions, prompts, plan, chosen))
-    measured = measure_generation(pipeline, batches, policies, config.timing_repeats, config.timing_tokens)
+    chosen = spread_batches(len(asking.plan), config.timing_batches)
+    batches = [batch for batch in asking.batches(chosen) if batch.question_ids]
+    if not batches:
+        return kept
+    measured = measure_generation(
+        asking.pipeline, batches, policies, config.timing_repeats, config.timing_tokens
+    )
     plain, here = measured.pop(PLAIN), machine()
     return {
         name: Timing(

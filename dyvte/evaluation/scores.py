@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,8 @@ class RunScores:
     timing : None where nothing was timed.
     run : what the answers depend on.
     config : the settings of the evaluation, as YAML would hold them.
+    unanswered : questions that could not be asked, by id, and why. Scores count an empty answer for each, as
+        the benchmark's rule reads it; all else is of the other questions.
     """
 
     scores: Mapping[str, Any]
@@ -186,6 +188,7 @@ class RunScores:
     timing: Timing | None
     run: RunIdentity
     config: Mapping[str, Any]
+    unanswered: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as ``scores.json`` holds it: costs on the top level, times beside what they are of."""
@@ -202,6 +205,7 @@ class RunScores:
             "headline": self.headline,
             **cost,
             "same_answer_as_never": self.same_answer_as_never,
+            "unanswered": dict(self.unanswered),
             "timing": timing,
             "run": {**self.run.values, "name": self.run.name, "backbone": self.run.backbone},
             "config": dict(self.config),
@@ -239,6 +243,7 @@ class RunScores:
                 identity["backbone"],
             ),
             config=top["config"],
+            unanswered=values.get("unanswered") or {},
         )
 
     def write(self, folder: Path) -> None:
@@ -265,7 +270,7 @@ class RunScores:
 
 
 def _cost(values: Mapping[str, Any], where: str) -> CostMetrics:
-    names = [field.name for field in dataclasses.fields(CostMetrics) if field.name != "mean_freeze_layer"]
+    names = [one.name for one in dataclasses.fields(CostMetrics) if one.name != "mean_freeze_layer"]
     cost = {**entries(values, names, where, _ADVICE), "mean_freeze_layer": values.get("mean_freeze_layer")}
     try:
         cost["exit_layer_counts"] = {int(k): count for k, count in cost["exit_layer_counts"].items()}
@@ -280,7 +285,7 @@ def _cost(values: Mapping[str, Any], where: str) -> CostMetrics:
 
 
 def _timing(values: Mapping[str, Any], where: str) -> Timing:
-    names = [field.name for field in dataclasses.fields(Timing) if field.name != "times"]
+    names = [one.name for one in dataclasses.fields(Timing) if one.name != "times"]
     about = entries(values, names, where, _ADVICE)
     about["plain"] = record_of(GenerationTimes, about["plain"], f"{where}, plain", _ADVICE)
     about["machine"] = record_of(Machine, about["machine"], f"{where}, machine", _ADVICE)

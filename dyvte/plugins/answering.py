@@ -5,25 +5,28 @@ Nothing of a harness is imported here.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dyvte.backbones import takes_videos
+from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import from_dict
-from dyvte.data.defects import is_of_sample
+from dyvte.data.defects import Defect, Unusable, is_of_sample, problem_text
 from dyvte.distributed import own_device
 from dyvte.errors import ConfigError
-from dyvte.evaluation.checks import name_unaskable
+from dyvte.evaluation.checks import defects_alone, refuse
 from dyvte.evaluation.generation import Batch, GenerationSettings, Pipeline, answer, encode_rendered
 from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import check_policies, load_pipeline
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
 from dyvte.runtime import VisualExit
 
+log = logging.getLogger(__name__)
 _UNDERSTOOD = ("until", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
 
 
@@ -68,6 +71,7 @@ class Request:
     images : RGB PIL images in the order shown, or a video's frames.
     is_video : whether they are frames.
     history : earlier exchanges (question, answer).
+    problem : why it cannot be asked; empty for one that can.
     """
 
     id: str
@@ -75,13 +79,38 @@ class Request:
     images: tuple[Any, ...] = ()
     is_video: bool = False
     history: tuple[tuple[str, str], ...] = ()
+    problem: str = ""
+
+
+def request_of(identity: str, make: Callable[[], Request]) -> Request:
+    """A request from what a harness hands over; where that cannot be read, one that says why.
+
+    Parameters
+    ----------
+    identity
+        Its id.
+    make
+        Reads it.
+    """
+    try:
+        return make()
+    except Exception as error:
+        if not is_of_sample(error):
+            raise
+        return Request(identity, "", problem=problem_text(error))
 
 
 class Answering:
-    """A loaded backbone under one policy and its reductions. Nothing stays on the model between calls."""
+    """A loaded backbone under one policy and its reductions. Nothing stays on the model between calls.
+
+    Requests that cannot be asked are counted over all calls; up to ``max_bad_samples`` of them are answered
+    with nothing and logged, one more ends the run.
+    """
 
     def __init__(self, config: PluginConfig, local_rank: int = 0) -> None:
         self.config = config
+        self._num_asked = 0
+        self._unusable: list[Defect] = []
         self.policy: NamedPolicy = with_reductions(
             parse_policies((config.policy,), config.seed), (config.reduction,)
         )[0]
@@ -103,30 +132,55 @@ class Answering:
         generation
             A harness's generation arguments: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
             ``top_k``; the answer ends before the first of the texts ``until``.
+
+        Raises
+        ------
+        DataError
+            If more than ``max_bad_samples`` requests cannot be asked; they are named.
         """
         generation = generation or {}
         arguments = generation_arguments(generation, self.config.max_new_tokens)
         answers: dict[int, Answer] = {}
         own_way = takes_videos(self.pipeline.processor)
+        self._num_asked += len(requests)
         for as_videos in (False, True):
             rows = [i for i, one in enumerate(requests) if (one.is_video and own_way) == as_videos]
-            if rows:
-                batch = self._encode([requests[i] for i in rows], as_videos)
+            batch, problems = self._encode([requests[i] for i in rows], as_videos)
+            num_layers = decoder_shape(self.pipeline.model.config).num_layers
+            for at, problem in problems.items():
+                answers[rows[at]] = Answer.unanswered(requests[rows[at]].id, problem, num_layers)
+            if batch is not None:
+                rows = [row for at, row in enumerate(rows) if at not in problems]
                 answers.update(zip(rows, answer(self.pipeline, batch, self._exits, arguments), strict=True))
         ends = stop_texts(generation)
         return [replace(answers[i], prediction=cut(answers[i].prediction, ends)) for i in sorted(answers)]
 
-    def _encode(self, requests: Sequence[Request], as_videos: bool) -> Batch:
+    def _encode(self, requests: Sequence[Request], as_videos: bool) -> tuple[Batch | None, dict[int, str]]:
+        """The batch of those that can be asked, None if there are none; why others cannot, by place."""
+        if not requests:
+            return None, {}
         try:
-            return self._encoded(requests, as_videos)
+            return self._encoded(requests, as_videos), {}
         except Exception as error:
-            if is_of_sample(error):
-                name_unaskable(
-                    [one.id for one in requests], lambda i: self._encoded(requests[i : i + 1], as_videos)
-                )
-            raise
+            if not is_of_sample(error):
+                raise
+            ids = [one.id for one in requests]
+            places = [str(place) for place in range(len(ids))]  # ids need not be unique
+            found = defects_alone(places, lambda i: self._encoded(requests[i : i + 1], as_videos))
+            if not found:
+                raise
+        problems = {int(one.sample_id): f"{one.field}: {one.problem}" for one in found}
+        self._unusable += [replace(one, sample_id=ids[int(one.sample_id)]) for one in found]
+        refuse(self._unusable, self._num_asked, max_bad_samples=self.config.max_bad_samples)
+        for at, problem in problems.items():
+            log.warning("request %s cannot be asked and is answered with nothing: %s", ids[at], problem)
+        rest = [one for at, one in enumerate(requests) if at not in problems]
+        return (self._encoded(rest, as_videos) if rest else None), problems
 
     def _encoded(self, requests: Sequence[Request], as_videos: bool) -> Batch:
+        for one in requests:
+            if one.problem:
+                raise Unusable("request", one.problem)
         rendered = [
             self.pipeline.template.render(
                 one.text, has_image=1 if as_videos else len(one.images), history=one.history

@@ -23,7 +23,7 @@ from dyvte.distributed import launch
 from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.generation import plan_batches
 from dyvte.evaluation.run_log import Answer, exit_row
-from dyvte.plugins.answering import Answering, Request, plugin_config
+from dyvte.plugins.answering import Answering, Request, plugin_config, request_of
 from dyvte.progress import progress
 from dyvte.readers.videos import Video, read_frames
 
@@ -104,16 +104,19 @@ class DyvteChat(lmms):
         _, doc_to_messages, _, doc_id, task, split = instance.args
         doc = self.task_dict[task][split][doc_id]
         known_by = doc["id"] if isinstance(doc, Mapping) and "id" in doc else f"{task}/{doc_id}"
-        return as_request(str(known_by), doc_to_messages(doc), self.answering.config.num_frames)
+        frames = self.answering.config.num_frames
+        return request_of(str(known_by), lambda: as_request(str(known_by), doc_to_messages(doc), frames))
 
     def _keep(self, requests: Sequence[Instance], answers: Sequence[Answer]) -> None:
         """Write the exits; say what the policy came to."""
         seeing = [one.exit_layer for one in answers if one.exit_layer >= 0]
         named = self.answering.policy
         mean = f"{sum(seeing) / len(seeing):.3f}" if seeing else "none"
+        unasked = sum(bool(one.problem) for one in answers)
+        others = "the others have no image" + (f", or could not be asked: {unasked}" if unasked else "")
         logger.info(
             f"dyvte: policy {named.name}, reduction {named.reduction}: mean exit layer {mean} over "
-            f"{len(seeing)} of {len(answers)} requests (the others have no image)"
+            f"{len(seeing)} of {len(answers)} requests ({others})"
         )
         if self._exits_file is None:
             return

@@ -26,7 +26,7 @@ from dyvte.data import load_image
 from dyvte.data.defects import named
 from dyvte.errors import DataError
 from dyvte.evaluation.run_log import exit_row
-from dyvte.plugins.answering import Answering, Request, plugin_config
+from dyvte.plugins.answering import Answering, Request, plugin_config, request_of
 from dyvte.readers.videos import Video, read_frames
 
 
@@ -60,7 +60,8 @@ class DyvteVLM(BaseModel):
 
     def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
         """The greedy answer to one message."""
-        request = as_request(str(self._num_asked), message, self.answering.config.num_frames)
+        identity, frames = str(self._num_asked), self.answering.config.num_frames
+        request = request_of(identity, lambda: as_request(identity, message, frames))
         self._num_asked += 1
         (one,) = self.answering.answer([request])
         if (path := self.answering.config.exits) is not None:

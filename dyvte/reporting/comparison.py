@@ -13,7 +13,7 @@ from dyvte.comparison.table import PolicyRow
 from dyvte.comparison.traces import TraceComparison
 from dyvte.errors import ConfigError
 from dyvte.files import write_atomically
-from dyvte.formatting import difference_text, markdown_table, number, percentage, spread_text
+from dyvte.formatting import difference_text, markdown_table, name_some, number, percentage, spread_text
 from dyvte.reporting.budgets import budget_markdown, plot_budgets
 from dyvte.reporting.comparison_plots import plot_comparison, plot_schedules
 from dyvte.reporting.plans import plan_markdown, plot_plans
@@ -67,6 +67,7 @@ def comparison_markdown(found: Comparison) -> str:
     parts = ["# Comparison of exit rules"]
     if found.rows:
         parts += [comparison_table(found), _table_notes(found)]
+        parts += [note for note in (_unaskable_note(found.benchmarks),) if note]
     parts += ["## On traced test samples", *_trace_parts(found.traces)]
     if found.benchmarks:
         parts.append("## Benchmarks: gates minus baseline, paired bootstrap")
@@ -126,6 +127,16 @@ def _table_notes(found: Comparison) -> str:
         "The router and the mixtures spend what the gates of that seed spent on the same questions. "
         f"Same answer: the whole answer equals the full model's. {layers}. Prefill time: relative to "
         f"the full model, taken in turns, vision tower included ({found.machine})."
+    )
+
+
+def _unaskable_note(benchmarks: Mapping[str, BenchmarkComparison]) -> str:
+    """Which questions are in no number; empty where all are."""
+    return " ".join(
+        f"{title}: {len(one.unaskable)} questions that cannot be asked ({name_some(one.unaskable)}) are "
+        "excluded, and all others about their images."
+        for title, one in benchmarks.items()
+        if one.unaskable
     )
 
 

@@ -21,6 +21,7 @@ from dyvte.reporting.page import Example, Heading, Image, Page, Table, Text
 from dyvte.reporting.plots import Plot, draw_section
 from dyvte.reporting.section_tables import cost_table, score_table, summary_tables
 from dyvte.reporting.sections import ReportedRun, Section, WorstExample, read_sections, worst_examples
+from dyvte.reporting.tables import unanswered_note
 from dyvte.tasks.base import Question
 
 THUMBNAIL = 256
@@ -99,6 +100,8 @@ def _section_blocks(section: Section, config: ReportConfig, prefix: str) -> list
         score_table(section),
         cost_table(section),
     ]
+    if unanswered := {name for run in section.runs for name in run.scores.unanswered}:
+        blocks.append(Text(unanswered_note(sorted(unanswered))))
     if any(_differs(section.value(run), run.scores.headline) for run in section.runs):
         blocks.append(
             Text(

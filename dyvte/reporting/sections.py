@@ -21,7 +21,7 @@ from dyvte.errors import DataError
 from dyvte.evaluation.generation import questions_digest
 from dyvte.evaluation.metrics import same_answer
 from dyvte.evaluation.run_log import RUN_FILE, Answer, read_answers
-from dyvte.evaluation.runner import CONFIG_FILE, EvalConfig, prompts_of
+from dyvte.evaluation.runner import CONFIG_FILE, EvalConfig, load_questions, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL, SCORES_FILE, RunScores
 from dyvte.evaluation.settings import NO_REDUCTION
 from dyvte.formatting import name_some
@@ -223,7 +223,7 @@ def _questions(benchmark: Benchmark, config: EvalConfig, run: ReportedRun) -> li
     hint = f"say where it lies with --data {benchmark.name}=FOLDER"
     if not config.data.exists():
         raise DataError(f"the data of {benchmark.name} is no longer at {config.data}: {hint}")
-    questions = benchmark.load(config.data, config.limit)
+    questions = load_questions(benchmark, config.data, config.limit, config.max_bad_samples)
     asked = questions_digest(questions, prompts_of(benchmark, questions, config.question_suffix))
     if asked != run.scores.run.questions_sha256:
         raise DataError(f"{config.data} does not hold the questions that {run.folder} was asked: {hint}")
@@ -256,13 +256,20 @@ def worst_examples(section: Section, wanted: int) -> list[WorstExample]:
     """Questions on which runs part most from the full model: lost answers first, then differing ones.
 
     Of equals, those whose images have not been shown yet come first, then the order of the benchmark.
+    Questions that could not be asked have no image to show.
     """
     full = section.full
+    asked = [
+        index
+        for index in range(len(section.questions))
+        if not any(run.answers[index].problem for run in section.runs)
+    ]
     if full is None:
-        return [WorstExample(index, 0, 0) for index in range(min(wanted, len(section.questions)))]
+        return [WorstExample(index, 0, 0) for index in asked[:wanted]]
     others = [run for run in section.runs if not run.is_full]
     ranked = []
-    for index, reference in enumerate(full.answers):
+    for index in asked:
+        reference = full.answers[index]
         differing = sum(run.answers[index].prediction != reference.prediction for run in others)
         graded = full.hits is not None
         lost = sum(run.hits[index] < full.hits[index] for run in others) if graded else 0

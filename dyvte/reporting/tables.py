@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dyvte.evaluation.runner import PolicyResult
-from dyvte.formatting import Unit, flops_unit, markdown_table, number, percentage, significant
+from dyvte.formatting import Unit, flops_unit, markdown_table, name_some, number, percentage, significant
 
 
 def results_table(results: Sequence[PolicyResult]) -> str:
@@ -13,7 +13,17 @@ def results_table(results: Sequence[PolicyResult]) -> str:
     unit = flops_unit(_prefill(result) for result in results)
     header = ["policy", results[0].scores.scores["benchmark"], "same answer", "exit layer", "visual compute"]
     header += [f"prefill, {unit.name}", "first token", "KV, MB"]
-    return markdown_table(header, [_row(result, unit) for result in results])
+    table = markdown_table(header, [_row(result, unit) for result in results])
+    unanswered = {name for result in results for name in result.scores.unanswered}
+    return f"{table}\n{unanswered_note(sorted(unanswered))}" if unanswered else table
+
+
+def unanswered_note(ids: Collection[str]) -> str:
+    """What became of questions that could not be asked."""
+    return (
+        f"{len(ids)} questions could not be asked and count as answered with nothing: {name_some(ids)}; "
+        "exit layer, compute, times and same answer are of the others (scores.json says why)."
+    )
 
 
 def _row(result: PolicyResult, unit: Unit) -> list[str]:

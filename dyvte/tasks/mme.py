@@ -30,6 +30,7 @@ from dyvte.tasks.mme_release import (
     SUBTASKS,
     file_name,
     image_key,
+    joined_by_stem,
     plain_question,
     read_pair,
     read_results,
@@ -205,7 +206,7 @@ class MME(Benchmark):
         joined = None
         if path.suffix.lower() == ".jsonl":
             joined = joined_by_prompt(path, questions, _key, _asked)
-        return joined if joined is not None else read_answers(path)
+        return joined if joined is not None else joined_by_stem(read_answers(path), questions)
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
         """Write ``mme_results/<subtask>.txt`` (file, question, gold, answer) for ``calculation.py``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dyvte.errors import DataError, ScoreError
@@ -54,19 +55,15 @@ def subtask_names(folder: Path) -> list[str]:
 
 
 def subtask_images(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """(question file, image) pairs of one subtask, sorted by name."""
+    """(question file, image) pairs of one subtask, sorted by name. An image that is not there, which scoring
+    can do without, is named as a pattern."""
     text_files, image_folder = _question_files(folder)
     found = {}
     if image_folder.is_dir():
         for path in sorted(image_folder.iterdir()):
             if path.suffix.lower() in IMAGE_EXTENSIONS:
                 found.setdefault(path.stem, path)
-    missing = [path.stem for path in text_files if path.stem not in found]
-    if missing:
-        raise DataError(
-            f"{image_folder} lacks images for {len(missing)} question files: {name_some(missing)}"
-        )
-    yield from ((path, found[path.stem]) for path in text_files)
+    yield from ((path, found.get(path.stem, image_folder / f"{path.stem}.*")) for path in text_files)
 
 
 def read_pair(text_file: Path, image: Path) -> list[Question]:
@@ -110,6 +107,23 @@ def image_key(name: str) -> str:
     """``subtask/stem`` of an image: LLaVA's files name ``artwork/images/x.jpg`` and, once converted,
     ``x.txt`` what the release calls ``artwork/x.jpg``."""
     return f"{name.split('/', 1)[0]}/{name.rsplit('/', 1)[-1].rsplit('.', 1)[0]}"
+
+
+def question_key(question_id: str) -> str:
+    """A question's id whatever its image's ending: ``artwork/x#1`` of ``artwork/x.jpg#1``."""
+    name, _, number = question_id.rpartition("#")
+    return f"{image_key(name)}#{number}"
+
+
+def joined_by_stem(predictions: Predictions, questions: Sequence[Question]) -> Predictions:
+    """Predictions by the questions' ids, where images are not there to say how their names end."""
+    known = {question_key(q.id): q.id for q in questions if "#" in q.id}
+    own = {q.id for q in questions}
+    texts = {
+        name if name in own else known.get(question_key(name), name): text
+        for name, text in predictions.texts.items()
+    }
+    return predictions if len(texts) < len(predictions.texts) else replace(predictions, texts=texts)
 
 
 def plain_question(text: str) -> str:

@@ -167,3 +167,30 @@ def test_other_modes_are_pils_own_conversion(name: str) -> None:
         found = load_image(picture)
     assert found.mode == "RGB"
     assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}])
+def test_the_quick_check_of_an_image_finds_what_reading_it_finds(options: dict) -> None:
+    """A JPEG cut at any place, and with any byte changed, is refused by both or by neither."""
+    from dyvte.data.images import check_image
+
+    rng = np.random.default_rng(0)
+    stream = BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(stream, "JPEG", **options)
+    whole = stream.getvalue()
+    changed = []
+    for _ in range(60):
+        place = int(rng.integers(2, len(whole)))
+        changed += [whole[:place], whole[:place] + bytes([int(rng.integers(256))]) + whole[place + 1 :]]
+
+    def refused(read, data: bytes) -> bool:
+        try:
+            read(EmbeddedImage(data, "cut"))
+        except DataError:
+            return True
+        return False
+
+    verdicts = [(refused(load_image, data), refused(check_image, data)) for data in [whole, *changed]]
+    assert verdicts[0] == (False, False)
+    assert sum(full for full, _ in verdicts) > 50
+    assert all(full == quick for full, quick in verdicts)

@@ -14,7 +14,7 @@ from dyvte.distributed import Processes
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import Pipeline, answer, encode_questions
 from dyvte.evaluation.run_log import PARTIAL_FILE, AnswerLog, pack_layers, unpack_layers
-from dyvte.evaluation.runner import EvalConfig, run_policies
+from dyvte.evaluation.runner import EvalConfig, load_questions, run_policies
 from dyvte.evaluation.settings import parse_policies, with_reductions
 from dyvte.tasks.base import get_benchmark
 from tests.helpers.fixtures import write_mini_gqa
@@ -52,7 +52,8 @@ def _config(data, output, **changes):
 def _run(pipeline, config, policies=("never", "fixed:2"), reductions=("none",), processes=None):
     benchmark = get_benchmark("gqa")
     named = with_reductions(parse_policies(policies), reductions)
-    found = run_policies(pipeline, benchmark, benchmark.load(config.data), named, config, processes=processes)
+    questions = load_questions(benchmark, config.data, None, config.max_bad_samples)
+    found = run_policies(pipeline, benchmark, questions, named, config, processes=processes)
     return {result.name: result for result in found}
 
 
@@ -126,9 +127,10 @@ class _Threads:
     def __init__(self, world_size):
         self.barrier = threading.Barrier(world_size)
         self.world_size = world_size
+        self.said = None
 
     def rank(self, rank):
-        shared = self.barrier
+        threads, shared = self, self.barrier
 
         class Rank(Processes):
             def barrier(self):
@@ -138,6 +140,14 @@ class _Threads:
                 found = work() if self.first else None
                 shared.wait(60)
                 return found
+
+            def from_first(self, value):
+                if self.first:
+                    threads.said = value
+                shared.wait(60)
+                said = threads.said
+                shared.wait(60)
+                return said
 
         return Rank(rank, self.world_size)
 
@@ -173,6 +183,22 @@ def test_processes_share_the_batches_and_merge_in_order(pipeline, data, tmp_path
                 tmp_path / "alone" / name / file
             ).read_bytes()
         assert not list((tmp_path / "three" / name).glob("answers.partial*"))
+
+
+def test_processes_agree_on_what_cannot_be_asked(pipeline, tmp_path):
+    root = write_mini_gqa(tmp_path / "gqa", questions=12, images=4)
+    image = root / "images" / "1.png"  # of three questions
+    image.write_bytes(image.read_bytes()[:-300])
+    allowed = {"batch_size": 2, "max_bad_samples": 3}
+    alone = _run(pipeline, _config(root, tmp_path / "alone", **allowed))
+    assert len(alone["never"].scores.unanswered) == 3
+    results, errors = _run_in_threads(pipeline, _config(root, tmp_path / "two", **allowed), 2)
+    assert not errors
+    assert results[0]["fixed-2"].scores.unanswered == alone["never"].scores.unanswered
+    for file in FILES:
+        assert (tmp_path / "two" / "never" / file).read_bytes() == (
+            tmp_path / "alone" / "never" / file
+        ).read_bytes()
 
 
 def test_a_killed_process_loses_nothing_for_any_number_that_goes_on(pipeline, data, tmp_path, monkeypatch):
