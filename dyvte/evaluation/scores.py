@@ -205,7 +205,7 @@ class RunScores:
             "headline": self.headline,
             **cost,
             "same_answer_as_never": self.same_answer_as_never,
-            "unanswered": dict(self.unanswered),
+            **({"unanswered": dict(self.unanswered)} if self.unanswered else {}),
             "timing": timing,
             "run": {**self.run.values, "name": self.run.name, "backbone": self.run.backbone},
             "config": dict(self.config),
