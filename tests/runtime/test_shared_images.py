@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import dyvte
 from dyvte.errors import ConfigError
@@ -250,6 +252,41 @@ def test_the_cache_holds_an_image_once():
     )
     assert shared.kv_bytes == ((texts - 4 * begins) * width,) * 4
     assert alone.kv_bytes == shared.kv_bytes_alone == (inputs["input_ids"].numel() * width,) * 4
+
+
+def test_flops_of_32_questions_about_one_image():
+    # LLaVA-1.5's proportions: 35 tokens, an image of 576, 40 of the question
+    rows, layers, size, before, visual, text = 32, 4, 64, 35, 576, 40
+    model, _ = tiny_llava(layers, size, image_size=96, heads=1, kv_heads=1)
+    ids = torch.randint(7, 40, (rows, before + visual + text))
+    ids[:, before : before + visual], ids[:, :before] = VISUAL_ID, ids[:1, :before].clone()
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 96, 96).expand(rows, -1, -1, -1)}
+
+    def flops(run):
+        # of attention functions torch counts the plain one
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    def prefill(exits, store):
+        with exits_of(exits)(model, images=store):
+            model(**inputs, logits_to_keep=1)
+
+    weights = 2 * (4 * size * size + 3 * size * 2 * size)
+    tower = flops(lambda: model.model.get_image_features(inputs["pixel_values"][:1]))
+    head = 2 * size * model.config.text_config.vocab_size * rows
+    for exits, most in (([layers] * rows, 0.10), ([2, 1, 3, 3] * 8, None)):
+        shared = flops(lambda exits=exits: prefill(exits, dyvte.ImageStore()))
+        if most is not None:
+            assert shared < most * flops(lambda exits=exits: prefill(exits, None))
+        # the image once to its deepest exit, and the texts
+        once = tower + head
+        for layer in range(layers):
+            seen = before + visual * (layer < max(exits))
+            once += seen * weights + 4 * size * (before * before + (seen - before) * seen)
+            for k in exits:
+                once += text * weights + 4 * size * text * (before + visual * (layer < k) + text)
+        assert shared < 1.03 * once
 
 
 # --- which images are the same ---
