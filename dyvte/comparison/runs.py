@@ -26,6 +26,7 @@ from dyvte.comparison.significance import graded, score_difference, score_value
 from dyvte.comparison.traces import Pair
 from dyvte.comparison.tuned_gates import TunedGates
 from dyvte.evaluation.generation import Pipeline
+from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import EvalConfig, PolicyResult, prompts_of, run_policies
 from dyvte.evaluation.scores import FULL_MODEL, RunScores
 from dyvte.evaluation.settings import NamedPolicy, given_exits, learned, parse_named
@@ -282,21 +283,31 @@ def benchmark_comparison(
         runs={name: result.scores for name, result in runs.results.items()},
         values={name: None if one is None else runs.value(one) for name, one in hits.items()},
         gates_minus=gates_minus,
-        kinds=_layers_by_kind(runs, pairs) if pairs[0].gates.freezes else {},
+        kinds=_layers_of_gates(runs, pairs) if pairs[0].gates.freezes else {},
         curves=curves,
     )
 
 
-def _layers_by_kind(runs: BenchmarkRuns, pairs: Sequence[Pair]) -> dict[str, KindLayers]:
-    names = [gates_name(pair) for pair in pairs]
+def _layers_of_gates(runs: BenchmarkRuns, pairs: Sequence[Pair]) -> dict[str, KindLayers]:
+    return layers_by_kind(runs.questions, [runs.results[gates_name(pair)].answers for pair in pairs])
+
+
+def layers_by_kind(questions: Sequence[Question], seeds: Sequence[Sequence[Answer]]) -> dict[str, KindLayers]:
+    """Layers that update and read visual tokens, by question type, most frequent first.
+
+    Parameters
+    ----------
+    questions : of a benchmark.
+    seeds : answers to them, of one or several seeds of one rule.
+    """
     rows: dict[str, list[int]] = defaultdict(list)
-    for row, question in enumerate(runs.questions):
+    for row, question in enumerate(questions):
         rows[question.kind].append(row)
     found = {}
     for kind, own in sorted(rows.items(), key=lambda item: (-len(item[1]), item[0])):
-        answers = [runs.results[name].answers[row] for name in names for row in own]
-        seeing = [one for one in answers if one.exit_layer >= 0]
+        seeing = [answers[row] for answers in seeds for row in own if answers[row].exit_layer >= 0]
         if seeing:
             updated = sum(one.updated_layers for one in seeing) / len(seeing)
-            found[kind] = KindLayers(len(own), updated, sum(a.exit_layer for a in seeing) / len(seeing))
+            read = sum(one.exit_layer for one in seeing) / len(seeing)
+            found[kind] = KindLayers(len(own), updated, read)
     return found

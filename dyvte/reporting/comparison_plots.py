@@ -12,8 +12,8 @@ import numpy as np
 from dyvte.calibration.operating_points import lower_hull
 from dyvte.comparison.compare import Comparison
 from dyvte.comparison.records import Curve, RuleCurves
-from dyvte.comparison.runs import KindLayers
 from dyvte.plotting import new_figure, plain_axes
+from dyvte.reporting.states import MOST_KINDS, paint_states
 
 RULE_COLORS = {
     "fixed": "#4d4d4d",
@@ -31,8 +31,6 @@ LABELS = {
     "oracle": "oracle of exits",
     "schedule_oracle": "oracle of schedules",
 }
-STATE_COLORS = {"updated": "#d62728", "read": "#f4a6a0", "gone": "#eeeeee"}
-MOST_KINDS = 24
 
 
 @dataclass(frozen=True)
@@ -127,25 +125,6 @@ def plot_schedules(found: Comparison, path: Path) -> None:
         axes.set_title(f"{one.title}, gates", fontsize=10)
     figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
-
-
-def paint_states(axes: Any, kinds: Mapping[str, KindLayers], num_layers: int) -> None:
-    """Bars of updated, read and gone layers, the most frequent question type on top."""
-    chosen = dict(list(kinds.items())[:MOST_KINDS])
-    ends = {
-        "updated": [one.updated for one in chosen.values()],
-        "read": [one.read for one in chosen.values()],
-        "gone": [float(num_layers)] * len(chosen),
-    }
-    left = np.zeros(len(chosen))
-    for state, values in ends.items():
-        axes.barh(list(chosen), np.array(values) - left, left=left, color=STATE_COLORS[state], label=state)
-        left = np.array(values)
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlim(0, num_layers)
-    axes.set_xlabel("decoder layers, mean")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _paint(axes: Any, panel: Panel) -> None:

@@ -6,15 +6,18 @@ Shape letters: L decoder layers, Q question types.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dyvte.comparison.runs import KindLayers, layers_by_kind
 from dyvte.plotting import COLORS, new_figure, plain_axes
 from dyvte.reporting.sections import ReportedRun, Section
+from dyvte.reporting.states import MOST_KINDS as MOST_STATES
+from dyvte.reporting.states import paint_states
 
 MARKERS = "os^Dv"
 FORMATS = ("png", "svg", "pdf")
@@ -54,6 +57,16 @@ def draw_section(section: Section, folder: Path, prefix: str) -> list[Plot]:
         if not run.exits_vary:
             continue
         name = f"{prefix}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', run.name)}"
+        if run.freezes:
+            by_kind = layers_by_kind(section.questions, [run.answers])
+            caption = (
+                f"{section.title}, {run.name}: decoder layers that update the visual tokens, only read them, "
+                "and no longer have them; means per question type."
+            )
+            size = (6.4, 1.4 + 0.26 * min(len(by_kind), MOST_STATES))
+            plots.append(
+                draw(folder / f"{name}-states", caption, size, lambda f, r=run, k=by_kind: _states(f, r, k))
+            )
         kinds = section.kinds[:MOST_KINDS]
         shown = "" if len(kinds) == len(section.kinds) else f" (the {MOST_KINDS} most frequent)"
         caption = (
@@ -146,6 +159,12 @@ def _exits(figure: Any, section: Section, run: ReportedRun, kinds: Sequence[str]
     bottom.set_yticks(range(len(kinds)), [_short(kind) for kind in kinds], fontsize=7)
     bottom.set_xlabel("exit layer (the last: never)")
     bottom.set_xticks(layers if len(layers) <= 20 else layers[:: max(1, len(layers) // 16)])
+
+
+def _states(figure: Any, run: ReportedRun, kinds: Mapping[str, KindLayers]) -> None:
+    axes = figure.subplots()
+    paint_states(axes, kinds, run.scores.cost.num_layers)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _gates(figure: Any, run: ReportedRun) -> None:

@@ -151,6 +151,8 @@ def _example(section: Section, chosen: WorstExample, folder: Path, name: str) ->
         answer = run.answers[chosen.index]
         worth = "-" if run.hits is None else _worth(run.hits[chosen.index])
         layer = "no image" if answer.exit_layer < 0 else str(answer.exit_layer)
+        if answer.freeze_layer is not None:
+            layer = f"{layer}, frozen after {answer.freeze_layer}"
         rows.append([run.name, _cut(answer.prediction), worth, layer])
     image = _thumbnail(question, section.num_frames, folder, name)
     return Example(image, lines, Table(["policy", "answer", "right", "exit layer"], rows))
@@ -199,6 +201,7 @@ def _run_metrics(section: Section, run: ReportedRun) -> dict[str, Any]:
         "value": section.value(run),
         "against_full": None if against is None else dataclasses.asdict(against),
         **{key: scores[key] for key in ("mean_exit_layer", "visual_compute", "prefill", "timing")},
+        **({"mean_freeze_layer": scores["mean_freeze_layer"]} if run.freezes else {}),
         "exit_shares": run.exit_shares().tolist(),
         "exit_shares_per_kind": {
             kind: run.exit_shares([q.kind == kind for q in section.questions]).tolist()

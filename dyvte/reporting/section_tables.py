@@ -8,6 +8,7 @@ from dyvte.evaluation.scores import CostMetrics
 from dyvte.formatting import Unit, difference_text, flops_unit, number, percentage, significant
 from dyvte.reporting.page import Table
 from dyvte.reporting.sections import ReportedRun, Section
+from dyvte.reporting.tables import any_freezes, layers_cell, layers_head
 
 MOST_BENCHMARKS = 4
 """In one table of a summary; more would not fit a page."""
@@ -74,17 +75,18 @@ def cost_table(section: Section) -> Table:
     units = [
         flops_unit(_flops(run.scores.cost, how) for run in section.runs) for how in ("vtw", "pyramiddrop")
     ]
-    header = ["policy", "exit layer", "visual compute", f"prefill, {units[0].name}"]
+    freezes = any_freezes(run.scores.cost for run in section.runs)
+    header = ["policy", layers_head(freezes), "visual compute", f"prefill, {units[0].name}"]
     header += [f"visual alone, {units[1].name}", "first token, ms", "ratio", "per token, ms", "KV, MB"]
-    return Table(header, [_cost_row(run, units) for run in section.runs])
+    return Table(header, [_cost_row(run, units, freezes) for run in section.runs])
 
 
-def _cost_row(run: ReportedRun, units: Sequence[Unit]) -> list[str]:
+def _cost_row(run: ReportedRun, units: Sequence[Unit], freezes: bool) -> list[str]:
     cost, timing = run.scores.cost, run.scores.timing
     times = timing and timing.times
     return [
         run.name,
-        number(cost.mean_exit_layer),
+        layers_cell(cost, freezes),
         percentage(cost.visual_compute),
         units[0].text(_flops(cost, "vtw")),
         units[1].text(_flops(cost, "pyramiddrop")),

@@ -58,8 +58,13 @@ class ReportedRun:
 
     @property
     def exits_vary(self) -> bool:
-        """Whether questions leave at different layers."""
-        return len({answer.exit_layer for answer in self.answers if answer.exit_layer >= 0}) > 1
+        """Whether questions leave, or freeze, at different layers."""
+        return len({(a.updated_layers, a.exit_layer) for a in self.answers if a.exit_layer >= 0}) > 1
+
+    @property
+    def freezes(self) -> bool:
+        """Whether visual tokens were read without being updated."""
+        return self.scores.cost.mean_freeze_layer is not None
 
     @cached_property
     def gate_probabilities_BL(self) -> np.ndarray | None:

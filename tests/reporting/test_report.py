@@ -11,12 +11,14 @@ import pytest
 
 from dyvte.backbones import BackboneConfig, get_template
 from dyvte.cli import main
+from dyvte.comparison.runs import layers_by_kind
 from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.settings import parse_policies, with_reductions
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.reporting.page import markdown_text
 from dyvte.reporting.sections import read_sections
+from dyvte.reporting.tables import results_table
 from dyvte.tasks.base import get_benchmark
 from tests.helpers.fixtures import write_mini_gqa
 from tests.helpers.models import tiny_llava
@@ -254,3 +256,43 @@ def test_without_the_full_model_it_says_so_and_unfinished_runs_are_listed(world,
     page = (tmp_path / "report" / "report.html").read_text()
     assert "No run of the full model" in page
     assert str(unfinished) in page
+
+
+def test_frozen_layers_are_shown_beside_the_layers_that_read(world, tmp_path):
+    model, processor = tiny_llava(LAYERS)
+    pipeline = Pipeline(model, processor, get_template("chat", processor), max_new_tokens=2)
+    policies = ["never", "freeze:1:3", f"oracle:{tmp_path / 'given.json'}"]
+    benchmark = get_benchmark("mme")
+    questions = benchmark.load(world / "mme")
+    kinds = sorted({question.kind for question in questions})
+    given = {q.id: [kinds.index(q.kind) % 2, 3] for q in questions}
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    settings = EvalConfig(
+        model=BackboneConfig(path="tiny"),
+        benchmark="mme",
+        data=world / "mme",
+        output=tmp_path / "runs",
+        policies=tuple(policies),
+        question_suffix="",
+        max_new_tokens=2,
+        timing_batches=0,
+    )
+    results = run_policies(pipeline, benchmark, questions, parse_policies(policies), settings)
+    table = results_table(results).splitlines()
+    assert "layers updated / read" in table[0]
+    assert "| 4.00 / 4.00 " in table[2]
+    assert "| 1.00 / 3.00 " in table[3]
+    output = tmp_path / "report"
+    assert main(["report", str(tmp_path / "runs"), "--output", str(output), "--examples", "1"]) == 0
+    runs = json.loads((output / "report.json").read_text())[0]["runs"]
+    assert runs["freeze-1-3"]["mean_freeze_layer"] == 1
+    assert "mean_freeze_layer" not in runs["never"]
+    oracle = next(name for name in runs if name.startswith("oracle"))
+    assert list(output.rglob("*oracle*states.png"))
+    page = (output / "report.html").read_text()
+    assert "1.00 / 3.00" in page
+    assert "frozen after" in page
+    by_kind = layers_by_kind(questions, [next(r.answers for r in results if r.name == oracle)])
+    assert {kind: (one.updated, one.read) for kind, one in by_kind.items()} == {
+        kind: (kinds.index(kind) % 2, 3) for kind in kinds
+    }
