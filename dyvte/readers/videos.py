@@ -13,14 +13,24 @@ from dyvte.errors import ConfigError, DataError
 from dyvte.readers.rows import Row, shown
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+FOLDER_RATE, GIF_RATE = 3.0, 25.0
+"""Frames a second that MVBench takes for granted where a folder or a GIF does not say."""
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video file, or a folder of frames in the order of the numbers in their names."""
+    """A video file, or a folder of frames in the order of the numbers in their names.
+
+    Attributes
+    ----------
+    path : Path
+    span : (float, float), optional
+        Only the frames between these seconds are meant.
+    """
 
     path: Path
+    span: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -74,40 +84,53 @@ def read_frames(video: Video, num_frames: int) -> list[Any]:
         A video file, and no decoder is installed.
     """
     if video.path.is_dir():
-        frames = _from_folder(video.path, num_frames)
+        frames = _from_folder(video, num_frames)
     elif video.path.suffix.lower() == ".gif":
-        frames = _from_gif(video.path, num_frames)
+        frames = _from_gif(video, num_frames)
     else:
-        frames = _from_file(video.path, num_frames)
+        frames = _from_file(video, num_frames)
     if not frames:
-        raise DataError(f"{video.path} holds no frame")
+        raise DataError(f"{video.path} holds no frame{_said(video.span)}")
     return frames
 
 
-def _from_folder(folder: Path, num_frames: int) -> list[Any]:
-    files = [path for path in folder.iterdir() if path.suffix.lower() in FRAME_EXTENSIONS]
+def _said(span: tuple[float, float] | None) -> str:
+    return "" if span is None else f" between {span[0]:g} and {span[1]:g} seconds"
+
+
+def _wanted(times: Sequence[float], span: tuple[float, float] | None, num_frames: int) -> list[int]:
+    """Which frames are taken of those that are shown at these times, in seconds."""
+    meant = [n for n, time in enumerate(times) if span is None or span[0] <= time <= span[1]]
+    return [meant[n] for n in uniform_indices(len(meant), num_frames)]
+
+
+def _from_folder(video: Video, num_frames: int) -> list[Any]:
+    files = [path for path in video.path.iterdir() if path.suffix.lower() in FRAME_EXTENSIONS]
     files.sort(key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.name)])
-    return [load_image(files[i]) for i in uniform_indices(len(files), num_frames)]
+    times = [n / FOLDER_RATE for n in range(len(files))]
+    return [load_image(files[i]) for i in _wanted(times, video.span, num_frames)]
 
 
-def _from_gif(path: Path, num_frames: int) -> list[Any]:
+def _from_gif(video: Video, num_frames: int) -> list[Any]:
     from PIL import Image
 
     try:
-        with Image.open(path) as gif:
+        with Image.open(video.path) as gif:
             frames = []
-            for index in uniform_indices(getattr(gif, "n_frames", 1), num_frames):
+            times = [n / GIF_RATE for n in range(getattr(gif, "n_frames", 1))]
+            for index in _wanted(times, video.span, num_frames):
                 gif.seek(index)
                 frames.append(gif.convert("RGB"))
             return frames
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {video.path}: {error}") from error
 
 
-def _from_file(path: Path, num_frames: int) -> list[Any]:
+def _from_file(video: Video, num_frames: int) -> list[Any]:
+    path = video.path
     for decode in (_with_av, _with_decord):
         try:
-            return decode(path, num_frames)
+            return decode(path, video.span, num_frames)
         except ImportError:
             continue
         except (OSError, ValueError, RuntimeError) as error:
@@ -118,12 +141,12 @@ def _from_file(path: Path, num_frames: int) -> list[Any]:
     )
 
 
-def _with_av(path: Path, num_frames: int) -> list[Any]:
+def _with_av(path: Path, span: tuple[float, float] | None, num_frames: int) -> list[Any]:
     import av
 
     with av.open(str(path)) as container:
-        count = sum(1 for _ in container.decode(video=0))
-    wanted = set(uniform_indices(count, num_frames))
+        times = [frame.time or 0.0 for frame in container.decode(video=0)]
+    wanted = set(_wanted(times, span, num_frames))
     with av.open(str(path)) as container:
         return _chosen((frame.to_image() for frame in container.decode(video=0)), wanted)
 
@@ -132,10 +155,11 @@ def _chosen(frames: Iterable[Any], wanted: set[int]) -> list[Any]:
     return [frame for index, frame in enumerate(frames) if index in wanted]
 
 
-def _with_decord(path: Path, num_frames: int) -> list[Any]:
+def _with_decord(path: Path, span: tuple[float, float] | None, num_frames: int) -> list[Any]:
     import decord
     from PIL import Image
 
     reader = decord.VideoReader(str(path))
-    indices = uniform_indices(len(reader), num_frames)
+    rate = float(reader.get_avg_fps()) or GIF_RATE
+    indices = _wanted([n / rate for n in range(len(reader))], span, num_frames)
     return [Image.fromarray(frame) for frame in reader.get_batch(indices).asnumpy()]

@@ -396,6 +396,6 @@ def _other_tables(root: Path) -> str:
     for path in tables_below(root):
         best = _best_fit(path.name)
         owners = [TASKS.get(task).title for task in TASKS if fit(path.name, TASKS.get(task).tables) == best]
-        whose = f"the table of {owners[0]}" if best else "not named after any benchmark"
+        whose = f"the table of {' and of '.join(owners)}" if best else "not named after any benchmark"
         said.append(f"{path.name} is {whose}")
     return f" ({name_some(said)})" if said else ""

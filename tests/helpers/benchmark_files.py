@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from tests.helpers.benchmark_minis import MORE_WRITERS
+from tests.helpers.benchmark_minis import MORE_WRITERS, put_frames, put_gif
 from tests.helpers.benchmark_parts import (
     CHOICES,
     HUMANS,
@@ -541,18 +539,6 @@ def _mmvet_tsv(root: Path) -> None:
 
 
 # --- videos ---------------------------------------------------------------------------------------------
-
-
-def put_frames(folder: Path, count: int = 12) -> None:
-    """Frames 1.png .. count.png, to be ordered by number and not by text."""
-    for n in range(1, count + 1):
-        put(folder / f"{n}.png", picture(n))
-
-
-def put_gif(path: Path, count: int = 5) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames = [Image.new("RGB", (SIZE, SIZE), (50 * n, 255 - 50 * n, 40)) for n in range(count)]
-    frames[0].save(path, save_all=True, append_images=frames[1:])
 
 
 def _videomme_rows() -> list[dict[str, Any]]:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from tests.helpers.benchmark_parts import (
     CHOICES,
     LETTER,
     LETTERS,
+    SIZE,
     lettered,
     lines,
     picture,
@@ -359,6 +362,180 @@ def _hallusion_tsv(root: Path) -> None:
     put_tsv(root / "HallusionBench.tsv", rows)
 
 
+# --- boxes ----------------------------------------------------------------------------------------------
+
+THINGS = (
+    ("the dog on the left", (1, 2, 9, 12), "val"),
+    ("a dog", (1, 2, 9, 12), "val"),
+    ("red cup", (0, 0, 4, 4), "testA"),
+    ("the last one", (8, 8, 16, 15), "testA"),
+)
+"""Expression, corners in pixels of images of ``SIZE`` by ``SIZE``, split."""
+_BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
+
+
+def coco(n: int) -> str:
+    return f"COCO_train2014_{n:012d}.jpg"
+
+
+def _grounding(title: str, refs: str) -> dict[str, Callable[[Path], None]]:
+    def jsonl(root: Path) -> None:
+        """As Qwen-VL converts it: image paths of another machine."""
+        for split in ("val", "testA"):
+            rows = [
+                {"image": f"data/coco/train2014/{coco(n // 2)}", "sent": sent, "bbox": list(box)}
+                | {"height": SIZE, "width": SIZE}
+                for n, (sent, box, own) in enumerate(THINGS)
+                if own == split
+            ]
+            put(root / f"{title.lower()}_{split}.jsonl", lines(rows))
+        for n in range(2):
+            put(root / "train2014" / coco(n), picture(n))
+
+    def release(root: Path) -> None:
+        """The content of the pickle, as JSON."""
+        rows, boxes = [], []
+        for n, (sent, (x1, y1, x2, y2), split) in enumerate(THINGS):
+            rows.append({"ref_id": n, "ann_id": n, "image_id": n // 2, "split": split, "file_name": "x"})
+            rows[-1] |= {"sentences": [{"sent": sent, "sent_id": 10 + n, "raw": sent.upper()}]}
+            boxes.append({"id": n, "image_id": n // 2, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+        train = {**rows[0], "split": "train", "sentences": [{"sent": "taught", "sent_id": 99}]}
+        shown = [{"id": n, "file_name": coco(n), "width": SIZE, "height": SIZE} for n in range(2)]
+        put(root / f"refs({refs}).json", [*rows, train])
+        put(root / "instances.json", {"images": shown, "annotations": boxes})
+        for n in range(2):
+            put(root / "train2014" / coco(n), picture(n))
+
+    def parquet(root: Path) -> None:
+        """One row for each thing, with all its expressions."""
+        for split, things in (("val", THINGS[:2]), ("testA", THINGS[2:])):
+            rows: dict[tuple[int, ...], dict[str, Any]] = {}
+            for sent, (x1, y1, x2, y2), _ in things:
+                n = 0 if split == "val" else 1
+                row = {"question_id": f"{split}{x1}", "image": picture(n), "answer": []}
+                row |= {"bbox": [float(v) for v in (x1, y1, x2 - x1, y2 - y1)], "question": "?"}
+                row |= {"file_name": coco(n).replace(".jpg", f"_{x1}.jpg"), "iscrowd": 0}
+                rows.setdefault((x1, y1), row)["answer"].append(sent)
+            put_parquet(root / "data" / f"{split}-00000-of-00001.parquet", [*rows.values()])
+
+    def tsv(root: Path) -> None:
+        """VLMEvalKit's one table of all three data sets."""
+        rows = [
+            {"index": 2 * n + (own != title), "image": picture(n // 2), "question": f"{_BOX}{sent}"}
+            | {"answer": str([v / SIZE for v in box]), "category": f"{own} {split}"}
+            | {"width": SIZE, "height": SIZE}
+            for n, (sent, box, split) in enumerate(THINGS)
+            for own in (title, "RefCOCOx")
+        ]
+        put_tsv(root / "RefCOCO.tsv", rows)
+
+    return {"jsonl": jsonl, "release": release, "parquet": parquet, "tsv": tsv}
+
+
+# --- captions and clips ---------------------------------------------------------------------------------
+
+SYNONYMS = """person, girl, boy, man, woman, people, player
+dog, puppy, hound
+hot dog
+cell phone, mobile phone, phone
+bus, minibus
+chair, seat, stool
+toilet, urinal
+wine glass
+cup
+"""
+SCENES = (
+    ("two dogs and a man", ("dog", "person"), "A puppy beside people on a stool."),
+    ("a phone", ("cell phone",), "A mobile phone."),
+    ("nothing", (), "An empty street."),
+)
+"""What is there, COCO's categories that are marked, a human caption."""
+
+
+def _chair_coco(root: Path) -> None:
+    names = [line.split(",")[0] for line in SYNONYMS.splitlines()]
+    shown = [{"id": n, "file_name": f"COCO_val2014_{n:012d}.jpg"} for n in range(len(SCENES))]
+    marked = [(n, names.index(kind)) for n, (_, kinds, _) in enumerate(SCENES) for kind in kinds]
+    instances = [
+        {"id": i, "image_id": n, "category_id": kind, "segmentation": [[0.0] * 6], "area": 1.0}
+        for i, (n, kind) in enumerate(marked)
+    ]
+    kinds = [{"id": i, "name": name, "supercategory": "x"} for i, name in enumerate(names)]
+    captions = [{"id": n, "image_id": n, "caption": text} for n, (_, _, text) in enumerate(SCENES)]
+    put(root / "annotations" / "captions_val2014.json", {"images": shown, "annotations": captions})
+    put(
+        root / "annotations" / "instances_val2014.json",
+        {"images": shown, "annotations": instances, "categories": kinds},
+    )
+    put(root / "synonyms.txt", SYNONYMS)
+    for n, row in enumerate(shown):
+        put(root / "val2014" / row["file_name"], picture(n))
+
+
+def _chair_parquet(root: Path) -> None:
+    held = (["chair", "dog", "person"], ["cell phone"], [])
+    rows = [
+        {"question_id": str(n), "image": picture(n), "gt_object": list(own)} for n, own in enumerate(held)
+    ]
+    put_parquet(root / "data" / "test-00000-of-00001.parquet", rows)
+    put(root / "synonyms.txt", SYNONYMS)
+
+
+CLIPS = (
+    ("moving_count", "how many objects move ?", ("1", "2", "3"), "2"),
+    ("action_sequence", "what came next ?", ("Put it down.", "Took it."), "Took it."),
+    ("action_sequence", "and then ?", ("Ate.", "Slept."), "Ate."),
+)
+
+
+def _mvbench_videos(root: Path) -> None:
+    put_gif(root / "video" / "clevrer" / "video_validation" / "video_0.gif")
+    put_frames(root / "video" / "star" / "Charades_v1_480" / "clip1")
+
+
+def put_frames(folder: Path, count: int = 12) -> None:
+    """Frames 1.png .. count.png, to be ordered by number and not by text."""
+    for n in range(1, count + 1):
+        put(folder / f"{n}.png", picture(n))
+
+
+def put_gif(path: Path, count: int = 5) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [Image.new("RGB", (SIZE, SIZE), (50 * n, 255 - 50 * n, 40)) for n in range(count)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def _mvbench_rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"question": q, "candidates": list(options), "answer": gold, "kind": kind, "video": "video_0.mp4"}
+        for kind, q, options, gold in CLIPS
+    ]
+    for row in rows[1:]:
+        row |= {"video": "clip1.mp4", "start": 1.0, "end": 3.0}
+    return rows
+
+
+def _mvbench_release(root: Path) -> None:
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for row in _mvbench_rows():
+        by_kind.setdefault(row.pop("kind"), []).append(row)
+    for kind, rows in by_kind.items():
+        put(root / "json" / f"{kind}.json", rows)
+    _mvbench_videos(root)
+
+
+def _mvbench_tsv(root: Path) -> None:
+    rows = []
+    for n, row in enumerate(_mvbench_rows()):
+        kind = row.pop("kind")
+        folder = "star/Charades_v1_480/" if "start" in row else "clevrer/video_validation/"
+        row = {"index": n, "task_type": kind.replace("_", " ").title(), "prefix": f"video/{folder}"} | row
+        rows.append({**row, "candidates": str(row["candidates"]), "bound": "start" in row})
+        rows[-1] |= {"start": row.get("start", ""), "end": row.get("end", "")}
+    put_tsv(root / "MVBench.tsv", rows)
+    _mvbench_videos(root)
+
+
 MORE_WRITERS: dict[str, dict[str, Callable[[Path], None]]] = {
     "docvqa": {"release": _docvqa_release, "parquet": _docvqa_parquet, "tsv": _docvqa_tsv},
     "infovqa": {"release": _infovqa_release, "parquet": _infovqa_parquet, "tsv": _infovqa_tsv},
@@ -374,6 +551,11 @@ MORE_WRITERS: dict[str, dict[str, Callable[[Path], None]]] = {
     "vstar": {"release": _vstar_release, "parquet": _vstar_parquet, "tsv": _vstar_tsv},
     "hrbench4k": _hrbench("4k"),
     "hrbench8k": _hrbench("8k"),
+    "refcoco": _grounding("RefCOCO", "unc"),
+    "refcocoplus": _grounding("RefCOCO+", "unc"),
+    "refcocog": _grounding("RefCOCOg", "umd"),
+    "chair": {"coco": _chair_coco, "parquet": _chair_parquet},
+    "mvbench": {"release": _mvbench_release, "tsv": _mvbench_tsv},
     "hallusionbench": {
         "release": _hallusion_release,
         "parquet": _hallusion_parquet,

@@ -107,7 +107,7 @@ def test_textvqa_joins_answers_with_and_without_ocr_tokens(tmp_path, form, shape
 
 # --- tables ---------------------------------------------------------------------------------------------
 
-TABLES = [(name, form) for name, form in CASES if form == "tsv" and name != "videomme"]
+TABLES = [(name, form) for name, form in CASES if form == "tsv" and name not in ("videomme", "mvbench")]
 
 
 def _without_column(path, *names):
@@ -165,7 +165,8 @@ def test_another_benchmarks_table_is_refused_by_name(tmp_path, name):
             with pytest.raises(DataError) as error:
                 benchmark.load(given, images=False)
             assert f"is not {benchmark.title} data" in str(error.value)
-            assert f"{path.name} is the table of {get_benchmark(other).title}" in str(error.value)
+            whose = str(error.value).split(f"{path.name} is the table of ")[1].split("\n")[0].split(")")[0]
+            assert get_benchmark(other).title in (f"{whose})" if "(" in whose else whose).split(" and of ")
     for unknown in ("MyBench.tsv", "my answers.tsv"):
         put_tsv(tmp_path / "u" / unknown, [{"index": 0, "question": "?", "answer": "A", "A": "a", "B": "b"}])
     with pytest.raises(
@@ -174,11 +175,15 @@ def test_another_benchmarks_table_is_refused_by_name(tmp_path, name):
         benchmark.load(tmp_path / "u", images=False)
 
 
+ALIKE = {"refcoco", "refcocoplus", "refcocog"}
+"""Their parquet files tell them apart by nothing but the expressions."""
+
+
 @pytest.mark.parametrize("name", [name for name, form in CASES if form == "parquet" and name != "gqa"])
 def test_another_benchmarks_parquet_is_refused(tmp_path, name):
     benchmark = get_benchmark(name)
     for other, form in CASES:
-        if form != "parquet" or other in (name, "gqa"):
+        if form != "parquet" or other in (name, "gqa") or {name, other} <= ALIKE:
             continue
         for path in write_benchmark(tmp_path / other, other, form).rglob("*.parquet"):
             with pytest.raises(DataError) as error:

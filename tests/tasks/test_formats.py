@@ -130,29 +130,38 @@ IMAGES = {
     "realworldqa": "images/1.webp",
     "mmvp": "MMVP Images/2.jpg",
     "vstar": "relative_position/sa_1.jpg",
+    "chair": "val2014/COCO_val2014_000000000001.jpg",
+    "refcoco": "train2014/COCO_train2014_000000000001.jpg",
     "hallusionbench": "hallusion_bench/VD/illusion/0_1.png",
 }
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_missing_image_is_named(tmp_path, name):
-    root = write_benchmark(tmp_path, name, "release")
+    root = write_benchmark(tmp_path, name, next(iter(WRITERS[name])))
     (root / IMAGES[name]).unlink()
     with pytest.raises(DataError, match="lacks 1 images"):
         get_benchmark(name).load(root)
 
 
-@pytest.mark.parametrize("name", ["videomme", "tgifqa"])
+VIDEOS = {
+    "videomme": "frames/yt_1",
+    "tgifqa": "frames/tumblr_1",
+    "mvbench": "video/star/Charades_v1_480/clip1",
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
 def test_a_missing_video_is_named(tmp_path, name):
     import shutil
 
     root = write_benchmark(tmp_path, name, next(iter(WRITERS[name])))
-    shutil.rmtree(root / "frames" / ("yt_1" if name == "videomme" else "tumblr_1"))
-    with pytest.raises(DataError, match=r"lacks 1 videos or folders of frames: (yt_1|tumblr_1)"):
+    shutil.rmtree(root / VIDEOS[name])
+    with pytest.raises(DataError, match=r"lacks [12] videos or folders of frames: (yt_1|tumblr_1|clip1)"):
         get_benchmark(name).load(root)
 
 
-@pytest.mark.parametrize("name", [name for name in IMAGES if name != "mme"] + ["videomme", "tgifqa"])
+@pytest.mark.parametrize("name", [name for name in IMAGES if name != "mme"] + [*VIDEOS])
 def test_scoring_needs_no_images(tmp_path, name):
     import shutil
 
@@ -161,7 +170,7 @@ def test_scoring_needs_no_images(tmp_path, name):
     questions = benchmark.load(root)
     for path in (path for path in root.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".webp", "")):
         path.unlink() if path.is_file() else None
-    for folder in ("frames", "mp4"):
+    for folder in ("frames", "mp4", "video"):
         shutil.rmtree(root / folder, ignore_errors=True)
     with pytest.raises(DataError, match="lacks"):
         benchmark.load(root)

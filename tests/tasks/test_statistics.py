@@ -13,6 +13,7 @@ from tests.helpers.benchmark_files import WRITERS, write_benchmark
 SCORES = {
     "mmvp": lambda scores: scores["pair_accuracy"],
     "hallusionbench": lambda scores: scores["mean"],
+    "chair": lambda scores: 100 - scores["chair_s"],
     "docvqa": lambda scores: scores["anls"],
     "infovqa": lambda scores: scores["anls"],
     "mme": lambda scores: scores["perception"] + scores["cognition"],
