@@ -2,12 +2,14 @@
 
 Processors saved by older versions of transformers lack settings that newer ones need (``patch_size``,
 ``vision_feature_select_strategy``, ``num_additional_image_tokens``), and transformers tells users to fill
-them in from the model's config. It is done here, and the count is checked once: without weights where the
-vision side runs on shapes alone, else on the loaded model.
+them in from the model's config. It is done here, and the count is checked once, before weights are read: on
+shapes alone where the vision side runs on them, else on a vision side of one layer, which makes as many
+features; on the loaded model where neither can be.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyvte.backbones.describe import describe_config, model_without_weights, unwrap
+from dyvte.backbones.describe import describe, describe_config, model_without_weights, unwrap
 from dyvte.backbones.encode import encode
 from dyvte.backbones.given_features import takes_features
 from dyvte.backbones.prompts import get_template
@@ -49,7 +51,8 @@ def complete_processor(processor: Any, config: Any, path: str | os.PathLike[str]
     Returns
     -------
     bool
-        False if nothing could be compared: the vision side needs weights to run, or is none of transformers'.
+        False if nothing could be compared: the vision side needs its weights to run, or is none of
+        transformers'.
 
     Raises
     ------
@@ -65,7 +68,7 @@ def complete_processor(processor: Any, config: Any, path: str | os.PathLike[str]
             setattr(processor, name, value)
             log.warning("%s: the processor has no %s: taken from the model's config, %s", path, name, value)
     probe = None if takes_features(path) else _probe(processor, config)
-    features = None if probe is None else _features(_without_weights(config), probe)
+    features = None if probe is None else _features_without_weights(config, probe)
     if features is None:
         return False
     missing = features - _placeholders(probe, config)
@@ -89,7 +92,10 @@ def check_processor(processor: Any, model: nn.Module, path: str | os.PathLike[st
     if any(parameter.numel() == 0 for parameter in model.parameters()):
         return  # weights that lie in shards elsewhere
     probe = None if takes_features(path) else _probe(processor, model.config)
-    features = None if probe is None else _features(model, probe)
+    features = None
+    if probe is not None:
+        device = next(model.parameters()).device
+        features = _features(model, probe, device)
     if features is not None:
         _compare(processor, model.config, path, _placeholders(probe, model.config), features)
 
@@ -136,21 +142,63 @@ def _placeholders(inputs: dict[str, Tensor], config: Any) -> int:
     return int(torch.isin(inputs["input_ids"], torch.tensor(ids)).sum())
 
 
-def _without_weights(config: Any) -> nn.Module | None:
+def _features_without_weights(config: Any, probe: dict[str, Tensor]) -> int | None:
+    """Number of vision features of the image by the config alone; None where it cannot be told so."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    if is_deepspeed_zero3_enabled():  # it would be divided among the processes while it is built
+    if is_deepspeed_zero3_enabled():  # a model would be divided among the processes while it is built
         return None
-    try:
-        return model_without_weights(config)
-    except Exception as error:
-        log.debug("no model without weights: %s", error)
-        return None
+    for build, device, refusal in (
+        (model_without_weights, "meta", (ValueError,)),
+        (_shallow_vision, "cpu", ()),
+    ):
+        try:
+            model = build(config)
+        except Exception as error:
+            log.debug("no model without weights: %s", error)
+            return None
+        features = _features(model, probe, torch.device(device), refusal)
+        if features is not None:
+            return features
+    return None
 
 
 @torch.no_grad()
-def _features(model: nn.Module | None, inputs: dict[str, Tensor]) -> int | None:
+def _shallow_vision(config: Any) -> nn.Module:
+    """The model on the meta device, but for a vision side of one layer, all zeros, on the CPU."""
+    config = copy.deepcopy(config)
+    for name in ("num_hidden_layers", "depth"):
+        if isinstance(getattr(config.vision_config, name, None), int):
+            setattr(config.vision_config, name, 1)
+    model = model_without_weights(config)
+    first_layer = describe(model).layers[0]
+    for part in getattr(model, model.base_model_prefix, model).children():
+        if not any(module is first_layer for module in part.modules()):
+            part.to_empty(device="cpu")
+            for tensor in (*part.parameters(), *part.buffers()):
+                tensor.zero_()  # positions among them, which must be some
+    return model
+
+
+@torch.no_grad()
+def _features(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    device: torch.device,
+    refusal: tuple[type[Exception], ...] = (Exception,),
+) -> int | None:
     """Number of vision features of the image; None where they cannot be computed.
+
+    Parameters
+    ----------
+    model
+        What computes them.
+    inputs
+        Of a prompt with the image.
+    device
+        Of the vision side.
+    refusal
+        Errors that are the image's fault; others are that of a model which is not as it will be loaded.
 
     Raises
     ------
@@ -160,28 +208,25 @@ def _features(model: nn.Module | None, inputs: dict[str, Tensor]) -> int | None:
     compute = getattr(model, "get_image_features", None)
     if compute is None:
         return None
-    first = next(model.parameters())
-    taken = {
-        name: inputs[name].to(first.device, first.dtype if inputs[name].is_floating_point() else None)
-        for name in inspect.signature(compute).parameters
-        if name in inputs
-    }
-    on_shapes = first.device.type == "meta"
-    if "pixel_values" not in taken:
+    if "pixel_values_images" in inputs:  # Video-LLaVA's processor still uses its model's former name
+        inputs = {**inputs, "pixel_values": inputs["pixel_values_images"]}
+    names = [name for name in inspect.signature(compute).parameters if name in inputs]
+    if "pixel_values" not in names:
         return None
-    if on_shapes:  # what is no image tells how it is laid out, and is read
-        taken = {name: value if value.is_floating_point() else inputs[name] for name, value in taken.items()}
+    images = {name: inputs[name] for name in names if inputs[name].is_floating_point()}
+    taken = {name: value.to(device, next(model.parameters()).dtype) for name, value in images.items()}
+    # What is no image tells how it is laid out, and is read.
+    layout_device = "cpu" if device.type == "meta" else device
+    taken |= {name: inputs[name].to(layout_device) for name in names if name not in images}
     try:
         found = compute(**taken)
-    except ValueError as error:
-        raise ConfigError(f"the model cannot take the images that its processor makes: {error}") from error
     except DyvteError:
         raise
-    except Exception as error:
-        if on_shapes:
-            log.debug("the vision side needs weights: %s", error)
-            return None
+    except refusal as error:
         raise ConfigError(f"the model cannot take the images that its processor makes: {error}") from error
+    except Exception as error:
+        log.debug("the vision side needs weights: %s", error)
+        return None
     found = getattr(found, "pooler_output", found)
     parts = [found] if isinstance(found, Tensor) else list(found)
     return sum(part.numel() // part.shape[-1] for part in parts)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from dyvte.backbones import BackboneConfig, describe, open_backbone, read_model_config
+from dyvte.backbones import BackboneConfig, describe, open_backbone, read_model_config, resolve_adapter
+from dyvte.backbones.load import load_processor
 from dyvte.data import Defect, Sample, Selection
 from dyvte.distributed import Processes, import_deepspeed
 from dyvte.errors import ConfigError, DataError
@@ -48,6 +49,7 @@ def opened_backbone(cfg: TracingConfig, processes: Processes) -> Iterator[tuple[
             "quantization: none"
         )
     deepspeed = import_deepspeed()
+    _check_processor(cfg.model)
     from transformers.integrations import HfDeepSpeedConfig
 
     settings = backbone_engine(cfg, _stored_dtype(cfg.model, processes.device), processes.world_size)
@@ -69,6 +71,13 @@ def opened_backbone(cfg: TracingConfig, processes: Processes) -> Iterator[tuple[
             engine.destroy()
         del told_transformers, engine
         gc.collect()
+
+
+def _check_processor(backbone: BackboneConfig) -> None:
+    """Read the processor once before ZeRO-3 divides every model that is built: it is compared with the vision
+    side then, as without ZeRO-3."""
+    path, _ = resolve_adapter(backbone.path, backbone.adapter)
+    load_processor(path, trust_remote_code=backbone.trust_remote_code, image_features=backbone.image_features)
 
 
 class Lockstep:

@@ -14,7 +14,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from dyvte.backbones import describe, encode, get_template, load_backbone
 from dyvte.backbones.encode import closing_tokens
 from dyvte.backbones.load import load_processor
-from dyvte.backbones.processor_check import check_processor, complete_processor
+from dyvte.backbones.processor_check import (
+    _features_without_weights,
+    check_processor,
+    complete_processor,
+)
 from dyvte.errors import ConfigError
 from tests.helpers.families import FAMILIES
 from tests.helpers.models import random_image, tiny_llava, tiny_processor
@@ -108,11 +112,10 @@ def test_a_tower_without_a_class_token_adds_none() -> None:
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
-def test_families_are_compared_without_weights_or_on_the_model(family: str) -> None:
+def test_families_are_compared_without_weights_and_on_the_model(family: str) -> None:
     model, _, _ = FAMILIES[family]("sdpa")
     processor = PROCESSORS[family]()
-    seen = complete_processor(processor, model.config, family)
-    assert seen == (family in ("llava", "llava_next", "internvl"))
+    assert complete_processor(processor, model.config, family)
     check_processor(processor, model, family)
     if family == "internvl":
         processor.image_seq_length = 9
@@ -120,12 +123,38 @@ def test_families_are_compared_without_weights_or_on_the_model(family: str) -> N
         processor.image_processor.merge_size = 1
     else:
         processor.num_additional_image_tokens = 3
-    if seen:
+    if family.startswith("qwen"):  # a tower of one layer cannot say why it cannot take such an image
+        assert not complete_processor(processor, model.config, family)
+        odd = PROCESSORS[family]()
+        odd.image_processor.merge_size = 4
+        with pytest.raises(ConfigError, match=f"{family}: the processor makes"):
+            complete_processor(odd, model.config, family)
+    else:
         with pytest.raises(ConfigError, match=f"{family}: the processor makes"):
             complete_processor(processor, model.config, family)
     with pytest.raises(ConfigError, match=r"placeholders of an image|cannot take the images"):
         check_processor(processor, model, family)
     assert describe(model)  # nothing changed on it
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_counted_by_the_config_alone(family: str) -> None:
+    """As many as there are placeholders in a prompt that the model takes; videos have placeholders apart."""
+    model, inputs, _ = FAMILIES[family]("sdpa")
+    ids = (
+        [model.config.image_token_id] if family == "video_llava" else describe(model).visual_token_ids
+    )  # fmt: skip
+    placeholders = int(torch.isin(inputs["input_ids"], torch.tensor(ids)).sum())
+    assert _features_without_weights(model.config, inputs) == placeholders
+
+
+def test_what_a_shallow_vision_side_cannot_do_is_not_the_images_fault(monkeypatch) -> None:
+    model, inputs, _ = FAMILIES["qwen2_vl"]("sdpa")
+    monkeypatch.setattr(
+        "transformers.Qwen2VLForConditionalGeneration.get_image_features",
+        lambda self, pixel_values: (_ for _ in ()).throw(IndexError("layer 2 of 1")),
+    )
+    assert _features_without_weights(model.config, inputs) is None
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(saved: Path, tmp_path: Path) -> None:

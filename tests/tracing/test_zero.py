@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from dyvte.config import load_config
+from dyvte.distributed import Processes
 from dyvte.errors import ConfigError
+from dyvte.tracing.config import TracingConfig
+from dyvte.tracing.sharded import opened_backbone
 from dyvte.tracing.zero import read_deepspeed, stage_of, start_engine
+from tests.helpers.models import tiny_llava
 
 AUTO = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -110,3 +115,21 @@ def test_what_only_the_engine_refuses_names_the_file_too(tmp_path, monkeypatch) 
     monkeypatch.setattr(deepspeed, "initialize", refuse)
     with pytest.raises(ConfigError, match=r"ds\.json: DeepSpeed refuses its settings: flops_profiler: no"):
         start_engine(tmp_path / "ds.json", {})
+
+
+def test_a_processor_that_does_not_fit_is_named_before_weights_are_sharded(tmp_path, monkeypatch) -> None:
+    model, processor = tiny_llava(2, 32)
+    model.save_pretrained(tmp_path / "tiny")
+    processor.num_additional_image_tokens = 0
+    processor.save_pretrained(tmp_path / "tiny")
+    read = "transformers.AutoModelForImageTextToText.from_pretrained"
+    monkeypatch.setattr(read, lambda *_, **__: pytest.fail("weights were read"))
+    (tmp_path / "data.json").write_text("[]")
+    words = [f"model.path={tmp_path / 'tiny'}", f"data.path={tmp_path / 'data.json'}"]
+    file = written(tmp_path, {"zero_optimization": ZERO3})
+    cfg = load_config(TracingConfig, None, [*words, f"deepspeed={file}"])
+    with (
+        pytest.raises(ConfigError, match="15 placeholders of an image, the model 16 features"),
+        opened_backbone(cfg, Processes()),
+    ):
+        pass
