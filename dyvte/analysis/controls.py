@@ -36,7 +36,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Withdrawal and its controls, K = {layer} of {subject.num_layers}",
         definition=DEFINITION,
-        figures={"layer": layer, "random_range": [low, high], "rows": [one.to_dict() for one in outcomes]},
+        metrics={"layer": layer, "random_range": [low, high], "rows": [one.to_dict() for one in outcomes]},
         table=outcome_table(subject, outcomes),
         paint=paint_outcomes(outcomes),
         size=(6.4, 3.0),

@@ -53,7 +53,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Memory and latency, K = {subject.layer} of {subject.num_layers}",
         definition=DEFINITION,
-        figures={"layer": subject.layer, "machine": machine, "rows": rows},
+        metrics={"layer": subject.layer, "machine": machine, "rows": rows},
         table=_table(rows),
         paint=lambda figure: _paint(figure, rows),
         size=(6.4, 3.0),

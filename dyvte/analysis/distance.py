@@ -77,7 +77,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Attention between visual tokens over distance, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={
+        metrics={
             "mean_weight": mean_LD.tolist(),
             "share_within": within_LD.tolist(),
             "pairs": found.pairs_LD[0].tolist(),

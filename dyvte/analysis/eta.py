@@ -39,7 +39,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"eta, K and accuracy: {found.num_samples} samples, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={"kl": found.kl.tolist(), "num_samples": found.num_samples, "rows": rows},
+        metrics={"kl": found.kl.tolist(), "num_samples": found.num_samples, "rows": rows},
         table=Table([*header, "same answer"], table),
         paint=lambda figure: _paint(figure, rows),
         size=(6.4, 3.4),

@@ -43,7 +43,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Exit layers on {subject.benchmark.name}, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={"gates": found},
+        metrics={"gates": found},
         table=Table(["questions", *(str(k) for k in range(subject.num_layers + 1))], rows),
         paint=lambda figure: _paint(figure, {name: found[name]["shares"] for name in labels}),
         size=(6.4, 2.2 + 1.2 * (len(labels) - 1)),

@@ -33,8 +33,8 @@ class Findings:
     title
         What is shown.
     definition
-        How each figure is defined; where the paper leaves it open, that it is our reading.
-    figures
+        How each metric is defined; where the paper leaves it open, that it is our reading.
+    metrics
         All numbers, JSON-ready.
     table
         The numbers that a paper would print.
@@ -46,7 +46,7 @@ class Findings:
 
     title: str
     definition: str
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     table: Table
     paint: Callable[[Any], None]
     size: tuple[float, float] = (6.4, 4.2)
@@ -78,7 +78,7 @@ class Findings:
             "definition": self.definition,
             "about": dict(about),
             "notes": list(self.notes),
-            "figures": self.figures,
+            "metrics": self.metrics,
         }
         write_atomically(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
         plot = draw(folder / name, self.title, self.size, self.paint)

@@ -56,7 +56,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Inputs of the gates, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={"rows": rows},
+        metrics={"rows": rows},
         table=Table(header, [_cells(outcome, row) for outcome, row in zip(outcomes, rows, strict=True)]),
         paint=lambda figure: _paint(figure, rows),
         size=(8.0, 4.0),

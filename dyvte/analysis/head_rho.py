@@ -32,7 +32,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"rho of {rho_LH.shape[1]} heads in {rho_LH.shape[0]} layers",
         definition=DEFINITION,
-        figures={"rho": rho_LH.tolist(), "num_samples": len(profile.rho_SLH)},
+        metrics={"rho": rho_LH.tolist(), "num_samples": len(profile.rho_SLH)},
         table=Table(["layer", "least rho", "median", "most"], rows),
         paint=lambda figure: _paint(figure, rho_LH),
         size=(6.0, 3.4),

@@ -66,7 +66,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Attention of the last token, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={
+        metrics={
             "kinds": list(KINDS),
             "per_layer": per_layer_L4.tolist(),
             "per_output_token": per_output_T4.tolist(),

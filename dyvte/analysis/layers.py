@@ -43,7 +43,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Accuracy and KL over K, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={"kl": found.kl.tolist(), "num_samples": found.num_samples, "curve": curve},
+        metrics={"kl": found.kl.tolist(), "num_samples": found.num_samples, "curve": curve},
         table=Table([*header, "same answer"], rows),
         paint=lambda figure: _paint(figure, found.kl.tolist(), outcomes),
         size=(8.4, 3.4),

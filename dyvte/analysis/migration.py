@@ -57,7 +57,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Information migration, K = {layer} of {subject.num_layers}",
         definition=DEFINITION,
-        figures={"layer": layer, **{key: one.to_dict() for key, one in rows.items()}},
+        metrics={"layer": layer, **{key: one.to_dict() for key, one in rows.items()}},
         table=outcome_table(subject, outcomes),
         paint=paint_outcomes(outcomes),
         size=(6.4, 2.6),

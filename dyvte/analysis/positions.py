@@ -26,7 +26,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Positions behind the exit, K = {layer} of {subject.num_layers}",
         definition=DEFINITION,
-        figures={"layer": layer, "rows": {one.label: one.to_dict() for one in outcomes}},
+        metrics={"layer": layer, "rows": {one.label: one.to_dict() for one in outcomes}},
         table=outcome_table(subject, outcomes, "positions"),
         paint=paint_outcomes(outcomes),
         size=(6.4, 2.2),

@@ -91,7 +91,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Attention within and between text and image, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={
+        metrics={
             "flows": list(FLOWS),
             "shares": means_L5.tolist(),
             "kl": search.kl.tolist(),

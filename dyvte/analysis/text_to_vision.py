@@ -72,7 +72,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Attention of text tokens to vision, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={"mean_weight": lines_LT.mean(1).tolist(), "questions": questions},
+        metrics={"mean_weight": lines_LT.mean(1).tolist(), "questions": questions},
         table=Table(["layer", "mean attention to vision", "10 %", "median", "90 %"], rows),
         paint=lambda figure: _paint(figure, lines_LT),
         size=(6.4, 3.8),

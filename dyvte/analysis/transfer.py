@@ -36,7 +36,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Gates used on another backbone, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={"rows": rows},
+        metrics={"rows": rows},
         table=outcome_table(subject, outcomes, "gates"),
         paint=paint_outcomes(outcomes),
         size=(6.4, 2.4),

@@ -28,7 +28,7 @@ from dyvte.gates import (
 )
 from dyvte.gates.config import CONFIG_FILE
 from dyvte.objectives.losses import answer_loss, is_bounded
-from dyvte.reductions.learned_with import NO_REDUCTION
+from dyvte.reductions.identity import NO_REDUCTION
 from dyvte.teacher.store import TraceStore
 from dyvte.teacher.trace import Trace
 

@@ -56,7 +56,7 @@ def paired_bootstrap(
 
     Parameters
     ----------
-    values_a_B, values_b_B : per-sample figures of the two, in the same order.
+    values_a_B, values_b_B : per-sample values of the two, in the same order.
     image_ids : the image of each sample.
 
     Raises
@@ -97,7 +97,7 @@ def bootstrap_difference(
 
     Parameters
     ----------
-    statistic_a, statistic_b : map weights (R, G), how often each image was drawn, to (R,) figures.
+    statistic_a, statistic_b : map weights (R, G), how often each image was drawn, to (R,) values.
     strata_G : images are drawn within their stratum (MME: subtask), so that none comes out empty.
 
     Raises

@@ -27,7 +27,7 @@ _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 _ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _DATA_ADDRESS = re.compile(r"^data:[^,;]*(?:;[^,;]*)*;base64,", re.IGNORECASE)
-_PICTURE_NAME = re.compile(
+_IMAGE_NAME = re.compile(
     r"\.(?:png|jpe?g|jfif|webp|gif|bmp|tiff?|avif|heic|heif|ppm|pgm|jp2|tga|ico)(?:\?\S*)?$", re.IGNORECASE
 )
 
@@ -49,7 +49,7 @@ class Turn:
     who_key: str
     text_key: str
     images: tuple[Any, ...] = ()
-    """Pictures that its parts bring themselves."""
+    """Images that its parts bring themselves."""
 
     @property
     def role(self) -> str | None:
@@ -260,19 +260,17 @@ def _check_other_media(entry: dict[str, Any], *, has_image: bool) -> None:
     if has_image:
         return
     for key, value in entry.items():
-        if key not in TURN_KEYS and key != "id" and _looks_like_picture(value):
+        if key not in TURN_KEYS and key != "id" and _looks_like_image(value):
             raise Unusable(str(key), f"looks like an image, but is not read: call it {IMAGE_KEYS[0]}")
 
 
-def _looks_like_picture(value: Any) -> bool:
+def _looks_like_image(value: Any) -> bool:
     if isinstance(value, list):
-        return any(_looks_like_picture(one) for one in value if not isinstance(one, list))
+        return any(_looks_like_image(one) for one in value if not isinstance(one, list))
     if isinstance(value, dict):
-        return isinstance(value.get("bytes"), bytes) or _looks_like_picture(value.get("path"))
+        return isinstance(value.get("bytes"), bytes) or _looks_like_image(value.get("path"))
     if isinstance(value, str):
-        return bool(_DATA_ADDRESS.match(value)) or bool(
-            _PICTURE_NAME.search(value[-300:]) and " " not in value
-        )
+        return bool(_DATA_ADDRESS.match(value)) or bool(_IMAGE_NAME.search(value[-300:]) and " " not in value)
     return isinstance(value, bytes)
 
 

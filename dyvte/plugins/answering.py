@@ -16,7 +16,7 @@ from typing import Any
 from dyvte.backbones import takes_videos
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import from_dict
-from dyvte.data.defects import Defect, Unusable, is_of_sample, problem_text
+from dyvte.data.defects import Defect, Unusable, check_text, is_of_sample, problem_text
 from dyvte.distributed import own_device
 from dyvte.errors import ConfigError
 from dyvte.evaluation.checks import defects_alone, refuse
@@ -181,6 +181,7 @@ class Answering:
         for one in requests:
             if one.problem:
                 raise Unusable("request", one.problem)
+            check_text(one.text, "text")
         rendered = [
             self.pipeline.template.render(
                 one.text, has_image=1 if as_videos else len(one.images), history=one.history

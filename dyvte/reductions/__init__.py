@@ -23,7 +23,7 @@ from dyvte.reductions.fastv import FastV
 from dyvte.reductions.ffn import SparseFFN
 from dyvte.reductions.frozen import FrozenLayers
 from dyvte.reductions.heads import InactiveHeads
-from dyvte.reductions.learned_with import NO_REDUCTION, identity, warn_of_others
+from dyvte.reductions.identity import NO_REDUCTION, identity, warn_of_others
 from dyvte.reductions.neighbours import Neighbours
 from dyvte.reductions.profile import VisualProfile
 from dyvte.reductions.random_tokens import RandomTokens

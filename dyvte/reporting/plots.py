@@ -129,7 +129,7 @@ def _curve(figure: Any, section: Section) -> None:
                 )
     if full is not None and full.hits is not None:
         axes.axhline(section.value(full), color="#999999", lw=0.8, ls="--", zorder=0)
-    axes.set_xlabel("visual compute, % of the full model (small figures: mean exit layer)")
+    axes.set_xlabel("visual compute, % of the full model (small numbers: mean exit layer)")
     axes.set_ylabel(f"{section.title}: {section.benchmark.score_name}")
     axes.set_xlim(0, 103)
     plain_axes(axes)

@@ -140,7 +140,7 @@ def _steps(world, question):
 
 def test_last_token_attention_is_what_generation_shows_step_by_step(world, tmp_path):
     subject = _subject(world, tmp_path)
-    found = get_study("last_token")(subject).figures
+    found = get_study("last_token")(subject).metrics
     steps = [_steps(world, question) for question in subject.sampled]
     longest = max(map(len, steps))
     assert len({len(one) for one in steps}) > 1 or longest == NEW
@@ -166,7 +166,7 @@ def _stock_attention(world, question):
 
 def test_attention_over_distance_on_a_four_by_four_grid(world, tmp_path):
     subject = _subject(world, tmp_path)
-    found = get_study("distance")(subject).figures
+    found = get_study("distance")(subject).metrics
     sums, pairs = torch.zeros(LAYERS, SIDE, dtype=torch.float64), torch.zeros(SIDE)
     for question in subject.sampled:
         weights, (_, visual, _) = _stock_attention(world, question)
@@ -188,8 +188,8 @@ def test_attention_over_distance_on_a_four_by_four_grid(world, tmp_path):
 
 def test_text_to_vision_and_rho_are_the_stock_models(world, tmp_path):
     subject = _subject(world, tmp_path)
-    by_id = {one["question_id"]: one for one in get_study("text_to_vision")(subject).figures["questions"]}
-    rho = torch.tensor(get_study("head_rho")(subject).figures["rho"], dtype=torch.float64)
+    by_id = {one["question_id"]: one for one in get_study("text_to_vision")(subject).metrics["questions"]}
+    rho = torch.tensor(get_study("head_rho")(subject).metrics["rho"], dtype=torch.float64)
     expected_rho = torch.zeros_like(rho)
     for question in subject.sampled:
         weights, (system, visual, instruction) = _stock_attention(world, question)
@@ -304,7 +304,7 @@ def test_answers_of_different_lengths_count_where_they_are(world):
 def test_migration_is_made_of_these_inputs(world, full_answers, tmp_path):
     """No image; a blank one under an exit at K; the real one under an exit at K: each by hand."""
     subject = _subject(world, tmp_path)
-    found = get_study("migration")(subject).figures
+    found = get_study("migration")(subject).metrics
     layer = LAYERS // 2
     assert found["layer"] == layer
     fixed = VisualExit.fixed(layer)
@@ -332,7 +332,7 @@ def test_migration_is_made_of_these_inputs(world, full_answers, tmp_path):
 
 def test_controls_and_positions_are_these_runs(world, full_answers, tmp_path):
     subject = _subject(world, tmp_path, layer=2, fastv="fastv:1:0.5")
-    rows = {one["label"]: one for one in get_study("controls")(subject).figures["rows"]}
+    rows = {one["label"]: one for one in get_study("controls")(subject).metrics["rows"]}
     low, high = 1, 3
     drawn = RandomPolicy(low, high, 0)
     tokens = VisualExit(reductions=[RandomTokens(2, 0)])
@@ -354,7 +354,7 @@ def test_controls_and_positions_are_these_runs(world, full_answers, tmp_path):
 
     rearranged = VisualExit.fixed(2, positions="rearrange")
     moved = [_say(world, inputs, rearranged) for _, inputs in asked]
-    rows = get_study("positions")(subject).figures["rows"]
+    rows = get_study("positions")(subject).metrics["rows"]
     assert rows["rearrange"]["same_answer"] == pytest.approx(_agree(moved, full_answers))
     assert rows["keep"]["same_answer"] == pytest.approx(_agree(expected["VTW, K = 2"], full_answers))
     assert _said(runs / "fixed-2-rearrange") == moved != expected["VTW, K = 2"]
@@ -363,7 +363,7 @@ def test_controls_and_positions_are_these_runs(world, full_answers, tmp_path):
 def test_what_cannot_be_served_is_named(world, tmp_path):
     subject = _subject(world, tmp_path, fastv="fastv:9:0.5")
     found = get_study("controls")(subject)
-    assert len(found.figures["rows"]) == 4
+    assert len(found.metrics["rows"]) == 4
     assert "fastv" in found.notes[0]
     assert "9" in found.notes[0]
 
@@ -386,7 +386,7 @@ def test_eta_and_layers_from_one_curve(world, full_answers, tmp_path):
     kl = _kl(world, plain.sampled)
     between = float(kl[1:LAYERS].median()) * 1.01
     subject = _subject(world, tmp_path, etas=(between, float(kl.max()) + 1, 1e-12))
-    found = get_study("eta")(subject).figures
+    found = get_study("eta")(subject).metrics
     torch.testing.assert_close(torch.tensor(found["kl"], dtype=torch.float64), kl, atol=1e-5, rtol=1e-3)
     first = next(k for k in range(1, LAYERS) if float(kl[k]) <= between)
     assert [(row["eta"], row["k"]) for row in found["rows"]] == [
@@ -401,7 +401,7 @@ def test_eta_and_layers_from_one_curve(world, full_answers, tmp_path):
         return _agree([_say(world, _alone(world, q), exits) for q in world.questions], full_answers)
 
     assert found["rows"][1]["outcome"]["same_answer"] == pytest.approx(agreement(first))
-    curve = get_study("layers")(subject).figures["curve"]
+    curve = get_study("layers")(subject).metrics["curve"]
     assert [point["k"] for point in curve] == list(range(LAYERS + 1))
     assert [point["same_answer"] for point in curve] == pytest.approx(
         [agreement(k) for k in range(LAYERS + 1)]
@@ -412,7 +412,7 @@ def test_eta_and_layers_from_one_curve(world, full_answers, tmp_path):
 
 def test_cost_is_what_the_caches_hold(world, tmp_path):
     subject = _subject(world, tmp_path, batch_size=1, timing_batches=1, timing_repeats=1)
-    found = get_study("cost")(subject).figures["rows"]
+    found = get_study("cost")(subject).metrics["rows"]
     full, exit_row = found["full model"], found["VTW, K = 2"]
     shape = world.pipeline.model.config.text_config
     width = 2 * 4 * shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
@@ -446,7 +446,7 @@ def test_exits_and_transfer(world, full_answers, tmp_path):
     other, _ = tiny_llava(LAYERS, seed=5)
     own, foreign = _gates(tmp_path / "own", world, 1), _gates(tmp_path / "other", world, 2, other)
     subject = _subject(world, tmp_path / "out", gates=(own,))
-    (found,) = get_study("exits")(subject).figures["gates"].values()
+    (found,) = get_study("exits")(subject).metrics["gates"].values()
     exits = []
     with VisualExit.from_pretrained(own)(world.pipeline.model) as run:
         for question in world.questions:
@@ -458,7 +458,7 @@ def test_exits_and_transfer(world, full_answers, tmp_path):
         assert own_shares == pytest.approx(shares(chosen, LAYERS))
 
     both = dataclasses.replace(subject, config=dataclasses.replace(subject.config, gates=(own, foreign)))
-    rows = list(get_study("transfer")(both).figures["rows"].values())
+    rows = list(get_study("transfer")(both).metrics["rows"].values())
     assert [row.get("transferred") for row in rows] == [None, False, True]
     moved = VisualExit.from_pretrained(foreign, allow_transfer=True)
     answers = [_say(world, _alone(world, q), moved) for q in world.questions]
@@ -503,7 +503,7 @@ def test_gate_inputs_share_one_trace(world, tmp_path):
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(training))
     chosen = ("mean_visual", "mean_prompt+last_prompt")
     subject = _subject(world, tmp_path / "out", training=tmp_path / "train.yaml", feature_sets=chosen)
-    rows = get_study("gate_inputs")(subject).figures["rows"]
+    rows = get_study("gate_inputs")(subject).metrics["rows"]
     assert [row["features"] for row in rows] == list(chosen)
     folder = tmp_path / "out" / "gate_inputs"
     assert len(list(folder.rglob("manifest.json"))) == 1  # one trace

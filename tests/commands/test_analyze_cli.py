@@ -49,8 +49,8 @@ def test_studies_write_numbers_table_and_plot_and_share_their_runs(world, tmp_pa
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
         assert record["title"] in printed
-    layers = json.loads((tmp_path / "layers.json").read_text())["figures"]["curve"]
-    positions = json.loads((tmp_path / "positions.json").read_text())["figures"]["rows"]
+    layers = json.loads((tmp_path / "layers.json").read_text())["metrics"]["curve"]
+    positions = json.loads((tmp_path / "positions.json").read_text())["metrics"]["rows"]
     assert [point["k"] for point in layers] == [2, 4]
     assert layers[0]["same_answer"] == positions["keep"]["same_answer"]
     # One run for K = 2, whoever asked for it.
@@ -102,7 +102,7 @@ def scenes(tmp_path_factory):
 def _embedded(scenes, output, *studies):
     options = ["--config", str(ROOT / "configs" / "eval_embedded.yaml"), "--data", str(scenes / "mini_gqa")]
     assert main(["analyze", *studies, *options, "--samples", "4", "--output", str(output)]) == 0
-    return {name: json.loads((output / f"{name}.json").read_text())["figures"] for name in studies}
+    return {name: json.loads((output / f"{name}.json").read_text())["metrics"] for name in studies}
 
 
 def test_embedded_backbone_moves_what_it_saw_into_text(scenes, tmp_path):

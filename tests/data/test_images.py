@@ -1,4 +1,4 @@
-"""Pictures of every mode as 8-bit RGB: PIL's own conversion, and more than 8 bits scaled, not clipped."""
+"""Images of every mode as 8-bit RGB: PIL's own conversion, and more than 8 bits scaled, not clipped."""
 
 from __future__ import annotations
 

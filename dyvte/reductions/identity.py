@@ -1,4 +1,4 @@
-"""Gates learn, and thresholds are calibrated, on a backbone with certain reductions: notice others."""
+"""What reductions do, as one line; gates learn and thresholds are calibrated with some: others are noticed."""
 
 from __future__ import annotations
 
