@@ -1,4 +1,4 @@
-"""What reductions do, as one line; gates learn and thresholds are calibrated with some: others are noticed."""
+"""What reductions do, as one line; gates and thresholds made with others than are used are noticed."""
 
 from __future__ import annotations
 
