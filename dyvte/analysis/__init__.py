@@ -17,6 +17,7 @@ STUDIES: dict[str, tuple[str, str]] = {
     "eta": ("VTW Table 5", "eta -> K -> accuracy"),
     "positions": ("VTW Table 6", "position ids kept or rearranged behind the exit"),
     "last_token": ("VTW Figures 4 and 5", "attention of the last token to the four kinds of tokens"),
+    "drift": ("long answers, ours", "KL by position over a forced continuation, first differing token"),
     "layers": ("VTW Figure 8, DyVTE Figure 3", "accuracy and KL over K: the static exit curve"),
     "stages": ("DyVTE, empirical study", "attention between text and image: three stages"),
     "gate_inputs": ("DyVTE Tables 4 and 7", "what gates read: trained from one trace"),

@@ -48,6 +48,11 @@ class AnalysisConfig(EvalConfig):
     """K of the curves; empty: all of a shallow model, nine of a deep one."""
     etas: tuple[float, ...] = (0.006, 0.005, 0.004, 0.003, 0.002, 0.001)
     """Bounds on the KL in nats; VTW's."""
+    tokens: int = 256
+    """drift: length of the forced continuation."""
+    schedules: tuple[str, ...] = ()
+    """drift: policies, such as fixed:16 or freeze:8:16; empty: the exit at ``layer``, also frozen at half of
+    it, and the gates given."""
     fastv: str = "fastv:2:0.5"
     """The FastV that is put beside."""
     gates: tuple[str, ...] = ()
@@ -63,6 +68,8 @@ class AnalysisConfig(EvalConfig):
             raise ConfigError("a study chooses its own policies and reductions: omit these settings")
         if self.samples < 1:
             raise ConfigError(f"samples must be at least 1, found {self.samples}")
+        if self.tokens < 1:
+            raise ConfigError(f"tokens must be at least 1, found {self.tokens}")
         if not self.etas or min(self.etas) <= 0:
             raise ConfigError(f"etas must be one or more positive numbers, found {self.etas}")
 

@@ -124,22 +124,28 @@ def answer_logits(
     model: nn.Module, turn: Turn, exits: VisualExit, *, sample_ids: Sequence[str] | None = None
 ) -> Tensor:
     """(B, A, V) logits of the answer's tokens: prompt prefilled inside the block, answer on its cache."""
-    backbone = describe(model)
-    prompt_mask_BP = turn.prompt["attention_mask"]
     with exits(model) as run:
         run.sample_ids = sample_ids
-        given = forward_inputs(backbone, turn.prompt, prompt_mask_BP.bool())
-        out = model(**given, use_cache=True, return_dict=True)
-        parts = [out.logits[:, -1:]]
-        if turn.answer_BA.shape[1] > 1:
-            # The last token's own logits are of no interest.
-            follow_BA, real_BA = turn.answer_BA[:, :-1], turn.is_answer_BA[:, :-1]
-            more = {"attention_mask": torch.cat([prompt_mask_BP, real_BA.to(prompt_mask_BP)], 1)}
-            steps_A = torch.arange(follow_BA.shape[1], device=follow_BA.device)
-            more["position_ids"] = _positions(backbone, prompt_mask_BP.sum(1, keepdim=True) + steps_A)
-            parts.append(
-                model(input_ids=follow_BA, past_key_values=out.past_key_values, use_cache=True, **more).logits
-            )
+        return continued_logits(model, turn)
+
+
+@torch.no_grad()
+def continued_logits(model: nn.Module, turn: Turn) -> Tensor:
+    """The same with whatever is in force on the model: exits inside their block, the full model outside."""
+    backbone = describe(model)
+    prompt_mask_BP = turn.prompt["attention_mask"]
+    given = forward_inputs(backbone, turn.prompt, prompt_mask_BP.bool())
+    out = model(**given, use_cache=True, return_dict=True)
+    parts = [out.logits[:, -1:]]
+    if turn.answer_BA.shape[1] > 1:
+        # The last token's own logits are of no interest.
+        follow_BA, real_BA = turn.answer_BA[:, :-1], turn.is_answer_BA[:, :-1]
+        more = {"attention_mask": torch.cat([prompt_mask_BP, real_BA.to(prompt_mask_BP)], 1)}
+        steps_A = torch.arange(follow_BA.shape[1], device=follow_BA.device)
+        more["position_ids"] = _positions(backbone, prompt_mask_BP.sum(1, keepdim=True) + steps_A)
+        parts.append(
+            model(input_ids=follow_BA, past_key_values=out.past_key_values, use_cache=True, **more).logits
+        )
     return torch.cat(parts, 1)
 
 

@@ -8,69 +8,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dyvte.analysis import STUDIES, AnalysisConfig, Subject, check_study, get_study
+from dyvte.analysis import STUDIES, Subject, check_study, get_study
 from dyvte.analysis.distance import Distances
 from dyvte.analysis.exits import shares
 from dyvte.analysis.last_token import LastToken
 from dyvte.analysis.migration import blanked, blind_answers
 from dyvte.analysis.stages import Flows, stage_ends
 from dyvte.analysis.watching import KINDS, watch
-from dyvte.backbones import BackboneConfig, get_template
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, GateMismatchError
-from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.run_log import read_answers
 from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.policies import RandomPolicy
 from dyvte.reductions import RandomTokens
 from dyvte.runtime import VisualExit
-from dyvte.tasks.base import get_benchmark
 from tests.helpers.families import build, one_row
-from tests.helpers.fixtures import write_mini_gqa
 from tests.helpers.models import tiny_llava
+from tests.helpers.subjects import LAYERS, NEW
+from tests.helpers.subjects import alone as _alone
+from tests.helpers.subjects import subject_of as _subject
 
-LAYERS, NEW, SIDE = 4, 4, 4
+SIDE = 4
 VISUAL = SIDE * SIDE
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A model, its eager twin, a benchmark."""
-    root = tmp_path_factory.mktemp("analysis")
-    write_mini_gqa(root / "gqa", questions=9, images=3)
-    model, processor = tiny_llava(LAYERS)
-    eager, _ = tiny_llava(LAYERS, attn_implementation="eager")
-    benchmark = get_benchmark("gqa")
-    return SimpleNamespace(
-        root=root,
-        eager=eager,
-        pipeline=Pipeline(model, processor, get_template("chat", processor), max_new_tokens=NEW),
-        benchmark=benchmark,
-        questions=benchmark.load(root / "gqa"),
-    )
-
-
-def _subject(world, output, **changes) -> Subject:
-    settings = AnalysisConfig(
-        model=BackboneConfig(path="tiny"),
-        benchmark="gqa",
-        data=world.root / "gqa",
-        output=output,
-        question_suffix="",
-        batch_size=4,
-        max_new_tokens=NEW,
-        timing_batches=0,
-        samples=4,
-    )
-    return Subject(dataclasses.replace(settings, **changes), world.pipeline, world.benchmark, world.questions)
-
-
-def _alone(world, question, image=True):
-    """Inputs of one question, from the processor itself."""
-    pipeline = world.pipeline
-    prompt = pipeline.template.render(question.text, has_image=1 if image else 0).text
-    pictures = {"images": load_image(question.image)} if image else {}
-    return dict(pipeline.processor(text=prompt, **pictures, return_tensors="pt", add_special_tokens=False))
 
 
 def _greedy(world, model, inputs, **options):
