@@ -17,6 +17,7 @@ import dyvte
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import question_images
 from dyvte.files import write_atomically
+from dyvte.reporting.lengths import length_table
 from dyvte.reporting.page import Example, Heading, Image, Page, Table, Text
 from dyvte.reporting.plots import Plot, draw_section
 from dyvte.reporting.section_tables import cost_table, score_table, summary_tables
@@ -120,6 +121,9 @@ def _section_blocks(section: Section, config: ReportConfig, prefix: str) -> list
                 f"this run, answers rightly. Intervals: paired bootstrap over {section.benchmark.unit}s."
             )
         )
+    if (by_length := length_table(section)) is not None:
+        blocks.append(Text("Same answer by the length of the full model's (how many such questions):"))
+        blocks.append(by_length)
     drawn = draw_section(section, config.output / "plots", prefix)
     blocks += [Heading("Plots", 3), *(Image(plot.png, _caption(plot)) for plot in drawn)] if drawn else []
     examples = worst_examples(section, config.num_examples)
