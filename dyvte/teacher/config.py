@@ -37,6 +37,9 @@ class TeacherConfig:
     """Samples per forward."""
     exit_every: int = 1
     """Label the exits 0, m, 2m, ... and L only; gates at the others stay closed. 1: every exit."""
+    exit_layers: tuple[int, ...] = ()
+    """The same for the exit layers listed here, and L: where the early ones are known to be of no use, the
+    late ones alone cost a fraction of all."""
     freeze_every: int | None = None
     """Label freeze layers too, 0, m, 2m, ...: every labelled exit behind each of them; null: none."""
     freeze_layers: tuple[int, ...] = ()
@@ -72,6 +75,8 @@ class TeacherConfig:
             raise ValueError(f"freeze_every must be at least 1 or null, found {self.freeze_every}")
         if self.freeze_every is not None and self.freeze_layers:
             raise ConfigError("give the freeze layers by freeze_every or by freeze_layers, not by both")
+        if self.exit_every != 1 and self.exit_layers:
+            raise ConfigError("give the exit layers by exit_every or by exit_layers, not by both")
         check_features(self.features)
         if parse_reductions(self.reductions) and (self.freeze_every is not None or self.freeze_layers):
             raise ConfigError(
@@ -84,9 +89,13 @@ class TeacherConfig:
         Raises
         ------
         ConfigError
-            If a freeze layer does not lie in 0..L-1.
+            If an exit layer does not lie in 0..L, or a freeze layer in 0..L-1.
         """
+        outside = [k for k in self.exit_layers if not 0 <= k <= num_layers]
+        if outside:
+            raise ConfigError(f"exit_layers: {outside} do not lie in 0..{num_layers}, the backbone's layers")
+        exits = self.exit_layers or thinned_exits(num_layers, self.exit_every)
         freezes = self.freeze_layers
         if self.freeze_every is not None:
             freezes = thinned_freezes(num_layers, self.freeze_every)
-        return Schedules.of(thinned_exits(num_layers, self.exit_every), freezes, num_layers)
+        return Schedules.of(exits, freezes, num_layers)

@@ -8,7 +8,7 @@ import pytest
 
 from dyvte.data import EmbeddedImage, Sample
 from dyvte.teacher import TeacherConfig
-from dyvte.teacher.batches import batches_of
+from dyvte.teacher.batches import LONG_TEXT, batches_of
 
 
 def sample(name: str, image, words: int = 1) -> Sample:
@@ -57,6 +57,16 @@ def test_groups_stay_together_where_they_fit_and_lengths_are_alike(pictures) -> 
     assert ids(batches_of([*long, *short], TeacherConfig(batch_size=7))) == [
         ["b0", "b1", "a0", "a1", "a2", "a3", "a4"]
     ]
+
+
+def test_long_samples_never_run_with_short_ones(pictures) -> None:
+    a, b, _ = pictures
+    mixed = [sample("a0", a, 10), sample("a1", a, LONG_TEXT + 50), sample("a2", a, 12)]
+    others = [sample("b0", b, LONG_TEXT + 20), sample("b1", b, 11)]
+    config = TeacherConfig(batch_size=8)
+    assert ids(batches_of([*mixed, *others], config)) == [["b1", "a0", "a2"], ["b0", "a1"]]
+    # in their own order all run as they come
+    assert ids(batches_of([*mixed, *others], config, by_length=False)) == [["a0", "a1", "a2", "b0", "b1"]]
 
 
 def test_images_that_cannot_be_read_are_left_to_who_opens_them(tmp_path: Path) -> None:
