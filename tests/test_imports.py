@@ -46,7 +46,10 @@ FLOORS = {
     "readers": ["rows", "tables", "files"],
     "tasks": ["records", "predictions", "answers", "base", "choices", "gqa", "mmbench"],
     "tracing": ["config", "zero", "sharded", "traces"],
-    "training": ["config", "zero", "loop", "gate_training", "running", "summary", "train", "dryrun"],
+    "training": [
+        *["target", "config", "zero", "loop", "gate_training", "running", "summary", "candidates", "train"],
+        "dryrun",
+    ],
     "teacher": [
         "slots",
         "texts",

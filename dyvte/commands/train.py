@@ -119,6 +119,8 @@ def _print_result(result: TrainResult) -> None:
     print(f"teacher {summary.trace_seconds:.0f} s, gates {summary.train_seconds:.0f} s")
     for text in summary.dropped:
         print(f"dropped: {text}", file=sys.stderr)
+    if result.choice is not None:
+        print(f"\n{result.choice.table()}")
     print(f"\non {summary.num_judged} {summary.judged_on}, beside fixed K at the same compute:")
     print(result.table())
     exits = ", ".join(f"{k} ({share:.0%})" for k, share in enumerate(summary.exit_rate) if share)

@@ -43,6 +43,8 @@ TRAINING_NAMES: dict[str, tuple[str, ...]] = {
     "objective.name": ("objective",),
     "objective.lam": ("lam",),
     "objective.span": ("span",),
+    "target.alpha": ("target_alpha",),
+    "target.budget": ("target_budget",),
     "epochs": (
         "epochs",
         "num_train_epochs",

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dyvte.errors import ConfigError
 from dyvte.gates import ARCHITECTURES, FEATURES
 from dyvte.objectives import OBJECTIVES, ExpectedRisk, Objective
 from dyvte.tracing import TracingConfig
 from dyvte.training.lora.config import LoraConfig
+from dyvte.training.target import TargetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class TrainConfig(TracingConfig):
     objective: Objective = field(default_factory=ExpectedRisk, metadata={"registry": OBJECTIVES})
     """What the gates minimise: ``name``, and that objective's own settings."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -104,6 +107,8 @@ class TrainConfig(TracingConfig):
     """Seed of new gates, data order and drawn layers."""
 
     def __post_init__(self) -> None:
+        if self.target.is_set and self.lora.enabled:
+            raise ConfigError("target chooses among trainings of gates: omit it where an adapter is trained")
         if self.epochs <= 0:
             raise ValueError(f"epochs must be positive, found {self.epochs}")
         if self.batch_size < 1 or self.accumulation < 1:

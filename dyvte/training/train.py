@@ -9,6 +9,9 @@ Output folder::
     exit_histogram.png  where held-out samples leave
     gates/              gate_config.json + gates.safetensors: the result
     summary.json        the final metrics; written last
+
+With a target, several trainings are tried (:mod:`dyvte.training.candidates`): ``candidates/NAME/`` has
+checkpoints, log and gates of each, ``choice.json`` says which were kept and why.
 """
 
 from __future__ import annotations
@@ -40,12 +43,14 @@ from dyvte.gates import (
 from dyvte.gates.config import CONFIG_FILE as GATES_CONFIG
 from dyvte.teacher import TraceStore
 from dyvte.tracing import run_traces
+from dyvte.training.candidates import Choice, candidate_configs, choose
 from dyvte.training.config import TrainConfig
 from dyvte.training.gate_training import GateTraining
 from dyvte.training.loop import TrainingSize
 from dyvte.training.metrics import BudgetRow, budget_rows, budget_table, exit_rate
-from dyvte.training.running import carry_out, train_tracked, without_held_out
+from dyvte.training.running import carry_out, prepare_output, train_tracked, without_held_out
 from dyvte.training.summary import RunSummary, TrainingRecord, judged_on, read_summary, write_summary
+from dyvte.training.target import OWN
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +103,8 @@ class TrainResult:
 
     gates: Path
     summary: GateSummary
+    choice: Choice | None = None
+    """Which of several trainings they are; None where there was one."""
 
     def table(self) -> str:
         """The summary table."""
@@ -123,17 +130,26 @@ def _train(cfg: TrainConfig, processes: Processes) -> Callable[[], TrainResult]:
     store, backbone = run_traces(cfg, selection, cfg.traces, processes)
     traced = time.perf_counter()
 
+    tried = candidate_configs(cfg) if cfg.target.is_set else {OWN: cfg}
     made = store.manifest
-    hidden_size = made.feature_size // len(made.features)
-    gates = make_gates(cfg, made.num_layers, hidden_size, backbone, made.exits, made.freezes)
-    trace = store.trace(gates.config.features)
-    train_part, validation = without_held_out(trace.rows, store.image_ids(), cfg)
-    if cfg.gates.init_from is None:
-        gates.fit_inputs(**train_part.gate_inputs())
-    training = GateTraining(cfg, gates, train_part, validation, processes)
-    weights = train_tracked(cfg, training, processes)
+    shape = made.num_layers, made.feature_size // len(made.features)
+    gates = make_gates(tried[OWN], *shape, backbone, made.exits, made.freezes)
+    features = gates.config.features
+    parts = without_held_out(store.trace(features).rows, store.image_ids(), tried[OWN])
+    trained: dict[str, tuple[GateTraining, dict[str, torch.Tensor]]] = {}
+    for name, one in tried.items():
+        if cfg.target.is_set:
+            log.info("candidate %s", name)
+            prepare_output(one, processes)
+        if name != OWN:
+            one = replace(one, gates=replace(one.gates, features=features))
+            gates = make_gates(one, *shape, backbone, made.exits, made.freezes)
+        if one.gates.init_from is None:
+            gates.fit_inputs(**parts[0].gate_inputs())
+        training = GateTraining(one, gates, *parts, processes)
+        trained[name] = training, train_tracked(one, training, processes)
     times = {"trace_seconds": traced - started, "train_seconds": time.perf_counter() - traced}
-    return lambda: _finish(cfg, training, weights, selection, store, times)
+    return lambda: _finish(cfg, tried, trained, selection, store, times)
 
 
 def make_gates(
@@ -214,25 +230,37 @@ def _check_freezes(cfg: TrainConfig, freezes: Sequence[int] | None) -> None:
 
 def _finished(cfg: TrainConfig) -> TrainResult | None:
     folder, summary = cfg.output_dir / "gates", read_summary(cfg, GateSummary)
-    return TrainResult(folder, summary) if summary and (folder / GATES_CONFIG).is_file() else None
+    if not summary or not (folder / GATES_CONFIG).is_file():
+        return None
+    return TrainResult(folder, summary, Choice.read(cfg.output_dir))
 
 
 def _finish(
     cfg: TrainConfig,
-    training: GateTraining,
-    weights: dict[str, torch.Tensor],
+    tried: Mapping[str, TrainConfig],
+    trained: Mapping[str, tuple[GateTraining, dict[str, torch.Tensor]]],
     selection: Selection,
     store: TraceStore,
     times: dict[str, float],
 ) -> TrainResult:
     """Write the gates with their record, then the summary."""
-    record = _record(cfg, training.size, selection, store)
-    config = replace(training.gates.config, training=asdict(record), dyvte_version=__version__)
-    gates = GateStack(config)
-    gates.load_state_dict(weights)
-    gates.eval().save_pretrained(cfg.output_dir / "gates")
+    stacks, records = {}, {}
+    for name, (training, weights) in trained.items():
+        records[name] = _record(tried[name], training.size, selection, store)
+        config = replace(training.gates.config, training=asdict(records[name]), dyvte_version=__version__)
+        stacks[name] = GateStack(config)
+        stacks[name].load_state_dict(weights)
+        stacks[name].eval().save_pretrained(tried[name].output_dir / "gates")
 
+    training, _ = trained[OWN]
     judged = training.validation if training.validation is not None else training.train
+    gates, record, choice = stacks[OWN], records[OWN], None
+    if cfg.target.is_set:
+        gates, choice = choose(stacks, judged, cfg.target)
+        record = records[choice.chosen[0]]
+        gates.config = replace(gates.config, training={**asdict(record), "choice": asdict(choice)})
+        choice.write(cfg.output_dir)
+        gates.eval().save_pretrained(cfg.output_dir / "gates")
     train_logits, logits = gate_logits(gates, training.train), gate_logits(gates, judged)
     summary = GateSummary(
         gates=str(cfg.output_dir / "gates"),
@@ -246,7 +274,7 @@ def _finish(
         **times,
     )
     write_summary(cfg, summary)
-    return TrainResult(cfg.output_dir / "gates", summary)
+    return TrainResult(cfg.output_dir / "gates", summary, choice)
 
 
 def _record(cfg: TrainConfig, size: TrainingSize, selection: Selection, store: TraceStore) -> GateRecord:
