@@ -219,7 +219,7 @@ def test_any_family_is_watched(family):
     eager, _, _ = build(family, "eager")
     alone = one_row(family, inputs, 0)
     pipeline = SimpleNamespace(model=model)
-    subject = _Given(SimpleNamespace(), pipeline, None, [], {"inputs": alone})
+    subject = _Given(SimpleNamespace(), pipeline, None, [], _memory={"inputs": alone})
     expected = torch.cat(eager(**alone, output_attentions=True).attentions).mean(1)
     seen = {}
     with torch.no_grad():
