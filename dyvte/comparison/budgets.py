@@ -32,10 +32,18 @@ PointsAt = Callable[[float], OperatingPoints]
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule: one entry for each seed it was trained with (one for a rule without training)."""
+    """A rule: one entry for each seed it was trained with (one for a rule without training).
+
+    Attributes
+    ----------
+    name : of the rule.
+    seeds : its points as tuned for a budget.
+    for_target : as tuned for a share of the answers that stays the same; None: whatever the budget.
+    """
 
     name: str
     seeds: tuple[PointsAt, ...]
+    for_target: tuple[PointsAt, ...] | None = None
 
     @staticmethod
     def of(name: str, *points: OperatingPoints) -> Rule:
@@ -259,7 +267,14 @@ def _compute_needed(
     return ComputeAtTarget(
         target=TARGET,
         oracle=bound[0],
-        rules={rule.name: Spread.of([needed(points(budget)) for points in rule.seeds]) for rule in rules},
+        rules={
+            rule.name: Spread.of(
+                [needed(points(TARGET)) for points in rule.for_target]
+                if rule.for_target is not None
+                else [needed(points(budget)) for points in rule.seeds]
+            )
+            for rule in rules
+        },
         hindsight=leaving(0),
         hindsight_one_layer_late=leaving(1),
         schedule_oracle=bound[1] if len(bound) > 1 else None,

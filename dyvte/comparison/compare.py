@@ -5,15 +5,18 @@ Everything chosen is chosen on calibration samples; the test samples and the ben
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import dyvte
+from dyvte.backbones.sizes import decoder_shape
 from dyvte.calibration.operating_points import fixed_points, static_points
 from dyvte.calibration.path import Labels
-from dyvte.comparison.budgets import BudgetComparison, Rule, compare_at_budgets
+from dyvte.comparison.budgets import BudgetComparison, PointsAt, Rule, compare_at_budgets
 from dyvte.comparison.config import CompareConfig
 from dyvte.comparison.oracle import oracle_points, schedule_oracle_points
 from dyvte.comparison.plan_compare import PlanComparison, compare_searches, shared_reductions
@@ -33,10 +36,17 @@ from dyvte.comparison.runs import (
 from dyvte.comparison.scenes import TracedScenes, load_scenes
 from dyvte.comparison.schedule_router import KINDS as SCHEDULE_RULES
 from dyvte.comparison.score_curves import score_curves
+from dyvte.comparison.static_sets import SetComparison, StaticSet, compare_sets, read_static_sets
 from dyvte.comparison.table import PolicyRow, table_rows
 from dyvte.comparison.traces import Pair, TraceComparison, compare_on_traces
 from dyvte.comparison.tuned_gates import TunedGates, load_gates
-from dyvte.comparison.tuned_router import best_router, train_router_candidates, training_settings
+from dyvte.comparison.tuned_router import (
+    TunedRouter,
+    best_router,
+    thriftiest_router,
+    train_router_candidates,
+    training_settings,
+)
 from dyvte.comparison.vtw import VtwChoice, choose_vtw
 from dyvte.config import dump_config
 from dyvte.errors import ConfigError
@@ -47,6 +57,7 @@ from dyvte.evaluation.runner import load_pipeline, load_questions, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL, Machine
 from dyvte.progress import progress
 from dyvte.tasks.base import get_benchmark
+from dyvte.teacher import TraceStore
 
 CONFIG_FILE = "config.yaml"
 PLAN_BUDGETS = (0.5, 0.33, 0.22, 0.11)
@@ -76,6 +87,7 @@ class Comparison:
     benchmarks : by title.
     rows : the table over all benchmarks; empty without any.
     budgets, plans : None unless they were asked for.
+    sets : static sets of frozen layers at what they cost; empty unless they were asked for.
     """
 
     version: str
@@ -89,12 +101,13 @@ class Comparison:
     rows: tuple[PolicyRow, ...]
     budgets: BudgetComparison | None
     plans: PlanComparison | None
+    sets: tuple[SetComparison, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as ``comparison.json`` holds it; what was not asked for is omitted."""
         settings = {"dyvte": self.version, "eta": self.eta, "seed": self.seed, "machine": plain(self.machine)}
         found = {name: plain(getattr(self, name)) for name in ("vtw", "gates", "traces", "benchmarks")}
-        asked = {"table": self.rows, "budgets": self.budgets, "plans": self.plans}
+        asked = {"table": self.rows, "budgets": self.budgets, "plans": self.plans, "sets": self.sets}
         return {"settings": settings, **found, **{name: plain(one) for name, one in asked.items() if one}}
 
 
@@ -120,6 +133,7 @@ def compare(config: CompareConfig) -> Comparison:
     if config.plans is not None:  # before hours of work, not after
         shared_reductions(*_searches(config))
     pipeline = load_pipeline(config)
+    sets = _static_sets(config, pipeline) if config.frozen_sets is not None else []
     train, calibration, test = (
         load_scenes(traces, data, config.image_folder)
         for traces, data in (
@@ -152,7 +166,26 @@ def compare(config: CompareConfig) -> Comparison:
         ),
         budgets=budgets,
         plans=plans,
+        sets=_at_their_cost(config, test, pairs, sets),
     )
+
+
+def _static_sets(config: CompareConfig, pipeline: Pipeline) -> list[StaticSet]:
+    manifest = TraceStore.open(config.traces_test).manifest
+    shape = decoder_shape(pipeline.model.config)
+    return read_static_sets(config.frozen_sets, shape, manifest.num_samples, manifest.fingerprint)
+
+
+def _at_their_cost(
+    config: CompareConfig, test: TracedScenes, pairs: Sequence[Pair], sets: Sequence[StaticSet]
+) -> tuple[SetComparison, ...]:
+    gates = Rule.of("gates", *(pair.gates.points_on(test) for pair in pairs)) if sets else None
+
+    def gates_at(metric: str, compute: float) -> Tensor:
+        return gates.values_RB(Labels.of(test.trace, metric), compute)
+
+    draws = {"num_draws": config.num_draws, "seed": config.seed}
+    return compare_sets(sets, gates_at, test.image_ids, **draws)
 
 
 def make_pairs(
@@ -210,11 +243,14 @@ def _at_budgets(
 ) -> BudgetComparison:
     """The gates, fixed K, the router as tuned for each budget, and the further gates."""
     visual_B = test.trace.num_visual
-    routers = tuple(
-        lambda budget, candidates=pair.candidates: best_router(candidates, budget).points(
-            test.questions, visual_B
-        )
-        for pair in pairs
+
+    def chosen(choose: Callable[[Sequence[TunedRouter], float], TunedRouter], pair: Pair) -> PointsAt:
+        return lambda goal: choose(pair.candidates, goal).points(test.questions, visual_B)
+
+    router = Rule(
+        "question-only router",
+        tuple(chosen(best_router, pair) for pair in pairs),
+        tuple(chosen(thriftiest_router, pair) for pair in pairs),
     )
     further = [
         Rule.of(name, *(gates.points_on(test) for gates in _load_seeds(folders, calibration)))
@@ -230,7 +266,7 @@ def _at_budgets(
     return compare_at_budgets(
         test,
         Rule.of("gates", *(pair.gates.points_on(test) for pair in pairs)),
-        [*baselines, Rule("question-only router", routers), *further],
+        [*baselines, router, *further],
         oracle_points(test.trace.risk, visual_B),
         config.shares,
         schedule_oracle=bound,

@@ -111,6 +111,9 @@ class CompareConfig(GenerationSettings):
     plans: Path | None = None
     """Also compare plans (policy with reductions): a folder with the searches calibration and test, each made
     by ``dyvte search-plan --output``; at the budgets, or at 50, 33, 22 and 11 % without."""
+    frozen_sets: Path | None = None
+    """Also show static sets of frozen layers (ShortV) at what they cost: a folder that ``dyvte search-frozen
+    --held-out-path`` wrote, with data_test held out."""
     question_suffix: str | None = None
     """Appended to benchmark questions; null: the benchmark's own request, as LLaVA does."""
     dialect: str = "original"

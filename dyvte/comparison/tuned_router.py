@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from dyvte.calibration.operating_points import OperatingPoints, mixed, mixture_at
+from dyvte.calibration.operating_points import OperatingPoints, compute_to_reach, mixed, mixture_at
 from dyvte.calibration.path import Labels
 from dyvte.comparison.question_features import Featurise
 from dyvte.comparison.router import (
@@ -48,14 +48,20 @@ class TunedRouter:
     router: QuestionRouter | ScheduleRouter
     curve: Callable[[Tensor, Tensor], OperatingPoints]
     """From features and visual tokens of other questions to the rule's operating points."""
-    calibration_curve: tuple[np.ndarray, np.ndarray]
-    """Visual compute and loss on the calibration scenes at those settings."""
+    calibration_curve: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """Visual compute, loss and same answer on the calibration scenes at those settings."""
     settings: RouterSettings
 
     def calibration_loss(self, budget: float) -> float:
         """Loss on the calibration scenes at a visual compute, by mixing neighbouring settings."""
-        compute_S, loss_S = self.calibration_curve
+        compute_S, loss_S, _ = self.calibration_curve
         return mixed(loss_S, mixture_at(compute_S, budget))
+
+    def calibration_compute(self, same_answer: float) -> float:
+        """Visual compute that keeps a share of the calibration scenes' answers; infinite if none does."""
+        compute_S, _, same_S = self.calibration_curve
+        found = compute_to_reach(compute_S, same_S, same_answer)
+        return float("inf") if np.isnan(found) else found
 
     def points(self, questions: Sequence[str], num_visual_B: Tensor) -> OperatingPoints:
         """The curve on other questions."""
@@ -210,6 +216,11 @@ def best_router(candidates: Sequence[TunedRouter], budget: float) -> TunedRouter
     return min(candidates, key=lambda router: router.calibration_loss(budget))
 
 
+def thriftiest_router(candidates: Sequence[TunedRouter], same_answer: float) -> TunedRouter:
+    """The candidate that keeps this share of the answers of the calibration scenes for the least compute."""
+    return min(candidates, key=lambda router: router.calibration_compute(same_answer))
+
+
 def _tuned(
     kind: str,
     featurise: Featurise,
@@ -220,5 +231,6 @@ def _tuned(
 ) -> TunedRouter:
     trace = calibration.trace
     points = curve(featurise(calibration.questions), trace.num_visual)
-    loss = Labels(answer_loss(trace, settings.loss), trace.freezes)
-    return TunedRouter(kind, featurise, router, curve, (points.compute_S, points.means_S(loss)), settings)
+    loss = points.means_S(Labels(answer_loss(trace, settings.loss), trace.freezes))
+    same = points.means_S(Labels.of(trace, "same_answer"))
+    return TunedRouter(kind, featurise, router, curve, (points.compute_S, loss, same), settings)

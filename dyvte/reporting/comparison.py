@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dyvte.calibration.frozen_sets import RULES
 from dyvte.comparison.bootstrap import PairedDifference
 from dyvte.comparison.compare import Comparison
 from dyvte.comparison.runs import BenchmarkComparison
+from dyvte.comparison.static_sets import SetComparison
 from dyvte.comparison.table import PolicyRow
 from dyvte.comparison.traces import TraceComparison
 from dyvte.errors import ConfigError
 from dyvte.files import write_atomically
 from dyvte.formatting import difference_text, markdown_table, name_some, number, percentage, spread_text
+from dyvte.reductions.frozen import as_ranges
 from dyvte.reporting.budgets import budget_markdown, plot_budgets
 from dyvte.reporting.comparison_plots import plot_comparison, plot_schedules
 from dyvte.reporting.plans import plan_markdown, plot_plans
@@ -77,6 +80,8 @@ def comparison_markdown(found: Comparison) -> str:
         parts.append("![layers that update and read visual tokens, by question type](schedules.png)")
     if found.budgets is not None:
         parts += ["## At given budgets", budget_markdown(found.budgets), "![rules at budgets](budgets.png)"]
+    if found.sets:
+        parts += ["## Static sets of frozen layers, at what they cost", sets_table(found.sets)]
     if found.plans is not None:
         parts += ["## Plans", plan_markdown(found.plans), "![plans over visual compute](plans.png)"]
     return "\n\n".join(parts) + "\n"
@@ -93,6 +98,33 @@ def comparison_table(found: Comparison) -> str:
     flops = ["prefill FLOPs"] if freezes else []
     header += ["same answer", *layers, "visual compute", *flops, "prefill time"]
     return markdown_table(header, [_cells(row, found.benchmarks, freezes) for row in found.rows])
+
+
+def sets_table(sets: Sequence[SetComparison]) -> str:
+    """Markdown: one row per set, the gates that spend the same beside it."""
+    head = [
+        "chosen by",
+        "frozen layers",
+        "visual compute",
+        "same answer, %",
+        "gates",
+        "gates minus set, points",
+    ]
+    rows = [
+        [
+            RULES[one.rule],
+            as_ranges(one.layers),
+            percentage(one.visual_compute),
+            f"{100 * one.metrics['same_answer']:.2f}",
+            spread_text(one.gates["same_answer"], scale=100.0),
+            difference_text(one.gates_minus["same_answer"], scale=100.0),
+            f"{one.metrics['risk']:.4f}",
+            spread_text(one.gates["risk"], 4),
+            difference_text(one.gates_minus["risk"], 4),
+        ]
+        for one in sets
+    ]
+    return markdown_table(head, rows)
 
 
 def _freezes(found: Comparison) -> bool:

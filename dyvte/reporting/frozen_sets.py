@@ -13,9 +13,9 @@ from dyvte.files import write_atomically
 from dyvte.formatting import markdown_table, percentage
 from dyvte.plotting import COLORS, new_figure, plain_axes
 from dyvte.reductions import FrozenLayers
-from dyvte.tracing.frozen_search import FoundSets
+from dyvte.tracing.frozen_search import RECORD_FILE, FoundSets
 
-TABLE_FILE, RECORD_FILE, PLOT_FILE = "frozen-sets.md", "frozen-sets.json", "frozen-sets.png"
+TABLE_FILE, PLOT_FILE = "frozen-sets.md", "frozen-sets.png"
 _COLOR = {"answer": COLORS[0], "shortv": COLORS[2], "last": COLORS[1]}
 
 

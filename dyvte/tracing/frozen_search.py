@@ -36,6 +36,8 @@ from dyvte.tracing.search import check_whole
 
 EFFECTS_FILE = "effects.json"
 HELD_OUT_FILE = "effects-held-out.json"
+RECORD_FILE = "frozen-sets.json"
+"""The sets that were found, beside the effects: what reports write and comparisons read."""
 # Of a trace's fingerprint, what has no part in a set's effect.
 _OF_TRACES_ALONE = ("features", "exits", "freezes", "kv_share")
 

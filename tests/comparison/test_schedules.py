@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from dyvte.backbones import BackboneConfig, load_backbone
+from dyvte.backbones.sizes import decoder_shape
 from dyvte.calibration import gate_logits
 from dyvte.calibration.operating_points import OperatingPoints, static_points
 from dyvte.calibration.path import Labels
@@ -21,11 +23,18 @@ from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.schedule_router import ScheduleRouter
 from dyvte.comparison.traces import compare_on_traces
 from dyvte.comparison.tuned_gates import load_gates
-from dyvte.errors import ConfigError
+from dyvte.costs.schedules import kv_share
+from dyvte.data import DataConfig, open_conversations, select
+from dyvte.errors import ConfigError, DataError
 from dyvte.gates import GateConfig, GateStack, Schedules, uniform_freeze_offsets, uniform_offsets
 from dyvte.objectives import expected_risk
+from dyvte.reductions.frozen import as_ranges
 from dyvte.reporting.comparison import write_comparison
+from dyvte.reporting.frozen_sets import write_frozen_sets
+from dyvte.teacher import Teacher, TeacherConfig, TraceStore, write_traces
 from dyvte.teacher.freeze_grid import LABELS
+from dyvte.tracing import TracingConfig
+from dyvte.tracing.frozen_search import search_frozen
 from tests.comparison.test_compare import _config, _write_split
 from tests.helpers.traces import make_trace
 from tests.helpers.world import World
@@ -268,10 +277,6 @@ WORLD = World(gqa=(24, 6))
 @pytest.fixture(scope="module")
 def compared(world, tmp_path_factory):
     """Traced splits with freeze layers, two-head gates of two seeds, exits alone as a baseline."""
-    from dyvte.backbones import load_backbone
-    from dyvte.data import open_conversations, select
-    from dyvte.teacher import Teacher, TeacherConfig, write_traces
-
     root = world
     settings = TeacherConfig(template="chat", max_new_tokens=4, freeze_layers=(0, 1, 2))
     teacher = Teacher(*load_backbone(root / "backbone"), settings)
@@ -286,9 +291,17 @@ def compared(world, tmp_path_factory):
         GateStack.init(config, seed).save_pretrained(root / f"gates-{seed}")
     GateStack.init(GateConfig(**shape, **record), 2).save_pretrained(root / "exits")
     output = tmp_path_factory.mktemp("compared")
+    tracing = TracingConfig(
+        model=BackboneConfig(path=str(root / "backbone")),
+        data=DataConfig(path=root / "calibration.json", limit=10),
+        teacher=dataclasses.replace(settings, freeze_layers=()),
+    )
+    sets = search_frozen(tracing, root / "sets", held_out=DataConfig(path=root / "test.json"))
+    write_frozen_sets(sets, root / "sets", [0.99])
     config = _config(
         root,
         output,
+        frozen_sets=root / "sets",
         budgets="0.2,0.5",
         baselines=(f"exits={root / 'exits'}",),
         benchmarks=(f"mini-GQA:gqa={root / 'gqa'}",),
@@ -344,6 +357,38 @@ def test_budgets_hold_exits_static_schedules_and_the_router(compared):
     assert needed.bound == needed.schedule_oracle <= needed.oracle
     for row in found.budgets.rows:
         assert row.risk["schedule oracle"].mean <= row.risk["oracle"].mean + 1e-6
+
+
+def test_sets_of_frozen_layers_are_shown_at_their_cost(world, compared, tmp_path):
+    found, output = compared
+    model, processor = load_backbone(world / "backbone")
+    share = kv_share(decoder_shape(model.config))
+    assert len(found.sets) == 2 * 4  # by ShortV's rule and by the effect on the answer, of every size
+    for one in found.sets:
+        assert one.visual_compute == pytest.approx((4 - len(one.layers) * (1 - share)) / 4)
+        difference = one.gates["risk"].mean - one.metrics["risk"]
+        assert one.gates_minus["risk"].difference == pytest.approx(difference, abs=1e-9)
+    one = next(one for one in found.sets if len(one.layers) == 2)
+    settings = TeacherConfig(
+        template="chat", max_new_tokens=4, reductions=f"frozen:{as_ranges(one.layers)}", exit_every=10
+    )
+    selection = select(open_conversations(world / "test.json"))
+    write_traces(tmp_path, Teacher(model, processor, settings), selection)
+    trace = TraceStore.open(tmp_path).trace()
+    assert one.metrics["risk"] == pytest.approx(float(trace.risk[:, -1].double().mean()), abs=1e-4)
+    same = float(trace.same_answer[:, -1].double().mean())
+    assert one.metrics["same_answer"] == pytest.approx(same)
+    assert "Static sets of frozen layers" in (output / "comparison.md").read_text()
+    # Judged on other samples than the test traces: refused.
+    held_out = json.loads((world / "sets" / "effects-held-out.json").read_text())
+    held_out["of"]["data"] = "other"
+    for name in ("effects-held-out.json", "frozen-sets.json"):
+        (tmp_path / name).write_text((world / "sets" / name).read_text())
+    (tmp_path / "effects-held-out.json").write_text(json.dumps(held_out))
+    with pytest.raises(DataError, match="other samples or another backbone"):
+        compare(_config(world, tmp_path / "out", gates=(str(world / "gates-0"),), frozen_sets=tmp_path))
+    with pytest.raises(DataError, match="dyvte search-frozen --held-out-path"):
+        compare(_config(world, tmp_path / "out", gates=(str(world / "gates-0"),), frozen_sets=world))
 
 
 def test_answers_depend_on_the_schedule_alone(compared):
