@@ -1,41 +1,64 @@
 #!/usr/bin/env bash
-# Runs the plug-ins inside lmms-eval itself, in an environment of its own (.venv-plugins, made once, CPU only).
-#   scripts/test_plugins.sh [pytest options]   make it, run tests/commands/test_plugins.py
-#   scripts/test_plugins.sh --environment      make it, print its python
-# Status 3: a package cannot be had. DYVTE_PLUGINS_PYTHON names an environment that is there already.
+# Runs a plug-in inside the tool itself, in an environment of the tool's own (made once, CPU only).
+#   scripts/test_plugins.sh [TOOL] [pytest options]   make it, run the tool's tests
+#   scripts/test_plugins.sh [TOOL] --environment      make it, print its python
+# TOOL: lmms-eval (default; .venv-plugins), vlmeval (.venv-vlmeval) or vllm (.venv-vllm).
+# Status 3: a package cannot be had. DYVTE_PLUGINS_PYTHON, DYVTE_VLMEVAL_PYTHON and DYVTE_VLLM_PYTHON name
+# environments that are there already.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-make_plugins_environment() {
-    PLUGINS_PYTHON="${DYVTE_PLUGINS_PYTHON:-$ROOT/.venv-plugins/bin/python}"
-    if [ -n "${DYVTE_PLUGINS_PYTHON:-}" ]; then
+choose_tool() {
+    case "$1" in
+    lmms-eval) FOLDER=.venv-plugins LIST=constraints-plugins.txt VARIABLE=DYVTE_PLUGINS_PYTHON TESTS=test_lmms_eval ;;
+    vlmeval) FOLDER=.venv-vlmeval LIST=constraints-vlmeval.txt VARIABLE=DYVTE_VLMEVAL_PYTHON TESTS=test_vlmeval ;;
+    vllm) FOLDER=.venv-vllm LIST=constraints-vllm.txt VARIABLE=DYVTE_VLLM_PYTHON TESTS=test_vllm ;;
+    *) return 1 ;;
+    esac
+}
+
+make_tool_environment() {
+    TOOL_PYTHON="${!VARIABLE:-$ROOT/$FOLDER/bin/python}"
+    if [ -n "${!VARIABLE:-}" ]; then
         return 0
     fi
-    local stamp="$ROOT/.venv-plugins/.dyvte-installed" wanted
-    wanted="$(cat "$ROOT/constraints-plugins.txt" "$ROOT/pyproject.toml" | cksum)"
-    if [ -x "$PLUGINS_PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    local stamp="$ROOT/$FOLDER/.dyvte-installed" wanted
+    wanted="$(cat "$ROOT/$LIST" "$ROOT/pyproject.toml" | cksum)"
+    if [ -x "$TOOL_PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return 0
     fi
-    echo "[plugins] installing lmms-eval into .venv-plugins (a few minutes, once)" >&2
-    [ -x "$PLUGINS_PYTHON" ] || "$PYTHON" -m venv "$ROOT/.venv-plugins" >&2
-    local pip=("$PLUGINS_PYTHON" -m pip install --quiet --disable-pip-version-check)
+    echo "[plugins] installing $TOOL into $FOLDER (a few minutes, once)" >&2
+    [ -x "$TOOL_PYTHON" ] || "$PYTHON" -m venv "$ROOT/$FOLDER" >&2
+    local pip=("$TOOL_PYTHON" -m pip install --quiet --disable-pip-version-check)
     # torch alone and first, as in env.sh; then exactly what is listed, so that nothing changes it
-    if ! "${pip[@]}" -c "$ROOT/constraints-plugins.txt" torch==2.13.0 setuptools >&2 ||
-        ! "${pip[@]}" --no-deps -r "$ROOT/constraints-plugins.txt" >&2; then
-        echo "error: lmms-eval cannot be had; a package registry must be reachable by pip (see above)" >&2
+    if ! "${pip[@]}" -c "$ROOT/$LIST" torch==2.13.0 setuptools >&2 ||
+        ! "${pip[@]}" --no-deps -r "$ROOT/$LIST" >&2; then
+        echo "error: $TOOL cannot be had; a package registry must be reachable by pip (see above)" >&2
         return 3
     fi
     "${pip[@]}" --no-deps --no-build-isolation -e "$ROOT" >&2
+    if grep -q '^torchvision==' "$ROOT/$LIST"; then
+        local site
+        site="$("$TOOL_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+        cp "$ROOT/scripts/declare_torchvision.py" "$site/"
+        echo "import declare_torchvision" >"$site/declare_torchvision.pth"
+    fi
     echo "$wanted" >"$stamp"
 }
 
+TOOL=lmms-eval
+choose_tool "$TOOL"
+if [ $# -gt 0 ] && choose_tool "$1"; then
+    TOOL="$1"
+    shift
+fi
 if [ "${1:-}" = "--environment" ]; then
-    make_plugins_environment || exit $?
-    echo "$PLUGINS_PYTHON"
+    make_tool_environment || exit $?
+    echo "$TOOL_PYTHON"
     exit 0
 fi
 make_environment
-make_plugins_environment || exit $?
+make_tool_environment || exit $?
 cd "$ROOT"
-DYVTE_PLUGINS_PYTHON="$PLUGINS_PYTHON" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" \
-    "$PYTHON" -m pytest tests/commands/test_plugins.py "$@"
+env "$VARIABLE=$TOOL_PYTHON" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" \
+    "$PYTHON" -m pytest "tests/plugins/$TESTS.py" "$@"

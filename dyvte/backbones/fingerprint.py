@@ -42,16 +42,21 @@ def weights_digest(model: nn.Module) -> str | None:
     """
     backbone = describe(model)
     added = {id(tensor) for _, tensor, _ in adapter_parameters(backbone.model)}
-    base = _digest([tensor for tensor in backbone.layers.parameters() if id(tensor) not in added])
+    base = tensors_digest(tensor for tensor in backbone.layers.parameters() if id(tensor) not in added)
     active = list(adapter_parameters(backbone.model, active=True))
     if base is None or not active:
         return base
     scaling = torch.tensor([value for _, _, value in active])
-    adapter = _digest([*(tensor for _, tensor, _ in active), scaling])
+    adapter = tensors_digest([*(tensor for _, tensor, _ in active), scaling])
     return None if adapter is None else f"{base}+{adapter}"
 
 
-def _digest(tensors: Iterable[Tensor]) -> str | None:
+@torch.no_grad()
+def tensors_digest(tensors: Iterable[Tensor]) -> str | None:
+    """Hash of a sample of every tensor, in their order, as `weights_digest` takes it.
+
+    None where one is not in memory.
+    """
     samples = []
     for tensor in tensors:
         with _whole(tensor) as weight:

@@ -45,7 +45,7 @@ class PluginConfig(GenerationSettings):
     reduction: str = NO_REDUCTION
     """What is spent on them before, in the forms of `dyvte.reductions`."""
     exits: Path | None = None
-    """JSON lines to write: exit layer, gate probabilities and tokens of every request; written anew."""
+    """JSON lines to write: exit layer, gate probabilities and tokens of every request."""
 
 
 def plugin_config(origin: str, pretrained: Any, **arguments: Any) -> PluginConfig:

@@ -24,6 +24,7 @@ from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.generation import plan_batches
 from dyvte.evaluation.run_log import Answer, exit_row
 from dyvte.plugins.answering import Answering, Request, plugin_config, request_of
+from dyvte.plugins.exits_file import own_file
 from dyvte.progress import progress
 from dyvte.readers.videos import Video, read_frames
 
@@ -175,7 +176,7 @@ def _open_anew(path: Path | None, rank: int) -> Path | None:
     """The file of this process, emptied."""
     if path is None:
         return None
-    own = path.with_name(f"{path.stem}.{rank}{path.suffix}") if rank else path
+    own = own_file(path, rank)
     own.parent.mkdir(parents=True, exist_ok=True)
     own.write_text("", encoding="utf-8")
     return own

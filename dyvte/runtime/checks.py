@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +40,23 @@ def check_backbone(config: GateConfig | None, backbone: Backbone, allow_transfer
     found = {"fingerprint": fingerprint(backbone.model)}
     if config.backbone.get("weights"):
         found["weights"] = weights_digest(backbone.model)
+    return check_fingerprints(config, found, allow_transfer)
+
+
+def check_fingerprints(config: GateConfig, found: Mapping[str, str | None], allow_transfer: bool) -> bool:
+    """True where a backbone's fingerprints are not those of the gates' and that is allowed.
+
+    Parameters
+    ----------
+    found
+        Of the backbone in hand: ``fingerprint`` of its architecture, ``weights`` digest. None: it cannot be
+        had, and is not compared.
+
+    Raises
+    ------
+    GateMismatchError
+        They differ, and ``allow_transfer`` is False.
+    """
     for name, have in found.items():
         want = config.backbone.get(name)
         if not want or have is None or want == have:

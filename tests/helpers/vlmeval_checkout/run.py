@@ -26,9 +26,11 @@ class Dataset:
         return [*shown, {"type": "text", "value": line["question"]}]
 
 
-def build_model(name, config):
+def build_model(name, config, use_vllm):
     """As a class with arguments, or by name alone."""
     config = dict(config)
+    if use_vllm:
+        config["use_vllm"] = use_vllm
     if "class" not in config:
         return supported_VLM[name](**config)
     class_name = config.pop("class")
@@ -41,9 +43,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--config")
     parser.add_argument("--work-dir")
+    parser.add_argument("--use-vllm", action="store_true")
+    parser.add_argument("--limit", type=int)
     args = parser.parse_args()
     config = json.loads(Path(args.config).read_text())
     for model_name, settings in config["model"].items():
-        model = build_model(model_name, settings)
+        model = build_model(model_name, settings, args.use_vllm)
         for data_name, data in config["data"].items():
-            model = infer_data_job(model, args.work_dir, model_name, Dataset(data_name, data["file"]))
+            dataset = Dataset(data_name, data["file"])
+            model = infer_data_job(
+                model, args.work_dir, model_name, dataset, use_vllm=args.use_vllm, limit=args.limit
+            )
