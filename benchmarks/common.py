@@ -6,11 +6,13 @@ Proportions: 35 tokens before the image, 576 visual tokens, 40 after. Weights an
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -54,7 +56,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         intermediate_size=int(args.hidden * 11008 / 4096) // 64 * 64,
         num_hidden_layers=args.layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=args.key_heads or heads,
         max_position_embeddings=4096,
     )
     config = transformers.LlavaConfig(
@@ -79,9 +81,9 @@ def make_inputs(model: torch.nn.Module, rows: int, more_text: int = 0) -> Inputs
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
-def oracle(exits: Sequence[int]) -> dyvte.VisualExit:
-    """Each row leaves where it is told."""
-    return dyvte.VisualExit.from_policy(OraclePolicy(list(exits)))
+def oracle(exits: Sequence[int], freezes: Sequence[int] | None = None) -> dyvte.VisualExit:
+    """Each row freezes and leaves where it is told; without freezes it is updated until it leaves."""
+    return dyvte.VisualExit.from_policy(OraclePolicy(list(exits), None if freezes is None else list(freezes)))
 
 
 def spread_exits(rows: int, layers: int) -> list[int]:
@@ -89,9 +91,10 @@ def spread_exits(rows: int, layers: int) -> list[int]:
     return [max(1, layers * (row + 1) // rows) for row in range(rows)]
 
 
-def silent_gates(model: torch.nn.Module) -> dyvte.VisualExit:
+def silent_gates(model: torch.nn.Module, *, freeze_head: bool = False) -> dyvte.VisualExit:
     """All gates run and none fires."""
-    return _gates(model, threshold=1.0)
+    never = {"freeze_head": True, "freeze_threshold": 1.0} if freeze_head else {}
+    return _gates(model, threshold=1.0, **never)
 
 
 def gates_that_fire_at(k: int, model: torch.nn.Module) -> dyvte.VisualExit:
@@ -109,6 +112,14 @@ def _gates(model: torch.nn.Module, **fields: Any) -> dyvte.VisualExit:
 def inside(model: torch.nn.Module, exits: dyvte.VisualExit | None) -> Any:
     """The exits' block, or none."""
     return nullcontext() if exits is None else exits(model)
+
+
+def schedule(text: str) -> tuple[int, int]:
+    """``F:K``, or ``K`` where nothing is frozen before it leaves."""
+    match = re.fullmatch(r"(?:(\d+):)?(\d+)", text)
+    if match is None or int(match[1] or match[2]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected F:K with F <= K, or K")
+    return int(match[1] or match[2]), int(match[2])
 
 
 # -- what is timed -----------------------------------------------------------------------------------------
@@ -146,6 +157,61 @@ def layer_pass(model: torch.nn.Module, rows: int, tokens: int, first: int, last:
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
+                use_cache=True,
+                position_embeddings=rotary,
+            )
+
+    return run
+
+
+class _Inserting:
+    """A cache that puts an image's keys and values between those of the text before and behind it."""
+
+    def __init__(self, cache: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.cache, self.visual = cache, (keys, values)
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *more: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = [
+            torch.cat((text[:, :, :PREFIX], visual, text[:, :, PREFIX:]), 2)
+            for text, visual in zip((keys, values), self.visual, strict=True)
+        ]
+        return self.cache.update(*whole, *more)
+
+
+def frozen_pass(model: torch.nn.Module, rows: int, first: int, last: int) -> Callable[[], None]:
+    """Layers first..last-1 called directly on the text, with a K/V cache; of the image, which never changes,
+    each layer's input norm and its key and value projections alone."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    decoder, device = model.get_decoder(), model.device
+    text, visual = (
+        torch.randn(rows, tokens, decoder.config.hidden_size, dtype=model.dtype, device=device)
+        for tokens in (TEXT, VISUAL)
+    )
+    everywhere = torch.arange(TOKENS, device=device)[None]
+    is_visual = (everywhere >= PREFIX) & (everywhere < PREFIX + VISUAL)
+    positions = everywhere[~is_visual][None]
+    cos, sin = decoder.rotary_emb(visual, everywhere[is_visual][None])
+    rotary = decoder.rotary_emb(text, positions)
+    mask = (everywhere <= positions[0, :, None])[None, None]
+    heads = (rows, VISUAL, -1, decoder.layers[0].self_attn.head_dim)
+
+    def run() -> None:
+        cache = transformers.DynamicCache(config=decoder.config)
+        hidden = text
+        for layer in decoder.layers[first:last]:
+            attention, normed = layer.self_attn, layer.input_layernorm(visual)
+            keys, values = (
+                one(normed).view(heads).transpose(1, 2) for one in (attention.k_proj, attention.v_proj)
+            )
+            _, keys = apply_rotary_pos_emb(keys[:, :1], keys, cos, sin)
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=_Inserting(cache, keys, values),
                 use_cache=True,
                 position_embeddings=rotary,
             )
@@ -216,21 +282,27 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(run: Callable[[], None], device: torch.device) -> Callable[[], float]:
-    """The seconds that `run` takes."""
+def timed(run: Callable[[], None], device: torch.device, clock: str = "wall") -> Callable[[], float]:
+    """The seconds that `run` takes, or (clock "processor") those that this process's threads compute."""
 
     def seconds() -> float:
-        start = now(device)
+        start = _on(clock, device)
         run()
-        return now(device) - start
+        return _on(clock, device) - start
 
     return seconds
+
+
+def _on(clock: str, device: torch.device) -> float:
+    wall = now(device)
+    return time.process_time() if clock == "processor" else wall
 
 
 def interleaved(variants: dict[str, Callable[[], float]], rounds: int, seed: int = 0) -> Times:
     """Seconds of each variant in each round, in a new order every round; the first round is not counted."""
     times: Times = {name: [] for name in variants}
     order = random.Random(seed)
+    keep_memory()
     with progress((rounds + 1) * len(variants), "timing", "run") as advance:
         for round_index in range(rounds + 1):
             for name in order.sample(list(variants), len(variants)):
@@ -240,6 +312,18 @@ def interleaved(variants: dict[str, Callable[[], float]], rounds: int, seed: int
                     times[name].append(seconds)
                 advance(1)
     return times
+
+
+def keep_memory() -> bool:
+    """Let this process keep what it frees, where the C library can (glibc): else each pass gives some of its
+    memory back to the system and takes it again, more or less by how the heap happens to lie, and that is up
+    to 5 % of a pass's time. True where it could."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: the largest that glibc takes.
+    return bool(mallopt(-1, 2**31 - 1)) and bool(mallopt(-3, 32 * 2**20))
 
 
 # -- ratios ------------------------------------------------------------------------------------------------
@@ -283,6 +367,7 @@ def arguments(description: str | None, *, batch: int = 1) -> argparse.ArgumentPa
     )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--key-heads", type=int, help="heads of keys and values, default: as many as queries")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--vocabulary", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=20)
@@ -290,6 +375,12 @@ def arguments(description: str | None, *, batch: int = 1) -> argparse.ArgumentPa
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "processor"),
+        default="wall",
+        help="processor: seconds of this process's threads, for a machine that is not quiet (CPU alone)",
+    )
     parser.add_argument("--json", help="also write the ratios to this file")
     return parser
 
@@ -302,7 +393,8 @@ def setting_of(args: argparse.Namespace, **more: object) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"dyvte {dyvte.__version__}",
-        "model": f"{args.layers} layers, hidden {args.hidden}, {args.dtype}, {args.attention}",
+        "model": f"{args.layers} layers, hidden {args.hidden}, {args.dtype}, {args.attention}"
+        + (f", {args.key_heads} heads of keys" if getattr(args, "key_heads", None) else ""),
         "tokens": f"{PREFIX} + {VISUAL} visual + {PROMPT} per row, batch {args.batch}",
         **{name: str(value) for name, value in more.items()},
     }

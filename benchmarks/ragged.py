@@ -1,7 +1,8 @@
-"""A batch whose rows leave at different layers: FLOPs and KV bytes against the sum of its rows, and time.
+"""A batch whose rows freeze and leave at different layers: FLOPs, KV bytes and time against its rows' sum.
 
-Rows leave evenly spread over the layers, the last one never; all rows are equally long, then each 20 text
-tokens longer than the one before.
+Rows leave evenly spread over the layers, the last one never; in the mixed batch each is frozen after half
+of its layers, so that a layer meets rows whose image is updated, frozen and gone. All rows are equally long,
+then each 20 text tokens longer than the one before.
 
     python benchmarks/ragged.py --hidden 1024 --layers 8 --batch 4
 """
@@ -19,6 +20,7 @@ from common import (
     Report,
     arguments,
     build_model,
+    frozen_pass,
     in_order,
     interleaved,
     kv_bytes,
@@ -82,15 +84,25 @@ def padded(rows: Sequence[Inputs]) -> Inputs:
 
 
 def ideal_layers(
-    model: torch.nn.Module, exits: Sequence[int], tokens: int = TOKENS, text: int = TEXT
+    model: torch.nn.Module,
+    exits: Sequence[int],
+    tokens: int = TOKENS,
+    text: int = TEXT,
+    freezes: Sequence[int] = (),
 ) -> Callable[[], None]:
-    """Each layer called directly: once on the rows that still see the image, once on the others' text."""
+    """Each layer called directly: on rows that update the image, on those that read it, on the others' text.
+
+    Without ``freezes`` rows update the image as long as they read it.
+    """
     passes = []
     for index in range(len(model.get_decoder().layers)):
         seeing = sum(k > index for k in exits)
-        for rows, length in ((seeing, tokens), (len(exits) - seeing, text)):
+        updating = sum(f > index for f in freezes) if freezes else seeing
+        for rows, length in ((updating, tokens), (len(exits) - seeing, text)):
             if rows:
                 passes.append(layer_pass(model, rows, length, index, index + 1))
+        if seeing > updating:
+            passes.append(frozen_pass(model, seeing - updating, index, index + 1))
     return in_order(passes)
 
 
@@ -108,6 +120,7 @@ def main() -> None:
     model = build_model(args)
     inputs = make_inputs(model, args.batch)
     exits = spread_exits(args.batch, args.layers)
+    freezes = [k // 2 for k in exits]
     rows = [one_row(inputs, row) for row in range(args.batch)]
     variants = {
         "stock": prefill_pass(model, inputs),
@@ -117,13 +130,19 @@ def main() -> None:
         ),
         "rest": rest_pass(model, inputs),
         "layers": ideal_layers(model, exits),
+        "mixed batch": prefill_pass(model, inputs, oracle(exits, freezes)),
+        "mixed layers": ideal_layers(model, exits, freezes=freezes),
     }
-    report = Report(setting_of(args, rounds=args.rounds, exit_layers=exits), args.json)
-    times = interleaved({name: timed(run, model.device) for name, run in variants.items()}, args.rounds)
+    setting = setting_of(args, rounds=args.rounds, exit_layers=exits, freeze_layers=freezes, clock=args.clock)
+    report = Report(setting, args.json)
+    timers = {name: timed(run, model.device, args.clock) for name, run in variants.items()}
+    times = interleaved(timers, args.rounds)
     ratios = {
         "ragged / ideal time": ratio(times, ["ragged batch"], ["rest", "layers"], "at most 1.15"),
         "ragged / rows one after the other": ratio(times, ["ragged batch"], ["rows one after the other"]),
         "ragged / stock time": ratio(times, ["ragged batch"], ["stock"]),
+        "mixed / ideal time": ratio(times, ["mixed batch"], ["rest", "mixed layers"], "at most 1.15"),
+        "mixed / stock time": ratio(times, ["mixed batch"], ["stock"]),
     }
     report.add(times, ratios)
 

@@ -1,8 +1,12 @@
-"""Choose an exit policy and reductions for a budget of visual compute, by held-out risk on calibration data.
+"""Choose a policy and reductions for a budget of visual compute, by held-out risk on calibration data.
 
-Each combination of reductions is traced once, against the un-pruned model; every fixed layer and every
-threshold of the gates is judged from that. The same command started again goes on where it stopped. Written
-to --output: plans.json, plans.md, plans.png, and the traces. The choice is then named on other command lines.
+Each combination of reductions is traced once, against the un-pruned model. From that every static schedule
+is judged, a freeze layer F and an exit layer K (--policy freeze:F:K, fixed:K), and every threshold of the
+gates. Freeze layers are thinned to eight unless --freeze-every or --freeze-layers say which; --exits-only
+leaves them away: every schedule then freezes where it leaves.
+
+The same command started again goes on where it stopped. Written to --output: plans.json, plans.md, plans.png,
+and the traces. The choice is then named on other command lines.
 """
 
 from __future__ import annotations
@@ -17,8 +21,10 @@ dyvte profile --config configs/embedded.yaml \\
 dyvte search-plan --config configs/embedded.yaml --data_path data/scenes/instruct/calibration.json \\
     --gates runs/quickstart/seed0/gates --profile runs/profile --budget 0.5 --budget 0.33 \\
     --output runs/plans
-dyvte eval --config configs/eval_embedded.yaml --policy fixed:6 --reduction fastv:2:0.5
+dyvte eval --config configs/eval_embedded.yaml --policy freeze:3:9 --reduction neighbours:2
 """
+
+MOST_FREEZES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="share of the full model's visual compute; several (required)",
     )
-    parser.add_argument("--gates", help="gates checkpoint; without it fixed exits alone are tried")
+    parser.add_argument("--gates", help="gates checkpoint; without it static schedules alone are tried")
     parser.add_argument("--profile", help="folder that dyvte profile wrote")
     parser.add_argument(
         "--reduction",
@@ -41,13 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"Forms: {' | '.join(REDUCTIONS.usages())}",
     )
     parser.add_argument("--output", required=True, help="folder for traces and results (required)")
+    parser.add_argument(
+        "--exits-only", action="store_true", help="no freeze layers: every schedule freezes where it leaves"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would be traced, and exit")
     add_tracing(parser, omit=("teacher.reductions",))
 
 
 def run(args: argparse.Namespace) -> int:
     """Trace, judge, choose; print the choice."""
-    import json
+    from dataclasses import replace
     from pathlib import Path
 
     from dyvte.backbones import describe, open_backbone, read_model_config
@@ -64,6 +73,12 @@ def run(args: argparse.Namespace) -> int:
     cfg = tracing_config_of(args)
     root = Path(args.output)
     shape = decoder_shape(read_model_config(cfg.model))
+    teacher = cfg.teacher
+    if args.exits_only:
+        teacher = replace(teacher, freeze_every=None, freeze_layers=())
+    elif teacher.freeze_every is None and not teacher.freeze_layers:
+        teacher = replace(teacher, freeze_every=-(-shape.num_layers // MOST_FREEZES))
+    schedules = teacher.schedules(shape.num_layers)
     given = args.reduction or combinations(shape.num_layers, args.profile, shape.num_heads)
     reductions = list(dict.fromkeys(["none", *given]))
     if wrong := [budget for budget in args.budget if not 0 < budget <= 1]:
@@ -75,12 +90,14 @@ def run(args: argparse.Namespace) -> int:
         for reduction in parse_reductions(text):
             reduction.check(shape.num_layers)
     if args.dry_run:
-        print(f"{len(reductions)} combinations of reductions, each traced once at {shape.num_layers} exits:")
+        at = f"{len(schedules.exits)} exits"
+        at += f" behind {len(schedules.freezes)} freeze layers" if schedules.freezes else ""
+        print(f"{len(reductions)} combinations of reductions, each traced once at {at}:")
         print("\n".join(f"  {text}" for text in reductions))
         return 0
     for index, text in enumerate(reductions):
         print(f"[{index + 1}/{len(reductions)}] {text}", flush=True)
-        trace_data(tracing_config_of(args, [f"teacher.reductions={json.dumps(text)}"]), traces_of(root, text))
+        trace_data(replace(cfg, teacher=replace(teacher, reductions=text)), traces_of(root, text))
     gates = GateStack.from_pretrained(args.gates).eval() if args.gates else None
     model, _ = open_backbone(cfg.model, own_device())
     found = search_plans(describe(model), root, reductions, args.budget, gates)

@@ -31,8 +31,10 @@ CHOSEN = "any combination"
 # Which plans a method may use; the full model belongs to all.
 SINGLE_METHODS = {
     "fixed K": {"never", "fixed"},
+    "static schedule": {"never", "fixed", "freeze"},
     "gates": {"never", "gates"},
     "FastV": {"never", "FastV"},
+    "ShortV": {"never", "ShortV"},
     "YOPO": {"never", "YOPO"},
 }
 _CURVE_BUDGETS = np.linspace(0.06, 0.9, 43).round(4).tolist()
@@ -116,7 +118,7 @@ class PlanComparison:
 
     Attributes
     ----------
-    methods : without those that no plan of theirs is cheap enough for.
+    methods : without those that no plan of theirs is cheap enough for, or that were not tried.
     differences : risk of the chosen plan less a method's, by budget and method.
     budgets : shares of the full model's visual compute.
     curves : held-out (compute, risk) by method.
@@ -250,8 +252,11 @@ def compare_plans(
     on_test = [_lookup(judges) for judges in test]
     if any(plan.plan.reduction not in known for plans, known in zip(chosen, on_test) for plan in plans):
         raise CalibrationError("the test traces lack a combination of reductions that calibration has")
+    tried = {one.plan.kind for plans in chosen for one in plans}
     found: dict[tuple[float, str], MethodAt] = {}
     for method, kinds in {**SINGLE_METHODS, CHOSEN: None}.items():
+        if kinds is not None and kinds - tried:
+            continue
         allowed = [[p for p in plans if kinds is None or p.plan.kind in kinds] for plans in chosen]
         for budget in sorted({*budgets, *_CURVE_BUDGETS}):
             mixtures = [mixture_for(plans, budget) for plans in allowed]

@@ -81,7 +81,7 @@ def search_plans(
     root : folder of the search.
     reductions : combinations, as the command line knows them.
     budgets : shares of the full model's visual compute.
-    gates : their thresholds are tried too; None: fixed exits alone.
+    gates : their thresholds are tried too; None: static schedules alone.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Plans: an exit policy together with reductions, judged on traces and chosen for a budget of visual compute.
+"""Plans: a policy together with reductions, judged on traces and chosen for a budget of visual compute.
 
-One set of traces per combination of reductions holds every fixed layer and every threshold of the gates, so a
-candidate costs no pass of its own.
+One set of traces per combination of reductions holds every static schedule (freeze and exit layer) and every
+threshold of the gates, so a candidate costs no pass of its own.
 
 Shapes: B samples, L decoder layers.
 """
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from dyvte.backbones import Backbone
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
-from dyvte.calibration import at_exit, gate_logits
+from dyvte.calibration import ThresholdPath, gate_logits
+from dyvte.calibration.path import Labels
 from dyvte.costs.reductions import tokens_left, visual_factors
 from dyvte.costs.visual import visual_share
 from dyvte.errors import CalibrationError
-from dyvte.gates import GateStack, exit_layers
+from dyvte.gates import CLOSED, GateStack, HeadLogits, Schedules, logit_threshold
 from dyvte.reductions import Reduction, parse_reductions
 from dyvte.teacher import Trace, TraceStore
 
@@ -32,29 +33,36 @@ from dyvte.teacher import Trace, TraceStore
 class Plan:
     """What `--policy` and `--reduction` say.
 
-    ``threshold`` is that of learned gates, else None; ``exit_layer`` that of a fixed exit, else None.
+    ``threshold`` is that of learned gates, else None; ``exit_layer`` that of a static schedule, None where
+    visual tokens never leave; ``freeze_layer`` the layers that update them, None: all that read them.
     """
 
     reduction: str
     exit_layer: int | None = None
     threshold: float | None = None
+    freeze_layer: int | None = None
 
     @property
     def policy(self) -> str:
         """As the command line knows it, with GATES in place of the gates' folder."""
         if self.threshold is not None:
             return f"gates:GATES@{self.threshold:.6g}"
+        if self.freeze_layer is not None:
+            return f"freeze:{self.freeze_layer}" + ("" if self.exit_layer is None else f":{self.exit_layer}")
         return "never" if self.exit_layer is None else f"fixed:{self.exit_layer}"
 
     @property
     def kind(self) -> str:
         """Which method it is on its own; "combined" where it is more than one."""
-        exits = "gates" if self.threshold is not None else "fixed"
+        exits = self.policy.partition(":")[0]
         if self.reduction == "none":
-            return "never" if self.policy == "never" else exits
+            return exits
         names = {part.partition(":")[0] for part in self.reduction.split("+")}
-        of = "FastV" if names == {"fastv"} else "combined" if "fastv" in names else "YOPO"
-        if self.policy == "never":
+        alone = {"fastv": "FastV", "frozen": "ShortV"}
+        of = "combined" if names & alone.keys() else "YOPO"
+        if len(names) == 1:
+            of = alone.get(*names, "YOPO")
+        if exits == "never":
             return of
         # YOPO's lazy layer dropping is a fixed exit.
         return "YOPO" if of == "YOPO" and exits == "fixed" else "combined"
@@ -103,7 +111,7 @@ class PlanJudge:
     shape
         Sizes of its decoder.
     gates
-        Their logits come from the traces' features; None: fixed exits alone.
+        Their logits come from the traces' features; None: static schedules alone.
     stored
         Names of the traces' features.
     """
@@ -121,13 +129,12 @@ class PlanJudge:
         self.stored = tuple(stored)
         mean_visual = float(trace.num_visual[trace.num_visual > 0].double().mean())
         self._factors = visual_factors(reductions, shape, mean_visual)
-        self._logits_BL, self._min_layer = None, 1
+        self._path: ThresholdPath | None = None
         if gates is not None:
-            self._min_layer = gates.config.min_layer
-            self._logits_BL = gate_logits(gates, trace, stored)
             # As in training: gates at exits that the traces do not label stay closed.
             closed = sorted(set(range(1, trace.num_layers)) - set(trace.exits))
-            self._logits_BL[:, [k - 1 for k in closed]] = -torch.inf
+            logits = _closed(gate_logits(gates, trace, stored), [k - 1 for k in closed])
+            self._path = ThresholdPath.of(logits, trace, gates.config)
 
     @staticmethod
     def on_store(
@@ -158,46 +165,60 @@ class PlanJudge:
         return PlanJudge(self.text, self.reductions, self.trace, self.shape, gates, self.stored)
 
     def fixed(self) -> list[JudgedPlan]:
-        """Every labelled fixed layer; the last of them is "never"."""
-        full = self.trace.num_layers
-        return [self.judge(Plan(self.text, k if k < full else None)) for k in self.trace.exits if k > 0]
+        """Every labelled static schedule: fixed layers, the last of them "never", then those that freeze."""
+        full, exits = self.trace.num_layers, [k for k in self.trace.exits if k > 0]
+        schedules = [(None, k) for k in exits] + [(f, k) for f in self.trace.freezes for k in exits if f < k]
+        return [self.judge(Plan(self.text, k if k < full else None, freeze_layer=f)) for f, k in schedules]
 
     def learned(self, count: int = 80) -> list[JudgedPlan]:
         """Thresholds spread over what the gates say on these samples; none without gates."""
-        if self._logits_BL is None:
+        if self._path is None:
             return []
-        logits = self._logits_BL[:, :-1][torch.isfinite(self._logits_BL[:, :-1])]
+        logits = self._path.levels()
+        logits = logits[logits > CLOSED / 2]
         if not len(logits):
             return []
-        cuts = torch.quantile(logits.double(), torch.linspace(0.001, 0.999, count, dtype=torch.double))
+        cuts = torch.quantile(logits, torch.linspace(0.001, 0.999, count, dtype=torch.double))
         thresholds = sorted({float(f"{t:.6g}") for t in torch.sigmoid(cuts).tolist() if 0 < t < 1})
         return [self.judge(Plan(self.text, threshold=threshold)) for threshold in thresholds]
 
     def judge(self, plan: Plan) -> JudgedPlan:
         """The plan's metrics on these samples."""
-        exits_B = self._exits(plan)
+        chosen = self._schedules(plan)
         has_image_B = self.trace.num_visual > 0
         layer_L = torch.arange(self.shape.num_layers)
-        visual_BL = self.trace.num_visual[:, None] * (layer_L < exits_B[:, None])
-        left_BL = tokens_left(self.reductions, visual_BL)
-        share = visual_share(
-            self.shape, left_BL[has_image_B], self.trace.num_visual[has_image_B], self._factors
-        )
-        return JudgedPlan(
-            plan, share, at_exit(self.trace.risk, exits_B), at_exit(self.trace.same_answer, exits_B)
-        )
+        read_BL = self.trace.num_visual[:, None] * (layer_L < chosen.exit_layers_B[:, None])
+        left_BL = tokens_left(self.reductions, read_BL)[has_image_B]
+        updated_BL = left_BL * (layer_L < chosen.freeze_layers_B[has_image_B, None])
+        # Without freezes layers count alike, as they do for exits everywhere.
+        frozen_BL = left_BL - updated_BL if self.trace.grid is not None else None
+        num_visual_B = self.trace.num_visual[has_image_B]
+        share = visual_share(self.shape, updated_BL, num_visual_B, self._factors, frozen_BL)
+        risk_B, same_B = (Labels.of(self.trace, name).at(chosen) for name in ("risk", "same_answer"))
+        return JudgedPlan(plan, share, risk_B, same_B)
 
-    def _exits(self, plan: Plan) -> Tensor:
+    def _schedules(self, plan: Plan) -> Schedules:
         full = self.trace.num_layers
         if plan.threshold is None:
-            k = full if plan.exit_layer is None else plan.exit_layer
-            exits_B = torch.full((len(self.trace),), k)
+            exits_B = torch.full((len(self.trace),), full if plan.exit_layer is None else plan.exit_layer)
+            freezes_B = exits_B
+            if plan.freeze_layer is not None:
+                freezes_B = torch.full_like(exits_B, plan.freeze_layer)
+            chosen = Schedules(freezes_B, exits_B)
         else:
-            if self._logits_BL is None:
+            if self._path is None:
                 raise CalibrationError(f"{plan} needs gates: give them")
-            exits_B = exit_layers(self._logits_BL, plan.threshold, self._min_layer)
-        self.trace.check_labelled(exits_B.tolist(), str(plan))
-        return exits_B
+            chosen = self._path.at(logit_threshold(plan.threshold))
+        self.trace.check_labelled(chosen.exit_layers_B.tolist(), str(plan))
+        return chosen
+
+
+def _closed(logits: Tensor | HeadLogits, columns: list[int]) -> Tensor | HeadLogits:
+    """The logits with these exit gates closed, and the freeze head at layers whose streams are not traced."""
+    if not isinstance(logits, HeadLogits):
+        return logits.index_fill(1, torch.tensor(columns, dtype=torch.long), CLOSED)
+    exit_BGL = logits.exit_BGL.index_fill(2, torch.tensor(columns, dtype=torch.long), CLOSED)
+    return HeadLogits(exit_BGL, logits.freeze_BL, logits.freeze_layers).closed_elsewhere()
 
 
 def front(judged: Sequence[JudgedPlan]) -> list[JudgedPlan]:

@@ -93,10 +93,12 @@ def returns_early(layer: nn.Module) -> bool:
 
 
 def _wrapper(index: int, forward: Callable[..., Any], run_layer: RunLayer) -> Callable[..., Any]:
-    names = list(inspect.signature(forward).parameters)[1:]
+    names: list[str] = []
 
     def wrapped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args:  # Some families pass the mask by position.
+            if not names:
+                names.extend(list(inspect.signature(forward).parameters)[1:])
             kwargs.update(zip(names, args, strict=False))
         return run_layer(index, forward, hidden_states, kwargs)
 

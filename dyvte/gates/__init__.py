@@ -5,6 +5,7 @@ from dyvte.gates.config import GateConfig
 from dyvte.gates.features import (
     DEFAULT_FEATURES,
     FEATURES,
+    FeatureReader,
     check_features,
     prompt_features,
     reads_visual,
@@ -36,6 +37,7 @@ __all__ = [
     "CLOSED",
     "DEFAULT_FEATURES",
     "FEATURES",
+    "FeatureReader",
     "GateConfig",
     "GateStack",
     "HeadLogits",

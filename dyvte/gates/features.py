@@ -48,13 +48,38 @@ def prompt_features(
     prompt_mask_BN, visual_mask_BN:
         Prompt text after the image, and visual tokens (``Spans``); the latter where a name asks for it.
     """
-    if reads_visual(names) and visual_mask_BN is None:
-        raise ConfigError(f"gate features {tuple(names)} need the positions of the visual tokens")
-    weights_BPN = torch.stack([_weights(name, prompt_mask_BN, visual_mask_BN) for name in names], 1)
-    # Where not a token that is read, the weight is 0, but 0 * inf would still be NaN.
-    unread_BN = ~(weights_BPN > 0).any(1)
-    hidden_BND = hidden_BND.float().masked_fill(unread_BN[..., None], 0.0)
-    return torch.bmm(weights_BPN, hidden_BND).flatten(1)
+    return FeatureReader(prompt_mask_BN, visual_mask_BN, names)(hidden_BND)
+
+
+class FeatureReader:
+    """`prompt_features` of many layers' outputs: what depends on the masks alone is worked out once.
+
+    Parameters
+    ----------
+    prompt_mask_BN, visual_mask_BN, names:
+        As for `prompt_features`.
+
+    Raises
+    ------
+    ConfigError
+        If a name needs visual tokens and their mask is missing.
+    """
+
+    def __init__(
+        self,
+        prompt_mask_BN: Tensor,
+        visual_mask_BN: Tensor | None = None,
+        names: Sequence[str] = DEFAULT_FEATURES,
+    ) -> None:
+        if reads_visual(names) and visual_mask_BN is None:
+            raise ConfigError(f"gate features {tuple(names)} need the positions of the visual tokens")
+        self._weights_BPN = torch.stack([_weights(name, prompt_mask_BN, visual_mask_BN) for name in names], 1)
+        # Where not a token that is read, the weight is 0, but 0 * inf would still be NaN.
+        self._unread_BN1 = ~(self._weights_BPN > 0).any(1)[..., None]
+
+    def __call__(self, hidden_BND: Tensor) -> Tensor:
+        """(B, P D) float32 features of a layer's output."""
+        return torch.bmm(self._weights_BPN, hidden_BND.float().masked_fill(self._unread_BN1, 0.0)).flatten(1)
 
 
 def select_features(features_F: Tensor, stored: Sequence[str], wanted: Sequence[str]) -> Tensor:

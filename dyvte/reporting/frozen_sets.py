@@ -70,22 +70,20 @@ def frozen_record(found: FoundSets, keep: Iterable[float]) -> dict[str, Any]:
 
 
 def frozen_table(found: FoundSets) -> str:
-    """Markdown: one row for every size, each rule's set with its risk and same answer, in its columns."""
+    """Markdown: one row for every size; each rule's set, its risk in nats and share of same answers."""
     head = ["frozen", "visual compute"]
     for rule in found.search.sets:
-        head += [f"{RULES[rule]}: layers"] if rule != "last" else []
-        head += [f"{_short(rule)}: {what}" for what in ("risk", "same answer")]
-        head += [f"{_short(rule)}: held out"] if found.held_out is not None else []
+        head += [f"{_short(rule)}: layers"] if rule != "last" else []
+        head += [f"{_short(rule)}: risk, same answer"]
+        head += ["held out"] if found.held_out is not None else []
     rows = []
     for index, first in enumerate(found.search.sets["answer"]):
         row = [str(len(first.layers)), percentage(frozen_share(found.shape, first.layers))]
         for rule, effects in found.search.sets.items():
             one = effects[index]
             row += [reduction_of(one).partition(":")[2]] if rule != "last" else []
-            row += [f"{one.risk:.4f}", percentage(one.same_answer)]
-            if found.held_out is not None:
-                judged = found.held_out[rule][index]
-                row += [f"{judged.risk:.4f}, {percentage(judged.same_answer)}"]
+            shown = [one] if found.held_out is None else [one, found.held_out[rule][index]]
+            row += [f"{each.risk:.4f}, {percentage(each.same_answer)}" for each in shown]
         rows.append(row)
     return markdown_table(head, rows)
 

@@ -73,7 +73,7 @@ def plan_table(found: PlanComparison) -> str:
     """Markdown: every method at every budget, and the chosen plan's risk less the method's."""
     rows = []
     for budget in found.budgets:
-        for method in (*SINGLE_METHODS, CHOSEN):
+        for method in [*(one for one in SINGLE_METHODS if one in found.curves), CHOSEN]:
             one = found.at(budget, method)
             if one is None:
                 rows.append([f"{budget:.0%}", method, "out of reach", "", "", ""])

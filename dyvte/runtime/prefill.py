@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dyvte.decoder import Layout, hidden_of
 from dyvte.errors import UnsupportedBackboneError
-from dyvte.gates import prompt_features, reads_visual
+from dyvte.gates import FeatureReader, reads_visual
 from dyvte.policies import Plan
 from dyvte.reductions import ReductionPlan, VisualWork, merged
 from dyvte.runtime.attention_row import LastRow
@@ -29,6 +29,7 @@ from dyvte.runtime.split import SplitLayers
 from dyvte.runtime.stack import Stack
 from dyvte.runtime.streams import FrozenStream, Partition, Stream
 from dyvte.runtime.visual_work import LighterLayer, VisualTokens
+from dyvte.spans import Spans
 
 FindShared = Callable[[Plan, Tensor, dict[str, Any]], tuple[SharedRows | None, str | None]]
 """Called with the plan and what the first layer is given: rows that read stored images, and why others do
@@ -67,6 +68,36 @@ class _Rows:
             and torch.equal(self.in_text_B, in_text_B)
             and torch.equal(self.frozen_B, frozen_B)
         )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What gates read of the rows that ask; no reader where those rows have no prompt left."""
+
+    kept_BN: Tensor
+    asking_B: Tensor
+    device: torch.device
+    reader: FeatureReader | None = None
+    span: slice | None = None
+
+    @staticmethod
+    def of(
+        names: Sequence[str], spans: Spans, kept_BN: Tensor, asking_B: Tensor, device: torch.device
+    ) -> _Reading:
+        masks = [spans.prompt_BN & kept_BN & asking_B[:, None]]
+        if not masks[0].any():
+            return _Reading(kept_BN, asking_B, device)
+        if reads_visual(names):
+            masks.append(spans.visual_BN & kept_BN & asking_B[:, None])
+        used = torch.stack(masks).any(0).any(0).nonzero().flatten()
+        span = slice(int(used[0]), int(used[-1]) + 1)
+        masks = [mask_BN[:, span].to(device) for mask_BN in masks]
+        return _Reading(kept_BN, asking_B, device, FeatureReader(*masks, names=names), span)
+
+    def is_of(self, kept_BN: Tensor, asking_B: Tensor, device: torch.device) -> bool:
+        # A model may be spread over devices, layer by layer.
+        same_rows = self.asking_B is asking_B or torch.equal(self.asking_B, asking_B)
+        return self.kept_BN is kept_BN and self.device == device and same_rows
 
 
 class Prefill:
@@ -109,6 +140,7 @@ class Prefill:
         # What reductions left of each row; exits come on top.
         self.kept_BN = layout.spans.valid_BN
         self._now: _Rows | None = None
+        self._reading: _Reading | None = None
         self.partition: Partition | None = None
         self.split = SplitLayers(stack, layout, plain)
         self.cache: Any = None
@@ -281,16 +313,10 @@ class Prefill:
     @torch.no_grad()
     def _ask(self, k: int, hidden_BND: Tensor) -> None:
         asking_B = self.plan.asking_rows()
-        names, spans = self.plan.features, self.layout.spans
-        masks = [spans.prompt_BN & self.kept_BN & asking_B[:, None]]
-        if not masks[0].any():
+        reading = self._reading_of(asking_B, hidden_BND.device)
+        if reading.reader is None:
             return
-        if reads_visual(names):
-            masks.append(spans.visual_BN & self.kept_BN & asking_B[:, None])
-        used = torch.stack(masks).any(0).any(0).nonzero().flatten()
-        span = slice(int(used[0]), int(used[-1]) + 1)
-        masks = [mask_BN[:, span].to(hidden_BND.device) for mask_BN in masks]
-        features_BF = prompt_features(hidden_BND[:, span], *masks, names=names)
+        features_BF = reading.reader(hidden_BND[:, reading.span])
         # The one wait for the device of a gated layer.
         logits = self.plan.logits(k, features_BF).float().cpu()
         exit_B, freeze_B = logits if logits.dim() == 2 else (logits, None)
@@ -301,6 +327,15 @@ class Prefill:
             open_B = asking_B & (self.plan.freeze_layers_B > k)
             self.freeze_logits_BL[open_B, k] = freeze_B[open_B]
         self.plan.step(k, logits)
+
+    def _reading_of(self, asking_B: Tensor, device: torch.device) -> _Reading:
+        """Which tokens the gates read of the rows that ask; as for the layer before, mostly."""
+        known = self._reading
+        if known is None or not known.is_of(self.kept_BN, asking_B, device):
+            spans = self.layout.spans
+            known = _Reading.of(self.plan.features, spans, self.kept_BN, asking_B, device)
+            self._reading = known
+        return known
 
     def _reduce(self, k: int, carried_BN: Tensor, scores: Sequence[LastRow]) -> Tensor | None:
         """Let tokens go after layer k; (B,) bool: rows without a visual token now, None where none could."""

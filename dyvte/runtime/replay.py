@@ -1,7 +1,8 @@
 """Prefills of the same inputs that do the same in their first layers: compute those once.
 
-The first pass records what it did, layer by layer; a later one takes its first `upto` layers from there. For
-tracing, which asks for every exit of a batch; generation has no use for it.
+The first pass records what it did, layer by layer; a later one takes its first `upto` layers from there. A
+branch is another recording that begins with the first layers of this one. For tracing, which asks for every
+schedule of a batch; generation has no use for it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Replay:
     ----------
     upto
         Layers that the next prefill takes from the record; None: it is the first, and is recorded.
+    steps
+        The layers recorded so far. A prefill adds those that are not.
     """
 
     def __init__(self) -> None:
@@ -61,6 +64,12 @@ class Replay:
         """Does the pass in progress take layer `index` from the record?"""
         return self.upto is not None and index < self.upto
 
+    def branch(self, upto: int) -> Replay:
+        """A recording that begins with the first ``upto`` layers of this; the next prefill adds to it."""
+        found = Replay()
+        found.upto, found.steps, found._encoded = upto, self.steps[:upto], self._encoded
+        return found
+
     def start(self) -> None:
         """A pass begins."""
         self._asked.clear()
@@ -73,7 +82,7 @@ class Replay:
         self, output: Any, kept_BN: Tensor, gone_B: Tensor | None, has_scores: bool, cache: Any, index: int
     ) -> None:
         """Record a layer of the first pass; nothing in later ones."""
-        if self.upto is not None:
+        if index < len(self.steps):
             return
         layers = getattr(cache, "layers", ())
         held = self.copied(layers[index]) if index < len(layers) else None

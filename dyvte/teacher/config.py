@@ -78,10 +78,7 @@ class TeacherConfig:
         if self.exit_every != 1 and self.exit_layers:
             raise ConfigError("give the exit layers by exit_every or by exit_layers, not by both")
         check_features(self.features)
-        if parse_reductions(self.reductions) and (self.freeze_every is not None or self.freeze_layers):
-            raise ConfigError(
-                f"reductions: {self.reductions} and freeze layers cannot be traced together: omit one of them"
-            )
+        parse_reductions(self.reductions)
 
     def schedules(self, num_layers: int) -> Schedules:
         """What is labelled on a backbone of L layers.

@@ -1,11 +1,11 @@
 """Traces of a backbone whose visual tokens are fewer or cheaper: its exits beside the un-pruned model.
 
 A reduction may read the prompt as it is in inference, so the prompt is prefilled alone and the answer follows
-on its cache, once per exit; what the prefills have in common is computed once. The teacher stays the
+on its cache, once per schedule; what the prefills have in common is computed once. The teacher stays the
 un-pruned full model.
 
-Shape letters: B rows, N tokens, P prompt tokens, A answer positions, V vocabulary, K exits, F features,
-S answer positions of all rows.
+Shape letters: B rows, N tokens, P prompt tokens, A answer positions, R those of all rows, V vocabulary,
+F features.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.backbones import Backbone, describe
+from dyvte.backbones.sizes import decoder_shape
+from dyvte.costs.schedules import kv_share
 from dyvte.gates import DEFAULT_FEATURES
-from dyvte.policies import FixedPolicy, Plan, Policy, Rows
+from dyvte.policies import FixedPolicy, FreezePolicy, Plan, Policy, Rows
 from dyvte.reductions import Reduction
 from dyvte.runtime import VisualExit
+from dyvte.runtime.frozen import check_can_freeze
 from dyvte.runtime.replay import Replay
 from dyvte.spans import visual_mask
 from dyvte.teacher.exits import compare, per_row, positions_before
+from dyvte.teacher.freeze_grid import FreezeGrid
 from dyvte.teacher.plain import forward_inputs, predicted_logits
 from dyvte.teacher.schedules import Schedules
 from dyvte.teacher.trace import Trace
@@ -68,18 +72,22 @@ def trace_reduced_exits(
     *,
     sample_ids: Sequence[str] | None = None,
     exits: Sequence[int] | None = None,
+    freezes: Sequence[int] = (),
     features: Sequence[str] = DEFAULT_FEATURES,
     reference_BAV: Tensor | None = None,
 ) -> tuple[Trace, Tensor]:
     """:func:`~dyvte.teacher.trace_exits` for a reduced backbone; column L is computed, not 0.
 
-    Images are encoded once and layers with visual tokens run once; what follows each exit is text. Features
-    are those of the reduced model, as gates will read them.
+    Images are encoded once, and layers that update visual tokens run once; behind each freeze layer they are
+    read, and what follows each exit is text. Features are those of the reduced model, as gates will read
+    them.
 
     Parameters
     ----------
     reductions
         What is spent on visual tokens before they leave.
+    exits, freezes
+        Schedules to label, as for `trace_exits`.
     reference_BAV
         Stands in for the full model's logits, see :func:`~dyvte.teacher.exits.trace_checked`.
 
@@ -91,32 +99,65 @@ def trace_reduced_exits(
     backbone = describe(model)
     answer_BN = answer_mask.bool().to(inputs["input_ids"].device)
     ids = tuple(sample_ids) if sample_ids is not None else tuple(map(str, range(len(answer_BN))))
-    schedules = Schedules.of(exits, (), backbone.num_layers)
+    schedules = Schedules.of(exits, freezes, backbone.num_layers)
+    if schedules.freezes:
+        check_can_freeze(backbone)
     turn = Turn.of(inputs, answer_BN)
     valid_BA = turn.is_answer_BA
     if reference_BAV is None:
         reference_BAV, _ = predicted_logits(model, inputs, positions_before(answer_BN, ids))
-    probe, replay, rows = _Probe(features), Replay(), {}
-    # Without an exit first: it runs every layer, and the others take their first k from it.
-    for k in reversed(schedules.exits):
-        never = k == backbone.num_layers
-        one = VisualExit.from_policy(probe if never else FixedPolicy(k), reductions=reductions)
-        one.replay, replay.upto = replay, None if never else k
-        rows[k] = answer_logits(model, turn, one, sample_ids=ids)[valid_BA]
     visual_ids = torch.tensor(backbone.visual_token_ids, device=valid_BA.device)
-    logits_KSV = torch.stack([rows[k] for k in schedules.exits])
-    values = compare(logits_KSV, reference_BAV[valid_BA], turn.answer_BA[valid_BA], visual_ids)
+    full_RV, labels_R = reference_BAV[valid_BA], turn.answer_BA[valid_BA]
+
+    def measured(policy: Policy, replay: Replay) -> dict[str, Tensor]:
+        one = VisualExit.from_policy(policy, reductions=reductions)
+        one.replay = replay
+        logits_RV = answer_logits(model, turn, one, sample_ids=ids)[valid_BA]
+        return compare(logits_RV[None], full_RV, labels_R, visual_ids)
+
+    last, plain = backbone.num_layers, Replay()
+    probes = {last: _Probe(features, last)}
+    # Without an exit first: it runs every layer, and the others take their first k from it.
+    of = {(last, last): measured(probes[last], plain)}
+    for k in reversed(schedules.exits[:-1]):
+        plain.upto = k
+        of[k, k] = measured(FixedPolicy(k), plain)
+    for f in schedules.freezes:
+        frozen = plain.branch(f)
+        probes[f] = _Probe(features, f)
+        of[f, last] = measured(probes[f], frozen)
+        for k in reversed([k for k in schedules.exits if f < k < last]):
+            frozen.upto = k
+            of[f, k] = measured(FreezePolicy(f, k), frozen)
+    names = [name for name in of[last, last] if name != "greedy"]
+    rows = per_row(
+        {name: torch.cat([of[pair][name] for pair in schedules.pairs]) for name in names}, valid_BA
+    )
     visual_BN = visual_mask(inputs["input_ids"], backbone.visual_token_ids)
     trace = Trace(
-        **{name: schedules.columns(rows_KB) for name, rows_KB in per_row(values, valid_BA).items()},
-        features=probe.features_BLF(),
+        **{name: schedules.columns(rows_SB) for name, rows_SB in rows.items()},
+        features=probes[last].features_BLF(),
         sample_ids=ids,
         num_visual=visual_BN.sum(1),
         exits=schedules.exits,
+        grid=_grid(backbone, schedules, rows, probes) if schedules.freezes else None,
     )
     greedy_BA = torch.ones_like(valid_BA)
-    greedy_BA[valid_BA] = values["greedy"]
+    greedy_BA[valid_BA] = of[last, last]["greedy"]
     return trace, greedy_BA.all(1)
+
+
+def _grid(
+    backbone: Backbone, schedules: Schedules, rows: Mapping[str, Tensor], probes: Mapping[int, _Probe]
+) -> FreezeGrid:
+    plain, behind = probes[schedules.num_layers], schedules.stream_layers
+    return FreezeGrid(
+        **{name: schedules.grid(rows_SB) for name, rows_SB in rows.items()},
+        embeddings=plain.seen[0],
+        features=torch.stack([probes[f].seen[layer] for f, layer in behind], 1),
+        freeze_layers=schedules.freezes,
+        kv_share=kv_share(decoder_shape(backbone.model.config)),
+    )
 
 
 @torch.no_grad()
@@ -158,12 +199,12 @@ def _positions(backbone: Backbone, count_BA: Tensor) -> Tensor:
 
 
 class _Probe(Policy):
-    """Never leaves, and keeps what gates would have read after every layer."""
+    """Freezes after a given layer, never leaves, and keeps what gates would have read, by layer."""
 
     name = "probe"
 
-    def __init__(self, features: Sequence[str]) -> None:
-        self.features = tuple(features)
+    def __init__(self, features: Sequence[str], freeze_layer: int) -> None:
+        self.features, self.freeze_layer = tuple(features), freeze_layer
         self.seen: dict[int, Tensor] = {}
 
     def start(self, rows: Rows) -> Plan:
@@ -172,17 +213,18 @@ class _Probe(Policy):
 
     def features_BLF(self) -> Tensor:
         """(B, L, F)."""
-        return torch.stack([self.seen[k] for k in sorted(self.seen)], 1)
+        return torch.stack([self.seen[k] for k in sorted(self.seen) if k > 0], 1)
 
 
 class _Probing(Plan):
     def __init__(self, probe: _Probe, rows: Rows) -> None:
-        super().__init__(torch.full((len(rows.num_visual_B),), rows.num_layers))
+        never_B = torch.full((len(rows.num_visual_B),), rows.num_layers)
+        super().__init__(never_B, torch.full_like(never_B, probe.freeze_layer))
         self.probe, self.features = probe, probe.features
 
     def asks(self, k: int) -> bool:
-        """After every layer."""
-        return k > 0
+        """Before the first layer, and after every one."""
+        return True
 
     def asking_rows(self) -> Tensor:
         """(B,) bool: all."""

@@ -246,6 +246,7 @@ class Teacher:
                 self.reductions,
                 sample_ids=ids,
                 exits=self.exits,
+                freezes=self.freezes,
                 features=self.config.features,
                 reference_BAV=reference_BAV,
             )

@@ -99,11 +99,11 @@ def test_gates_learn_on_a_reduced_backbone_and_say_so(world: Path, tmp_path: Pat
 def test_search_plan_lists_traces_chooses_and_goes_on(world: Path, profile: Path, tmp_path, capsys) -> None:
     output = tmp_path / "plans"
     ffn = f"ffn:0.5:{profile}"
-    tried = ["--reduction", "fastv:2:0.5", "--reduction", ffn, "--budget", "0.6", "--budget", "0.05"]
+    tried = ["--reduction", "fastv:2:0.5", "--reduction", ffn, "--budget", "0.6", "--budget", "0.01"]
     asked = ["search-plan", *options(world, "calibration"), *tried, "--output", str(output)]
     assert main([*asked, "--dry-run"]) == 0
     listed = capsys.readouterr().out
-    assert "3 combinations" in listed
+    assert "3 combinations of reductions, each traced once at 5 exits behind 4 freeze layers" in listed
     assert all(text in listed for text in ("none", "fastv:2:0.5", ffn))
     assert not output.exists()
     assert main(asked) == 0
@@ -111,12 +111,14 @@ def test_search_plan_lists_traces_chooses_and_goes_on(world: Path, profile: Path
     assert "none is cheap enough" in printed
     found = json.loads((output / "plans.json").read_text())
     assert found["num_samples"] == 6
-    # without gates: K = 1..3 and never, for each combination
-    assert len(found["plans"]) == 12
-    assert {plan["kind"] for plan in found["plans"]} == {"never", "fixed", "FastV", "YOPO", "combined"}
+    # without gates: K = 1..3 and never, and all F < K, for each combination
+    assert len(found["plans"]) == 3 * (4 + 4 + 3 + 2 + 1)
+    kinds = {"never", "fixed", "freeze", "FastV", "YOPO", "combined"}
+    assert {plan["kind"] for plan in found["plans"]} == kinds
+    assert {"freeze:0", "freeze:1:3"} <= {plan["policy"] for plan in found["plans"]}
     within = [plan for plan in found["plans"] if plan["visual_compute"] <= 0.6]
     assert found["chosen"]["0.6"]["risk"] == min(plan["risk"] for plan in within)
-    assert found["chosen"]["0.05"] is None
+    assert found["chosen"]["0.01"] is None
     full = next(plan for plan in found["plans"] if plan["kind"] == "never")
     assert full["visual_compute"] == pytest.approx(1.0)
     assert full["risk"] < 1e-6
@@ -131,6 +133,9 @@ def test_search_plan_lists_traces_chooses_and_goes_on(world: Path, profile: Path
     after = {text: shard.stat().st_mtime_ns for text, shard in shards.items()}
     assert [text for text in stores if before[text] != after[text]] == ["fastv:2:0.5"]
     assert json.loads((output / "plans.json").read_text()) == found
+    # a search without freezes is another one
+    assert main([*asked, "--exits-only"]) == 2
+    assert "freezes: stored '0,1,2,3', this run 'none'" in capsys.readouterr().err
 
 
 def test_search_plan_refuses_what_it_cannot_do(world: Path, tmp_path: Path, capsys) -> None:

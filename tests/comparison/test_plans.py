@@ -15,10 +15,14 @@ from dyvte.backbones.sizes import decoder_shape
 from dyvte.comparison.plan_compare import compare_plans, mixture_for
 from dyvte.comparison.plan_search import PlanSearch, combinations
 from dyvte.comparison.plans import JudgedPlan, Plan, PlanJudge, choose, folder_name, front
+from dyvte.costs.reductions import visual_factors
+from dyvte.costs.visual import visual_share
 from dyvte.errors import CalibrationError
 from dyvte.gates import DEFAULT_FEATURES, GateConfig, GateStack
+from dyvte.policies import parse_policy
 from dyvte.reductions import parse_reductions
 from dyvte.reporting.plans import plan_markdown, plan_table, plot_plans, search_table
+from dyvte.teacher import trace_exits
 from dyvte.teacher.plain import predicted_logits
 from dyvte.teacher.reduced import Turn, answer_logits, trace_reduced_exits
 from tests.helpers.rules import LAYERS
@@ -86,8 +90,59 @@ def test_gates_stay_closed_where_traces_have_no_label():
         judge = PlanJudge("none", [], trace, shape, gates, DEFAULT_FEATURES)
         found = judge.learned(9)
         shares = {round(one.compute * LAYERS, 6) for one in found}
-        assert shares <= {2.0, 3.0, 4.0}  # all leave after 2, one of the two does, none does
-        assert bool(found) == (exits == [2, LAYERS])
+        # both rows with an image leave after 2, or the one that holds a third of the visual tokens
+        assert shares == ({2.0, round(2 / 3 * 4 + 1 / 3 * 2, 6)} if exits == [2, LAYERS] else set())
+        assert round(judge.judge(Plan("none", threshold=0.0)).compute * LAYERS, 6) == exits[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["none", "fastv:2:0.5", "ffn:0.5"])
+def test_a_schedule_with_reductions_is_judged_as_the_model_does_under_it(text):
+    model, inputs, answer_BN, _, _ = answered("llava")
+    backbone, reductions = describe(model), parse_reductions(text)
+    fields = {"num_layers": LAYERS, "hidden_size": 32, "freeze_head": True, "freeze_threshold": 0.4}
+    gates = GateStack.init(GateConfig(**fields), seed=5)
+    freezes = [0, 1, 3]
+    if reductions:
+        trace, _ = trace_reduced_exits(model, inputs, answer_BN, reductions, freezes=freezes)
+    else:
+        trace = trace_exits(model, inputs, answer_BN, freezes=freezes)
+    for one in reductions:
+        one.check_backbone(backbone)
+    shape = decoder_shape(model.config)
+    judge = PlanJudge(text, reductions, trace, shape, gates, DEFAULT_FEATURES)
+    static, learned = judge.fixed(), judge.learned(9)
+    assert len({one.plan for one in static}) == 4 + (4 + 3 + 1)
+    assert {one.plan.policy for one in static} >= {"never", "fixed:2", "freeze:0", "freeze:1:3", "freeze:3"}
+    turn = Turn.of(inputs, answer_BN)
+    before_BN = torch.cat([answer_BN[:, 1:], torch.zeros_like(answer_BN[:, :1])], 1)
+    full_BAV, _ = predicted_logits(model, inputs, before_BN)
+    seen = set()
+    for judged in [*static, *learned]:
+        plan = judged.plan
+        if plan.threshold is None:
+            exits = dyvte.VisualExit.from_policy(parse_policy(plan.policy), reductions=reductions)
+        else:
+            exits = dyvte.VisualExit(gates, threshold=plan.threshold, reductions=reductions)
+        # gates may freeze where the traces did not look
+        with exits(model) as run:
+            model(**turn.prompt)
+        if plan.threshold is not None and 2 in run.freeze_layers[[0, 2]].tolist():
+            continue
+        seen.add((tuple(run.freeze_layers.tolist()), tuple(run.exit_layers.tolist())))
+        logits_BAV = answer_logits(model, turn, exits)
+        for row in (0, 2):
+            real = turn.is_answer_BA[row]
+            log_full = full_BAV[row][real].log_softmax(-1)
+            log_exit = logits_BAV[row][real].log_softmax(-1)
+            risk = (log_full.exp() * (log_full - log_exit)).sum(-1).mean()
+            torch.testing.assert_close(judged.risk_B[row], risk, rtol=1e-3, atol=1e-6)
+        record = run.records[0]
+        counts = record.visual_tokens_BL, record.num_visual_B
+        factors = visual_factors(reductions, shape, float(record.num_visual_B[[0, 2]].double().mean()))
+        share = visual_share(shape, *counts, factors, frozen_BL=record.frozen_tokens_BL)
+        assert judged.compute == pytest.approx(share, rel=1e-6)
+    assert len(seen) > 12
 
 
 # -- choosing -----------------------------------------------------------------------------------------------
@@ -135,6 +190,12 @@ def test_choice_and_front_by_brute_force(seed):
         (Plan("none"), "never"),
         (Plan("none", 3), "fixed"),
         (Plan("none", threshold=0.5), "gates"),
+        (Plan("none", 3, freeze_layer=1), "freeze"),
+        (Plan("none", freeze_layer=0), "freeze"),
+        (Plan("frozen:2-3"), "ShortV"),
+        (Plan("frozen:2-3", 3), "combined"),
+        (Plan("frozen:2-3+ffn:0.5"), "combined"),
+        (Plan("ffn:0.5", 3, freeze_layer=1), "combined"),
         (Plan("fastv:2:0.5"), "FastV"),
         (Plan("fastv:2:0.5", 3), "combined"),
         (Plan("ffn:0.5"), "YOPO"),

@@ -5,7 +5,7 @@ import torch
 
 import dyvte
 from dyvte.policies import FixedPolicy
-from dyvte.reductions import FastV, Neighbours, RandomTokens, SparseFFN
+from dyvte.reductions import FastV, Neighbours, RandomTokens, SparseFFN, parse_reductions
 from dyvte.runtime.replay import Replay
 from dyvte.teacher import Trace, trace_exits
 from dyvte.teacher.labels import append_answers
@@ -31,6 +31,42 @@ def test_without_a_reduction_it_is_the_one_pass_trace(family):
     found, _ = trace_reduced_exits(model, inputs, answer_BN, [FastV(2, 0.0)])
     for name, tensor in expected.tensors().items():
         torch.testing.assert_close(getattr(found, name), tensor, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_without_a_reduction_the_grid_is_that_of_the_one_pass(family):
+    model, inputs, answer_BN, _, _ = answered(family)
+    how = {"exits": [1, 3, 4], "freezes": [0, 2, 3], "features": ("mean_prompt", "mean_visual")}
+    expected = trace_exits(model, inputs, answer_BN, **how)
+    found, _ = trace_reduced_exits(model, inputs, answer_BN, [FastV(2, 0.0)], **how)
+    assert (found.exits, found.freezes) == (expected.exits, expected.freezes)
+    for name, tensor in expected.grid.tensors().items():
+        got = getattr(found.grid, name)
+        torch.testing.assert_close(got, tensor, rtol=0, atol=1e-4, msg=name, equal_nan=True)
+    assert found.grid.kv_share == expected.grid.kv_share
+    found.grid.check(found.exits, found.tensors())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["fastv:2:0.5", "ffn:0.5", "frozen:1+fastv:3:0.5"])
+def test_every_schedule_of_a_reduced_backbone_is_its_own_pass(text):
+    model, inputs, answer_BN, _, _ = answered("llava")
+    reductions = parse_reductions(text)
+    found, _ = trace_reduced_exits(model, inputs, answer_BN, reductions, freezes=[0, 1, 3])
+    turn = Turn.of(inputs, answer_BN)
+    full = trace_reduced_exits(model, inputs, answer_BN, [FastV(2, 0.0)], exits=[LAYERS])[0]
+    assert full.risk[:, LAYERS].abs().max() < 1e-6
+    never = dyvte.VisualExit.fixed(LAYERS)
+    log_p = answer_logits(model, turn, never)[turn.is_answer_BA].log_softmax(-1)
+    rows = turn.is_answer_BA.nonzero()[:, 0]
+    for f, k in [(0, 0), (0, 2), (0, 4), (1, 1), (1, 3), (3, 4), (1, 4)]:
+        exits = dyvte.VisualExit.fixed(k, freeze_layer=f, reductions=reductions)
+        log_q = answer_logits(model, turn, exits)[turn.is_answer_BA].log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        for row in range(3):
+            got = found.grid.risk[row, (0, 1, 3).index(f), k]
+            torch.testing.assert_close(got, kl[rows == row].mean(), rtol=1e-3, atol=1e-6)
+    assert found.grid.risk[:, 2, :3].isnan().all()
 
 
 @torch.no_grad()
