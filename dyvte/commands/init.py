@@ -6,6 +6,7 @@ import argparse
 
 EXAMPLES = """
 dyvte init --model llava-hf/llava-1.5-7b-hf --output gates-7b
+dyvte init --model checkpoints/tiny-llava --output gates --architecture scaled --freeze-head
 dyvte init --model checkpoints/tiny-llava --output gates --architecture reference \\
     --objective reference_label
 """
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="expected_risk",
         help="what they will be trained with: expected_risk starts with all exits equally likely",
     )
+    parser.add_argument(
+        "--freeze-head",
+        action="store_true",
+        help="a second head that says when visual tokens are no longer updated; it learns from traces with "
+        "freeze layers",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the Xavier initialisation")
     parser.add_argument("--overwrite", action="store_true", help="replace gates that are there")
 
@@ -45,22 +52,31 @@ def run(args: argparse.Namespace) -> int:
 
     from dyvte.backbones import describe_config
     from dyvte.errors import ConfigError
-    from dyvte.gates import GateConfig, GateStack, uniform_offsets
+    from dyvte.gates import GateConfig, GateStack, uniform_freeze_offsets, uniform_offsets
+    from dyvte.gates.config import INITIALISED
     from dyvte.objectives import OBJECTIVES
 
     output = Path(args.output)
     if (output / "gate_config.json").exists() and not args.overwrite:
         raise ConfigError(f"{output} holds gates already; choose another folder, or pass --overwrite")
+    objective, freezes = OBJECTIVES.get(args.objective), {}
+    if args.freeze_head:
+        if not objective.trains_freezes:
+            raise ConfigError(f"objective {args.objective} trains no freeze head: omit --freeze-head")
+        freezes = {"freeze_head": True}
     shape = describe_config(args.model)
+    if freezes and objective.starts_uniform:
+        freezes["freeze_offsets"] = uniform_freeze_offsets(shape.num_layers)
     config = GateConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         architecture=args.architecture,
         gate_hidden_size=args.gate_hidden_size,
         features=tuple(args.features.split(",")),
-        offsets=uniform_offsets(shape.num_layers) if OBJECTIVES.get(args.objective).starts_uniform else (),
+        offsets=uniform_offsets(shape.num_layers) if objective.starts_uniform else (),
         backbone={"id": str(args.model), "model_type": shape.model_type, "fingerprint": shape.fingerprint},
-        training={"initialised": "xavier_uniform", "seed": args.seed},
+        training={INITIALISED: "xavier_uniform", "seed": args.seed},
+        **freezes,
     )
     gates = GateStack.init(config, seed=args.seed)
     gates.save_pretrained(output)

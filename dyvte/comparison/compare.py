@@ -238,20 +238,25 @@ def _seed_names(folders: Sequence[str]) -> list[str]:
     return [str(number) for number in range(len(folders))]
 
 
+def router_rule(pairs: Sequence[Pair], test: TracedScenes) -> Rule:
+    """The question-only router of every seed on test samples, as tuned for each goal."""
+
+    def chosen(choose: Callable[[Sequence[TunedRouter], float], TunedRouter], pair: Pair) -> PointsAt:
+        return lambda goal: choose(pair.candidates, goal).points(test.questions, test.trace.num_visual)
+
+    return Rule(
+        "question-only router",
+        tuple(chosen(best_router, pair) for pair in pairs),
+        tuple(chosen(thriftiest_router, pair) for pair in pairs),
+    )
+
+
 def _at_budgets(
     config: CompareConfig, calibration: TracedScenes, test: TracedScenes, pairs: Sequence[Pair]
 ) -> BudgetComparison:
     """The gates, fixed K, the router as tuned for each budget, and the further gates."""
     visual_B = test.trace.num_visual
 
-    def chosen(choose: Callable[[Sequence[TunedRouter], float], TunedRouter], pair: Pair) -> PointsAt:
-        return lambda goal: choose(pair.candidates, goal).points(test.questions, visual_B)
-
-    router = Rule(
-        "question-only router",
-        tuple(chosen(best_router, pair) for pair in pairs),
-        tuple(chosen(thriftiest_router, pair) for pair in pairs),
-    )
     further = [
         Rule.of(name, *(gates.points_on(test) for gates in _load_seeds(folders, calibration)))
         for name, folders in config.baseline_gates.items()
@@ -266,7 +271,7 @@ def _at_budgets(
     return compare_at_budgets(
         test,
         Rule.of("gates", *(pair.gates.points_on(test) for pair in pairs)),
-        [*baselines, router, *further],
+        [*baselines, router_rule(pairs, test), *further],
         oracle_points(test.trace.risk, visual_B),
         config.shares,
         schedule_oracle=bound,

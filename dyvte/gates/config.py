@@ -14,6 +14,8 @@ from dyvte.gates.offsets import is_open
 from dyvte.gates.rule import check_rule
 
 CONFIG_FILE = "gate_config.json"
+INITIALISED = "initialised"
+"""How new gates were drawn, in the record of a training that has not been."""
 FREEZE_FIELDS = ("freeze_head", "freeze_offsets", "freeze_threshold")
 
 
@@ -115,6 +117,11 @@ class GateConfig:
     def rule_freeze_threshold(self) -> float | None:
         """The freeze threshold as `ScheduleRule` takes it: None without a freeze head."""
         return self.freeze_threshold if self.freeze_head else None
+
+    @property
+    def is_new(self) -> bool:
+        """Are these gates that ``dyvte init`` set up and nobody has trained?"""
+        return INITIALISED in self.training
 
     def to_json(self) -> str:
         """Pretty JSON text with every field; those of the freeze head where there is one.

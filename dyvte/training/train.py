@@ -144,7 +144,7 @@ def _train(cfg: TrainConfig, processes: Processes) -> Callable[[], TrainResult]:
         if name != OWN:
             one = replace(one, gates=replace(one.gates, features=features))
             gates = make_gates(one, *shape, backbone, made.exits, made.freezes)
-        if one.gates.init_from is None:
+        if one.gates.init_from is None or gates.config.is_new:
             gates.fit_inputs(**parts[0].gate_inputs())
         training = GateTraining(one, gates, *parts, processes)
         trained[name] = training, train_tracked(one, training, processes)
@@ -211,6 +211,8 @@ def make_gates(
         _check_freezes(cfg, freezes)
         if freezes is not None:
             own = close_freezes(gates.config.freeze_offsets, freezes)
+            if gates.config.is_new and cfg.objective.starts_uniform:
+                own = uniform_freeze_offsets(num_layers, freezes)
             gates.config = replace(gates.config, freeze_offsets=own)
     return gates
 

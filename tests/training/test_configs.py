@@ -125,18 +125,18 @@ def config(name: str, overrides: list[str] = ()) -> TrainConfig:
 
 
 def test_every_training_configuration_is_here() -> None:
-    others = {"embedded", "embedded_lora", "compare_embedded", "eval_embedded"}
+    others = {"embedded", "embedded_states", "embedded_lora", "compare_embedded", "eval_embedded"}
     found = {path.stem for path in CONFIGS.glob("*.yaml") if "output_dir" in path.read_text(encoding="utf-8")}
     assert found - others == set(FAMILY)
 
 
-@pytest.mark.parametrize("name", [*FAMILY, "embedded"])
+@pytest.mark.parametrize("name", [*FAMILY, "embedded", "embedded_states"])
 def test_it_loads_and_its_paths_are_relative_to_it(name: str) -> None:
-    cfg = config(name)
+    cfg, embedded = config(name), name.startswith("embedded")
     assert cfg.output_dir.parent == CONFIGS.parent / "runs"
-    assert engine_config(cfg, 2)["zero_optimization"]["stage"] == (0 if name == "embedded" else 2)
+    assert engine_config(cfg, 2)["zero_optimization"]["stage"] == (0 if embedded else 2)
     assert cfg.teacher.template == ("chat" if FAMILY.get(name) in ("qwen2_vl", "qwen2_5_vl", "internvl") else
-                                    "auto" if name == "embedded" else "v1")  # fmt: skip
+                                    "auto" if embedded else "v1")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -7,15 +7,26 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dyvte.backbones import describe_config
 from dyvte.calibration import gate_logits
+from dyvte.cli import main
 from dyvte.errors import ConfigError
-from dyvte.gates import CLOSED, GateConfig, GateStack, HeadLogits, schedules, uniform_offsets
+from dyvte.gates import (
+    CLOSED,
+    GateConfig,
+    GateStack,
+    HeadLogits,
+    schedules,
+    uniform_freeze_offsets,
+    uniform_offsets,
+)
 from dyvte.objectives import expected_risk
 from dyvte.teacher.freeze_grid import LABELS
 from dyvte.teacher.trace import Trace
 from dyvte.training.gate_training import GateTraining
 from dyvte.training.metrics import budget_rows, validation_metrics
 from dyvte.training.train import make_gates
+from tests.helpers.models import tiny_llava
 from tests.helpers.traces import make_trace
 from tests.training.test_training import HIDDEN, LAYERS, make_config, processes  # noqa: F401
 
@@ -117,3 +128,36 @@ def test_gates_to_start_from_keep_their_head_and_close_what_is_not_traced(tmp_pa
     assert make_gates(cfg, LAYERS, HIDDEN, {}, freezes=FREEZES).config.open_freezes == FREEZES
     with pytest.raises(ConfigError, match=r"teacher\.freeze_every"):
         make_gates(cfg, LAYERS, HIDDEN, {}, freezes=())
+
+
+def test_gates_that_init_set_up_are_trained_like_new_ones(tmp_path) -> None:
+    """Offsets of the layers that are traced, and features standardised by the training samples."""
+    model = tmp_path / "backbone"
+    tiny_llava(LAYERS)[0].config.save_pretrained(model)
+    words = ["--model", str(model), "--architecture", "scaled", "--freeze-head"]
+    assert main(["init", *words, "--output", str(tmp_path / "init")]) == 0
+    cfg = make_config(
+        tmp_path,
+        gates={"init_from": str(tmp_path / "init")},
+        objective={"name": "expected_risk", "loss": "same_answer"},
+    )
+    hidden = GateStack.from_pretrained(tmp_path / "init").config.hidden_size
+    backbone = {"fingerprint": describe_config(str(model)).fingerprint}
+    gates = make_gates(cfg, LAYERS, hidden, backbone, freezes=FREEZES)
+    assert gates.config.is_new
+    assert gates.config.freeze_offsets == uniform_freeze_offsets(LAYERS, FREEZES)
+    new = make_gates(configured(tmp_path), LAYERS, hidden, backbone, freezes=FREEZES)
+    assert gates.config.freeze_offsets == new.config.freeze_offsets
+    trained = replace(gates.config, training={"objective": {}}, freeze_offsets=(0.5,) * LAYERS)
+    GateStack.init(trained).save_pretrained(tmp_path / "trained")
+    again = replace(cfg, gates=replace(cfg.gates, init_from=tmp_path / "trained"))
+    kept = make_gates(again, LAYERS, hidden, backbone, freezes=FREEZES).config
+    assert [kept.freeze_offsets[j] for j in FREEZES] == [0.5, 0.5]
+    assert not kept.is_new
+
+
+def test_init_refuses_a_head_that_the_objective_does_not_train(tmp_path, capsys) -> None:
+    tiny_llava(LAYERS)[0].config.save_pretrained(tmp_path / "backbone")
+    words = ["init", "--model", str(tmp_path / "backbone"), "--output", str(tmp_path / "gates")]
+    assert main([*words, "--freeze-head", "--objective", "safe_label"]) == 2
+    assert "trains no freeze head" in capsys.readouterr().err
