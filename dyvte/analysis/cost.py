@@ -1,4 +1,4 @@
-"""VTW Table 4: memory and latency of the full model, FastV and an exit at K."""
+"""VTW Table 4: memory and latency of the full model, FastV, an exit at K, and a freeze before that exit."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ DEFINITION = (
 
 
 def study(subject: Subject) -> Findings:
-    """Answer, time and weigh the three."""
+    """Answer, time and weigh the four."""
     if subject.config.timing_batches < 1:
         raise ConfigError("this study measures times: timing_batches must be at least 1")
-    never, fixed = subject.policies(FULL_MODEL, f"fixed:{subject.layer}")
+    k = subject.layer
+    never, fixed, frozen = subject.policies(FULL_MODEL, f"fixed:{k}", f"freeze:{k // 2}:{k}")
     (fastv,) = with_reductions([never], [subject.config.fastv])
-    labels = {never.name: "full model", fastv.name: "FastV", fixed.name: f"VTW, K = {subject.layer}"}
-    policies, notes = subject.servable([never, fastv, fixed])
+    labels = {never.name: "full model", fastv.name: "FastV", fixed.name: f"VTW, K = {k}"}
+    labels[frozen.name] = f"frozen after {k // 2}, K = {k}"
+    policies, notes = subject.servable([never, fastv, fixed, frozen])
     results = subject.ask(policies, runs="runs-timed", timed=True)
     peaks = peak_memory(subject, policies)
     rows: dict[str, dict[str, Any]] = {}

@@ -110,9 +110,11 @@ class DyvteChat(lmms):
 
     def _keep(self, requests: Sequence[Instance], answers: Sequence[Answer]) -> None:
         """Write the exits; say what the policy came to."""
-        seeing = [one.exit_layer for one in answers if one.exit_layer >= 0]
+        seeing = [one for one in answers if one.exit_layer >= 0]
         named = self.answering.policy
-        mean = f"{sum(seeing) / len(seeing):.3f}" if seeing else "none"
+        mean = f"{sum(one.exit_layer for one in seeing) / len(seeing):.3f}" if seeing else "none"
+        if any(one.updated_layers < one.exit_layer for one in seeing):
+            mean += f", updated in {sum(one.updated_layers for one in seeing) / len(seeing):.3f},"
         unasked = sum(bool(one.problem) for one in answers)
         others = "the others have no image" + (f", or could not be asked: {unasked}" if unasked else "")
         logger.info(

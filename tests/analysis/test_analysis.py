@@ -372,7 +372,9 @@ def test_eta_and_layers_from_one_curve(world, full_answers, tmp_path):
 def test_cost_is_what_the_caches_hold(world, tmp_path):
     subject = _subject(world, tmp_path, batch_size=1, timing_batches=1, timing_repeats=1)
     found = get_study("cost")(subject).metrics["rows"]
-    full, exit_row = found["full model"], found["VTW, K = 2"]
+    full, exit_row, frozen_row = (
+        found[name] for name in ("full model", "VTW, K = 2", "frozen after 1, K = 2")
+    )
     shape = world.pipeline.model.config.text_config
     width = 2 * 4 * shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
     # One question a batch, so no padding: behind K the visual tokens are gone from every cache.
@@ -380,7 +382,9 @@ def test_cost_is_what_the_caches_hold(world, tmp_path):
     assert saved == pytest.approx(VISUAL * (LAYERS - 2) * width)
     assert full["peak_bytes_over_model"] is None
     assert full["time_to_first_token_ms"] > 0
-    assert exit_row["prefill_tflops"] < full["prefill_tflops"]
+    assert frozen_row["prefill_tflops"] < exit_row["prefill_tflops"] < full["prefill_tflops"]
+    # a frozen token's key and value lie in the cache like an updated one's
+    assert frozen_row["kv_bytes_per_question"] == pytest.approx(exit_row["kv_bytes_per_question"])
 
 
 # -- gates -------------------------------------------------------------------------------------------------

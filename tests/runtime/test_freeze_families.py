@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import dyvte
 from dyvte.errors import UnsupportedBackboneError
+from dyvte.gates import GateConfig, GateStack
 from dyvte.policies import OraclePolicy
 from tests.helpers import support
 from tests.helpers.families import ATTENTION, FAMILIES, build, one_row
@@ -147,6 +148,13 @@ def test_a_family_without_query_projections_is_refused_by_name():
     model = generic.tiny(support.transformers.FuyuForCausalLM, support.default_config("fuyu"))
     with pytest.raises(UnsupportedBackboneError, match=r"fuyu cannot be frozen.*layer 1.*query_key_value"):
         dyvte.VisualExit.fixed(3, freeze_layer=1)(model).__enter__()
+    config = model.get_decoder().config
+    fields = {"num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size}
+    gates = GateStack.init(GateConfig(**fields, freeze_head=True))
+    with pytest.raises(UnsupportedBackboneError, match="fuyu cannot be frozen"):
+        dyvte.VisualExit(gates)(model).__enter__()
     assert not any("forward" in vars(module) for module in model.modules())
+    with dyvte.VisualExit(GateStack.init(GateConfig(**fields)))(model):
+        pass  # nor do gates without a freeze head ask for it
     with dyvte.VisualExit.fixed(3, freeze_layer=3)(model):
         pass  # an exit it can do
