@@ -76,7 +76,17 @@ def load_config(
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], *, origin: str = "a mapping") -> Config:
-    """Build ``cls`` from nested plain values, strictly (see :func:`load_config`)."""
+    """Build ``cls`` from nested plain values, strictly (see :func:`load_config`).
+
+    Parameters
+    ----------
+    cls
+        A frozen keyword-only dataclass.
+    values
+        Settings by name; groups as mappings.
+    origin
+        Where they come from, for messages.
+    """
     return _build(cls, values, prefix="", origin=origin)
 
 
@@ -86,7 +96,15 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def dump_config(cfg: Any, path: str | Path) -> None:
-    """Write the resolved configuration as YAML, atomically; :func:`load_config` reads it back equal."""
+    """Write the resolved configuration as YAML, atomically; :func:`load_config` reads it back equal.
+
+    Parameters
+    ----------
+    cfg
+        The configuration.
+    path
+        Of the YAML file.
+    """
     write_atomically(path, yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True))
 
 

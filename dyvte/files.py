@@ -15,6 +15,13 @@ TEMPORARY = ".tmp"
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut; its folder is made.
 
+    Parameters
+    ----------
+    path
+        Of the file.
+    content
+        Text is written as UTF-8.
+
     Raises
     ------
     OSError
@@ -39,6 +46,13 @@ def publish_folder(writing: Path, final: Path) -> None:
     """Give a folder that was written under another name, beside it, its own: whole, also after a power cut.
 
     A folder that has the name already is removed.
+
+    Parameters
+    ----------
+    writing
+        The folder as it was written.
+    final
+        Its name to be.
 
     Raises
     ------

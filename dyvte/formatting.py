@@ -28,7 +28,15 @@ class Spread(Protocol):
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose source is aligned too."""
+    """A Markdown table whose source is aligned too.
+
+    Parameters
+    ----------
+    header
+        Of the columns.
+    rows
+        Text cells.
+    """
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
@@ -42,7 +50,15 @@ def percentage(share: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A value with fixed decimals; a dash where there is none."""
+    """A value with fixed decimals; a dash where there is none.
+
+    Parameters
+    ----------
+    value
+        None and nan have no digits.
+    digits
+        Behind the point.
+    """
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -67,7 +83,17 @@ def difference_text(found: Difference, digits: int = 2, *, scale: float = 1.0) -
 
 
 def spread_text(found: Spread, digits: int = 2, *, scale: float = 1.0) -> str:
-    """A mean over seeds with its standard deviation, "98.42 ± 0.07"; the mean alone where nothing varies."""
+    """A mean over seeds with its standard deviation, "98.42 ± 0.07"; the mean alone where nothing varies.
+
+    Parameters
+    ----------
+    found
+        Mean and deviation.
+    digits
+        Behind the point.
+    scale
+        Multiplies both, 100 for percent.
+    """
     text = f"{scale * found.mean:.{digits}f}"
     return f"{text} ± {scale * found.std:.{digits}f}" if found.min < found.max else text
 

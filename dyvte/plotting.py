@@ -16,6 +16,11 @@ COLORS = ("#d62728", "#4d4d4d", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches, ready to be saved.
 
+    Parameters
+    ----------
+    width, height
+        In inches.
+
     Raises
     ------
     ConfigError

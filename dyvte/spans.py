@@ -39,7 +39,15 @@ class Spans:
 
 
 def visual_mask(input_ids_BN: Tensor, visual_token_ids: Iterable[int]) -> Tensor:
-    """(B, N) bool: the id is one of ``visual_token_ids``. No copy to the host."""
+    """(B, N) bool: the id is one of ``visual_token_ids``. No copy to the host.
+
+    Parameters
+    ----------
+    input_ids_BN
+        (B, N) token ids.
+    visual_token_ids
+        Of the placeholders.
+    """
     mask_BN = torch.zeros_like(input_ids_BN, dtype=torch.bool)
     for token_id in visual_token_ids:
         mask_BN |= input_ids_BN == int(token_id)

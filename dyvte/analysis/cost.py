@@ -64,7 +64,15 @@ def study(subject: Subject) -> Findings:
 
 
 def peak_memory(subject: Subject, policies: Sequence[NamedPolicy]) -> dict[str, int | None]:
-    """Bytes that answering the longest batch allocates over the model, by policy; None but on a GPU."""
+    """Bytes that answering the longest batch allocates over the model, by policy; None but on a GPU.
+
+    Parameters
+    ----------
+    subject
+        The backbone, its questions and settings.
+    policies
+        What is answered with.
+    """
     if subject.pipeline.device.type != "cuda":
         return {named.name: None for named in policies}
     prompts = subject.prompts(subject.questions)

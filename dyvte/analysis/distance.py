@@ -34,7 +34,17 @@ class Distances:
         self.pairs_LD = torch.zeros(num_layers, 0, dtype=torch.float64)
 
     def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
-        """Add a layer of a batch."""
+        """Add a layer of a batch.
+
+        Parameters
+        ----------
+        batch
+            The prompts, and where their visual tokens sit.
+        index
+            Of the layer, from 0.
+        weights_BNN
+            (B, queries, keys) attention, mean over heads.
+        """
         for row, visual_N in enumerate(batch.spans.visual_BN):
             at_V = visual_N.nonzero().flatten()
             places_V3 = batch.places_BN3[row, at_V]

@@ -51,7 +51,15 @@ def study(subject: Subject) -> Findings:
 
 
 def shares(exits: Sequence[int], num_layers: int) -> list[float]:
-    """Share of the exits at each layer 0..L; rows without an image are no exits."""
+    """Share of the exits at each layer 0..L; rows without an image are no exits.
+
+    Parameters
+    ----------
+    exits
+        Exit layer of each row; -1 without an image.
+    num_layers
+        L.
+    """
     counts = Counter(k for k in exits if k >= 0)
     return [counts[k] / max(1, counts.total()) for k in range(num_layers + 1)]
 

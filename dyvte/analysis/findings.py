@@ -53,7 +53,17 @@ class Findings:
     notes: tuple[str, ...] = ()
 
     def markdown(self, source: str, about: Mapping[str, Any], plot: str | None = None) -> str:
-        """Title, what was asked, definition, table, notes and the plot's link."""
+        """Title, what was asked, definition, table, notes and the plot's link.
+
+        Parameters
+        ----------
+        source
+            Paper, and its table or figure.
+        about
+            What the findings belong to, by name.
+        plot
+            File name of the plot, beside the text.
+        """
         parts = [f"# {self.title}", f"After {source}. {self.definition}"]
         parts.append(", ".join(f"{key}: {value}" for key, value in about.items()))
         parts.append(str(self.table))
@@ -64,6 +74,17 @@ class Findings:
 
     def write(self, folder: Path, name: str, source: str, about: Mapping[str, Any]) -> list[Path]:
         """``NAME.json``, ``NAME.md`` and the plot as png, svg and pdf below ``folder``; the first three.
+
+        Parameters
+        ----------
+        folder
+            Where they go.
+        name
+            Of the study, and of its files.
+        source
+            Paper, and its table or figure.
+        about
+            What the findings belong to, by name.
 
         Raises
         ------

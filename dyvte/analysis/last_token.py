@@ -34,7 +34,17 @@ class LastToken:
         self.tokens_4 = torch.zeros(len(KINDS), dtype=torch.float64)
 
     def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
-        """Add a layer of a batch."""
+        """Add a layer of a batch.
+
+        Parameters
+        ----------
+        batch
+            The prompts, and where their visual tokens sit.
+        index
+            Of the layer, from 0.
+        weights_BNN
+            (B, queries, keys) attention, mean over heads.
+        """
         answer_BN = batch.spans.answer_BN
         predict_BN = positions_before(answer_BN, batch.question_ids)
         # The n-th predicting position of a row predicts its n-th output token.

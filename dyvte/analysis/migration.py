@@ -81,6 +81,13 @@ def blind_answers(subject: Subject) -> list[Answer]:
 def blanked(questions: Sequence[Question], subject: Subject) -> list[Question]:
     """The same questions, each image replaced by a blank one of its size (kept below ``output/blank``).
 
+    Parameters
+    ----------
+    questions
+        About images.
+    subject
+        Whose processor says the mean colour, and whose output folder keeps the blanks.
+
     Raises
     ------
     ConfigError

@@ -76,7 +76,17 @@ def outcome_of(
 def outcomes_of(
     subject: Subject, results: dict[str, PolicyResult], labels: dict[str, str] | None = None
 ) -> list[Outcome]:
-    """Rows of runs on the subject's questions; ``labels`` by run name, and in that order where given."""
+    """Rows of runs on the subject's questions; ``labels`` by run name, and in that order where given.
+
+    Parameters
+    ----------
+    subject
+        Whose questions were answered.
+    results
+        By run name, the full model's among them.
+    labels
+        What rows are called.
+    """
     labels = {name: name for name in results} if labels is None else labels
     full = results[FULL_MODEL]
     return [
@@ -91,7 +101,17 @@ def _hits(subject: Subject, given: Predictions) -> list[float]:
 
 
 def outcome_table(subject: Subject, outcomes: Sequence[Outcome], first: str = "setting") -> Table:
-    """The rows as a table."""
+    """The rows as a table.
+
+    Parameters
+    ----------
+    subject
+        Whose questions were answered.
+    outcomes
+        The rows.
+    first
+        Header of the first column.
+    """
     header = [first, subject.benchmark.name, "right answers", "against the full model"]
     header += ["same answer", "mean exit layer", "visual compute"]
     rows = [
@@ -110,7 +130,15 @@ def outcome_table(subject: Subject, outcomes: Sequence[Outcome], first: str = "s
 
 
 def paint_outcomes(outcomes: Sequence[Outcome], xlabel: str = "right answers, %") -> Any:
-    """A painter of one bar for each row, with the interval of its difference from the full model."""
+    """A painter of one bar for each row, with the interval of its difference from the full model.
+
+    Parameters
+    ----------
+    outcomes
+        The rows.
+    xlabel
+        Of the horizontal axis.
+    """
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()

@@ -40,7 +40,17 @@ class Flows:
         self.queries_5 = torch.zeros(len(FLOWS), dtype=torch.float64)
 
     def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
-        """Add a layer of a batch."""
+        """Add a layer of a batch.
+
+        Parameters
+        ----------
+        batch
+            The prompts, and where their visual tokens sit.
+        index
+            Of the layer, from 0.
+        weights_BNN
+            (B, queries, keys) attention, mean over heads.
+        """
         spans = batch.spans
         text_keys_BN = spans.valid_BN & ~spans.visual_BN & ~batch.first_BN
         keys_BN3 = torch.stack([spans.visual_BN, text_keys_BN, batch.first_BN], -1).float()

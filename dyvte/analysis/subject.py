@@ -170,6 +170,17 @@ class Subject:
         """Results by name, always with the full model; runs below ``output/runs`` are taken up.
 
         Studies on the same questions share their runs: nothing is asked twice.
+
+        Parameters
+        ----------
+        policies
+            What is answered with, beside the full model.
+        questions
+            What is asked; None: all of the subject's.
+        runs
+            Folder of the runs, below the output folder.
+        timed
+            Measure times too.
         """
         full = self.policies(FULL_MODEL)
         others = [named for named in policies if named.name != FULL_MODEL]

@@ -31,7 +31,17 @@ class TextToVision:
         self.rows: list[tuple[str, list[int], int]] = []
 
     def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
-        """Add a layer of a batch."""
+        """Add a layer of a batch.
+
+        Parameters
+        ----------
+        batch
+            The prompts, and where their visual tokens sit.
+        index
+            Of the layer, from 0.
+        weights_BNN
+            (B, queries, keys) attention, mean over heads.
+        """
         spans = batch.spans
         visual_BN1 = spans.visual_BN.float()[..., None]
         to_vision_BN = torch.bmm(weights_BNN, visual_BN1)[..., 0] / visual_BN1.sum(1)

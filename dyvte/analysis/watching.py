@@ -76,6 +76,15 @@ def watch(subject: Subject, see: See, *, answered: bool = False) -> None:
     model's own greedy answer follows each prompt: its rows are what the steps of a generation would show,
     since later tokens change nothing before them.
 
+    Parameters
+    ----------
+    subject
+        The backbone, and the questions sampled.
+    see
+        Called for every layer.
+    answered
+        Let an answer follow each prompt.
+
     Raises
     ------
     DataError

@@ -23,6 +23,13 @@ def watched_attention(backbone: Backbone, see: Callable[[int, Tensor], None]) ->
     The decoder runs its eager attention meanwhile, whatever the model was loaded with; nothing stays. Weights
     are (B, H, queries, keys) after the softmax; rows of padding mean nothing.
 
+    Parameters
+    ----------
+    backbone
+        Whose decoder is watched.
+    see
+        Called with the layer and its weights.
+
     Raises
     ------
     UnsupportedBackboneError

@@ -139,7 +139,17 @@ def _build(folder: Path, recipe: dict[str, Any], target: Path) -> None:
 
 
 def assemble(folder: Path, recipe: dict[str, Any], decoder: Path):
-    """The stock model (float32) of the recipe in ``folder``: parts loaded, LoRA merged."""
+    """The stock model (float32) of the recipe in ``folder``: parts loaded, LoRA merged.
+
+    Parameters
+    ----------
+    folder
+        With the recipe and its parts.
+    recipe
+        As its file says.
+    decoder
+        File of the language model.
+    """
     import torch
     from safetensors.torch import load_file
 

@@ -87,6 +87,13 @@ def describe_config(
 
     The folder of a PEFT adapter has the shape of the backbone that it names.
 
+    Parameters
+    ----------
+    path_or_config
+        Folder, hub id, or config.
+    visual_token_ids
+        Of the placeholders, where the config does not say.
+
     Raises
     ------
     UnsupportedBackboneError
@@ -144,7 +151,15 @@ def describe(model: nn.Module, visual_token_ids: Iterable[int] | None = None) ->
 
 
 def model_without_weights(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
-    """The modules of a model on the meta device, from its transformers config: shapes, no storage."""
+    """The modules of a model on the meta device, from its transformers config: shapes, no storage.
+
+    Parameters
+    ----------
+    config
+        Of the whole model.
+    trust_remote_code
+        Let code that comes with the model run.
+    """
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
@@ -167,6 +182,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model (folder or hub id).
+
+    Parameters
+    ----------
+    path
+        Folder or hub id.
+    trust_remote_code
+        Let code that comes with the model run.
 
     Raises
     ------

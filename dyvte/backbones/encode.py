@@ -98,6 +98,13 @@ def encode(
 def check_prompt(processor: Any, rendered: RenderedPrompt) -> None:
     """Tokenise a prompt's text alone.
 
+    Parameters
+    ----------
+    processor
+        Whose tokenizer it is.
+    rendered
+        Of a template.
+
     Raises
     ------
     DataError

@@ -51,7 +51,15 @@ def takes_features(path: str | os.PathLike[str]) -> bool:
 
 
 def put_stand_in(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Replace the empty vision tower (and the projector, where the features come from behind it)."""
+    """Replace the empty vision tower (and the projector, where the features come from behind it).
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    path
+        Its folder, whose settings say what the features are.
+    """
     model.model.vision_tower = GivenFeatures()
     if not _settings(path)["projects"]:
         model.model.multi_modal_projector = nn.Identity()

@@ -53,7 +53,17 @@ def generate_greedily(
 
 
 def greedy_arguments(model: nn.Module, max_new_tokens: int, **changes: Any) -> dict[str, Any]:
-    """The arguments of ``generate`` that mean greedy for this model; ``changes`` take the place of some."""
+    """The arguments of ``generate`` that mean greedy for this model; ``changes`` take the place of some.
+
+    Parameters
+    ----------
+    model
+        Whose end and padding tokens count.
+    max_new_tokens
+        Tokens of an answer at most.
+    **changes
+        Arguments of ``generate``.
+    """
     ends = end_tokens(model)
     arguments = {
         **dict.fromkeys(_setting_names()),
@@ -88,7 +98,15 @@ def decoding_identity(model: nn.Module) -> str:
 
 
 def in_answer(new_BA: Tensor, model: nn.Module) -> Tensor:
-    """(B, A) bool: which of the generated tokens are the answer: up to and with its first end token."""
+    """(B, A) bool: which of the generated tokens are the answer: up to and with its first end token.
+
+    Parameters
+    ----------
+    new_BA
+        (B, A) generated token ids.
+    model
+        Whose end tokens count.
+    """
     ends = torch.tensor(end_tokens(model), device=new_BA.device, dtype=new_BA.dtype)
     is_end_BA = torch.isin(new_BA, ends)
     return (is_end_BA.cumsum(1) - is_end_BA.long()) == 0

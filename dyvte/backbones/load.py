@@ -140,6 +140,15 @@ def load_processor(
     Where the folder holds no vision tower, ``image_features`` takes the image processor's place. Settings
     that the processor lacks are taken from the model's config; see `processor_check`.
 
+    Parameters
+    ----------
+    path
+        Folder or hub id.
+    trust_remote_code
+        Let code that comes with the model run.
+    image_features
+        ``module:function``, see `given_features`.
+
     Raises
     ------
     ConfigError

@@ -64,7 +64,17 @@ def image_padding(processor: Any) -> str:
 
 
 def check_image_padding(trained: str | None, found: str, where: str) -> None:
-    """Raise GateMismatchError if gates were trained with other padding than ``found``; None: not recorded."""
+    """Raise GateMismatchError if gates were trained with other padding than ``found``; None: not recorded.
+
+    Parameters
+    ----------
+    trained
+        What the gates saw; None: not recorded.
+    found
+        What the processor does now.
+    where
+        What uses the gates, for the message.
+    """
     if trained not in (None, found):
         raise GateMismatchError(
             f"{where}: image padding is {found!r}, but the gates were trained with {trained!r}: set "

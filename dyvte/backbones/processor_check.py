@@ -83,6 +83,15 @@ def complete_processor(processor: Any, config: Any, path: str | os.PathLike[str]
 def check_processor(processor: Any, model: nn.Module, path: str | os.PathLike[str]) -> None:
     """The comparison of `complete_processor` on a loaded model.
 
+    Parameters
+    ----------
+    processor
+        Of the model.
+    model
+        Loaded; inside wrappers too.
+    path
+        Where both come from, for the message.
+
     Raises
     ------
     ConfigError

@@ -169,6 +169,13 @@ def get_template(version: str, processor: Any) -> PromptTemplate:
     lacks the system prompt and the EOS. "chat": the processor's chat template. "auto": "chat" where the
     processor has a template that is not a vicuna one, else "v1".
 
+    Parameters
+    ----------
+    version
+        "v1", "chat" or "auto".
+    processor
+        With a tokenizer.
+
     Raises
     ------
     ConfigError

@@ -122,7 +122,15 @@ def build_tokenizer(folder: Path):
 
 
 def build_processor(folder: Path, image_size: int = 64, patch_size: int = 8):
-    """The stock `LlavaProcessor` around that tokenizer, image processing by PIL."""
+    """The stock `LlavaProcessor` around that tokenizer, image processing by PIL.
+
+    Parameters
+    ----------
+    folder
+        With the tokenizer.
+    image_size, patch_size
+        Of the vision tower, in pixels.
+    """
     tokenizer = build_tokenizer(folder)
     return llava_processor(
         tokenizer, image_size, patch_size, chat_template=CHAT_TEMPLATE, image_token=IMAGE, **HALF

@@ -46,7 +46,19 @@ class Calibration:
 def calibrate_compute(
     gates: GateStack, store: TraceStore, budget: float | None = None, *, memory_budget: float | None = None
 ) -> Calibration:
-    """Threshold for budgets on a store's samples (see ``threshold_for_budget``)."""
+    """Threshold for budgets on a store's samples (see ``threshold_for_budget``).
+
+    Parameters
+    ----------
+    gates
+        Of a checkpoint.
+    store
+        Of the calibration samples.
+    budget
+        Share of the full model's visual compute.
+    memory_budget
+        Share of its KV bytes of visual tokens.
+    """
     check_store(gates.config, store)
     trace = store.trace(gates.config.features)
     path = ThresholdPath.of(gate_logits(gates, trace), trace, gates.config)
@@ -122,14 +134,30 @@ def calibrate_risk(
 
 
 def follow_path(config: GateConfig, threshold: float) -> float | None:
-    """The freeze threshold that goes with a new exit threshold; None without a freeze head."""
+    """The freeze threshold that goes with a new exit threshold; None without a freeze head.
+
+    Parameters
+    ----------
+    config
+        Of the gates.
+    threshold
+        Of exiting.
+    """
     if not config.freeze_head:
         return None
     return follow_threshold(config.freeze_threshold, config.threshold, threshold)
 
 
 def write_calibration(folder: str | Path, found: Calibration) -> GateConfig:
-    """Store thresholds and record in a checkpoint's ``gate_config.json``; its weights are not touched."""
+    """Store thresholds and record in a checkpoint's ``gate_config.json``; its weights are not touched.
+
+    Parameters
+    ----------
+    folder
+        Of the checkpoint.
+    found
+        What is stored.
+    """
     config, _ = load_checkpoint(folder)
     kept = {name: value for name, value in config.calibration.items() if name == "fixed"}
     config = replace(config, threshold=found.threshold, calibration={**found.record, **kept})
@@ -143,6 +171,17 @@ def write_fixed_layer(folder: str | Path, base: GateConfig, k: int, record: dict
     """Store VTW's K: as the fallback of the gates in the folder, or as a checkpoint of its own without gates.
 
     A folder without gates means "every row leaves after K" (``mode="fixed"``).
+
+    Parameters
+    ----------
+    folder
+        Of the checkpoint.
+    base
+        Settings of a new checkpoint.
+    k
+        VTW's K.
+    record
+        How it was found.
     """
     config, gates = base, None
     if (Path(folder) / CONFIG_FILE).is_file():
@@ -157,6 +196,15 @@ def write_fixed_layer(folder: str | Path, base: GateConfig, k: int, record: dict
 def bounded_loss(trace: Trace, loss: str, path: ThresholdPath) -> Tensor:
     """(B, G, L+1) loss in [0, 1] of the path's schedules by its name, "same_answer" or "risk:C".
 
+    Parameters
+    ----------
+    trace
+        Of the calibration samples.
+    loss
+        Its name.
+    path
+        Of the gates.
+
     Raises
     ------
     CalibrationError
@@ -169,7 +217,15 @@ def bounded_loss(trace: Trace, loss: str, path: ThresholdPath) -> Tensor:
 
 
 def check_store(config: GateConfig, store: TraceStore) -> None:
-    """Raise GateMismatchError if the traces are not of the gates' backbone."""
+    """Raise GateMismatchError if the traces are not of the gates' backbone.
+
+    Parameters
+    ----------
+    config
+        Of the gates.
+    store
+        Of the traces.
+    """
     stored, mine = store.manifest.fingerprint, config.backbone
     hidden_size = store.manifest.feature_size // len(store.manifest.features)
     shape = (store.manifest.num_layers, hidden_size)
@@ -201,7 +257,15 @@ def check_store(config: GateConfig, store: TraceStore) -> None:
 
 
 def trained_on(config: GateConfig, store: TraceStore) -> bool:
-    """True if the gates' training record names the store's own data."""
+    """True if the gates' training record names the store's own data.
+
+    Parameters
+    ----------
+    config
+        Of the gates.
+    store
+        Of the traces.
+    """
     data = config.training.get("data") or {}
     return data.get("sha256") is not None and data.get("sha256") == store.manifest.fingerprint.get("data")
 

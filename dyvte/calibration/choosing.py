@@ -38,7 +38,17 @@ class Frontier:
 
     @staticmethod
     def of(path: ThresholdPath, loss_BGL1: Tensor, levels: Sequence[float] = DEFAULT_LEVELS) -> Frontier:
-        """That of a path on samples with this loss, (B, G, L+1) (:func:`dyvte.objectives.answer_loss`)."""
+        """That of a path on samples with this loss, (B, G, L+1) (:func:`dyvte.objectives.answer_loss`).
+
+        Parameters
+        ----------
+        path
+            Of the gates.
+        loss_BGL1
+            Of every traced schedule.
+        levels
+            The grid in logits, strictly falling.
+        """
         points = []
         for level in levels:
             chosen = path.at(level)

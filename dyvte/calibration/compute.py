@@ -21,6 +21,17 @@ def threshold_for_compute(
     """Largest threshold of gates without freeze head whose mean visual compute is at most ``budget``.
 
     See `threshold_for_budget`, for gates of either kind.
+
+    Parameters
+    ----------
+    logits_BL
+        Of the gates.
+    num_visual_B
+        (B,) visual tokens.
+    budget
+        Share of the full model's visual compute.
+    min_layer
+        First layer that may be an exit.
     """
     return threshold_for_budget(ThresholdPath(logits_BL, num_visual_B, min_layer), budget)
 

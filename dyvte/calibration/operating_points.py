@@ -128,7 +128,23 @@ class OperatingPoints:
         num_layers: int,
         kv_share: float,
     ) -> OperatingPoints:
-        """Schedules of every setting, brought into the order of what they spend on these samples."""
+        """Schedules of every setting, brought into the order of what they spend on these samples.
+
+        Parameters
+        ----------
+        name
+            Of the rule.
+        settings_S
+            Of its knob.
+        chosen_S
+            Its schedules at each.
+        num_visual_B
+            (B,) visual tokens.
+        num_layers
+            L.
+        kv_share
+            FLOPs of a frozen token's keys and values, as a share of its layer's.
+        """
         exits_SB = torch.stack([chosen.exit_layers_B for chosen in chosen_S])
         freezes_SB = torch.stack([chosen.freeze_layers_B for chosen in chosen_S])
         order = np.argsort(_spent_S(freezes_SB, exits_SB, num_visual_B, num_layers, kv_share), kind="stable")
@@ -180,7 +196,17 @@ class OperatingPoints:
         return mixed(self.compute_S, mixture)
 
     def draw(self, mixture: Mixture, sample_ids: Sequence[str], seed: int = 0) -> Schedules:
-        """Each sample assigned to one of the two settings by its id and the seed."""
+        """Each sample assigned to one of the two settings by its id and the seed.
+
+        Parameters
+        ----------
+        mixture
+            Of two settings.
+        sample_ids
+            Of the B samples.
+        seed
+            Of the draw.
+        """
         upper_B = torch.from_numpy(chosen_by_id(sample_ids, mixture.weight, seed))
         low, high = self.schedules(mixture.lower), self.schedules(mixture.upper)
         return Schedules(
@@ -201,6 +227,13 @@ def mixture_at(compute_S: Sequence[float] | np.ndarray, budget: float) -> Mixtur
     """Neighbours around ``budget`` on a non-falling compute curve, and the share of the upper one.
 
     Outside the curve's reach: its nearest end alone.
+
+    Parameters
+    ----------
+    compute_S
+        Of every setting, rising.
+    budget
+        Share of the full model's visual compute.
     """
     if budget <= compute_S[0]:
         return Mixture(0, 0, 0.0)
@@ -214,13 +247,31 @@ def mixture_at(compute_S: Sequence[float] | np.ndarray, budget: float) -> Mixtur
 
 
 def mixed(values_S: Sequence[float] | np.ndarray, mixture: Mixture) -> float:
-    """Expected value of the mixture, from the values of every setting."""
+    """Expected value of the mixture, from the values of every setting.
+
+    Parameters
+    ----------
+    values_S
+        Of every setting.
+    mixture
+        Of two settings.
+    """
     lower, upper = values_S[mixture.lower], values_S[mixture.upper]
     return float(lower + mixture.weight * (upper - lower))
 
 
 def chosen_by_id(sample_ids: Sequence[str], share: float, seed: int) -> np.ndarray:
-    """(B,) bool: ``share`` of the samples, picked by a hash of id and seed: order does not matter."""
+    """(B,) bool: ``share`` of the samples, picked by a hash of id and seed: order does not matter.
+
+    Parameters
+    ----------
+    sample_ids
+        Of the B samples.
+    share
+        In [0, 1].
+    seed
+        Of the draw.
+    """
     keys = [hashlib.sha256(f"{seed}:{i}".encode()).digest()[:8] for i in sample_ids]
     ranks = np.argsort(np.argsort(np.array([int.from_bytes(key, "big") for key in keys], dtype=np.uint64)))
     return ranks < round(share * len(sample_ids))
@@ -324,6 +375,13 @@ def compute_to_reach(compute_S: np.ndarray, value_S: np.ndarray, target: float) 
     """Least visual compute at which a rule's curve reaches ``target``; nan if it never does.
 
     A rule may always spend less, so a point counts with the best value at or below its compute.
+
+    Parameters
+    ----------
+    compute_S, value_S
+        Of every setting.
+    target
+        A value.
     """
     best_S = np.maximum.accumulate(value_S)
     reached = np.flatnonzero(best_S >= target - 1e-12)

@@ -47,7 +47,17 @@ class ThresholdPath:
 
     @staticmethod
     def of(logits: Tensor | HeadLogits, trace: Trace, config: GateConfig) -> ThresholdPath:
-        """That of a checkpoint's settings on a trace: the gap is that of its two thresholds."""
+        """That of a checkpoint's settings on a trace: the gap is that of its two thresholds.
+
+        Parameters
+        ----------
+        logits
+            (B, L), or those of both heads.
+        trace
+            Of the same samples.
+        config
+            Of the gates.
+        """
         gap, share = 0.0, math.nan
         if isinstance(logits, HeadLogits) and trace.grid is not None:
             share = trace.grid.kv_share
@@ -148,6 +158,15 @@ def at_schedule(values_BGL1: Tensor, freeze_layers: tuple[int, ...], chosen: Sch
 
     nan where the row has no image (exit layer -1). A row that is not frozen before it leaves is on the plain
     stream, the last.
+
+    Parameters
+    ----------
+    values_BGL1
+        (B, G, L+1), the plain stream last.
+    freeze_layers
+        Of the other streams.
+    chosen
+        Schedule of each row.
 
     Raises
     ------

@@ -29,7 +29,15 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 def plot_search(found: LayerSearch, path: str | os.PathLike[str]) -> None:
-    """Draw the curve, the bound and the chosen K into a png or svg file; raises as `check_plot` does."""
+    """Draw the curve, the bound and the chosen K into a png or svg file; raises as `check_plot` does.
+
+    Parameters
+    ----------
+    found
+        What is drawn.
+    path
+        Its ending says the format.
+    """
     check_plot(path)
     figure = new_figure(5.6, 3.8)
     axes = figure.subplots()

@@ -16,7 +16,17 @@ PValue = Callable[[Tensor, float, float], Tensor]
 
 
 def bentkus(losses_IG: Tensor, alpha: float, delta: float) -> Tensor:
-    """e P(Binomial(I, alpha) <= ceil(sum of losses)), Bentkus 2004; ``delta`` is not used."""
+    """e P(Binomial(I, alpha) <= ceil(sum of losses)), Bentkus 2004; ``delta`` is not used.
+
+    Parameters
+    ----------
+    losses_IG
+        (I, G) in [0, 1], of I images at G thresholds.
+    alpha
+        Bound on the mean loss.
+    delta
+        Chance of being wrong.
+    """
     num_images = losses_IG.shape[-2]
     # A sum that should be whole may come out as 3.0000002; its ceiling must stay 3.
     totals_G = (losses_IG.double().sum(-2) - 1e-9).ceil().clamp(0, num_images).long()
@@ -29,6 +39,15 @@ def betting(losses_IG: Tensor, alpha: float, delta: float) -> Tensor:
     Each image in turn is bet on with a stake that depends on the images before it only; under the hypothesis
     the wealth is a supermartingale, so Ville's inequality makes the reciprocal of its maximum a p-value.
     ``delta`` only tunes the stakes. Sharper than :func:`bentkus` where losses are means of several questions.
+
+    Parameters
+    ----------
+    losses_IG
+        (I, G) in [0, 1], of I images at G thresholds.
+    alpha
+        Bound on the mean loss.
+    delta
+        Chance of being wrong.
     """
     losses_IG = losses_IG.double()
     num_images = losses_IG.shape[-2]
@@ -46,7 +65,17 @@ P_VALUES: dict[str, PValue] = {"betting": betting, "bentkus": bentkus}
 
 
 def smallest_alpha(num_images: int, delta: float, p_value: PValue) -> float:
-    """Smallest alpha that ``num_images`` images without any loss would certify; 1.0 if none."""
+    """Smallest alpha that ``num_images`` images without any loss would certify; 1.0 if none.
+
+    Parameters
+    ----------
+    num_images
+        I.
+    delta
+        Chance of being wrong.
+    p_value
+        `bentkus` or `betting`.
+    """
     clean_I1 = torch.zeros(num_images, 1, dtype=torch.float64)
     low, high = 0.0, 1.0
     for _ in range(40):

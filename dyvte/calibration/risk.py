@@ -74,7 +74,29 @@ def threshold_for_risk(
     min_layer: int = 1,
     seed: int = 0,
 ) -> RiskThreshold:
-    """`certified_threshold` of gates without freeze head: (B, L) logits, (B, L+1) loss at every exit."""
+    """`certified_threshold` of gates without freeze head: (B, L) logits, (B, L+1) loss at every exit.
+
+    Parameters
+    ----------
+    logits_BL
+        Of the gates.
+    loss_BL1
+        In [0, 1].
+    image_ids
+        Of the B samples.
+    alpha
+        Bound on the mean loss.
+    delta
+        Chance of being wrong.
+    method
+        "betting" or "bentkus".
+    levels
+        The grid in logits, strictly falling.
+    min_layer
+        First layer that may be an exit.
+    seed
+        Of the order of the images.
+    """
     path = ThresholdPath(logits_BL, torch.ones(len(logits_BL)), min_layer)
     return certified_threshold(
         path, loss_BL1[:, None], image_ids, alpha, delta, method=method, levels=levels, seed=seed
@@ -155,12 +177,28 @@ def certified_threshold(
 
 
 def fixed_sequence(p_values_G: Tensor, delta: float) -> int:
-    """Index of the last threshold before the first failure; -1 if the first one already fails."""
+    """Index of the last threshold before the first failure; -1 if the first one already fails.
+
+    Parameters
+    ----------
+    p_values_G
+        (G,) in the order of testing.
+    delta
+        Each is tested at.
+    """
     return int((p_values_G <= delta).long().cumprod(0).sum()) - 1
 
 
 def image_means(values_BG: Tensor, image_ids: Sequence[str]) -> Tensor:
-    """(I, G) float64 means over the samples of each image, images in order of first appearance."""
+    """(I, G) float64 means over the samples of each image, images in order of first appearance.
+
+    Parameters
+    ----------
+    values_BG
+        (B, G) of every sample.
+    image_ids
+        Of the B samples.
+    """
     index: dict[str, int] = {}
     rows_B = torch.tensor([index.setdefault(image_id, len(index)) for image_id in image_ids])
     sums_IG = torch.zeros(len(index), values_BG.shape[1], dtype=torch.float64)

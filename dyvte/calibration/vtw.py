@@ -44,7 +44,17 @@ class LayerSearch:
 
 
 def first_within(kl_K: Tensor, eta: float, k_range: tuple[int, int]) -> int | None:
-    """VTW's rule on a curve: the first K of ``k_range``, ends included, with a KL of at most ``eta``."""
+    """VTW's rule on a curve: the first K of ``k_range``, ends included, with a KL of at most ``eta``.
+
+    Parameters
+    ----------
+    kl_K
+        (L+1,) mean KL by exit layer, in nats.
+    eta
+        The bound, in nats.
+    k_range
+        First and last K.
+    """
     return next((k for k in range(k_range[0], k_range[1] + 1) if float(kl_K[k]) <= eta), None)
 
 

@@ -71,7 +71,15 @@ class _List(argparse.Action):
 
 
 def chosen(names: list[str], config: object) -> list[str]:
-    """The studies asked for, in the order of the registry; `all` omits those whose option is missing."""
+    """The studies asked for, in the order of the registry; `all` omits those whose option is missing.
+
+    Parameters
+    ----------
+    names
+        As the command line gives them.
+    config
+        With the options that some studies need.
+    """
     from dyvte.analysis import STUDIES
 
     if ALL not in names:

@@ -77,6 +77,19 @@ def config_from(
     """A configuration from ``--config``, then ``before``, options that were given, ``after``, ``--set``.
 
     The file may be that of the larger configuration ``within`` (see :func:`dyvte.config.load_config`).
+
+    Parameters
+    ----------
+    cls
+        The configuration's class.
+    args
+        Parsed options.
+    before
+        Overrides that options take precedence over.
+    after
+        Overrides that take precedence over options.
+    within
+        A larger configuration whose files are read too.
     """
     given = [
         f"{one.key}={json.dumps(vars(args)[one.key], ensure_ascii=False)}"

@@ -23,7 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_own_arguments(parser: argparse.ArgumentParser, *, hidden: bool = False) -> None:
-    """Its options beside those of a run of the teacher; ``hidden`` from help by its former name."""
+    """Its options beside those of a run of the teacher; ``hidden`` from help by its former name.
+
+    Parameters
+    ----------
+    parser
+        Of the command.
+    hidden
+        Keep them out of the help.
+    """
 
     def text(shown: str) -> str:
         return argparse.SUPPRESS if hidden else shown

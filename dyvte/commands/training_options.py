@@ -90,7 +90,15 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tracing(parser: argparse.ArgumentParser, *, omit: Collection[str] = ()) -> None:
-    """``--config``, ``--set`` and an option for every setting of a run of the teacher."""
+    """``--config``, ``--set`` and an option for every setting of a run of the teacher.
+
+    Parameters
+    ----------
+    parser
+        Of the command.
+    omit
+        Settings without an option.
+    """
     from dyvte.tracing import TracingConfig
 
     add_settings(parser, TracingConfig, TRACING_NAMES, omit=omit)
@@ -98,14 +106,30 @@ def add_tracing(parser: argparse.ArgumentParser, *, omit: Collection[str] = ()) 
 
 
 def config_of(args: argparse.Namespace, extra: Iterable[str] = ()) -> TrainConfig:
-    """The training configuration: file, then ``extra``, then options that were given, then ``--set``."""
+    """The training configuration: file, then ``extra``, then options that were given, then ``--set``.
+
+    Parameters
+    ----------
+    args
+        Parsed options.
+    extra
+        Overrides that options take precedence over.
+    """
     from dyvte.training.config import TrainConfig
 
     return config_from(TrainConfig, args, before=extra, after=_bf16(args))
 
 
 def tracing_config_of(args: argparse.Namespace, extra: Iterable[str] = ()) -> TracingConfig:
-    """What of it a run of the teacher needs; the file may be that of a whole training."""
+    """What of it a run of the teacher needs; the file may be that of a whole training.
+
+    Parameters
+    ----------
+    args
+        Parsed options.
+    extra
+        Overrides that options take precedence over.
+    """
     from dyvte.tracing import TracingConfig
     from dyvte.training.config import TrainConfig
 

@@ -51,7 +51,15 @@ class Rule:
         return Rule(name, tuple(lambda budget, p=one: p for one in points))
 
     def values_RB(self, values: Tensor | Labels, budget: float) -> Tensor:
-        """(R, B) expected value of each sample at the budget, by mixing two neighbouring settings."""
+        """(R, B) expected value of each sample at the budget, by mixing two neighbouring settings.
+
+        Parameters
+        ----------
+        values
+            By freeze and exit layer.
+        budget
+            Share of the full model's visual compute.
+        """
         found = []
         for points_at in self.seeds:
             points = points_at(budget)

@@ -22,7 +22,15 @@ ORACLE_LAMS = tuple(float(x) for x in np.geomspace(1e-4, 30.0, 41))
 
 
 def oracle_exits(risk_BL1: Tensor, lam: float) -> Tensor:
-    """(B,) argmin over k in 1..L of risk_k + lam * k / L, ties to the smaller k."""
+    """(B,) argmin over k in 1..L of risk_k + lam * k / L, ties to the smaller k.
+
+    Parameters
+    ----------
+    risk_BL1
+        (B, L+1) in nats.
+    lam
+        Price of the visual compute.
+    """
     num_layers = risk_BL1.shape[1] - 1
     price_L = lam * torch.arange(1, num_layers + 1, dtype=torch.float64) / num_layers
     cost_BL = risk_BL1[:, 1:].double() + price_L
@@ -32,7 +40,17 @@ def oracle_exits(risk_BL1: Tensor, lam: float) -> Tensor:
 def oracle_points(
     risk_BL1: Tensor, num_visual_B: Tensor, lams: Sequence[float] = ORACLE_LAMS
 ) -> OperatingPoints:
-    """oracle(lambda) over falling lambda: rising compute."""
+    """oracle(lambda) over falling lambda: rising compute.
+
+    Parameters
+    ----------
+    risk_BL1
+        (B, L+1) in nats.
+    num_visual_B
+        (B,) visual tokens.
+    lams
+        Prices.
+    """
     lams = sorted(lams, reverse=True)
     exits_SB = torch.stack([oracle_exits(risk_BL1, lam) for lam in lams])
     return OperatingPoints("oracle", tuple(lams), exits_SB, num_visual_B, risk_BL1.shape[1] - 1)
@@ -41,7 +59,19 @@ def oracle_points(
 def schedule_oracle_points(
     risk: Labels, num_visual_B: Tensor, kv_share: float, lams: Sequence[float] = ORACLE_LAMS
 ) -> OperatingPoints:
-    """oracle(lambda) over all traced schedules (f, k) with k >= 1, falling lambda: rising compute."""
+    """oracle(lambda) over all traced schedules (f, k) with k >= 1, falling lambda: rising compute.
+
+    Parameters
+    ----------
+    risk
+        In nats, of every traced schedule.
+    num_visual_B
+        (B,) visual tokens.
+    kv_share
+        FLOPs of a frozen token's keys and values, as a share of its layer's.
+    lams
+        Prices.
+    """
     num_layers = risk.values_BGL1.shape[2] - 1
     pairs, lams = traced_pairs(num_layers, risk.freeze_layers), sorted(lams, reverse=True)
     chosen_S = cheapest_at_prices(at_pairs(risk, pairs), pairs, num_layers, kv_share, lams)
@@ -50,7 +80,15 @@ def schedule_oracle_points(
 
 def first_safe_schedule(same_answer: Labels, kv_share: float) -> Schedules:
     """The cheapest traced (f, k), k >= 1, from which on every later freeze and exit gives the full model's
-    answer."""
+    answer.
+
+    Parameters
+    ----------
+    same_answer
+        1 or 0, of every traced schedule.
+    kv_share
+        FLOPs of a frozen token's keys and values, as a share of its layer's.
+    """
     num_layers = same_answer.values_BGL1.shape[2] - 1
     pairs = traced_pairs(num_layers, same_answer.freeze_layers)
     right_BM, pairs_M2 = at_pairs(same_answer, pairs) == 1, torch.tensor(pairs)
@@ -61,13 +99,29 @@ def first_safe_schedule(same_answer: Labels, kv_share: float) -> Schedules:
 
 
 def traced_pairs(num_layers: int, freeze_layers: Sequence[int]) -> list[tuple[int, int]]:
-    """(f, k) of the M traced schedules that read the visual tokens in some layer: f = k first."""
+    """(f, k) of the M traced schedules that read the visual tokens in some layer: f = k first.
+
+    Parameters
+    ----------
+    num_layers
+        L.
+    freeze_layers
+        That were traced.
+    """
     frozen = [(f, k) for f in freeze_layers for k in range(f + 1, num_layers + 1)]
     return [*((k, k) for k in range(1, num_layers + 1)), *frozen]
 
 
 def at_pairs(labels: Labels, pairs: Sequence[tuple[int, int]]) -> Tensor:
-    """(B, M) float64 entries at the pairs."""
+    """(B, M) float64 entries at the pairs.
+
+    Parameters
+    ----------
+    labels
+        Of every traced schedule.
+    pairs
+        (f, k) each.
+    """
     streams = [labels.freeze_layers.index(f) if f < k else len(labels.freeze_layers) for f, k in pairs]
     return labels.values_BGL1[:, streams, [k for _, k in pairs]].double()
 
@@ -106,6 +160,13 @@ def within_wording_share(exits_B: Tensor, questions: Sequence[str]) -> float:
 
     Deviations within a wording asked n times are scaled by n / (n - 1), since its own mean is fitted to it.
     Wordings asked once cannot tell and are excluded from both sums.
+
+    Parameters
+    ----------
+    exits_B
+        (B,) exit layers.
+    questions
+        Their wordings.
     """
     groups: dict[str, list[float]] = {}
     for k, question in zip(exits_B.tolist(), questions, strict=True):

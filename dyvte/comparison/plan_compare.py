@@ -65,7 +65,15 @@ class PlanMixture:
 
 
 def mixture_for(judged: Sequence[JudgedPlan], budget: float) -> PlanMixture | None:
-    """The mixture of least risk that spends the budget; None where no plan is cheap enough."""
+    """The mixture of least risk that spends the budget; None where no plan is cheap enough.
+
+    Parameters
+    ----------
+    judged
+        Plans, on the samples they are chosen on.
+    budget
+        Share of the full model's visual compute.
+    """
     best = front(judged)
     corners = [best[index] for index in lower_hull([p.compute for p in best], [p.risk for p in best])]
     if not corners or corners[0].compute > budget + 1e-9:
@@ -136,7 +144,15 @@ class PlanComparison:
     num_seeds: int
 
     def at(self, budget: float, method: str) -> MethodAt | None:
-        """One entry."""
+        """One entry.
+
+        Parameters
+        ----------
+        budget
+            One of the budgets.
+        method
+            One of the methods.
+        """
         found = [one for one in self.methods if (one.budget, one.method) == (budget, method)]
         return found[0] if found else None
 

@@ -232,7 +232,15 @@ def front(judged: Sequence[JudgedPlan]) -> list[JudgedPlan]:
 
 
 def choose(judged: Sequence[JudgedPlan], budget: float) -> JudgedPlan | None:
-    """The plan of least risk within the budget; None where none is cheap enough."""
+    """The plan of least risk within the budget; None where none is cheap enough.
+
+    Parameters
+    ----------
+    judged
+        Plans, on the samples they are chosen on.
+    budget
+        Share of the full model's visual compute.
+    """
     within = [one for one in judged if one.compute <= budget + 1e-9]
     return min(within, key=lambda one: (one.risk, one.compute)) if within else None
 
@@ -243,5 +251,13 @@ def folder_name(reduction: str) -> str:
 
 
 def traces_of(root: Path, reduction: str) -> Path:
-    """Where a search keeps its traces of one combination."""
+    """Where a search keeps its traces of one combination.
+
+    Parameters
+    ----------
+    root
+        Of the search.
+    reduction
+        As the command line says it.
+    """
     return root / "traces" / folder_name(reduction)

@@ -100,6 +100,17 @@ def probe_gates(
 
     (B, L) each; of gates with a freeze head those of both heads, one prefill for every layer after which some
     set can freeze.
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    questions, prompts
+        All, in one order.
+    stacks
+        Gates of the backbone.
+    batch_size
+        Questions of a batch.
     """
     freezes = tuple(sorted({f for stack in stacks for f in stack.config.open_freezes}))
     streams = [ProbePolicy(stacks, f) for f in (*freezes, None)]

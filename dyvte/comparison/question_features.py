@@ -31,7 +31,15 @@ class BagOfWords:
 
     @staticmethod
     def fit(questions: Sequence[str], max_words: int = 2000) -> BagOfWords:
-        """Take the most frequent words."""
+        """Take the most frequent words.
+
+        Parameters
+        ----------
+        questions
+            To learn from.
+        max_words
+            Of the vocabulary.
+        """
         counts = Counter(word for question in questions for word in _words(question))
         return BagOfWords(tuple(sorted(word for word, _ in counts.most_common(max_words))))
 
@@ -53,6 +61,13 @@ def router_features(pipeline: Pipeline, questions: Sequence[str]) -> dict[str, F
     """The two kinds of input a router is tried with, by name; ``questions`` are those it learns from.
 
     Features of a list of questions are kept: every seed asks for the same ones.
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    questions
+        To learn from.
     """
     kinds = {"bag of words": BagOfWords.fit(questions), "text states": TextStates.of(pipeline)}
     return {kind: _remembering(featurise) for kind, featurise in kinds.items()}
@@ -71,7 +86,15 @@ def _remembering(featurise: Featurise) -> Featurise:
 
 
 def state_layers(num_layers: int, count: int = 4) -> tuple[int, ...]:
-    """``count`` layers evenly up the stack, the last one included."""
+    """``count`` layers evenly up the stack, the last one included.
+
+    Parameters
+    ----------
+    num_layers
+        L.
+    count
+        How many.
+    """
     return tuple(sorted({max(1, round(num_layers * (i + 1) / count)) for i in range(count)}))
 
 

@@ -82,7 +82,17 @@ class QuestionRouter(nn.Module):
 
 
 def train_router(features_BF: Tensor, trace: Trace, settings: RouterSettings) -> QuestionRouter:
-    """Minimise the gates' objective, sum_k P_k (risk_k + lam k / L), P given by the question alone."""
+    """Minimise the gates' objective, sum_k P_k (risk_k + lam k / L), P given by the question alone.
+
+    Parameters
+    ----------
+    features_BF
+        Of the questions.
+    trace
+        Of the same samples.
+    settings
+        Of the training.
+    """
     return train_routers(features_BF, trace, [settings])[0]
 
 
@@ -97,6 +107,17 @@ def train_routers(
 
     They must agree in seed, epochs, batch size and size; price, span, learning rate and weight decay are
     free. ``advance`` is called with the number of steps done, for a progress bar.
+
+    Parameters
+    ----------
+    features_BF
+        Of the questions.
+    trace
+        Of the same samples.
+    settings_C
+        Of each training.
+    advance
+        Shows the progress.
 
     Raises
     ------
@@ -122,7 +143,15 @@ def train_routers(
 
 
 def router_steps(num_samples: int, settings: RouterSettings) -> int:
-    """Optimiser steps of a training."""
+    """Optimiser steps of a training.
+
+    Parameters
+    ----------
+    num_samples
+        To train on.
+    settings
+        Of the training.
+    """
     return settings.epochs * math.ceil(num_samples / settings.batch_size)
 
 
@@ -176,7 +205,15 @@ def _logits_together(routers: Sequence[QuestionRouter], normed_BF: Tensor) -> li
 
 
 def router_exits(readiness_BL: Tensor, threshold: float) -> Tensor:
-    """(B,) smallest k in 1..L whose readiness reaches ``threshold``; 1 means L."""
+    """(B,) smallest k in 1..L whose readiness reaches ``threshold``; 1 means L.
+
+    Parameters
+    ----------
+    readiness_BL
+        Chance to have left by each layer.
+    threshold
+        In (0, 1].
+    """
     if threshold >= NEVER:
         return torch.full((len(readiness_BL),), readiness_BL.shape[1])
     return ((readiness_BL[:, :-1] < threshold).sum(1) + 1).long()
@@ -186,6 +223,15 @@ def router_threshold(readiness_BL: Tensor, num_visual_B: Tensor, budget: float) 
     """Largest threshold whose visual compute on these (calibration) samples is at most ``budget``.
 
     Falls back to the smallest threshold where even that spends more.
+
+    Parameters
+    ----------
+    readiness_BL
+        Chance to have left by each layer.
+    num_visual_B
+        (B,) visual tokens.
+    budget
+        Share of the full model's visual compute.
     """
     num_layers = readiness_BL.shape[1]
     if budget >= 1:
@@ -209,7 +255,19 @@ def router_threshold(readiness_BL: Tensor, num_visual_B: Tensor, budget: float) 
 def router_points(
     name: str, readiness_BL: Tensor, num_visual_B: Tensor, thresholds: Sequence[float]
 ) -> OperatingPoints:
-    """The router's exits at thresholds found on other samples; settings that decide alike are merged."""
+    """The router's exits at thresholds found on other samples; settings that decide alike are merged.
+
+    Parameters
+    ----------
+    name
+        Of the rule.
+    readiness_BL
+        Chance to have left by each layer.
+    num_visual_B
+        (B,) visual tokens.
+    thresholds
+        In (0, 1].
+    """
     thresholds = sorted(set(thresholds) | {NEVER})
     exits_SB = torch.stack([router_exits(readiness_BL, t) for t in thresholds])
     return OperatingPoints(name, tuple(thresholds), exits_SB, num_visual_B, readiness_BL.shape[1])

@@ -83,7 +83,19 @@ class BenchmarkRuns:
     def run(
         self, pipeline: Pipeline, policies: Sequence[NamedPolicy], config: EvalConfig, label: str
     ) -> None:
-        """Answer what is not answered yet."""
+        """Answer what is not answered yet.
+
+        Parameters
+        ----------
+        pipeline
+            The backbone and how it answers.
+        policies
+            What is answered with.
+        config
+            Of the evaluation.
+        label
+            Of the progress bar.
+        """
         found = run_policies(
             pipeline, self.benchmark, self.questions, policies, config, description=f"{self.title}: {label}"
         )

@@ -35,6 +35,15 @@ def load_scenes(traces: Path, data: Path, image_folder: Path) -> TracedScenes:
 
     Samples without an image are excluded: nothing leaves there.
 
+    Parameters
+    ----------
+    traces
+        Folder of the store.
+    data
+        The json.
+    image_folder
+        What its image entries are relative to.
+
     Raises
     ------
     DataError

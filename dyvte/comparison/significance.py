@@ -35,7 +35,17 @@ def graded(
 
 
 def score_value(benchmark: Benchmark, questions: Sequence[Question], hits: Sequence[float]) -> float:
-    """The score that intervals are of: the benchmark's statistic, each unit drawn once."""
+    """The score that intervals are of: the benchmark's statistic, each unit drawn once.
+
+    Parameters
+    ----------
+    benchmark
+        Whose statistic it is.
+    questions
+        All.
+    hits
+        What each is worth, 0 to 1.
+    """
     ones_1G = np.ones((1, len(benchmark.strata(questions))))
     return float(benchmark.statistic(questions, hits)(ones_1G)[0])
 

@@ -52,13 +52,29 @@ class TunedGates:
         return self.gates.config.freeze_head
 
     def decided(self, logits: Tensor | HeadLogits, threshold: float | None = None) -> Schedules:
-        """The schedules that the rule draws; the freeze threshold goes with the exit threshold."""
+        """The schedules that the rule draws; the freeze threshold goes with the exit threshold.
+
+        Parameters
+        ----------
+        logits
+            (B, L), or those of both heads.
+        threshold
+            Of exiting; None: the stored one.
+        """
         t, config = self.threshold if threshold is None else threshold, self.gates.config
         freeze = follow_threshold(config.freeze_threshold, config.threshold, t) if self.freezes else None
         return schedules(logits, t, self.min_layer, self.fallback, freeze)
 
     def points(self, logits: Tensor | HeadLogits, num_visual_B: Tensor) -> OperatingPoints:
-        """The threshold curve on other samples."""
+        """The threshold curve on other samples.
+
+        Parameters
+        ----------
+        logits
+            (B, L), or those of both heads.
+        num_visual_B
+            (B,) visual tokens.
+        """
         return self._points(logits, num_visual_B, self.curve_thresholds)
 
     def points_on(self, scenes: TracedScenes) -> OperatingPoints:
@@ -66,7 +82,15 @@ class TunedGates:
         return self.points(gate_logits(self.gates, scenes.trace, scenes.features), scenes.trace.num_visual)
 
     def operating_point(self, logits: Tensor | HeadLogits, num_visual_B: Tensor) -> OperatingPoints:
-        """The one point of the stored threshold."""
+        """The one point of the stored threshold.
+
+        Parameters
+        ----------
+        logits
+            (B, L), or those of both heads.
+        num_visual_B
+            (B,) visual tokens.
+        """
         return self._points(logits, num_visual_B, (self.threshold,))
 
     def _points(
@@ -89,6 +113,15 @@ def budget_grid(num_layers: int) -> list[float]:
 
 def load_gates(folder: str | Path, name: str, calibration: TracedScenes) -> TunedGates:
     """Gates of a checkpoint folder; the thresholds of their curve come from the calibration scenes.
+
+    Parameters
+    ----------
+    folder
+        Of the checkpoint.
+    name
+        Of the seed.
+    calibration
+        Samples that whatever is chosen is chosen on.
 
     Raises
     ------
@@ -139,6 +172,13 @@ def levels_of_both(path: ThresholdPath, count: int = CURVE_LEVELS) -> set[float]
     """Thresholds of both heads at ``count`` levels, evenly over those at which some decision changes.
 
     Of them, those that spend more than all before.
+
+    Parameters
+    ----------
+    path
+        Of the gates.
+    count
+        Levels of each head.
     """
     levels = path.levels()
     cuts = levels[torch.linspace(0, len(levels) - 1, count).round().long()]

@@ -64,7 +64,15 @@ class TunedRouter:
         return float("inf") if np.isnan(found) else found
 
     def points(self, questions: Sequence[str], num_visual_B: Tensor) -> OperatingPoints:
-        """The curve on other questions."""
+        """The curve on other questions.
+
+        Parameters
+        ----------
+        questions
+            All.
+        num_visual_B
+            (B,) visual tokens.
+        """
         return self.curve(self.featurise(questions), num_visual_B)
 
 
@@ -153,6 +161,21 @@ def train_router_candidates(
 
     Of exits: one price, or the gates' range of prices. With ``freezes`` of schedules, as gates with a freeze
     head choose them: both kinds of `dyvte.comparison.schedule_router`. ``advance`` as in `train_routers`.
+
+    Parameters
+    ----------
+    features
+        Inputs, by kind.
+    train
+        What routers learn from.
+    calibration
+        What their thresholds are chosen on.
+    settings
+        Of the training.
+    advance
+        Shows the progress.
+    freezes
+        Choose schedules in place of exits.
     """
     find = _schedule_candidates if freezes else _exit_candidates
     return [
@@ -212,7 +235,15 @@ def _schedule_candidates(
 
 
 def best_router(candidates: Sequence[TunedRouter], budget: float) -> TunedRouter:
-    """The candidate with the least loss at ``budget`` on the calibration scenes."""
+    """The candidate with the least loss at ``budget`` on the calibration scenes.
+
+    Parameters
+    ----------
+    candidates
+        Of one seed.
+    budget
+        Share of the full model's visual compute.
+    """
     return min(candidates, key=lambda router: router.calibration_loss(budget))
 
 

@@ -32,7 +32,15 @@ class LayerMacs:
 
     @staticmethod
     def of(shape: DecoderShape, ffn_matrices: int = 3) -> LayerMacs:
-        """Those of a decoder; ``ffn_matrices`` is how many matrices of the FFN are counted (gated: 3)."""
+        """Those of a decoder; ``ffn_matrices`` is how many matrices of the FFN are counted (gated: 3).
+
+        Parameters
+        ----------
+        shape
+            Of the decoder.
+        ffn_matrices
+            Convention: DyVTE and VTW count three, FastV two.
+        """
         width, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         ffn_sizes_L = torch.tensor(shape.ffn_sizes_L, dtype=torch.float64)
         return LayerMacs(

@@ -69,6 +69,13 @@ class VisualFactors:
     def of(self, name: str, num_layers: int) -> Tensor:
         """(L,) float64 factors under that name.
 
+        Parameters
+        ----------
+        name
+            Of the factor.
+        num_layers
+            L.
+
         Raises
         ------
         ConfigError
@@ -194,7 +201,13 @@ def _share_of_layers(layers_B: Tensor, num_layers: int) -> Tensor:
 
 
 def check_freeze(freeze_layers_B: Tensor, exit_layers_B: Tensor) -> None:
-    """Raise ConfigError where a row freezes after it leaves."""
+    """Raise ConfigError where a row freezes after it leaves.
+
+    Parameters
+    ----------
+    freeze_layers_B, exit_layers_B
+        (B,) int64.
+    """
     late_B = freeze_layers_B > exit_layers_B
     if bool(late_B.any()):
         row = int(late_B.nonzero()[0])
@@ -255,6 +268,15 @@ def score_row_flops(
 
     In each of a sample's ``score_layers`` (1..L) its last prompt token is projected once more and attends to
     all tokens of the layer.
+
+    Parameters
+    ----------
+    shape
+        Of the decoder.
+    tokens_BL
+        (B, L) tokens that each layer processed.
+    score_layers_B
+        The layers, of each sample.
     """
     macs = LayerMacs.of(shape)
     tokens_BL = torch.as_tensor(tokens_BL, dtype=torch.float64)

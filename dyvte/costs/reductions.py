@@ -17,7 +17,15 @@ from dyvte.spans import find_spans
 
 
 def tokens_left(reductions: Sequence[Reduction], visual_BL: Tensor) -> Tensor:
-    """(B, L) visual tokens that each layer processes once the reductions have taken theirs."""
+    """(B, L) visual tokens that each layer processes once the reductions have taken theirs.
+
+    Parameters
+    ----------
+    reductions
+        In any order.
+    visual_BL
+        (B, L) visual tokens that the exits leave to each layer.
+    """
     for reduction in reductions:
         visual_BL = reduction.tokens_left(visual_BL)
     return visual_BL
@@ -53,7 +61,15 @@ def visual_factors(reductions: Sequence[Reduction], shape: DecoderShape, num_vis
 
 
 def window_share(window: Neighbourhood | None, num_visual: float) -> float:
-    """Share of all pairs of visual tokens on a square image that a neighbourhood leaves."""
+    """Share of all pairs of visual tokens on a square image that a neighbourhood leaves.
+
+    Parameters
+    ----------
+    window
+        How far tokens see; None: all pairs.
+    num_visual
+        Tokens of an image.
+    """
     if window is None or num_visual <= 0:
         return 1.0
     side = max(1, round(num_visual**0.5))

@@ -95,13 +95,30 @@ def reference_step_flops(shape: DecoderShape, sample: SampleShape, layer: int) -
     All tokens run through all layers, and through those after ``layer`` twice: the batch is doubled there,
     and its second half masks the visual keys, which saves nothing. Logits are computed at every position of
     both halves. The gate, and the gradient that goes through nothing else, are not counted.
+
+    Parameters
+    ----------
+    shape
+        Of the decoder.
+    sample
+        Tokens of each kind.
+    layer
+        That the step drew.
     """
     whole = [_layer(shape, index, sample.total, sample.total) for index in range(shape.num_layers)]
     return sum(whole) + sum(whole[layer:]) + 2 * sample.total * _head(shape)
 
 
 def mean_reference_step_flops(shape: DecoderShape, sample: SampleShape) -> float:
-    """The mean of :func:`reference_step_flops` over the layer, drawn evenly from 1..L."""
+    """The mean of :func:`reference_step_flops` over the layer, drawn evenly from 1..L.
+
+    Parameters
+    ----------
+    shape
+        Of the decoder.
+    sample
+        Tokens of each kind.
+    """
     layers = range(1, shape.num_layers + 1)
     return sum(reference_step_flops(shape, sample, k) for k in layers) / shape.num_layers
 

@@ -37,7 +37,15 @@ class Unusable(Exception):
         self.field, self.problem = field_name, problem
 
     def defect(self, file: str, sample_id: str) -> Defect:
-        """The defect that it is."""
+        """The defect that it is.
+
+        Parameters
+        ----------
+        file
+            Or data set, that the sample is of.
+        sample_id
+            Its id.
+        """
         return Defect(file=file, sample_id=sample_id, field=self.field, problem=self.problem)
 
 
@@ -121,7 +129,15 @@ def _printable(text: str) -> str:
 
 def check_text(text: str, where: str) -> None:
     """Raise Unusable if a text holds half a character: JSON may escape one half of an emoji, as text cut at a
-    fixed length leaves it, but no tokenizer and no file takes it."""
+    fixed length leaves it, but no tokenizer and no file takes it.
+
+    Parameters
+    ----------
+    text
+        Any.
+    where
+        The field, for the message.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -20,6 +20,13 @@ _SIXTEEN_BITS_AS_I = ("PPM",)
 def image_path(folder: Path, name: str) -> Path:
     """The path of an image entry below ``folder``; the file system is not asked.
 
+    Parameters
+    ----------
+    folder
+        That images lie in.
+    name
+        As the record gives it.
+
     Raises
     ------
     LeavesFolder
@@ -46,7 +53,17 @@ def image_path(folder: Path, name: str) -> Path:
 
 
 def check_image_file(folder: Path, path: Path, *, follow_links: bool) -> None:
-    """Raise if the file is not there (Unusable) or a symbolic link leads out of the folder (LeavesFolder)."""
+    """Raise if the file is not there (Unusable) or a symbolic link leads out of the folder (LeavesFolder).
+
+    Parameters
+    ----------
+    folder
+        That images lie in.
+    path
+        Of the file.
+    follow_links
+        Let symbolic links lead out of the folder.
+    """
     if not follow_links and path.exists():
         real = os.path.realpath(path)
         root = os.path.realpath(folder)

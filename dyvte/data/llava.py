@@ -74,6 +74,15 @@ class Conversations:
         the first ``:turn2``, ..., and a record without id is called by its place. "single" yields the first
         exchange like "first" does: the choice by ``num_turns`` is the selection's.
 
+        Parameters
+        ----------
+        turns
+            Which exchanges of a conversation are samples.
+        tally
+            Counts records, and takes defects.
+        repeated_ids
+            Number them, or refuse their records.
+
         Raises
         ------
         DataError

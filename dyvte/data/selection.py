@@ -197,7 +197,15 @@ class Draw:
 
 
 def draw_key(sample_id: str, seed: int) -> float:
-    """A sample's place in [0, 1) for a seed, the same on every machine."""
+    """A sample's place in [0, 1) for a seed, the same on every machine.
+
+    Parameters
+    ----------
+    sample_id
+        Of the sample.
+    seed
+        Of the draw.
+    """
     digest = hashlib.sha256(f"{seed}\0{sample_id}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 

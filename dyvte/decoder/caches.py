@@ -160,6 +160,15 @@ class _Interrupting(Capture):
 def keys_and_values(forward: Callable[..., Any], hidden_BND: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer's input, without its attention, output projection and MLP.
 
+    Parameters
+    ----------
+    forward
+        Of the layer.
+    hidden_BND
+        Its input.
+    **kwargs
+        The other arguments of the layer.
+
     Raises
     ------
     UnsupportedBackboneError

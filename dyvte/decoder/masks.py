@@ -48,7 +48,15 @@ def cut_mask(mask: Any, queries: Slots, keys: Slots, implementation: str) -> Ten
 
 def sees(mask: Any, queries_BN: Tensor, keys_BN: Tensor) -> bool:
     """May any of some tokens attend to any of some later tokens (as in a prefix-LM)? Not under causal masks,
-    which are those that are not 4D."""
+    which are those that are not 4D.
+
+    Parameters
+    ----------
+    mask
+        As a layer takes it.
+    queries_BN, keys_BN
+        (B, N) bool: the tokens.
+    """
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return False
     allowed_BNN = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
@@ -56,7 +64,15 @@ def sees(mask: Any, queries_BN: Tensor, keys_BN: Tensor) -> bool:
 
 
 def cut_square(mask: Tensor, queries_BQ: Tensor, keys_BK: Tensor | None) -> Tensor:
-    """(B, H, Q, K) rows and columns of a (B or 1, H, N, N) mask; keys None: all columns."""
+    """(B, H, Q, K) rows and columns of a (B or 1, H, N, N) mask; keys None: all columns.
+
+    Parameters
+    ----------
+    mask
+        Bool or additive.
+    queries_BQ, keys_BK
+        Indices of the tokens that stay.
+    """
     mask = mask.expand(len(queries_BQ), -1, -1, -1)
     index = queries_BQ.to(mask.device)[:, None, :, None]
     mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[-1]))
@@ -67,7 +83,15 @@ def cut_square(mask: Tensor, queries_BQ: Tensor, keys_BK: Tensor | None) -> Tens
 
 
 def hide_keys(mask: Tensor, seen_BK: Tensor) -> Tensor:
-    """A (B, H, Q, K) mask, bool or additive, that also hides all keys but these."""
+    """A (B, H, Q, K) mask, bool or additive, that also hides all keys but these.
+
+    Parameters
+    ----------
+    mask
+        The tokens' own.
+    seen_BK
+        (B, K) bool: the keys that stay visible.
+    """
     hidden = ~seen_BK.to(mask.device)[:, None, None, :]
     if mask.dtype == torch.bool:
         return mask & ~hidden

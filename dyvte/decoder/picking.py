@@ -62,7 +62,15 @@ class Picker:
         return value
 
     def mask(self, mask: Tensor, real_RT: Tensor | None) -> Tensor:
-        """Rows, and the tokens' rows and columns, of a 2D or 4D mask; what is not real is hidden."""
+        """Rows, and the tokens' rows and columns, of a 2D or 4D mask; what is not real is hidden.
+
+        Parameters
+        ----------
+        mask
+            As a layer takes it.
+        real_RT
+            (R, T) bool: tokens that are no filler; None: all.
+        """
         key = ("mask", id(mask))
         if key not in self._cache:
             picked = mask.index_select(0, self._rows) if mask.shape[0] == self.batch else mask

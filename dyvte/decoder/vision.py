@@ -53,7 +53,15 @@ class Memory(Protocol):
         """What is known of an image."""
 
     def keep_features(self, digest: bytes, encoded: Encoded) -> None:
-        """Remember it."""
+        """Remember it.
+
+        Parameters
+        ----------
+        digest
+            Of the pixels and sizes.
+        encoded
+            What they became.
+        """
 
 
 @contextmanager
@@ -62,6 +70,13 @@ def each_image_once(backbone: Backbone, memory: Memory | None = None) -> Iterato
 
     Equal means equal pixels and sizes, as the processor made them. Calls whose images cannot be told apart go
     through as they are. With a ``memory``, images of earlier calls are not encoded again.
+
+    Parameters
+    ----------
+    backbone
+        Whose vision side is wrapped.
+    memory
+        Of earlier calls.
     """
     # The innermost alone: others call it.
     modules = [module for module in backbone.path if callable(getattr(module, _METHOD, None))]

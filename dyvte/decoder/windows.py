@@ -30,7 +30,13 @@ class Window:
     size: int
 
     def reaches(self, query_BQ1: Tensor, key_B1K: Tensor) -> Tensor:
-        """(B, Q, K) bool for positions counted from each row's first real token."""
+        """(B, Q, K) bool for positions counted from each row's first real token.
+
+        Parameters
+        ----------
+        query_BQ1, key_B1K
+            Positions, counted from each row's first real token.
+        """
         if self.kind == "sliding":
             return key_B1K > query_BQ1 - self.size
         return key_B1K.div(self.size, rounding_mode="floor") == query_BQ1.div(
@@ -43,7 +49,15 @@ class Window:
 
 
 def layer_windows(config: Any, num_layers: int) -> tuple[Window | None, ...]:
-    """The reach of every layer of a text config; None: everything before it."""
+    """The reach of every layer of a text config; None: everything before it.
+
+    Parameters
+    ----------
+    config
+        Of the text model.
+    num_layers
+        L.
+    """
     kinds = getattr(config, "layer_types", None)
     sizes = {
         "sliding_attention": getattr(config, "sliding_window", None),

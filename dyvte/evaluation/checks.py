@@ -27,7 +27,15 @@ _SHOWN = 5
 
 
 def check_ids(questions: Sequence[Question], where: str) -> None:
-    """Raise a DataError naming ids that are no text, which no file can hold."""
+    """Raise a DataError naming ids that are no text, which no file can hold.
+
+    Parameters
+    ----------
+    questions
+        All.
+    where
+        The benchmark and its files, for the message.
+    """
     defects: list[Defect] = []
     for question in questions:
         with collected(defects, file=where, sample_id=question.id, field="id"):
@@ -72,7 +80,15 @@ def text_defects(
 
 def image_defects(questions: Sequence[Question], where: str) -> list[Defect]:
     """Decode every image of the questions once, on all cores; those that cannot be, of each question about
-    one. Videos are not decoded."""
+    one. Videos are not decoded.
+
+    Parameters
+    ----------
+    questions
+        All that will be asked.
+    where
+        The benchmark and its files, for messages.
+    """
     sources = list(dict.fromkeys(source for question in questions for source in question.images))
 
     def problem(source: ImageSource) -> list[Defect]:
@@ -112,7 +128,15 @@ def defects_alone(ids: Sequence[str], ask_alone: Callable[[int], Any], where: st
 
 
 def defects_of(problems: Mapping[str, str], where: str) -> list[Defect]:
-    """What keeps questions from being asked, by id, as defects of them."""
+    """What keeps questions from being asked, by id, as defects of them.
+
+    Parameters
+    ----------
+    problems
+        Field and problem, joined by a colon.
+    where
+        The benchmark and its files, for messages.
+    """
     parted = ((question_id, *text.split(": ", 1)) for question_id, text in problems.items())
     return [Defect(file=where, sample_id=one, field=name, problem=text) for one, name, text in parted]
 

@@ -89,6 +89,15 @@ def plan_batches(pipeline: Pipeline, prompts: Sequence[str], batch_size: int) ->
 
     A function of prompts and batch size alone, so that a resumed run forms the same batches. Longest first,
     so that a batch that does not fit in memory fails at the start.
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    prompts
+        Texts, without image placeholders.
+    batch_size
+        Questions of a batch.
     """
     lengths = _token_counts(pipeline.processor.tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
@@ -108,7 +117,15 @@ def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 
 def question_images(question: Question, num_frames: int) -> list[Any]:
-    """RGB PIL images of a question: its images in order, or its video's sampled frames."""
+    """RGB PIL images of a question: its images in order, or its video's sampled frames.
+
+    Parameters
+    ----------
+    question
+        As a benchmark gives it.
+    num_frames
+        Frames sampled from a video.
+    """
     if question.video is not None:
         return read_frames(question.video, num_frames)
     return [open_image(source) for source in question.images]
@@ -118,6 +135,15 @@ def encode_questions(
     pipeline: Pipeline, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
 ) -> Batch:
     """One batch of questions, ready to be asked.
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    questions, prompts
+        Of the batch, in order.
+    index
+        Of the batch.
 
     Raises
     ------
@@ -139,7 +165,17 @@ def encode_questions(
 def encode_together(
     pipeline: Pipeline, questions: Sequence[Question], prompts: Sequence[str], index: int = 0
 ) -> Batch:
-    """One batch of questions; raises whatever one of them makes a decoder, template or processor raise."""
+    """One batch of questions; raises whatever one of them makes a decoder, template or processor raise.
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    questions, prompts
+        Of the batch, in order.
+    index
+        Of the batch.
+    """
     shown = {(q.images, q.video): question_images(q, pipeline.num_frames) for q in questions}
     rows = [shown[q.images, q.video] for q in questions]
     as_videos = all(q.video is not None for q in questions) and takes_videos(pipeline.processor)
@@ -161,7 +197,23 @@ def encode_rendered(
     as_videos: bool = False,
     index: int = 0,
 ) -> Batch:
-    """One batch from prompts as the template renders them and RGB PIL images (see `backbones.encode`)."""
+    """One batch from prompts as the template renders them and RGB PIL images (see `backbones.encode`).
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    question_ids
+        Of the batch, in order.
+    rendered
+        One prompt for each.
+    images
+        Those of each, in order.
+    as_videos
+        The images are frames, shown in the backbone's own way.
+    index
+        Of the batch.
+    """
     inputs, _ = encode(pipeline.processor, rendered, images, padding_side="left", as_videos=as_videos)
     num_tokens_B = inputs["attention_mask"].sum(1)
     return Batch(index, tuple(question_ids), _place(inputs, pipeline), num_tokens_B)
@@ -184,7 +236,21 @@ def encoded_batches(
     skipped: Collection[str] = (),
 ) -> Iterator[Batch]:
     """The wanted batches of the plan, without the questions of ids in ``skipped``; the next one is read and
-    encoded while the caller works on this one."""
+    encoded while the caller works on this one.
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    questions, prompts
+        All, in one order.
+    plan
+        Indices of the questions of each batch.
+    wanted
+        Indices of batches.
+    skipped
+        Ids of questions.
+    """
 
     def make(index: int) -> Batch:
         rows = [i for i in plan[index] if questions[i].id not in skipped]
@@ -209,6 +275,17 @@ def answer(
 
     They are greedy (`dyvte.backbones.greedy`), unless ``generation`` holds other arguments of ``generate``
     (one sequence for each prompt).
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    batch
+        Encoded questions.
+    exits
+        The policy and its reductions.
+    generation
+        Arguments of ``generate``.
     """
     settings = {"max_new_tokens": pipeline.max_new_tokens, **(generation or {})}
     with exits(pipeline.model) as run:
@@ -280,7 +357,13 @@ def _logits(logits_L: Tensor) -> tuple[float | None, ...]:
 
 
 def questions_digest(questions: Sequence[Question], prompts: Sequence[str]) -> str:
-    """sha256 over ids, prompts and image names: what a resumed run must share."""
+    """sha256 over ids, prompts and image names: what a resumed run must share.
+
+    Parameters
+    ----------
+    questions, prompts
+        All, in one order.
+    """
     digest = hashlib.sha256()
     for question, prompt in zip(questions, prompts, strict=True):
         shown = question.images if question.video is None else (question.video,)

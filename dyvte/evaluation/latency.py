@@ -171,7 +171,15 @@ def _synchroniser(device: torch.device) -> Callable[[], None]:
 
 
 def spread_batches(num_batches: int, wanted: int) -> list[int]:
-    """Indices of ``wanted`` batches, evenly over all of them."""
+    """Indices of ``wanted`` batches, evenly over all of them.
+
+    Parameters
+    ----------
+    num_batches
+        How many there are.
+    wanted
+        How many to choose.
+    """
     wanted = min(wanted, num_batches)
     return [(2 * i + 1) * num_batches // (2 * wanted) for i in range(wanted)]
 

@@ -81,7 +81,15 @@ def _vision_tower(config: Any, answers: Sequence[Answer]) -> float | None:
 
 
 def same_answer(answers: Sequence[Answer], reference: Sequence[Answer]) -> float:
-    """Share of questions, of those that were asked, whose whole answer equals the reference's."""
+    """Share of questions, of those that were asked, whose whole answer equals the reference's.
+
+    Parameters
+    ----------
+    answers
+        Of a run.
+    reference
+        Of the full model, to the same questions.
+    """
     pairs = zip(answers, reference, strict=True)
     return _mean([a.prediction == b.prediction for a, b in pairs if not (a.problem or b.problem)])
 

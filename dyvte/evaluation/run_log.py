@@ -82,7 +82,17 @@ class Answer:
 
     @staticmethod
     def unanswered(question_id: str, problem: str, num_layers: int) -> Answer:
-        """In place of the answer to a question that cannot be asked: an empty one that cost nothing."""
+        """In place of the answer to a question that cannot be asked: an empty one that cost nothing.
+
+        Parameters
+        ----------
+        question_id
+            Of the question.
+        problem
+            Why it cannot be asked.
+        num_layers
+            L.
+        """
         none = ((0, num_layers),)
         return Answer(
             question_id=question_id,
@@ -160,7 +170,15 @@ class AnswerLog:
         return [i for i, ids in enumerate(self.batches) if any(q not in self.answers for q in ids)]
 
     def append(self, batch_index: int, answers: Sequence[Answer]) -> None:
-        """Keep one batch's answers, on disk before this returns."""
+        """Keep one batch's answers, on disk before this returns.
+
+        Parameters
+        ----------
+        batch_index
+            Of the batch.
+        answers
+            To all of its questions, in order.
+        """
         if tuple(answer.question_id for answer in answers) != self.batches[batch_index]:
             raise DataError(f"answers do not belong to batch {batch_index} of {self.folder}")
         text = "".join(_line(asdict(answer)) for answer in answers)

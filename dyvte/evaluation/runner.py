@@ -8,21 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import dyvte
 from dyvte.backbones import (
-    BackboneConfig,
     check_image_padding,
-    decoding_identity,
     describe,
-    fingerprint,
     get_template,
     image_padding,
     open_backbone,
-    weights_digest,
 )
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import dump_config, to_dict
@@ -37,8 +31,8 @@ from dyvte.evaluation.generation import (
     answer,
     encoded_batches,
     plan_batches,
-    questions_digest,
 )
+from dyvte.evaluation.identity import identity, identity_of
 from dyvte.evaluation.latency import PLAIN, machine, measure_generation, spread_batches
 from dyvte.evaluation.metrics import cost_metrics, same_answer
 from dyvte.evaluation.run_log import Answer, AnswerLog, texts
@@ -59,7 +53,6 @@ from dyvte.tasks.base import (
 )
 
 CONFIG_FILE = "config.yaml"
-_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +111,15 @@ class PolicyResult:
 
 
 def load_pipeline(config: GenerationSettings, device: torch.device | None = None) -> Pipeline:
-    """The backbone of a configuration, ready to be asked; on ``device`` unless it names one."""
+    """The backbone of a configuration, ready to be asked; on ``device`` unless it names one.
+
+    Parameters
+    ----------
+    config
+        Of the backbone.
+    device
+        None: the process's own.
+    """
     model, processor = open_backbone(config.model, device or own_device())
     template = get_template(config.template, processor)
     return Pipeline(model, processor, template, config.max_new_tokens, config.num_frames)
@@ -139,12 +140,34 @@ def load_questions(
     benchmark: Benchmark, root: Path, limit: int | None, max_bad_samples: int
 ) -> list[Question]:
     """A benchmark's questions, to be asked. A file that is not there ends the run at once; where any are
-    tolerated, it counts as the other things do that keep a question from being asked."""
+    tolerated, it counts as the other things do that keep a question from being asked.
+
+    Parameters
+    ----------
+    benchmark
+        Reads them.
+    root
+        Its data, in any known format.
+    limit
+        About this many; None: all.
+    max_bad_samples
+        How many that cannot be asked are tolerated.
+    """
     return benchmark.load(root, limit, images=max_bad_samples == 0)
 
 
 def prompts_of(benchmark: Benchmark, questions: Sequence[Question], suffix: str | None) -> list[str]:
-    """Prompt text of every question."""
+    """Prompt text of every question.
+
+    Parameters
+    ----------
+    benchmark
+        Whose way of asking it is.
+    questions
+        All.
+    suffix
+        Appended; None: what the benchmark appends.
+    """
     extra = {} if suffix is None else {"suffix": suffix}
     return [benchmark.prompt(question, **extra) for question in questions]
 
@@ -163,6 +186,23 @@ def run_policies(
 
     The policies take turns on each encoded batch. Of several processes, the first returns the results and the
     others an empty list.
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    benchmark
+        Asks and scores.
+    questions
+        What is asked.
+    policies
+        With their reductions; each gets a folder.
+    config
+        Of the evaluation.
+    description
+        Of the progress bar; None: the benchmark's name.
+    processes
+        That share the batches; None: this one alone.
     """
     processes = processes or Processes()
     where = f"{benchmark.name} ({config.data})"
@@ -170,14 +210,14 @@ def run_policies(
     prompts = prompts_of(benchmark, questions, config.question_suffix)
     plan = plan_batches(pipeline, prompts, config.batch_size)
     check_policies(pipeline, policies)
-    identity = _identity(pipeline, benchmark, questions, prompts, config)
+    answers_depend_on = identity(pipeline, benchmark, questions, prompts, config)
     ids = [[questions[i].id for i in rows] for rows in plan]
 
     def open_logs() -> list[AnswerLog]:
         return [
             AnswerLog(
                 config.output / named.name,
-                _identity_of(named, identity),
+                identity_of(named, answers_depend_on),
                 ids,
                 overwrite=config.overwrite,
                 rank=processes.rank,
@@ -221,7 +261,7 @@ def run_policies(
                 cost=cost_metrics(pipeline.model.config, given, named.reductions),
                 same_answer_as_never=None if reference is None else same_answer(given, reference),
                 timing=timing.get(named.name),
-                run=RunIdentity(_identity_of(named, identity), named.name, config.model.path),
+                run=RunIdentity(identity_of(named, answers_depend_on), named.name, config.model.path),
                 config=to_dict(config),
                 unanswered={one.question_id: one.problem for one in given if one.problem},
             )
@@ -235,7 +275,15 @@ def run_policies(
 
 
 def check_policies(pipeline: Pipeline, policies: Sequence[NamedPolicy]) -> None:
-    """Raise where one of them cannot serve the backbone, before anything is asked."""
+    """Raise where one of them cannot serve the backbone, before anything is asked.
+
+    Parameters
+    ----------
+    pipeline
+        The backbone and how it answers.
+    policies
+        With their reductions.
+    """
     backbone = describe(pipeline.model)
     for named in policies:
         named.check(backbone.num_layers, backbone.hidden_size)
@@ -336,49 +384,3 @@ def _earlier_timing(folder: Path) -> Timing | None:
         return RunScores.read(folder).timing
     except DataError:
         return None
-
-
-def _identity_of(named: NamedPolicy, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What the answers of one policy and its reductions depend on."""
-    return {**identity, **named.identity, "reduction": named.reduction}
-
-
-def _identity(
-    pipeline: Pipeline,
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    prompts: Sequence[str],
-    config: EvalConfig,
-) -> Mapping[str, Any]:
-    """All that answers depend on beside the policy; a folder with another identity is never taken up."""
-    import transformers
-
-    return {
-        "format": _FORMAT,
-        "benchmark": benchmark.name,
-        "questions": len(questions),
-        "questions_sha256": questions_digest(questions, prompts),
-        "backbone_fingerprint": fingerprint(pipeline.model),
-        "backbone_weights": weights_digest(pipeline.model),
-        "template": pipeline.template.version,
-        "image_padding": image_padding(pipeline.processor),
-        "batch_size": config.batch_size,
-        "decoding": decoding_identity(pipeline.model),
-        "max_new_tokens": config.max_new_tokens,
-        "num_frames": config.num_frames,
-        "seed": config.seed,
-        "dtype": str(pipeline.model.dtype),
-        "attn_implementation": config.model.attn_implementation,
-        **_unusual(config.model),
-        "device": pipeline.device.type,
-        "dyvte": dyvte.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _unusual(backbone: BackboneConfig) -> dict[str, str]:
-    """What answers depend on and neither weights nor processor tell; only where it is set."""
-    packed = {} if backbone.quantization == "none" else {"quantization": backbone.quantization}
-    features = {} if backbone.image_features is None else {"image_features": backbone.image_features}
-    return {**packed, **features}

@@ -39,7 +39,15 @@ class NamedPolicy:
         return VisualExit.from_policy(self.policy, reductions=self.reductions, **self.options)
 
     def check(self, num_layers: int, hidden_size: int) -> None:
-        """Raise where the policy or a reduction cannot serve a backbone of that shape."""
+        """Raise where the policy or a reduction cannot serve a backbone of that shape.
+
+        Parameters
+        ----------
+        num_layers
+            L.
+        hidden_size
+            D.
+        """
         self.policy.check(num_layers, hidden_size)
         for reduction in self.reductions:
             reduction.check(num_layers)
@@ -47,6 +55,13 @@ class NamedPolicy:
 
 def parse_policies(texts: Sequence[str], seed: int = 0) -> list[NamedPolicy]:
     """Policies from their command line forms, see `dyvte.policies.POLICIES`.
+
+    Parameters
+    ----------
+    texts
+        One for each.
+    seed
+        Of random policies without their own.
 
     Raises
     ------
@@ -69,6 +84,13 @@ def parse_policies(texts: Sequence[str], seed: int = 0) -> list[NamedPolicy]:
 def with_reductions(policies: Sequence[NamedPolicy], texts: Sequence[str]) -> list[NamedPolicy]:
     """Every policy with every reduction (``none``, ``fastv:2:0.5``, ``fastv:2:0.5+random_tokens:4``).
 
+    Parameters
+    ----------
+    policies
+        Without any.
+    texts
+        One for each, several joined by "+".
+
     Raises
     ------
     ConfigError
@@ -88,7 +110,17 @@ def _reduced(named: NamedPolicy, reductions: tuple[Reduction, ...]) -> NamedPoli
 
 
 def with_options(named: NamedPolicy, suffix: str, **options: Any) -> NamedPolicy:
-    """The policy under another name, run with these arguments of `VisualExit`."""
+    """The policy under another name, run with these arguments of `VisualExit`.
+
+    Parameters
+    ----------
+    named
+        The policy.
+    suffix
+        Of its new name.
+    **options
+        Arguments of `VisualExit`.
+    """
     identity = {**named.identity, **options}
     return replace(named, name=f"{named.name}-{suffix}", identity=identity, options=options)
 
@@ -99,7 +131,15 @@ def _slug(text: str) -> str:
 
 
 def parse_named(text: str, seed: int = 0) -> NamedPolicy:
-    """One policy from its command-line form; ``seed`` is for a random policy without its own."""
+    """One policy from its command-line form; ``seed`` is for a random policy without its own.
+
+    Parameters
+    ----------
+    text
+        Such as "fixed:16".
+    seed
+        Of what is drawn.
+    """
     kind, _, argument = text.partition(":")
     if kind == "gates":
         return _gates(argument)
@@ -115,7 +155,15 @@ def parse_named(text: str, seed: int = 0) -> NamedPolicy:
 def given_exits(
     name: str, exit_layers: Mapping[str, int], freeze_layers: Mapping[str, int] | None = None
 ) -> NamedPolicy:
-    """Exit layers, and freeze layers if any, known beforehand, by question id."""
+    """Exit layers, and freeze layers if any, known beforehand, by question id.
+
+    Parameters
+    ----------
+    name
+        Of the run.
+    exit_layers, freeze_layers
+        By question id.
+    """
     identity = {"policy": "given", "exit_layers_sha256": _layers_digest(exit_layers)}
     if freeze_layers is not None:
         identity["freeze_layers_sha256"] = _layers_digest(freeze_layers)
@@ -123,7 +171,15 @@ def given_exits(
 
 
 def learned(name: str, policy: LearnedPolicy) -> NamedPolicy:
-    """Gates in memory; identified by their weights and decision rule."""
+    """Gates in memory; identified by their weights and decision rule.
+
+    Parameters
+    ----------
+    name
+        Of the run.
+    policy
+        The gates and their rule.
+    """
     digest = hashlib.sha256()
     for key, tensor in sorted(policy.gates.state_dict().items()):
         digest.update(key.encode())

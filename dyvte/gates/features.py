@@ -85,6 +85,15 @@ class FeatureReader:
 def select_features(features_F: Tensor, stored: Sequence[str], wanted: Sequence[str]) -> Tensor:
     """The parts named ``wanted`` of features (..., F) that hold the parts ``stored``.
 
+    Parameters
+    ----------
+    features_F
+        (..., F), parts of equal size one after the other.
+    stored
+        Names of the parts.
+    wanted
+        Names, in the order they are wanted in.
+
     Raises
     ------
     ConfigError

@@ -60,7 +60,17 @@ def _read_config(path: Path) -> GateConfig:
 def write_checkpoint(
     folder: str | os.PathLike[str], config: GateConfig, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Weights first, config last: a folder with a config is complete."""
+    """Weights first, config last: a folder with a config is complete.
+
+    Parameters
+    ----------
+    folder
+        Made if need be.
+    config
+        Of the gates.
+    tensors
+        Their weights by name.
+    """
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -69,7 +79,15 @@ def write_checkpoint(
 
 
 def save_config(config: GateConfig, folder: str | os.PathLike[str]) -> None:
-    """Write `gate_config.json` alone: after calibration, or for a fixed exit without gates."""
+    """Write `gate_config.json` alone: after calibration, or for a fixed exit without gates.
+
+    Parameters
+    ----------
+    config
+        Of the gates.
+    folder
+        Made if need be.
+    """
     _write(Path(folder) / CONFIG_FILE, config.to_json())
 
 

@@ -68,7 +68,13 @@ class HeadLogits:
         return HeadLogits(self.exit_BGL[index], self.freeze_BL[index], self.freeze_layers)
 
     def shifted(self, exit_shift: float, freeze_shift: float) -> HeadLogits:
-        """The same logits with a constant added to each head: what other thresholds would see."""
+        """The same logits with a constant added to each head: what other thresholds would see.
+
+        Parameters
+        ----------
+        exit_shift, freeze_shift
+            Added to every logit of that head.
+        """
         return HeadLogits(self.exit_BGL + exit_shift, self.freeze_BL + freeze_shift, self.freeze_layers)
 
     def cpu(self) -> HeadLogits:

@@ -13,6 +13,13 @@ def uniform_offsets(num_layers: int, exits: Collection[int] | None = None) -> tu
     """Offsets that make all exits equally likely at logit 0: minus the log of how many come after, 0 for L.
 
     ``exits`` are the exit layers that may be taken (None: all); gates at the others are closed.
+
+    Parameters
+    ----------
+    num_layers
+        L.
+    exits
+        Exit layers that may be taken; None: all.
     """
     allowed = set(range(1, num_layers + 1)) if exits is None else {*exits, num_layers}
     later = [sum(j > k for j in allowed) for k in range(1, num_layers)]
@@ -24,6 +31,13 @@ def uniform_freeze_offsets(num_layers: int, freezes: Collection[int] | None = No
 
     That is for a row which does not leave before. Entry j = 0..L-1 is of freezing after j layers; ``freezes``
     are those that may be taken (None: all), the head is closed at the others.
+
+    Parameters
+    ----------
+    num_layers
+        L.
+    freezes
+        Freeze layers that may be taken; None: all.
     """
     allowed = set(range(num_layers)) if freezes is None else set(freezes)
     later = [1 + sum(f > j for f in allowed) for j in range(num_layers)]

@@ -32,7 +32,23 @@ def check_rule(
     mode: str = "gates",
     freeze_threshold: float | None = None,
 ) -> None:
-    """Raise ConfigError where the settings of the decision rule make no sense; L may be unknown yet."""
+    """Raise ConfigError where the settings of the decision rule make no sense; L may be unknown yet.
+
+    Parameters
+    ----------
+    num_layers
+        L; None: not known yet.
+    threshold
+        Of exiting, in (0, 1].
+    min_layer
+        First layer that may be an exit.
+    fallback
+        Exit layer of a row whose gates fail; None: L.
+    mode
+        "gates" or "fixed".
+    freeze_threshold
+        Of freezing; None without a freeze head.
+    """
     for name, value in (("threshold", threshold), ("freeze_threshold", freeze_threshold)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise ConfigError(f"{name} {value}: expected a probability in 0..1")
@@ -123,7 +139,15 @@ class ScheduleRule:
         self._leave(broken_B, max(k, self.fallback))
 
     def settle(self, rows_B: Tensor, k: int) -> None:
-        """Rows that have no visual token behind layer k, whoever took the last: nothing is left to decide."""
+        """Rows that have no visual token behind layer k, whoever took the last: nothing is left to decide.
+
+        Parameters
+        ----------
+        rows_B
+            (B,) bool.
+        k
+            The layer.
+        """
         self._leave(rows_B & (self.exit_layers_B > k), k)
         self.asking_B &= ~rows_B
 
@@ -184,7 +208,19 @@ def schedules(
 def exit_layers(
     logits_BL: Tensor, threshold: float, min_layer: int = 1, fallback: int | None = None
 ) -> Tensor:
-    """(B,) int64 exit layers that the rule draws from the logits of gates without freeze head."""
+    """(B,) int64 exit layers that the rule draws from the logits of gates without freeze head.
+
+    Parameters
+    ----------
+    logits_BL
+        Column k-1: after layer k.
+    threshold
+        Of exiting, in (0, 1].
+    min_layer
+        First layer that may be an exit.
+    fallback
+        Exit layer of a row whose gates fail; None: L.
+    """
     return schedules(logits_BL, threshold, min_layer, fallback).exit_layers_B
 
 

@@ -40,7 +40,15 @@ class SafeLabel(Objective):
 
 
 def safe_labels(trace: Trace, epsilon: float) -> Tensor:
-    """(B, L) bool, column k-1: risk_j < epsilon for every labelled exit j >= k."""
+    """(B, L) bool, column k-1: risk_j < epsilon for every labelled exit j >= k.
+
+    Parameters
+    ----------
+    trace
+        With the risk of every exit.
+    epsilon
+        Bound on the risk, in nats.
+    """
     harmless_BL = (trace.risk[:, 1:] < epsilon) | ~trace.labelled[1:]
     return harmless_BL.flip(1).cumprod(1).flip(1).bool()
 
@@ -52,6 +60,17 @@ def safe_label(
 
     ``balance_2L`` (see :func:`class_balance`) weighs stay and exit labels of each layer; without it the
     classes count as they come, which leaves the first gates with almost no exit to learn from.
+
+    Parameters
+    ----------
+    logits_BL
+        Of the gates.
+    trace
+        With the risk of every exit.
+    epsilon
+        Bound on the risk, in nats.
+    balance_2L
+        Weights of the two classes.
     """
     gates = trace.labelled_gates
     labels_BL = safe_labels(trace, epsilon)[:, gates]
@@ -69,6 +88,13 @@ def class_balance(labels_BL: Tensor, limit: float = 10.0) -> Tensor:
 
     Weights are capped at ``limit`` so that a class seen a handful of times cannot rule a gate; taken over the
     whole training set, never over a batch.
+
+    Parameters
+    ----------
+    labels_BL
+        As `safe_labels` gives them.
+    limit
+        Largest weight.
     """
     share_L = labels_BL.float().mean(0)
     both_2L = torch.stack((1 - share_L, share_L))

@@ -51,6 +51,15 @@ class PluginConfig(GenerationSettings):
 def plugin_config(origin: str, pretrained: Any, **arguments: Any) -> PluginConfig:
     """Settings from a harness's arguments; None stands for the default.
 
+    Parameters
+    ----------
+    origin
+        Of the arguments, for messages.
+    pretrained
+        Backbone: folder or hub id.
+    **arguments
+        Fields of `PluginConfig`.
+
     Raises
     ------
     ConfigError
@@ -197,6 +206,13 @@ class Answering:
 def generation_arguments(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
     """What a harness's arguments change in greedy generation. As in the harnesses' own models, a positive
     temperature means sampling unless ``do_sample`` says no.
+
+    Parameters
+    ----------
+    given
+        As a harness gives them.
+    max_new_tokens
+        Where it does not say.
 
     Raises
     ------

@@ -133,6 +133,15 @@ class DyvteChat(lmms):
 def as_request(identity: str, messages: Sequence[Mapping[str, Any]], num_frames: int) -> Request:
     """A conversation of lmms-eval as one prompt; images go before its first question, as in LLaVA.
 
+    Parameters
+    ----------
+    identity
+        The request's id.
+    messages
+        As the harness gives it.
+    num_frames
+        Frames sampled from a video.
+
     Raises
     ------
     DataError

@@ -33,7 +33,15 @@ def visual(doc: Mapping[str, Any]) -> list[Any]:
 
 
 def text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any]) -> str:
-    """The prompt; ``post_prompt`` is what ``dyvte eval --question-suffix`` is."""
+    """The prompt; ``post_prompt`` is what ``dyvte eval --question-suffix`` is.
+
+    Parameters
+    ----------
+    doc
+        Row of the data set.
+    lmms_eval_specific_kwargs
+        Of the task, by lmms-eval.
+    """
     return get_benchmark(doc["benchmark"]).prompt(_question(doc), lmms_eval_specific_kwargs["post_prompt"])
 
 

@@ -107,6 +107,15 @@ def as_request(identity: str, message: Sequence[Mapping[str, Any]], num_frames: 
     """A message of VLMEvalKit as one prompt: images go before the question, as in LLaVA; texts are joined by
     line breaks, as its own ``message_to_promptimg`` does.
 
+    Parameters
+    ----------
+    identity
+        The request's id.
+    message
+        As the harness gives it.
+    num_frames
+        Frames sampled from a video.
+
     Raises
     ------
     DataError
@@ -125,7 +134,17 @@ def as_request(identity: str, message: Sequence[Mapping[str, Any]], num_frames: 
 
 
 def register(name: str, pretrained: str, **arguments: Any) -> None:
-    """Make ``name`` a model of VLMEvalKit, built when it is first asked; for `DyvteVLM`'s arguments."""
+    """Make ``name`` a model of VLMEvalKit, built when it is first asked; for `DyvteVLM`'s arguments.
+
+    Parameters
+    ----------
+    name
+        Of the model.
+    pretrained
+        Backbone: folder or hub id.
+    **arguments
+        Fields of `PluginConfig`.
+    """
     from vlmeval.config import supported_VLM
 
     supported_VLM[name] = partial(DyvteVLM, pretrained, **arguments)

@@ -73,7 +73,15 @@ class Plan:
         return torch.zeros_like(self.exit_layers_B, dtype=torch.bool)
 
     def logits(self, k: int, features_BF: Tensor) -> Tensor:
-        """Gate logits on the features' device: (B,) of exiting, or (2, B) of exiting and of freezing."""
+        """Gate logits on the features' device: (B,) of exiting, or (2, B) of exiting and of freezing.
+
+        Parameters
+        ----------
+        k
+            Layers behind the features.
+        features_BF
+            What the gates read.
+        """
         raise NotImplementedError
 
     def step(self, k: int, logits: Tensor) -> None:
@@ -81,7 +89,15 @@ class Plan:
         raise NotImplementedError
 
     def settle(self, rows_B: Tensor, k: int) -> None:
-        """Rows that have no visual token behind layer k, whoever took the last: they left there."""
+        """Rows that have no visual token behind layer k, whoever took the last: they left there.
+
+        Parameters
+        ----------
+        rows_B
+            (B,) bool.
+        k
+            The layer.
+        """
         self.exit_layers_B[rows_B & (self.exit_layers_B > k)] = k
         self.freeze_layers_B[rows_B & (self.freeze_layers_B > k)] = k
 
@@ -110,7 +126,15 @@ class Policy:
         raise NotImplementedError
 
     def check(self, num_layers: int, hidden_size: int) -> None:
-        """Raise where this policy cannot serve a backbone of this shape."""
+        """Raise where this policy cannot serve a backbone of this shape.
+
+        Parameters
+        ----------
+        num_layers
+            L.
+        hidden_size
+            D.
+        """
 
     def to(self, device: torch.device) -> None:
         """Bring weights, if any, to the backbone's device."""
@@ -124,7 +148,15 @@ POLICIES: Registry[type[Policy]] = Registry("policy", "dyvte.policies")
 
 
 def for_rows(values_P: Tensor, num_rows: int) -> Tensor | None:
-    """One value per prompt to one per row: with beams or return sequences row i is prompt i // expansion."""
+    """One value per prompt to one per row: with beams or return sequences row i is prompt i // expansion.
+
+    Parameters
+    ----------
+    values_P
+        (P,) one for each prompt.
+    num_rows
+        B, a multiple of P.
+    """
     if len(values_P) == 0 or num_rows % len(values_P):
         return None
     return values_P.repeat_interleave(num_rows // len(values_P))

@@ -41,7 +41,15 @@ def tables_below(root: Path) -> list[Path]:
 
 
 def shards_below(root: Path, patterns: Sequence[str]) -> list[Path]:
-    """The parquet files of the first pattern that any fits, sorted by name; ``root`` may be one itself."""
+    """The parquet files of the first pattern that any fits, sorted by name; ``root`` may be one itself.
+
+    Parameters
+    ----------
+    root
+        Folder, or a parquet file.
+    patterns
+        Relative to it, in the order they are tried.
+    """
     if root.is_file():
         return [root] if root.suffix == ".parquet" else []
     found = (sorted(path for path in root.glob(pattern) if path.is_file()) for pattern in patterns)
@@ -49,7 +57,15 @@ def shards_below(root: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def fit(name: str, patterns: Sequence[str]) -> int:
-    """How well a file name fits: letters of the longest pattern that it matches in any case; 0 for none."""
+    """How well a file name fits: letters of the longest pattern that it matches in any case; 0 for none.
+
+    Parameters
+    ----------
+    name
+        Of a file.
+    patterns
+        As `fnmatch` takes them.
+    """
     matching = (pattern for pattern in patterns if fnmatch(name.lower(), pattern.lower()))
     return max((len(pattern.replace("*", "")) for pattern in matching), default=0)
 

@@ -171,6 +171,13 @@ def _named(keys: Sequence[str]) -> str:
 def rows_of(content: Any, where: str | Path) -> list[Row]:
     """The records of a list.
 
+    Parameters
+    ----------
+    content
+        Parsed JSON.
+    where
+        File, for messages.
+
     Raises
     ------
     DataError

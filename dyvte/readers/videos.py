@@ -65,6 +65,13 @@ def find_video(row: Row, folders: Sequence[Path], name: str) -> Video:
 def uniform_indices(num_there: int, num_wanted: int) -> list[int]:
     """Indices of ``num_wanted`` frames from the first to the last at equal steps, rounded down, as
     Video-LLaVA and lmms-eval sample (``linspace(0, n - 1, wanted)``); all frames where there are fewer.
+
+    Parameters
+    ----------
+    num_there
+        Frames of the video.
+    num_wanted
+        Frames to choose.
     """
     if num_there <= num_wanted:
         return list(range(num_there))

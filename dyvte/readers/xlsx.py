@@ -49,7 +49,15 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content gives the same bytes
 
 
 def write_xlsx(path: Path, rows: Sequence[Sequence[str | int | None]]) -> Path:
-    """Write rows; None is an empty cell, and characters that XML forbids are dropped."""
+    """Write rows; None is an empty cell, and characters that XML forbids are dropped.
+
+    Parameters
+    ----------
+    path
+        Of the workbook.
+    rows
+        Cells, the header first.
+    """
     body = "".join(f"<row>{''.join(map(_cell, row))}</row>" for row in rows)
     sheet = f'<worksheet xmlns="{_MAIN}"><sheetData>{body}</sheetData></worksheet>'
     stream = io.BytesIO()

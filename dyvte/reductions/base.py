@@ -195,6 +195,15 @@ REDUCTIONS: Registry[type[Reduction]] = Registry("reduction", "dyvte.reductions"
 def check_layer(name: str, layer: int, num_layers: int) -> None:
     """Raise unless tokens that leave after `layer` spare a later layer something.
 
+    Parameters
+    ----------
+    name
+        Of the reduction, for the message.
+    layer
+        After which tokens leave.
+    num_layers
+        L.
+
     Raises
     ------
     ConfigError
@@ -207,7 +216,17 @@ def check_layer(name: str, layer: int, num_layers: int) -> None:
 
 
 def top_share(scores_BN: Tensor, among_BN: Tensor, share: float) -> Tensor:
-    """(B, N) bool: the best floor(share * n) of each row's n tokens `among_BN`; of equals the earlier."""
+    """(B, N) bool: the best floor(share * n) of each row's n tokens `among_BN`; of equals the earlier.
+
+    Parameters
+    ----------
+    scores_BN
+        (B, N), higher is better.
+    among_BN
+        (B, N) bool.
+    share
+        In [0, 1].
+    """
     num_B1 = floor_share(among_BN.sum(1, keepdim=True), share).to(scores_BN.device)
     scores_BN = scores_BN.masked_fill(~among_BN.to(scores_BN.device), -torch.inf)
     order_BN = torch.argsort(scores_BN, dim=1, descending=True, stable=True)

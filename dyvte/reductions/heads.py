@@ -104,6 +104,17 @@ def active_heads(rho_SLH: Tensor, threshold: float, *, share: float = 0.4, spare
 
     The published code's rule: rho is a head's attention to visual tokens over that to text, summed over
     queries; more than 40 of 100 samples; layers 1 and 2 are never pruned.
+
+    Parameters
+    ----------
+    rho_SLH
+        (S, L, H) of each sample, layer and head.
+    threshold
+        Of rho.
+    share
+        Of the samples.
+    spared
+        First layers that keep all.
     """
     active_LH = (rho_SLH > threshold).double().mean(0) > share
     active_LH[:spared] = True
@@ -114,6 +125,17 @@ def active_heads_for_mean(
     rho_SLH: Tensor, mean_kept: float, *, share: float = 0.4, spared: int = 2
 ) -> Tensor:
     """(L, H) bool: `active_heads` at the threshold that keeps at most `mean_kept` heads per layer on average.
+
+    Parameters
+    ----------
+    rho_SLH
+        (S, L, H) of each sample, layer and head.
+    mean_kept
+        Heads per layer.
+    share
+        Of the samples.
+    spared
+        First layers that keep all.
 
     Raises
     ------

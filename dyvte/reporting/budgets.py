@@ -103,6 +103,13 @@ def _needed_table(found: BudgetComparison) -> str:
 def plot_budgets(found: BudgetComparison, path: Path) -> None:
     """Draw the curves, means over seeds with the range between the least and the most; png, svg or pdf.
 
+    Parameters
+    ----------
+    found
+        What is drawn.
+    path
+        Its ending says the format.
+
     Raises
     ------
     ConfigError

@@ -89,6 +89,15 @@ def panels_of(found: Comparison) -> list[Panel]:
 def plot_comparison(found: Comparison, folder: Path, name: str = "comparison") -> list[Path]:
     """Draw all panels side by side; png and svg.
 
+    Parameters
+    ----------
+    found
+        What is drawn.
+    folder
+        Of the files.
+    name
+        Of the files, without ending.
+
     Raises
     ------
     ConfigError
@@ -109,6 +118,13 @@ def plot_schedules(found: Comparison, path: Path) -> None:
     """For each benchmark a bar per question type: layers that update visual tokens, read them, or lack them.
 
     Nothing is drawn where the gates decide exits alone.
+
+    Parameters
+    ----------
+    found
+        What is drawn.
+    path
+        Its ending says the format.
 
     Raises
     ------

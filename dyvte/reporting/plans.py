@@ -18,6 +18,13 @@ _GREY = "#999999"
 def write_search(found: PlanSearch, folder: Path) -> None:
     """Write plans.json, plans.md and plans.png.
 
+    Parameters
+    ----------
+    found
+        What is written.
+    folder
+        Where it goes.
+
     Raises
     ------
     ConfigError
@@ -47,7 +54,15 @@ def _cells(one: JudgedPlan | None) -> list[str]:
 
 
 def plot_search(found: PlanSearch, path: Path) -> None:
-    """Risk over visual compute: every plan, the front, and the front of single methods."""
+    """Risk over visual compute: every plan, the front, and the front of single methods.
+
+    Parameters
+    ----------
+    found
+        What is drawn.
+    path
+        Its ending says the format.
+    """
     figure = new_figure(6.4, 4.4)
     axes = figure.subplots()
     singles = [one for one in found.judged if one.plan.kind != "combined"]
@@ -100,7 +115,15 @@ def plan_markdown(found: PlanComparison) -> str:
 
 
 def plot_plans(found: PlanComparison, path: Path) -> None:
-    """Held-out risk over visual compute, one curve for each method."""
+    """Held-out risk over visual compute, one curve for each method.
+
+    Parameters
+    ----------
+    found
+        What is drawn.
+    path
+        Its ending says the format.
+    """
     figure = new_figure(6.4, 4.4)
     axes = figure.subplots()
     for method, points in found.curves.items():

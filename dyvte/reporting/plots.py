@@ -88,6 +88,17 @@ def draw_section(section: Section, folder: Path, prefix: str) -> list[Plot]:
 def draw(stem: Path, caption: str, size: tuple[float, float], paint: Callable[[Any], None]) -> Plot:
     """Let ``paint`` fill a figure of ``size`` inches, and write it as ``stem`` with all :data:`FORMATS`.
 
+    Parameters
+    ----------
+    stem
+        Path without ending.
+    caption
+        What is seen.
+    size
+        Width and height.
+    paint
+        Fills the figure.
+
     Raises
     ------
     ConfigError

@@ -262,6 +262,13 @@ def worst_examples(section: Section, wanted: int) -> list[WorstExample]:
 
     Of equals, those whose images have not been shown yet come first, then the order of the benchmark.
     Questions that could not be asked have no image to show.
+
+    Parameters
+    ----------
+    section
+        The runs on one benchmark.
+    wanted
+        How many at most.
     """
     full = section.full
     asked = [

@@ -14,7 +14,17 @@ MOST_KINDS = 24
 
 
 def paint_states(axes: Any, kinds: Mapping[str, KindLayers], num_layers: int) -> None:
-    """Bars of updated, read and gone layers, the most frequent question type on top."""
+    """Bars of updated, read and gone layers, the most frequent question type on top.
+
+    Parameters
+    ----------
+    axes
+        Of matplotlib.
+    kinds
+        Mean layers of each question type.
+    num_layers
+        L.
+    """
     chosen = dict(list(kinds.items())[:MOST_KINDS])
     ends = {
         "updated": [one.updated for one in chosen.values()],

@@ -39,7 +39,15 @@ def layers_head(freezes: bool) -> str:
 
 
 def layers_cell(cost: CostMetrics, freezes: bool) -> str:
-    """Mean exit layer; beside another run that freezes, the layers that update and that read."""
+    """Mean exit layer; beside another run that freezes, the layers that update and that read.
+
+    Parameters
+    ----------
+    cost
+        Of the run.
+    freezes
+        Does any run of the table freeze?
+    """
     read = number(cost.mean_exit_layer)
     return f"{number(cost.mean_updated_layers)} / {read}" if freezes else read
 

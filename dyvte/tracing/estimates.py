@@ -57,7 +57,17 @@ def shapes_of(backbone: BackboneConfig) -> Any:
 
 
 def sample_tokens(cfg: TracingConfig, model: Any, selection: Selection) -> Tokens:
-    """Lengths of a few samples as the processor makes them; guessed from the config where there is none."""
+    """Lengths of a few samples as the processor makes them; guessed from the config where there is none.
+
+    Parameters
+    ----------
+    cfg
+        Of the pass.
+    model
+        Its modules, with or without weights.
+    selection
+        Of the samples.
+    """
     path, _ = resolve_adapter(cfg.model.path, cfg.model.adapter)
     try:
         processor = load_processor(
@@ -99,6 +109,17 @@ def pass_flops(cfg: TracingConfig, shape: DecoderShape, tokens: Tokens, question
     """FLOPs of one sample's teacher pass; a generated answer takes one more full pass over its prompt.
 
     ``questions``: mean number of samples about one image, which share it where the configuration lets them.
+
+    Parameters
+    ----------
+    cfg
+        Of the pass.
+    shape
+        Of the decoder.
+    tokens
+        Of a mean sample.
+    questions
+        About one image, as a mean.
     """
     text = max(2, round(tokens.suffix))
     sample = SampleShape(
@@ -123,7 +144,17 @@ def pass_flops(cfg: TracingConfig, shape: DecoderShape, tokens: Tokens, question
 
 
 def loaded_dtype(backbone: BackboneConfig, config: Any, device: torch.device) -> str:
-    """The precision that the backbone will be loaded in, by name."""
+    """The precision that the backbone will be loaded in, by name.
+
+    Parameters
+    ----------
+    backbone
+        As it is configured.
+    config
+        Of its model, by transformers.
+    device
+        Where it goes.
+    """
     if backbone.dtype != "auto":
         return backbone.dtype
     stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
@@ -131,7 +162,19 @@ def loaded_dtype(backbone: BackboneConfig, config: Any, device: torch.device) ->
 
 
 def pass_seconds(flops: float, device: torch.device, dtype: str, world_size: int) -> float:
-    """How long so many FLOPs take at the speed measured here, shared by the processes."""
+    """How long so many FLOPs take at the speed measured here, shared by the processes.
+
+    Parameters
+    ----------
+    flops
+        In all.
+    device
+        That the speed is measured on.
+    dtype
+        Of the weights, by name.
+    world_size
+        Number of processes.
+    """
     return flops / (_matmul_speed(device, getattr(torch, dtype)) * _EFFICIENCY * world_size)
 
 

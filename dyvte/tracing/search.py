@@ -46,7 +46,15 @@ def visual_profile(cfg: TracingConfig) -> VisualProfile:
 
 
 def check_whole(cfg: TracingConfig, what: str) -> None:
-    """Raise ConfigError where ZeRO-3 would shard the backbone: ``what`` keeps it whole in one process."""
+    """Raise ConfigError where ZeRO-3 would shard the backbone: ``what`` keeps it whole in one process.
+
+    Parameters
+    ----------
+    cfg
+        Of the pass.
+    what
+        The command, for the message.
+    """
     if shards_backbone(cfg):
         raise ConfigError(
             f"{cfg.deepspeed} asks for ZeRO-3, but {what} keeps the backbone whole in one process: leave the "

@@ -35,6 +35,13 @@ def opened_backbone(cfg: TracingConfig, processes: Processes) -> Iterator[tuple[
 
     All processes must enter and leave together. The model must not be used afterwards.
 
+    Parameters
+    ----------
+    cfg
+        Of the pass.
+    processes
+        All.
+
     Raises
     ------
     ConfigError
@@ -96,7 +103,19 @@ class Lockstep:
         cfg: TracingConfig, model: Any, processor: Any, selection: Selection, processes: Processes
     ) -> Lockstep:
         """For a sharded backbone. Whether an answer must be generated may depend on no process's own data,
-        so ``try_answers`` (the same labels, sooner) is off."""
+        so ``try_answers`` (the same labels, sooner) is off.
+
+        Parameters
+        ----------
+        cfg
+            Of the pass.
+        model, processor
+            As `opened_backbone` gives them.
+        selection
+            With the spare sample.
+        processes
+            All.
+        """
         teacher = Teacher(model, processor, replace(cfg.teacher, try_answers=False))
         teacher.encoder.device = processes.device  # a sharded weight may lie elsewhere
         return Lockstep(teacher, selection, processes)
@@ -106,7 +125,15 @@ class Lockstep:
         return self.teacher.manifest(selection)
 
     def trace(self, samples: Sequence[Sample], file: str = "") -> tuple[Shard, list[Defect]]:
-        """Trace one batch while every other process passes over one of its own."""
+        """Trace one batch while every other process passes over one of its own.
+
+        Parameters
+        ----------
+        samples
+            Of the batch.
+        file
+            That they are of, for messages.
+        """
         self._any_busy(True)
         shard, defects = self.teacher.trace(samples, file)
         if not len(shard.trace):

@@ -18,6 +18,13 @@ from dyvte.tracing.zero import shards_backbone
 def trace_data(cfg: TracingConfig, folder: str | Path) -> TraceStore | None:
     """Trace the configured data into ``folder``; under a launcher every process calls this.
 
+    Parameters
+    ----------
+    cfg
+        Of backbone, data and teacher.
+    folder
+        Of the traces.
+
     Returns
     -------
     TraceStore or None
@@ -34,6 +41,17 @@ def run_traces(
     """Traces of the selection, written where they are not there yet; and the backbone's identity.
 
     All processes must call this.
+
+    Parameters
+    ----------
+    cfg
+        Of backbone, data and teacher.
+    selection
+        Of the samples.
+    folder
+        Of the traces.
+    processes
+        That share the samples.
     """
     with opened_backbone(cfg, processes) as (model, processor):
         backbone = {
@@ -61,7 +79,23 @@ def write_store(
     processes: Processes,
     finish: Callable[[], None] = lambda: None,
 ) -> TraceStore:
-    """This process's share of the traces, under a progress bar; ``finish``; then wait for the others."""
+    """This process's share of the traces, under a progress bar; ``finish``; then wait for the others.
+
+    Parameters
+    ----------
+    cfg
+        Of backbone, data and teacher.
+    teacher
+        Traces a batch.
+    selection
+        Of the samples.
+    folder
+        Of the traces.
+    processes
+        That share the samples.
+    finish
+        Called when this process has no more to do.
+    """
     share = -(-len(selection.samples) // processes.world_size)
     with progress(share, "teacher", "sample", shown=processes.first) as advance:
         write_traces(

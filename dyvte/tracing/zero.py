@@ -94,6 +94,15 @@ def backbone_engine(cfg: TracingConfig, dtype: str, world_size: int) -> dict[str
 def start_engine(file: Path | None, config: dict[str, Any], **arguments: Any) -> Any:
     """``deepspeed.initialize``; the engine.
 
+    Parameters
+    ----------
+    file
+        That the settings come from, for the message.
+    config
+        The settings.
+    **arguments
+        Of ``deepspeed.initialize``.
+
     Raises
     ------
     ConfigError

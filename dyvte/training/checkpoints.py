@@ -42,7 +42,15 @@ class Checkpoints:
         self.folder, self.keep, self.processes = folder, keep, processes
 
     def save(self, engine: Any, state: RunState) -> Path:
-        """Write a checkpoint; all processes must call this. Older ones beyond ``keep`` are removed."""
+        """Write a checkpoint; all processes must call this. Older ones beyond ``keep`` are removed.
+
+        Parameters
+        ----------
+        engine
+            DeepSpeed's.
+        state
+            Where the training stands.
+        """
         name = f"{_PREFIX}{state.step:08d}"
         writing = self.folder / f".writing-{name}"
         if self.processes.first:
@@ -74,7 +82,15 @@ class Checkpoints:
         return self.processes.from_first(self.latest() if self.processes.first else None)
 
     def load(self, engine: Any, path: Path) -> None:
-        """Put a checkpoint's gates, optimiser and schedule into the engine; all processes must call this."""
+        """Put a checkpoint's gates, optimiser and schedule into the engine; all processes must call this.
+
+        Parameters
+        ----------
+        engine
+            DeepSpeed's.
+        path
+            Of the checkpoint.
+        """
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name, load_module_strict=True)
         if loaded is None:
             raise CheckpointError(f"{path}: DeepSpeed found nothing to load there; remove the folder")
@@ -114,7 +130,15 @@ def _sha256(path: Path) -> str:
 
 
 def check_resumable(found: RunState, now: RunState) -> None:
-    """Raise ConfigError where a checkpoint cannot be continued by the processes at hand."""
+    """Raise ConfigError where a checkpoint cannot be continued by the processes at hand.
+
+    Parameters
+    ----------
+    found
+        Of the checkpoint.
+    now
+        Of this start.
+    """
     if found.global_batch != now.global_batch:
         raise ConfigError(
             f"the run was started with {found.global_batch} samples per step (batch_size x accumulation x "

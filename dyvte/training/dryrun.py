@@ -60,7 +60,19 @@ class PlannedRun:
     def common(
         cfg: TrainConfig, shape: BackboneShape, selection: Selection, world_size: int
     ) -> dict[str, Any]:
-        """The fields above, by name."""
+        """The fields above, by name.
+
+        Parameters
+        ----------
+        cfg
+            Of the run.
+        shape
+            Of the backbone.
+        selection
+            Of the samples.
+        world_size
+            Number of processes.
+        """
         held_out = round(len(selection.samples) * cfg.data.validation_fraction)
         size = TrainingSize.of(cfg, max(1, len(selection.samples) - held_out), world_size)
         return {

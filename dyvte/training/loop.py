@@ -36,7 +36,17 @@ class TrainingSize:
 
     @staticmethod
     def of(cfg: TrainConfig, num_samples: int, world_size: int) -> TrainingSize:
-        """Work them out."""
+        """Work them out.
+
+        Parameters
+        ----------
+        cfg
+            Of the run.
+        num_samples
+            To train on.
+        world_size
+            Number of processes.
+        """
         global_batch = cfg.batch_size * cfg.accumulation * world_size
         return TrainingSize(
             num_samples=num_samples,

@@ -47,7 +47,17 @@ class BudgetRow:
 
 def validation_metrics(logits: Tensor | HeadLogits, trace: Trace, threshold: float) -> dict[str, Any]:
     """Decisions at one threshold (of both heads); ``exit_rate`` has L+1 entries, the share of samples leaving
-    at each layer."""
+    at each layer.
+
+    Parameters
+    ----------
+    logits
+        (B, L), or those of both heads.
+    trace
+        Of the held-out samples.
+    threshold
+        Of exiting.
+    """
     path = path_of(logits, trace)
     chosen = schedules(logits, threshold)
     metrics: dict[str, Any] = {
@@ -65,7 +75,15 @@ def validation_metrics(logits: Tensor | HeadLogits, trace: Trace, threshold: flo
 
 
 def path_of(logits: Tensor | HeadLogits, trace: Trace) -> ThresholdPath:
-    """Decisions at any threshold, the same for both heads."""
+    """Decisions at any threshold, the same for both heads.
+
+    Parameters
+    ----------
+    logits
+        (B, L), or those of both heads.
+    trace
+        Of the same samples.
+    """
     share = trace.grid.kv_share if trace.grid is not None else math.nan
     return ThresholdPath(logits, trace.num_visual, kv_share=share)
 
@@ -77,7 +95,15 @@ def _at(trace: Trace, name: str, path: ThresholdPath, chosen: Schedules) -> Tens
 
 
 def exit_rate(exits_B: Tensor, num_layers: int) -> list[float]:
-    """Share of samples leaving at each exit layer 0..L."""
+    """Share of samples leaving at each exit layer 0..L.
+
+    Parameters
+    ----------
+    exits_B
+        (B,) int64 exit layers.
+    num_layers
+        L.
+    """
     return (torch.bincount(exits_B, minlength=num_layers + 1).double() / len(exits_B)).tolist()
 
 
@@ -93,6 +119,15 @@ def budget_rows(
     Fixed K at a budget is the mixture of two K on the lower convex hull (of the training samples' risk) that
     spends exactly what the gates spent on the judged samples. Budgets that the gates cannot meet are
     omitted. ``budgets`` None: `BUDGETS`, or `FREEZE_BUDGETS` for gates with a freeze head.
+
+    Parameters
+    ----------
+    train_logits, train
+        Of the samples that thresholds are chosen on.
+    logits, trace
+        Of those that are judged.
+    budgets
+        Shares of the full model's visual compute.
     """
     rows, path = [], path_of(train_logits, train)
     if budgets is None:
@@ -119,7 +154,17 @@ def budget_rows(
 
 
 def fixed_at(chosen_on_BL1: Tensor, judged_BL1: Tensor, compute: float) -> float:
-    """Mean judged value of the best mixture of two fixed K that spends ``compute`` of the full model."""
+    """Mean judged value of the best mixture of two fixed K that spends ``compute`` of the full model.
+
+    Parameters
+    ----------
+    chosen_on_BL1
+        (B, L+1) values by exit layer, less is better.
+    judged_BL1
+        (B, L+1) values by exit layer, of other samples.
+    compute
+        Share of the full model's.
+    """
     points = fixed_points(chosen_on_BL1, torch.ones(len(judged_BL1)))
     return float(points.mixed_values(judged_BL1, points.at_compute(compute)).mean())
 

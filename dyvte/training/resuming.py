@@ -57,7 +57,15 @@ def check_same_run(cfg: TrainConfig, stored: Path) -> None:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted name."""
+    """Nested values by dotted name.
+
+    Parameters
+    ----------
+    values
+        Groups as dictionaries.
+    prefix
+        Of the names.
+    """
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -78,7 +78,15 @@ def disk_errors_named(folder: Path) -> Iterator[None]:
 
 
 def prepare_output(cfg: TrainConfig, processes: Processes) -> None:
-    """Refuse a folder of another run; write the resolved configuration."""
+    """Refuse a folder of another run; write the resolved configuration.
+
+    Parameters
+    ----------
+    cfg
+        Of the run.
+    processes
+        The first writes.
+    """
     path = cfg.output_dir / CONFIG_FILE
     if path.is_file():
         check_same_run(cfg, path)
@@ -98,6 +106,15 @@ def prepare_output(cfg: TrainConfig, processes: Processes) -> None:
 
 def train_tracked(cfg: TrainConfig, training: Training, processes: Processes) -> dict[str, Tensor]:
     """Train, from the last checkpoint if there is one, under a progress bar and with all trackers.
+
+    Parameters
+    ----------
+    cfg
+        Of the run.
+    training
+        What is done.
+    processes
+        All.
 
     Returns
     -------

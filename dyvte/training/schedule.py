@@ -39,7 +39,17 @@ class SampleOrder:
 
 
 def drawn_layer(seed: int, micro_step: int, num_layers: int) -> int:
-    """A layer of 1..L-1, the same on all ranks."""
+    """A layer of 1..L-1, the same on all ranks.
+
+    Parameters
+    ----------
+    seed
+        Of the run.
+    micro_step
+        From 0.
+    num_layers
+        L.
+    """
     return 1 + int(torch.randint(num_layers - 1, (), generator=_generator(seed, 2, micro_step)))
 
 
@@ -47,19 +57,55 @@ def drawn_exits(
     seed: int, step: int, count: int, *, first: int, last: int, full: int, full_share: float
 ) -> torch.Tensor:
     """(count,) exit layers of a step's rows: ``full`` for about ``full_share`` of them, else one of
-    ``first`` .. ``last``, all alike."""
+    ``first`` .. ``last``, all alike.
+
+    Parameters
+    ----------
+    seed
+        Of the run.
+    step
+        From 0.
+    count
+        Rows of all processes.
+    first, last
+        Exit layers, ends included.
+    full
+        L.
+    full_share
+        In [0, 1].
+    """
     generator = _generator(seed, 4, step)
     exits = torch.randint(first, last + 1, (count,), generator=generator)
     return exits.masked_fill(torch.rand(count, generator=generator) < full_share, full)
 
 
 def total_steps(num_samples: int, epochs: float, global_batch: int) -> int:
-    """Optimiser steps until every sample was seen ``epochs`` times (the last step may go beyond)."""
+    """Optimiser steps until every sample was seen ``epochs`` times (the last step may go beyond).
+
+    Parameters
+    ----------
+    num_samples
+        To train on.
+    epochs
+        May be a fraction.
+    global_batch
+        Samples of a step.
+    """
     return max(1, math.ceil(num_samples * epochs / global_batch))
 
 
 def lr_factor(schedule: str, steps: int, warmup_ratio: float) -> Callable[[int], float]:
-    """Multiplier of the peak learning rate at each step; warm-up and cosine are those of transformers."""
+    """Multiplier of the peak learning rate at each step; warm-up and cosine are those of transformers.
+
+    Parameters
+    ----------
+    schedule
+        "constant", "linear" or "cosine".
+    steps
+        In all.
+    warmup_ratio
+        Share of the steps.
+    """
     warmup = math.ceil(steps * warmup_ratio)
 
     def factor(step: int) -> float:
@@ -74,7 +120,17 @@ def lr_factor(schedule: str, steps: int, warmup_ratio: float) -> Callable[[int],
 
 
 def held_out(image_ids: tuple[str, ...], fraction: float, seed: int) -> torch.Tensor:
-    """(B,) bool: samples of the held-out images, ``fraction`` of all images."""
+    """(B,) bool: samples of the held-out images, ``fraction`` of all images.
+
+    Parameters
+    ----------
+    image_ids
+        Of every sample.
+    fraction
+        Of the images.
+    seed
+        Of the draw.
+    """
     images = sorted(set(image_ids))
     count = round(fraction * len(images))
     if count >= len(images):
@@ -85,7 +141,17 @@ def held_out(image_ids: tuple[str, ...], fraction: float, seed: int) -> torch.Te
 
 
 def seed_of(seed: int, purpose: int, index: int) -> int:
-    """A seed for one purpose at one place of a run."""
+    """A seed for one purpose at one place of a run.
+
+    Parameters
+    ----------
+    seed
+        Of the run.
+    purpose
+        A number of its own for each.
+    index
+        Step or sample.
+    """
     # Mixed with odd constants, so that neighbouring seeds, purposes and indices share no stream.
     return (seed * 0x9E3779B97F4A7C15 + purpose * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) % 2**63
 

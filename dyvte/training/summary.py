@@ -39,7 +39,15 @@ class TrainingRecord:
 
     @staticmethod
     def common(cfg: TrainConfig, size: TrainingSize) -> dict[str, Any]:
-        """The fields above, by name."""
+        """The fields above, by name.
+
+        Parameters
+        ----------
+        cfg
+            Of the run.
+        size
+            Its samples and steps.
+        """
         return {
             "optimizer": to_dict(cfg.optimizer),
             "epochs": cfg.epochs,
@@ -98,7 +106,15 @@ class RunSummary:
 
 
 def write_summary(cfg: TrainConfig, summary: RunSummary) -> None:
-    """Write the last file of a run."""
+    """Write the last file of a run.
+
+    Parameters
+    ----------
+    cfg
+        Of the run.
+    summary
+        What is written.
+    """
     write_atomically(cfg.output_dir / SUMMARY_FILE, json.dumps(summary.to_dict(), indent=2) + "\n")
 
 

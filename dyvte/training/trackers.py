@@ -196,7 +196,21 @@ def open_trackers(
     config: Mapping[str, Any],
     resume_step: int,
 ) -> list[Tracker]:
-    """The run's trackers; one that is not installed is omitted with a warning, training does not need it."""
+    """The run's trackers; one that is not installed is omitted with a warning, training does not need it.
+
+    Parameters
+    ----------
+    report_to
+        Their names.
+    folder
+        Of the run.
+    project, run_name
+        What wandb calls it.
+    config
+        Of the run, as YAML would hold it.
+    resume_step
+        Where it goes on; 0 for a new run.
+    """
     trackers: list[Tracker] = [JsonlTracker(folder / LOG_FILE, resume_step), PlotTracker(folder)]
     for name in report_to:
         try:

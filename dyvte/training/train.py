@@ -165,6 +165,21 @@ def make_gates(
     New gates get offsets that make all exits, and all freezes, equally likely where the objective starts so.
     Gates at layers that are not among ``exits`` or ``freezes`` (None: all are) are closed.
 
+    Parameters
+    ----------
+    cfg
+        Of the run.
+    num_layers
+        L.
+    hidden_size
+        D.
+    backbone
+        Its identity.
+    exits
+        Exit layers that the traces label.
+    freezes
+        Freeze layers that they hold.
+
     Raises
     ------
     ConfigError

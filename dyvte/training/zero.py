@@ -21,6 +21,13 @@ _BACKBONE_ONLY = ("offload_param", "offload_optimizer")
 def engine_config(cfg: TrainConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize``.
 
+    Parameters
+    ----------
+    cfg
+        Of the run.
+    world_size
+        Number of processes.
+
     Raises
     ------
     ConfigError

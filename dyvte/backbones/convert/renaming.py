@@ -62,6 +62,15 @@ class Converted:
 def convert(state: Mapping[str, Tensor], rules: Sequence[Rule], model_class: str) -> Converted:
     """Apply the first matching rule to each key.
 
+    Parameters
+    ----------
+    state
+        Tensors by their original names.
+    rules
+        In the order in which they are tried.
+    model_class
+        Of transformers, that takes the result.
+
     Raises
     ------
     CheckpointError
@@ -99,6 +108,13 @@ def grow_vocabulary(converted: Converted, size: int) -> Converted:
 
     The original repositories mark an image by an id below zero; transformers needs a real token, whose
     embedding the vision features overwrite.
+
+    Parameters
+    ----------
+    converted
+        With the embeddings and the output head.
+    size
+        Rows afterwards.
 
     Raises
     ------

@@ -38,6 +38,11 @@ def convert_vila15(
 ) -> Converted:
     """Convert the state dicts of VILA-1.5's three folders.
 
+    Parameters
+    ----------
+    llm, vision_tower, mm_projector
+        Tensors by their original names; None: omitted, and named as such.
+
     Raises
     ------
     CheckpointError

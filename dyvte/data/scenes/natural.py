@@ -144,7 +144,19 @@ _MAKERS: dict[str, Callable] = {
 
 
 def ask_plain(view: View, kind: str, rng: np.random.Generator, verify_share: float) -> Question | None:
-    """A question of any natural type in its first wording, or None where the scene has none."""
+    """A question of any natural type in its first wording, or None where the scene has none.
+
+    Parameters
+    ----------
+    view
+        The scene and what is in it.
+    kind
+        Of question.
+    rng
+        Draws.
+    verify_share
+        Share of questions in yes/no form.
+    """
     if kind not in _MAKERS:
         return ask(view, kind, rng, verify_share=verify_share)
     made = _MAKERS[kind](view, rng)
@@ -268,6 +280,21 @@ def ask_natural(
 
     At most one is a description, and fewer come back where the scene has no more. A function of its
     arguments alone; the last three are `reword`'s.
+
+    Parameters
+    ----------
+    scene
+        What is asked about.
+    rng
+        Draws.
+    count
+        Of questions.
+    kinds
+        Types to choose from.
+    verify_share
+        Share of questions in yes/no form.
+    unseen, suffixes, sentences
+        See `reword`.
     """
     view, seen, questions = View(scene), set(), []
     order = [kinds[int(i)] for i in rng.permutation(len(kinds))]

@@ -49,7 +49,17 @@ def word_tokenizer(words: Sequence[str]):
 
 
 def word_processor(words: Sequence[str], image_size: int, patch_size: int, **image_options: Any):
-    """The stock `LlavaProcessor` around a tokenizer of these words."""
+    """The stock `LlavaProcessor` around a tokenizer of these words.
+
+    Parameters
+    ----------
+    words
+        In the order of their ids.
+    image_size, patch_size
+        Of the vision tower, in pixels.
+    **image_options
+        Of the image processor.
+    """
     tokenizer = word_tokenizer(words)
     return llava_processor(
         tokenizer, image_size, patch_size, chat_template=CHAT_TEMPLATE, image_token=IMAGE, **image_options

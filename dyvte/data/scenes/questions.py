@@ -312,6 +312,19 @@ def ask(
     """A random question of type `kind`, or None where the scene has none.
 
     `verify` forces (True) or forbids (False) the yes/no form; None takes it in `verify_share` of the cases.
+
+    Parameters
+    ----------
+    view
+        The scene and what is in it.
+    kind
+        One of `TYPES`.
+    rng
+        Draws.
+    verify
+        The yes/no form.
+    verify_share
+        Of questions in that form.
     """
     if verify is None:
         verify = kind in VERIFIABLE and bool(rng.random() < verify_share)
@@ -327,7 +340,19 @@ def ask(
 def ask_many(
     scene: Scene, rng: np.random.Generator, count: int, verify_share: float = VERIFY_SHARE
 ) -> list[Question]:
-    """`count` different questions about one scene, their types as even as the scene allows."""
+    """`count` different questions about one scene, their types as even as the scene allows.
+
+    Parameters
+    ----------
+    scene
+        What is asked about.
+    rng
+        Draws.
+    count
+        Of questions.
+    verify_share
+        Share of questions in yes/no form.
+    """
     view, seen, questions = View(scene), set(), []
     order = [TYPES[int(i)] for i in rng.permutation(len(TYPES))]
     misses = 0

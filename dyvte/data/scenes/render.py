@@ -117,7 +117,15 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def save(scene: Scene, path: Path) -> None:
-    """Write the scene's picture as a file; folders are made."""
+    """Write the scene's picture as a file; folders are made.
+
+    Parameters
+    ----------
+    scene
+        What is drawn.
+    path
+        Its ending says the format.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(render(scene)).save(path)
 

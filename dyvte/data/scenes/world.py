@@ -144,7 +144,17 @@ def _direction(source: int, target: int) -> str:
 
 
 def draw_scene(split: str, index: int, seed: int = 0) -> Scene:
-    """The scene number `index` of `split`; the same arguments always give the same scene."""
+    """The scene number `index` of `split`; the same arguments always give the same scene.
+
+    Parameters
+    ----------
+    split
+        "train", "val" or "test": other scenes each.
+    index
+        From 0.
+    seed
+        Of the whole world.
+    """
     own_digits = digits_of_split(split)
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     color_names, background_names = list(COLORS), list(BACKGROUNDS)

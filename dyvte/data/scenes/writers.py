@@ -108,7 +108,21 @@ def _gqa_record(q: Question, image_id: str) -> dict:
 
 
 def write_gqa(root: Path, questions: int, seed: int = 0, split: str = "test", style: Style = PLAIN) -> Path:
-    """A mini-GQA: GQA's own questions file and images folder, question types as even as scenes allow."""
+    """A mini-GQA: GQA's own questions file and images folder, question types as even as scenes allow.
+
+    Parameters
+    ----------
+    root
+        Folder that is written.
+    questions
+        How many.
+    seed
+        Of the scenes.
+    split
+        Of the scenes.
+    style
+        How they are drawn.
+    """
     folder, records = root / "mini_gqa", {}
     count = -(-questions // QUESTIONS_PER_SCENE)
     for number, (scene, rng) in enumerate(_scenes(split, style.first_scene["gqa"], count, seed)):
@@ -137,7 +151,21 @@ def _yes_no_pair(style: Style, view: View, kind: str, rng: np.random.Generator) 
 def write_mme(
     root: Path, images_per_subtask: int, seed: int = 0, split: str = "test", style: Style = PLAIN
 ) -> Path:
-    """A mini-MME: the release's folders, two yes/no questions per image, one of each answer."""
+    """A mini-MME: the release's folders, two yes/no questions per image, one of each answer.
+
+    Parameters
+    ----------
+    root
+        Folder that is written.
+    images_per_subtask
+        Two questions each.
+    seed
+        Of the scenes.
+    split
+        Of the scenes.
+    style
+        How they are drawn.
+    """
     folder = root / "mini_mme"
     for offset, (subtask, kind) in enumerate(MME_SUBTASKS.items()):
         base = folder / subtask
@@ -181,7 +209,21 @@ def write_all(
     tell: Callable[[str], None] = print,
     style: Style = PLAIN,
 ) -> dict:
-    """Write all sets, then `manifest.json` (sizes, seed, digest); a root whose manifest matches is reused."""
+    """Write all sets, then `manifest.json` (sizes, seed, digest); a root whose manifest matches is reused.
+
+    Parameters
+    ----------
+    root
+        Folder that is written.
+    sizes
+        Of each set, by name.
+    seed
+        Of the scenes.
+    tell
+        Called with what is being written.
+    style
+        How scenes are drawn.
+    """
     manifest_path = root / "manifest.json"
     wanted = {"sizes": sizes, "seed": seed, "types": list(style.types), "format": FORMAT}
     if style.name:

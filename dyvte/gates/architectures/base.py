@@ -58,7 +58,17 @@ class Architecture:
 
     @staticmethod
     def gate(feature_size: int, width: int, num_parts: int) -> nn.Module:
-        """One layer's gate, from (B, F) features, or the trunk's output, to (B,) float32 logits."""
+        """One layer's gate, from (B, F) features, or the trunk's output, to (B,) float32 logits.
+
+        Parameters
+        ----------
+        feature_size
+            F.
+        width
+            Of the hidden layer.
+        num_parts
+            Of equal size that the features consist of.
+        """
         raise NotImplementedError
 
 
@@ -66,6 +76,14 @@ ARCHITECTURES: Registry[type[Architecture]] = Registry("gate architecture", "dyv
 
 
 def normed(features_BF: Tensor, num_parts: int) -> Tensor:
-    """Each part of the features divided by its root mean square, float32."""
+    """Each part of the features divided by its root mean square, float32.
+
+    Parameters
+    ----------
+    features_BF
+        Parts of equal size, one after the other.
+    num_parts
+        How many.
+    """
     parts = features_BF.float().unflatten(-1, (num_parts, -1))
     return F.rms_norm(parts, parts.shape[-1:], eps=1e-6).flatten(-2)

@@ -75,6 +75,23 @@ def label(
 ) -> Labelled:
     """Label what is not yet in the folder, every process its share; then read it all.
 
+    Parameters
+    ----------
+    folder
+        Of the answers.
+    teacher
+        Answers as the model without adapter.
+    selection
+        Of the samples.
+    processes
+        That share the samples.
+    file
+        That they are of, for messages.
+    max_bad_samples
+        Unusable ones that are tolerated.
+    progress
+        Called with the number of samples done since the last call.
+
     Raises
     ------
     CheckpointError

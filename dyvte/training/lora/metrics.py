@@ -73,7 +73,15 @@ def _trace(model, inputs, answer_BN, ids, full_BAV, teacher: TeacherConfig) -> A
 
 
 def first_reaching(same_answer_K: Tensor, target: float) -> int:
-    """The smallest exit layer whose share of same answers is at least ``target``; L+1 if none is."""
+    """The smallest exit layer whose share of same answers is at least ``target``; L+1 if none is.
+
+    Parameters
+    ----------
+    same_answer_K
+        (K,) shares by exit layer.
+    target
+        In [0, 1].
+    """
     reached = (same_answer_K >= target).nonzero().flatten()
     return int(reached[0]) if len(reached) else len(same_answer_K)
 

@@ -22,6 +22,15 @@ from dyvte.training.lora.config import LoraConfig
 def add_adapter(model: nn.Module, cfg: LoraConfig, seed: int) -> Any:
     """``model`` inside a ``PeftModel`` with a new adapter that changes nothing yet; all else stays frozen.
 
+    Parameters
+    ----------
+    model
+        The backbone.
+    cfg
+        Of the adapter.
+    seed
+        Of its weights.
+
     Raises
     ------
     ConfigError
@@ -41,6 +50,13 @@ def target_pattern(model: nn.Module, cfg: LoraConfig) -> str:
     """Regular expression of the full names of all adapted modules.
 
     Full names, because a vision tower often has layers and modules of the same short names.
+
+    Parameters
+    ----------
+    model
+        The backbone.
+    cfg
+        Of the adapter.
     """
     backbone = describe(model)
     numbers = cfg.layers(backbone.num_layers)
@@ -65,7 +81,17 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def save_adapter(model: Any, folder: Path, record: Mapping[str, Any]) -> None:
-    """Write an ordinary PEFT checkpoint and dyvte's record of its training; whole or not there."""
+    """Write an ordinary PEFT checkpoint and dyvte's record of its training; whole or not there.
+
+    Parameters
+    ----------
+    model
+        With the adapter.
+    folder
+        Of the checkpoint.
+    record
+        How it came about, JSON-ready.
+    """
     writing = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(writing, ignore_errors=True)
     model.save_pretrained(str(writing), save_embedding_layers=False)
