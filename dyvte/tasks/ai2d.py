@@ -79,7 +79,17 @@ class AI2D(ChoiceBenchmark):
 
 
 def read_answer(text: str, options: Options, dialect: str) -> str | None:
-    """The letter a tool finds; what is no letter equals none."""
+    """The letter a tool finds; what is no letter equals none.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    options
+        By letter.
+    dialect
+        Whose rule.
+    """
     if dialect == "vlmevalkit":
         return vlmevalkit_letter(text, options)
     return lmms_exact(text.strip()).upper() if dialect == "lmms" else text.strip()

@@ -13,12 +13,14 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from dyvte.errors import ConfigError, DataError, ScoreError
+from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
 from dyvte.readers.files import fit, shards_below, tables_below
 from dyvte.readers.rows import Row
 from dyvte.readers.tables import read_table
 from dyvte.registry import Registry
+from dyvte.tasks.dialects import DIALECTS as DIALECTS
+from dyvte.tasks.dialects import check_dialect as check_dialect
 from dyvte.tasks.metrics import NOT_GRADED, breakdown, percent, ungraded
 from dyvte.tasks.predictions import read_answers, read_json_table, read_submitted
 from dyvte.tasks.prompts import SHORT_ANSWER_SUFFIX
@@ -27,9 +29,6 @@ from dyvte.tasks.records import Question as Question
 from dyvte.tasks.records import count_unknown, refuse_missing_files, require_all, unique_ids
 from dyvte.tasks.statistics import Statistic, mean_statistic, unit_strata
 from dyvte.tasks.writing import write_json
-
-DIALECTS = ("original", "lmms", "vlmevalkit")
-"""Whose rule reads an answer: the benchmark's own tool, lmms-eval, or VLMEvalKit."""
 
 Source: TypeAlias = Callable[[Path], "list[Question] | None"]
 """Questions below a root, or None where the root is not of that format."""
@@ -173,7 +172,15 @@ class Benchmark:
         return kept
 
     def layout_error(self, root: Path, problem: str) -> DataError:
-        """The error for a folder that is not the benchmark's layout: shows what was looked for."""
+        """The error for a folder that is not the benchmark's layout: shows what was looked for.
+
+        Parameters
+        ----------
+        root
+            As it was given.
+        problem
+            What is wrong with it.
+        """
         return DataError(f"{root} is not {self.title} data: {problem}.\nExpected:\n{self.expected_tree}")
 
     def limited(self, questions: list[Question], limit: int | None) -> list[Question]:
@@ -240,7 +247,17 @@ class Benchmark:
         return self.hits(questions, predictions, dialect)
 
     def check(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> None:
-        """Raise unless the dialect exists and every question has a prediction."""
+        """Raise unless the dialect exists and every question has a prediction.
+
+        Parameters
+        ----------
+        questions
+            As the benchmark gives them.
+        predictions
+            An answer to each.
+        dialect
+            Whose rule.
+        """
         check_dialect(dialect, self.dialects, self.title)
         require_all(questions, predictions)
 
@@ -335,7 +352,15 @@ class Benchmark:
         return read_answers(path)
 
     def read_submission(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read what :meth:`write_submission` writes: here a list of ``{"question_id", "answer"}``."""
+        """Read what :meth:`write_submission` writes: here a list of ``{"question_id", "answer"}``.
+
+        Parameters
+        ----------
+        path
+            Of the file.
+        questions
+            Those that are answered.
+        """
         return read_submitted(path, "question_id", "answer", "prediction")
 
     def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
@@ -356,7 +381,15 @@ class Benchmark:
         return write_json(Path(folder) / self.submission_name, self.submission(questions, predictions))
 
     def submission(self, questions: Sequence[Question], predictions: Predictions) -> Any:
-        """The content of the submission file."""
+        """The content of the submission file.
+
+        Parameters
+        ----------
+        questions
+            As the benchmark gives them.
+        predictions
+            An answer to each.
+        """
         return [{"question_id": q.id, "answer": predictions.texts[q.id].strip()} for q in questions]
 
 
@@ -373,16 +406,6 @@ def get_benchmark(name: str) -> Benchmark:
         Unknown name; the nearest one is named.
     """
     return TASKS.get(name)()
-
-
-def check_dialect(dialect: str, known: Sequence[str] = DIALECTS, benchmark: str = "") -> None:
-    """Raise ConfigError unless ``dialect`` is one of ``known``."""
-    if dialect not in DIALECTS:
-        raise ConfigError(f"unknown scoring dialect {dialect!r}; known: {', '.join(DIALECTS)}")
-    if dialect not in known:
-        raise ConfigError(
-            f"{benchmark} has no {dialect!r} dialect: that tool does not score it. Use {' or '.join(known)}"
-        )
 
 
 def _best_fit(name: str) -> int:

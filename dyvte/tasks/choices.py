@@ -17,7 +17,17 @@ class ChoiceBenchmark(Benchmark):
     suffix: ClassVar[str] = LETTER_SUFFIX
 
     def read(self, text: str, question: Question, dialect: str) -> str | None:
-        """The letter that the tool of ``dialect`` finds in an answer; what is no letter equals none."""
+        """The letter that the tool of ``dialect`` finds in an answer; what is no letter equals none.
+
+        Parameters
+        ----------
+        text
+            The answer.
+        question
+            That it is to.
+        dialect
+            Whose rule.
+        """
         raise NotImplementedError
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
@@ -51,7 +61,15 @@ def lettered_options(row: Row, *keys: str) -> dict[str, str]:
 
 
 def listed_options(row: Row, texts: Sequence[str | None]) -> dict[str, str]:
-    """Options by letter from a list in which the blank ones are None."""
+    """Options by letter from a list in which the blank ones are None.
+
+    Parameters
+    ----------
+    row
+        For the message.
+    texts
+        In the order of the letters.
+    """
     if len(texts) > len(LETTERS):
         raise row.error(f"{len(texts)} options, but only {len(LETTERS)} letters")
     return {letter: text for letter, text in zip(LETTERS, texts, strict=False) if text is not None}
@@ -79,13 +97,33 @@ def gold_letter(row: Row, options: Options, key: str = "answer") -> str | None:
 
 
 def gold_index(row: Row, options: Options, key: str = "answer") -> str:
-    """The letter of a gold answer that is the index of an option, from 0."""
+    """The letter of a gold answer that is the index of an option, from 0.
+
+    Parameters
+    ----------
+    row
+        Of the table.
+    options
+        By letter.
+    key
+        Column of the index.
+    """
     index = row.integer(key)
     return checked_letter(row, LETTERS[index] if 0 <= index < len(LETTERS) else str(index), options)
 
 
 def checked_letter(row: Row, letter: str, options: Options) -> str:
-    """The letter, if there is such an option."""
+    """The letter, if there is such an option.
+
+    Parameters
+    ----------
+    row
+        For the message.
+    letter
+        As the row gives it.
+    options
+        By letter.
+    """
     if letter not in options:
         raise row.error(f"gold answer {letter!r} is none of {len(options)} options ({', '.join(options)})")
     return letter

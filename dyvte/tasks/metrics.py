@@ -20,7 +20,15 @@ def percent(hits: Sequence[bool] | Sequence[float]) -> float:
 
 
 def breakdown(kinds: Sequence[Any], hits: Sequence[bool] | Sequence[float]) -> dict[str, Any]:
-    """Accuracy in percent and number of questions for every kind, in order of first appearance."""
+    """Accuracy in percent and number of questions for every kind, in order of first appearance.
+
+    Parameters
+    ----------
+    kinds
+        Of every question.
+    hits
+        What each is worth.
+    """
     groups: dict[str, list[float]] = defaultdict(list)
     for kind, hit in zip(kinds, hits, strict=True):
         groups[str(kind)].append(hit)

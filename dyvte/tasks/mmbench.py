@@ -141,7 +141,17 @@ class MMBench(ChoiceBenchmark):
 
 
 def read_answer(text: str, options: Options, dialect: str) -> str | None:
-    """The letter a tool finds, None where it finds none."""
+    """The letter a tool finds, None where it finds none.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    options
+        By letter.
+    dialect
+        Whose rule.
+    """
     if dialect == "vlmevalkit":
         return vlmevalkit_letter(text, options)
     letter = mmbench_letter(text.strip(), options)

@@ -229,6 +229,15 @@ def read_answer(text: str, dialect: str, converted: bool = False) -> str:
 
     ``original`` and ``lmms`` look for "yes", then "no", within the first four characters, so "not sure" and
     "Norway" are no, and "The answer is yes" is other. ``vlmevalkit`` looks for the words.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    dialect
+        Whose rule.
+    converted
+        Does it come from a submission file?
     """
     if dialect == "vlmevalkit":
         return yes_no_words(text)

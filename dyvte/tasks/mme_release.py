@@ -67,7 +67,15 @@ def subtask_images(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def read_pair(text_file: Path, image: Path) -> list[Question]:
-    """The two questions about an image."""
+    """The two questions about an image.
+
+    Parameters
+    ----------
+    text_file
+        Of the two questions.
+    image
+        That they are about.
+    """
     lines = [line.strip("\r") for line in read_text(text_file).split("\n")]
     lines = [line for line in lines if line.strip()]
     if len(lines) != 2:
@@ -116,7 +124,15 @@ def question_key(question_id: str) -> str:
 
 
 def joined_by_stem(predictions: Predictions, questions: Sequence[Question]) -> Predictions:
-    """Predictions by the questions' ids, where images are not there to say how their names end."""
+    """Predictions by the questions' ids, where images are not there to say how their names end.
+
+    Parameters
+    ----------
+    predictions
+        By ids that hold the images' endings.
+    questions
+        As they were read.
+    """
     known = {question_key(q.id): q.id for q in questions if "#" in q.id}
     own = {q.id for q in questions}
     texts = {
@@ -132,7 +148,15 @@ def plain_question(text: str) -> str:
 
 
 def read_results(folder: Path, questions: Sequence[Question]) -> Predictions:
-    """Join result lines (file, question, gold, answer) by subtask, stem of the file name and question."""
+    """Join result lines (file, question, gold, answer) by subtask, stem of the file name and question.
+
+    Parameters
+    ----------
+    folder
+        Of the files ``<subtask>.txt``.
+    questions
+        Those that are answered.
+    """
     ids: dict[tuple[str, str], list[str]] = {}
     for q in questions:
         ids.setdefault((image_key(q.image_id), plain_question(q.text)), []).append(q.id)

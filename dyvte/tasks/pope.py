@@ -196,6 +196,15 @@ def read_answer(text: str, dialect: str, converted: bool = False) -> str:
     no; all else is yes, also "NO", "No!" and an empty answer. LLaVA writes answers without outer blanks and
     line breaks: so they are read, unless they come from a submission file. ``lmms``: the whole answer.
     ``vlmevalkit``: exactly one of the words yes and no.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    dialect
+        Whose rule.
+    converted
+        Does it come from a submission file?
     """
     if dialect == "vlmevalkit":
         return yes_no_words(text)

@@ -88,6 +88,15 @@ def read_by_id(path: Path) -> dict[str, Any]:
 def checked(texts: Mapping[str, Any], where: Path, converted: bool = False) -> Predictions:
     """Predictions from answers by id.
 
+    Parameters
+    ----------
+    texts
+        By question id.
+    where
+        Their file, for the message.
+    converted
+        Do they come from a submission file?
+
     Raises
     ------
     ScoreError
@@ -127,7 +136,15 @@ def collected(
 
 
 def answered_id(row: Row, keys: Sequence[str] = ("question_id",)) -> str:
-    """The id that a row of answers states."""
+    """The id that a row of answers states.
+
+    Parameters
+    ----------
+    row
+        Of the file.
+    keys
+        Columns that may hold it.
+    """
     try:
         return row.identity(*keys)
     except DataError as error:

@@ -72,7 +72,15 @@ class Predictions:
 
 
 def refuse_missing_files(questions: Sequence[Question], root: Path) -> None:
-    """Raise DataError naming images and videos that are not there."""
+    """Raise DataError naming images and videos that are not there.
+
+    Parameters
+    ----------
+    questions
+        Those that will be asked.
+    root
+        Of the benchmark.
+    """
     base = root if root.is_dir() else root.parent
     without = [q.id for q in questions if q.image is None and q.video is None]
     if without:
@@ -91,7 +99,15 @@ def refuse_missing_files(questions: Sequence[Question], root: Path) -> None:
 
 
 def unique_ids(questions: Sequence[Question], where: Path) -> None:
-    """Raise DataError naming ids that occur twice."""
+    """Raise DataError naming ids that occur twice.
+
+    Parameters
+    ----------
+    questions
+        All.
+    where
+        Their file, for the message.
+    """
     twice = repeated(q.id for q in questions)
     if twice:
         raise DataError(f"{where}: {len(twice)} duplicate question ids: {name_some(twice)}")
@@ -104,7 +120,15 @@ def repeated(items: Iterable[str]) -> list[str]:
 
 
 def require_all(questions: Sequence[Question], predictions: Predictions) -> None:
-    """Raise ScoreError naming questions without a prediction: the denominator never shrinks silently."""
+    """Raise ScoreError naming questions without a prediction: the denominator never shrinks silently.
+
+    Parameters
+    ----------
+    questions
+        All.
+    predictions
+        By question id.
+    """
     missing = [q.id for q in questions if q.id not in predictions.texts]
     if missing:
         raise ScoreError(

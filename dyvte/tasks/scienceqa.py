@@ -105,6 +105,15 @@ def read_answer(text: str, options: Options, dialect: str) -> str | None:
     follows on its line; case counts, "A." alone is not read. ``lmms``: the letter alone in any case, or a
     capital before a full stop at the start. ``vlmevalkit``: see
     :func:`~dyvte.tasks.answers.choices.vlmevalkit_letter`.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    options
+        By letter.
+    dialect
+        Whose rule.
     """
     if dialect == "vlmevalkit":
         return vlmevalkit_letter(text, options)

@@ -25,7 +25,13 @@ def group_index(ids: Sequence[str]) -> tuple[np.ndarray, int]:
 
 
 def unit_strata(units: Sequence[str], strata: Sequence[str]) -> np.ndarray:
-    """(G,) index of every unit's stratum, from the unit and the stratum of every question."""
+    """(G,) index of every unit's stratum, from the unit and the stratum of every question.
+
+    Parameters
+    ----------
+    units, strata
+        Of every question.
+    """
     groups_B, num_units = group_index(units)
     strata_G = np.zeros(num_units, dtype=np.int64)
     strata_G[groups_B] = group_index(strata)[0]
@@ -78,7 +84,15 @@ def mean_over_parts(units: Sequence[str], values: Sequence[float], parts: Sequen
 
 
 def all_right(units: Sequence[str], hits: Sequence[float]) -> np.ndarray:
-    """(G,) 1.0 for the units all of whose questions are right (MME's pairs, MMBench's rotations)."""
+    """(G,) 1.0 for the units all of whose questions are right (MME's pairs, MMBench's rotations).
+
+    Parameters
+    ----------
+    units
+        Of every question.
+    hits
+        What each is worth.
+    """
     groups_B, num_units = group_index(units)
     right_G = np.ones(num_units)
     np.minimum.at(right_G, groups_B, (np.asarray(hits, dtype=np.float64) >= 1.0).astype(np.float64))

@@ -134,6 +134,13 @@ def read_answer(text: str, dialect: str) -> str:
 
     ``original`` and ``vlmevalkit``: known beginnings such as "The best answer is" dropped, the first capital
     A to D anywhere, also within a word. ``lmms``: :func:`~dyvte.tasks.answers.choices.lmms_letter`.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    dialect
+        Whose rule.
     """
     if dialect == "lmms":
         return lmms_letter(text.strip(), "ABCD")

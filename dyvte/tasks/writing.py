@@ -11,13 +11,29 @@ from dyvte.files import write_atomically
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write JSON, non-ASCII characters as they are."""
+    """Write JSON, non-ASCII characters as they are.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    content
+        JSON-ready.
+    """
     write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return path
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write one JSON object a line; lines end with ``\\n`` only."""
+    """Write one JSON object a line; lines end with ``\\n`` only.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    rows
+        JSON-ready.
+    """
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 

@@ -55,6 +55,13 @@ class SampleEncoder:
         A sample is a defect whose image cannot be read, whose text no template or tokenizer takes, which the
         processor refuses, or which is too long; the others form the batch.
 
+        Parameters
+        ----------
+        samples
+            Of a batch.
+        file
+            That they are of, for messages.
+
         Raises
         ------
         Exception
@@ -83,7 +90,17 @@ class SampleEncoder:
     def encode(
         self, samples: Sequence[Sample], images: Sequence[Any], *, with_answer: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs and answer mask on the model's device, padded on the left as generation needs it."""
+        """Inputs and answer mask on the model's device, padded on the left as generation needs it.
+
+        Parameters
+        ----------
+        samples
+            Of a batch.
+        images
+            One for each.
+        with_answer
+            Let the answer follow the prompt.
+        """
         rendered = [self._render(sample, with_answer=with_answer) for sample in samples]
         inputs, answer_BN = encode(
             self.processor, rendered, [[image] for image in images], padding_side="left"

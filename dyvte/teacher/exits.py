@@ -160,6 +160,15 @@ def trace_checked(
 
     ``reference_BAV`` (see :func:`dyvte.teacher.plain.predicted_logits`) stands in for the full model, in the
     trace and in its greedy answer: exits of a model with an adapter are compared with the model without it.
+
+    Parameters
+    ----------
+    model, inputs, answer_mask, sample_ids
+        See :func:`trace_exits`.
+    reference_BAV
+        Logits of another full model.
+    **how
+        Further options of :func:`trace_exits`.
     """
     answer_BN = torch.as_tensor(answer_mask, dtype=torch.bool)
     ids = tuple(sample_ids) if sample_ids is not None else tuple(map(str, range(len(answer_BN))))
@@ -217,7 +226,21 @@ def exit_logits(
     **how: Any,
 ) -> ExitLogits:
     """Next-token logits at ``predict_BN`` for all exit layers, from one forward; options as for
-    :func:`trace_exits`. All of them at once: for short answers or few positions."""
+    :func:`trace_exits`. All of them at once: for short answers or few positions.
+
+    Parameters
+    ----------
+    model, inputs
+        See :func:`trace_exits`.
+    predict_BN
+        (B, N) bool.
+    answer_BN
+        (B, N) bool: answer tokens.
+    sample_ids
+        Of the rows, for messages.
+    **how
+        Further options of :func:`trace_exits`.
+    """
     streams, parts = _pass(
         model,
         inputs,
@@ -274,7 +297,15 @@ def _pass(
 
 
 def positions_before(answer_BN: Tensor, sample_ids: Sequence[str]) -> Tensor:
-    """(B, N) positions whose logits predict an answer token: one to the left of each label."""
+    """(B, N) positions whose logits predict an answer token: one to the left of each label.
+
+    Parameters
+    ----------
+    answer_BN
+        (B, N) bool: answer tokens.
+    sample_ids
+        Of the rows, for messages.
+    """
     empty = (~answer_BN.any(1)).nonzero().flatten().tolist()
     if empty:
         raise DataError(f"samples {[sample_ids[row] for row in empty]} have no answer token to compare")
@@ -295,7 +326,19 @@ def _check_predicted(spans: Spans, predict_BN: Tensor, sample_ids: Sequence[str]
 
 def compare(logits_SRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: Tensor) -> dict[str, Tensor]:
     """(S, R) measures of each schedule against the full model; log-probabilities in float32, one schedule at
-    a time to bound memory."""
+    a time to bound memory.
+
+    Parameters
+    ----------
+    logits_SRV
+        Of S schedules at R positions.
+    full_RV
+        Of the full model.
+    labels_R
+        Token ids.
+    visual_ids
+        Of the placeholders, which no answer holds.
+    """
     full_RV = full_RV.float().log_softmax(-1)
     full_argmax_R = _argmax(full_RV, visual_ids)
     columns: dict[str, list[Tensor]] = {name: [] for name in ("risk", "reverse_risk", "agreement", "loss")}
@@ -310,7 +353,15 @@ def compare(logits_SRV: Tensor, full_RV: Tensor, labels_R: Tensor, visual_ids: T
 
 
 def per_row(values: Mapping[str, Tensor], valid_BA: Tensor) -> dict[str, Tensor]:
-    """(S, B) means over each row's positions; ``same_answer`` where all of them agree."""
+    """(S, B) means over each row's positions; ``same_answer`` where all of them agree.
+
+    Parameters
+    ----------
+    values
+        (S, R) by name, positions packed row by row.
+    valid_BA
+        (B, A) bool: the positions of each row.
+    """
     rows: dict[str, Tensor] = {}
     for name in ("risk", "reverse_risk", "agreement", "loss"):
         padded_SBA = values[name].new_zeros(len(values[name]), *valid_BA.shape)
@@ -321,7 +372,13 @@ def per_row(values: Mapping[str, Tensor], valid_BA: Tensor) -> dict[str, Tensor]
 
 
 def kl_divergence(log_p_V: Tensor, log_q_V: Tensor) -> Tensor:
-    """KL(p || q) in nats over the last dimension, from log-probabilities; p = 0 contributes 0."""
+    """KL(p || q) in nats over the last dimension, from log-probabilities; p = 0 contributes 0.
+
+    Parameters
+    ----------
+    log_p_V, log_q_V
+        (..., V) log-probabilities.
+    """
     p_V = log_p_V.exp()
     return (p_V * (log_p_V - log_q_V)).masked_fill(p_V == 0, 0).sum(-1)
 

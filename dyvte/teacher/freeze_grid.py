@@ -20,7 +20,15 @@ LABELS = ("risk", "reverse_risk", "agreement", "same_answer", "loss")
 
 
 def stream_layers(freeze_layers: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
-    """(f, l) of the M features that frozen streams add: up to layer f they are the plain stream."""
+    """(f, l) of the M features that frozen streams add: up to layer f they are the plain stream.
+
+    Parameters
+    ----------
+    freeze_layers
+        Of the grid.
+    num_layers
+        L.
+    """
     return [(f, layer) for f in freeze_layers for layer in range(f + 1, num_layers + 1)]
 
 

@@ -45,7 +45,17 @@ def greedy_answers(
 def append_answers(
     inputs: Mapping[str, Any], answer_BA: Tensor, mask_BA: Tensor
 ) -> tuple[dict[str, Any], Tensor]:
-    """Left-padded prompts grown by answer tokens, padded on the right; and the (B, N) mask of the latter."""
+    """Left-padded prompts grown by answer tokens, padded on the right; and the (B, N) mask of the latter.
+
+    Parameters
+    ----------
+    inputs
+        Of the prompts.
+    answer_BA
+        (B, A) token ids.
+    mask_BA
+        (B, A) bool: real ones.
+    """
     prompt_BP = inputs["input_ids"]
     grown = dict(inputs)
     for name, value in inputs.items():

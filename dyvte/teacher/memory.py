@@ -213,6 +213,17 @@ def plan_pass(
     Without a budget no layer call has more tokens than the full model's own, and no block of logits takes
     more than such a call. With one, calls grow as far as it allows: larger calls are faster on a GPU.
 
+    Parameters
+    ----------
+    sizes
+        Of the batch and the model.
+    budget
+        In bytes; None: without one.
+    exits_per_call
+        Exits in a layer call; None: as many as fit.
+    may_cut_head
+        May the logits be made in blocks?
+
     Raises
     ------
     MemoryBudgetError

@@ -24,6 +24,15 @@ def predicted_logits(
 
     Gradients flow, and exits that are installed on the model apply. Slots agree with those of
     :func:`dyvte.teacher.exit_logits`.
+
+    Parameters
+    ----------
+    model
+        In any wrapper.
+    inputs
+        Of prompts and answers.
+    predict_BN
+        (B, N) bool.
     """
     backbone = describe(model)
     mask_BN = inputs.get("attention_mask")
@@ -38,7 +47,17 @@ def predicted_logits(
 
 
 def forward_inputs(backbone: Backbone, inputs: Mapping[str, Any], valid_BN: Tensor) -> dict[str, Any]:
-    """The inputs with positions that count real tokens only, as ``generate`` counts them."""
+    """The inputs with positions that count real tokens only, as ``generate`` counts them.
+
+    Parameters
+    ----------
+    backbone
+        Of the model.
+    inputs
+        Of prompts and answers.
+    valid_BN
+        (B, N) bool: no padding.
+    """
     given = {name: value for name, value in inputs.items() if value is not None and name != "labels"}
     # Multi-axis families work out their own positions from the image grid.
     own_positions = any(hasattr(module, "get_rope_index") for module in backbone.path)

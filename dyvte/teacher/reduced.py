@@ -44,7 +44,15 @@ class Turn:
 
     @staticmethod
     def of(inputs: Mapping[str, Any], answer_BN: Tensor) -> Turn:
-        """Take prompts and answers apart; inputs of (B, N) go with the prompts."""
+        """Take prompts and answers apart; inputs of (B, N) go with the prompts.
+
+        Parameters
+        ----------
+        inputs
+            Of prompts and answers.
+        answer_BN
+            (B, N) bool: answer tokens.
+        """
         ids_BN = inputs["input_ids"]
         mask_BN = inputs.get("attention_mask")
         valid_BN = torch.ones_like(answer_BN) if mask_BN is None else mask_BN.bool()
@@ -164,7 +172,19 @@ def _grid(
 def answer_logits(
     model: nn.Module, turn: Turn, exits: VisualExit, *, sample_ids: Sequence[str] | None = None
 ) -> Tensor:
-    """(B, A, V) logits of the answer's tokens: prompt prefilled inside the block, answer on its cache."""
+    """(B, A, V) logits of the answer's tokens: prompt prefilled inside the block, answer on its cache.
+
+    Parameters
+    ----------
+    model
+        The backbone.
+    turn
+        Prompts and answers.
+    exits
+        The policy and its reductions.
+    sample_ids
+        Of the rows.
+    """
     with exits(model) as run:
         run.sample_ids = sample_ids
         return continued_logits(model, turn)
@@ -172,7 +192,15 @@ def answer_logits(
 
 @torch.no_grad()
 def continued_logits(model: nn.Module, turn: Turn) -> Tensor:
-    """The same with whatever is in force on the model: exits inside their block, the full model outside."""
+    """The same with whatever is in force on the model: exits inside their block, the full model outside.
+
+    Parameters
+    ----------
+    model
+        The backbone.
+    turn
+        Prompts and answers.
+    """
     backbone = describe(model)
     prompt_mask_BP = turn.prompt["attention_mask"]
     given = forward_inputs(backbone, turn.prompt, prompt_mask_BP.bool())

@@ -16,14 +16,30 @@ from dyvte.teacher.freeze_grid import stream_layers
 
 
 def thinned_exits(num_layers: int, every: int) -> tuple[int, ...]:
-    """Exit layers 0, m, 2m, ... and L: every m-th, as a thinned pass labels them."""
+    """Exit layers 0, m, 2m, ... and L: every m-th, as a thinned pass labels them.
+
+    Parameters
+    ----------
+    num_layers
+        L.
+    every
+        m.
+    """
     if every < 1:
         raise ValueError(f"exits can be thinned to every m-th with m >= 1, found {every}")
     return tuple(sorted({*range(0, num_layers + 1, every), num_layers}))
 
 
 def thinned_freezes(num_layers: int, every: int) -> tuple[int, ...]:
-    """Freeze layers 0, m, 2m, ... below L: every m-th."""
+    """Freeze layers 0, m, 2m, ... below L: every m-th.
+
+    Parameters
+    ----------
+    num_layers
+        L.
+    every
+        m.
+    """
     if every < 1:
         raise ValueError(f"freeze layers can be thinned to every m-th with m >= 1, found {every}")
     return tuple(range(0, num_layers, every))
@@ -47,6 +63,13 @@ class Schedules:
     @staticmethod
     def of(exits: Sequence[int] | None, freezes: Sequence[int], num_layers: int) -> Schedules:
         """Those given, in order, and L, which is the full model; exits None: all, 0..L.
+
+        Parameters
+        ----------
+        exits, freezes
+            Layers in any order.
+        num_layers
+            L.
 
         Raises
         ------

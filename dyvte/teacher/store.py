@@ -114,6 +114,13 @@ class TraceStore:
     def create(cls, folder: str | Path, manifest: Manifest) -> TraceStore:
         """Start a store, or go on with the one that is there if it was made from the same things.
 
+        Parameters
+        ----------
+        folder
+            Of the store.
+        manifest
+            What the traces depend on.
+
         Raises
         ------
         CheckpointError
@@ -178,6 +185,13 @@ class TraceStore:
 
     def write(self, index: int, shard: Shard) -> None:
         """Write one shard, atomically.
+
+        Parameters
+        ----------
+        index
+            Of the shard.
+        shard
+            Traces and what was dropped.
 
         Raises
         ------
@@ -291,12 +305,28 @@ class TraceStore:
 
 
 def exits_text(exits: Sequence[int], num_layers: int) -> str:
-    """Labelled exits as a fingerprint holds them."""
+    """Labelled exits as a fingerprint holds them.
+
+    Parameters
+    ----------
+    exits
+        That are labelled.
+    num_layers
+        L.
+    """
     return ALL_EXITS if len(exits) == num_layers + 1 else ",".join(map(str, exits))
 
 
 def grid_fingerprint(freezes: Sequence[int], kv_share: float) -> dict[str, str]:
-    """Entries of a fingerprint for traces with a grid of these freeze layers; none without a grid."""
+    """Entries of a fingerprint for traces with a grid of these freeze layers; none without a grid.
+
+    Parameters
+    ----------
+    freezes
+        Freeze layers of the grid.
+    kv_share
+        FLOPs of a frozen token's keys and values, as a share of its layer's.
+    """
     return {"freezes": ",".join(map(str, freezes)), "kv_share": repr(kv_share)} if freezes else {}
 
 
@@ -308,7 +338,23 @@ def empty_trace(
     freezes: tuple[int, ...] = (),
     kv_share: float = math.nan,
 ) -> Trace:
-    """A trace of no samples, for a shard all of whose samples were dropped; with a grid, if any freezes."""
+    """A trace of no samples, for a shard all of whose samples were dropped; with a grid, if any freezes.
+
+    Parameters
+    ----------
+    num_layers
+        L.
+    feature_size
+        F.
+    dtype
+        Of the features.
+    exits
+        That are labelled.
+    freezes
+        Freeze layers of the grid.
+    kv_share
+        FLOPs of a frozen token's keys and values, as a share of its layer's.
+    """
     column = torch.zeros(0, num_layers + 1)
     grid = None
     if freezes:

@@ -134,6 +134,13 @@ class Teacher:
 
         A batch that does not fit the memory budget is traced in halves.
 
+        Parameters
+        ----------
+        samples
+            Of a batch.
+        file
+            That they are of, for messages.
+
         Raises
         ------
         MemoryBudgetError
@@ -162,7 +169,15 @@ class Teacher:
         return Shard(trace=trace, image_ids=image_ids, notes=dict(notes)), ready.defects
 
     def prepare(self, samples: Sequence[Sample], file: str = "") -> Prepared:
-        """Inputs of those samples that can be used; the rest by name. See `SampleEncoder.prepare`."""
+        """Inputs of those samples that can be used; the rest by name. See `SampleEncoder.prepare`.
+
+        Parameters
+        ----------
+        samples
+            Of a batch.
+        file
+            That they are of, for messages.
+        """
         return self.encoder.prepare(samples, file)
 
     def _trace_greedy(
@@ -286,7 +301,15 @@ class Teacher:
         return replace(trace, features=trace.features.to(self.dtype), grid=grid)
 
     def ends_answer(self, inputs: dict[str, Tensor], answer_BN: Tensor) -> Tensor:
-        """(B, N) bool: answer tokens that end a generation."""
+        """(B, N) bool: answer tokens that end a generation.
+
+        Parameters
+        ----------
+        inputs
+            Of prompts and answers.
+        answer_BN
+            (B, N) bool: answer tokens.
+        """
         eos_ids = torch.tensor(end_tokens(self.model), device=answer_BN.device)
         return torch.isin(inputs["input_ids"], eos_ids) & answer_BN
 

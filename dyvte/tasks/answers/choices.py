@@ -48,7 +48,15 @@ def cut_options(text: str, mark: str, letters: str = LETTERS) -> tuple[str, dict
 
 
 def with_options(question: str, options: Options) -> str:
-    """``question``, then one line ``A. option`` each, as LLaVA asks."""
+    """``question``, then one line ``A. option`` each, as LLaVA asks.
+
+    Parameters
+    ----------
+    question
+        Its text.
+    options
+        By letter.
+    """
     return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
 
 
@@ -111,6 +119,13 @@ def hrbench_letter(text: str, options: Options) -> str | None:
 
     As in ``hrbench_evals.py`` of lmms-eval: the only option letter that stands as a word, wherever ("Z" for a
     refusal), else the only option whose text occurs in the answer, however long that is.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    options
+        By letter.
     """
     if _API_FAILURE not in text:
         if any(refusal in text for refusal in _REFUSALS):
@@ -137,6 +152,13 @@ def mmbench_letter(text: str, options: Options) -> str | None:
     As in ``mmbench_evals.py`` of lmms-eval, which carries the evaluation of the MMBench paper: the only one
     of the words A to E (not where "A" may be an article: more than three words), then with each kind of
     punctuation around it, else the only option whose text occurs in the answer.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    options
+        By letter.
     """
     if _API_FAILURE in text:
         return _only_option_in(text, options, limited=False)
@@ -166,6 +188,13 @@ def lmms_letter(text: str, letters: Sequence[str]) -> str:
     ``lmms_eval/tasks/_task_utils/mcq_extract.py``: of all places where a letter stands, the best kind of
     place wins (start of the answer, its end, after a phrase such as "the answer is", in brackets, before a
     full stop, a colon, a bracket, a space; any place at all only if there is no other), then the last place.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    letters
+        Of the options.
     """
     body = text.strip()
     for mark in ",.!?;:'\"":

@@ -60,7 +60,15 @@ def gold_forms(golds: Iterable[str]) -> list[str | float]:
 
 
 def is_right(stated: Iterable[str | float], golds: Sequence[str | float]) -> bool:
-    """``eval_open``: a stated number equals a gold number, or a gold text occurs in a stated text."""
+    """``eval_open``: a stated number equals a gold number, or a gold text occurs in a stated text.
+
+    Parameters
+    ----------
+    stated
+        What the answer says, as numbers and texts.
+    golds
+        What is right, likewise.
+    """
     return any(
         any(isinstance(gold, str) and gold in one for gold in golds) if isinstance(one, str) else one in golds
         for one in stated

@@ -11,7 +11,13 @@ TOLERANCE = 0.05
 
 
 def relaxed_match(prediction: str, gold: str) -> bool:
-    """Whether a prediction is right: within 5 % of a number other than 0, else equal but for letter case."""
+    """Whether a prediction is right: within 5 % of a number other than 0, else equal but for letter case.
+
+    Parameters
+    ----------
+    prediction, gold
+        Texts.
+    """
     read, expected = _number(prediction), _number(gold)
     if read is None or not expected:
         return prediction.lower() == gold.lower()

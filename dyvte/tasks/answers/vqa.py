@@ -69,7 +69,15 @@ def one_line(text: str) -> str:
 
 
 def official_answer(text: str, dialect: str = "original") -> str:
-    """A prediction as the official VQA evaluation compares it; with the punctuation rule of ``dialect``."""
+    """A prediction as the official VQA evaluation compares it; with the punctuation rule of ``dialect``.
+
+    Parameters
+    ----------
+    text
+        The answer.
+    dialect
+        Whose rule.
+    """
     return digits_and_articles(without_punctuation(one_line(text), dialect))
 
 
