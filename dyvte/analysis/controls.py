@@ -18,8 +18,8 @@ DEFINITION = (
 
 def study(subject: Subject) -> Findings:
     """Score the full model, FastV, random tokens, random K and fixed K."""
-    layer, spread = subject.layer, subject.num_layers // 4
-    low, high = max(1, layer - spread), min(subject.num_layers - 1, layer + spread)
+    layer, reach = subject.layer, subject.num_layers // 4
+    low, high = max(1, layer - reach), min(subject.num_layers - 1, layer + reach)
     never, fixed, drawn = subject.policies(FULL_MODEL, f"fixed:{layer}", f"random:{low}-{high}")
     (fastv,) = with_reductions([never], [subject.config.fastv])
     (tokens,) = with_reductions([never], [f"random_tokens:{layer}:{subject.config.seed}"])

@@ -52,7 +52,7 @@ from dyvte.config import dump_config
 from dyvte.errors import ConfigError
 from dyvte.evaluation.askable import without_unaskable
 from dyvte.evaluation.generation import Pipeline, encoded_batches, plan_batches
-from dyvte.evaluation.latency import PrefillTimes, machine, measure_prefill, spread_batches
+from dyvte.evaluation.latency import PrefillTimes, even_batches, machine, measure_prefill
 from dyvte.evaluation.runner import load_pipeline, load_questions, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL, Machine
 from dyvte.progress import progress
@@ -344,7 +344,7 @@ def _timing(
     policies = [runs.policies[name] for name in names if name in runs.policies]
     prompts = prompts_of(runs.benchmark, runs.questions, config.question_suffix)
     plan = plan_batches(pipeline, prompts, config.batch_size)
-    chosen = spread_batches(len(plan), config.timing_batches)
+    chosen = even_batches(len(plan), config.timing_batches)
     batches = list(encoded_batches(pipeline, runs.questions, prompts, plan, chosen))
     return measure_prefill(pipeline, batches, policies, config.timing_repeats) if batches else {}
 

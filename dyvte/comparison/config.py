@@ -162,12 +162,12 @@ class CompareConfig(GenerationSettings):
 
     @property
     def sources(self) -> tuple[BenchmarkSource, ...]:
-        """The benchmarks."""
+        """Name, data and title of every benchmark."""
         return tuple(map(BenchmarkSource.parse, self.benchmarks))
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The budgets."""
+        """Budgets as shares of the full model's visual compute."""
         return parse_budgets(self.budgets)
 
     @property

@@ -189,8 +189,8 @@ class Draw:
         return [sample for _, _, sample in sorted(smallest, key=lambda kept: kept[1])]
 
     def _cut(self) -> None:
-        spread = math.sqrt(self._fraction * (1 - self._fraction) / self.offered)
-        bound = self._fraction + 6 * spread + 20 / self.offered
+        deviation = math.sqrt(self._fraction * (1 - self._fraction) / self.offered)
+        bound = self._fraction + 6 * deviation + 20 / self.offered
         self._kept = sorted((k for k in self._kept if k[0] <= bound), key=lambda kept: kept[:2])
         if self._limit is not None:
             del self._kept[self._limit :]

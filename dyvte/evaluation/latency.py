@@ -170,7 +170,7 @@ def _synchroniser(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def spread_batches(num_batches: int, wanted: int) -> list[int]:
+def even_batches(num_batches: int, wanted: int) -> list[int]:
     """Indices of ``wanted`` batches, evenly over all of them.
 
     Parameters

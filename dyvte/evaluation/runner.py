@@ -33,7 +33,7 @@ from dyvte.evaluation.generation import (
     plan_batches,
 )
 from dyvte.evaluation.identity import identity, identity_of
-from dyvte.evaluation.latency import PLAIN, machine, measure_generation, spread_batches
+from dyvte.evaluation.latency import PLAIN, even_batches, machine, measure_generation
 from dyvte.evaluation.metrics import cost_metrics, same_answer
 from dyvte.evaluation.run_log import Answer, AnswerLog, texts
 from dyvte.evaluation.scores import FULL_MODEL, RunIdentity, RunScores, Timing
@@ -356,7 +356,7 @@ def _timing(
             kept[named.name] = timing
     if config.timing_batches < 1 or len(kept) == len(policies):
         return kept
-    chosen = spread_batches(len(asking.plan), config.timing_batches)
+    chosen = even_batches(len(asking.plan), config.timing_batches)
     batches = [batch for batch in asking.batches(chosen) if batch.question_ids]
     if not batches:
         return kept

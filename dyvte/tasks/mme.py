@@ -83,13 +83,13 @@ class MME(Benchmark):
         return self.table, self._release
 
     def limited(self, questions: list[Question], limit: int | None) -> list[Question]:
-        """The first ``limit // 2`` images, spread over the subtasks."""
+        """The first ``limit // 2`` images, from the subtasks in turn."""
         if limit is None:
             return questions
         by_subtask: dict[str, dict[str, list[Question]]] = defaultdict(lambda: defaultdict(list))
         for question in questions:
             by_subtask[question.kind][question.image_id].append(question)
-        kept = _spread([list(images.values()) for images in by_subtask.values()], limit // 2)
+        kept = _in_turn([list(images.values()) for images in by_subtask.values()], limit // 2)
         return [question for subtask in kept for pair in subtask for question in pair]
 
     def _release(self, root: Path) -> list[Question] | None:
@@ -316,7 +316,7 @@ def _num_with_breaks(questions: Sequence[Question], predictions: Predictions) ->
     return sum(1 for q in questions if _LINE_BREAKS.search(predictions.texts[q.id].strip()))
 
 
-def _spread(images: list[list[Any]], num_images: int) -> list[list[Any]]:
+def _in_turn(images: list[list[Any]], num_images: int) -> list[list[Any]]:
     """The first images of every subtask in turn, ``num_images`` in all."""
     if num_images < 1:
         raise DataError("a limit below 2 keeps no MME image: each image has two questions")

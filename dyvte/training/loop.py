@@ -36,7 +36,7 @@ class TrainingSize:
 
     @staticmethod
     def of(cfg: TrainConfig, num_samples: int, world_size: int) -> TrainingSize:
-        """Work them out.
+        """From a configuration, its data and its processes.
 
         Parameters
         ----------

@@ -107,7 +107,7 @@ class TrainResult:
     """Which of several trainings they are; None where there was one."""
 
     def table(self) -> str:
-        """The summary table."""
+        """Gates beside fixed K at several budgets, as text."""
         return budget_table(self.summary.budgets)
 
 
@@ -188,20 +188,20 @@ def make_gates(
         If the gates to start from have another shape, or belong to another backbone.
     """
     if cfg.gates.init_from is None:
-        zeros, spread = (0.0,) * num_layers, cfg.objective.starts_uniform
+        zeros, uniform = (0.0,) * num_layers, cfg.objective.starts_uniform
         closed = close_gates(zeros, exits) if exits is not None else ()
         freeze_offsets: tuple[float, ...] = ()
         if cfg.gates.freeze_head:
             _check_freezes(cfg, freezes)
             closed_too = zeros if freezes is None else close_freezes(zeros, freezes)
-            freeze_offsets = uniform_freeze_offsets(num_layers, freezes) if spread else closed_too
+            freeze_offsets = uniform_freeze_offsets(num_layers, freezes) if uniform else closed_too
         config = GateConfig(
             num_layers=num_layers,
             hidden_size=hidden_size,
             architecture=cfg.gates.architecture,
             gate_hidden_size=cfg.gates.hidden_size,
             features=cfg.gates.features or cfg.teacher.features,
-            offsets=uniform_offsets(num_layers, exits) if spread else closed,
+            offsets=uniform_offsets(num_layers, exits) if uniform else closed,
             freeze_head=cfg.gates.freeze_head,
             freeze_offsets=freeze_offsets,
             backbone=dict(backbone),

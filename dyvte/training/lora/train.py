@@ -89,7 +89,7 @@ class LoraResult:
     summary: LoraSummary
 
     def table(self) -> str:
-        """The summary table."""
+        """Every fixed exit before and after, as text."""
         return exit_table(self.summary.exits)
 
 
