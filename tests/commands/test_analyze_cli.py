@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def test_studies_write_numbers_table_and_plot_and_share_their_runs(world, tmp_pa
     assert layers[0]["same_answer"] == positions["keep"]["same_answer"]
     # One run for K = 2, whoever asked for it.
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["fixed-2", "fixed-2-rearrange", "never"]
+
+
+def test_what_cannot_be_asked_is_excluded_with_its_image(world, tmp_path, capsys):
+    shutil.copytree(world / "gqa", tmp_path / "gqa")
+    torn = tmp_path / "gqa" / "images" / "1.png"  # of two of the six questions
+    torn.write_bytes(torn.read_bytes()[:-300])
+    options = _options(world, tmp_path / "out", "--layers", "2", "--data", str(tmp_path / "gqa"))
+    assert main(["analyze", *options, "layers"]) == 2
+    assert "2 of 6 questions cannot be asked, 0 allowed" in capsys.readouterr().err
+    assert main(["analyze", *options, "--max-bad-samples", "2", "layers"]) == 0
+    about = json.loads((tmp_path / "out" / "layers.json").read_text())["about"]
+    assert about["questions"] == 4
+    assert len(about["unaskable"]) == 2
 
 
 def test_all_omits_by_name_what_lacks_its_option(world, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,15 @@ def test_a_whole_comparison(world: Path, tmp_path: Path, monkeypatch, capsys) ->
     for split in ("calibration", "test"):
         further = ["--reduction", "fastv:2:0.5", "--budget", "0.5", "--gates", str(world / "gates")]
         traced(world, split, "search-plan", tmp_path / "plans" / split, *further)
+    shutil.copytree(world / "gqa", tmp_path / "gqa")
+    torn = tmp_path / "gqa" / "images" / "1.png"  # of two of the six questions
+    torn.write_bytes(torn.read_bytes()[:-300])
     settings = {
         "--model": world / "backbone", "--gates": world / "gates", "--image-folder": world / "images",
-        "--output": tmp_path / "out", "--benchmark": f"mini-GQA:gqa={world / 'gqa'}", "--budgets": "0.6,0.3",
+        "--output": tmp_path / "out", "--benchmark": f"mini-GQA:gqa={tmp_path / 'gqa'}", "--budgets": "0.6,0.3",
         "--plans": tmp_path / "plans", "--template": "chat", "--timing-batches": 1, "--timing-repeats": 1,
         "--search-samples": 4, "--num-draws": 100, "--sweep-questions": 0, "--max-new-tokens": 3,
+        "--max-bad-samples": 2,
         **{f"--data-{split}": world / f"{split}.json" for split in SPLITS},
         **{f"--traces-{split}": tmp_path / f"trace-{split}" for split in SPLITS},
     }  # fmt: skip
@@ -58,6 +63,10 @@ def test_a_whole_comparison(world: Path, tmp_path: Path, monkeypatch, capsys) ->
     for title in ("| policy ", "| mini-GQA ", "## At given budgets", "## Plans", "| DyVTE gates "):
         assert title in shown
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    answered = found["benchmarks"]["mini-GQA"]
+    assert (answered["num_questions"], len(answered["unaskable"])) == (4, 2)
+    assert all("truncated" in problem for problem in answered["unaskable"].values())
+    assert "mini-GQA: 2 questions that cannot be asked" in (tmp_path / "out" / "comparison.md").read_text()
     plans = found["plans"]
     assert (plans["num_calibration"], plans["num_test"], plans["num_images"], plans["num_seeds"]) == (
         12,
