@@ -50,7 +50,8 @@ def test_a_whole_comparison(world: Path, tmp_path: Path, monkeypatch, capsys) ->
     torn.write_bytes(torn.read_bytes()[:-300])
     settings = {
         "--model": world / "backbone", "--gates": world / "gates", "--image-folder": world / "images",
-        "--output": tmp_path / "out", "--benchmark": f"mini-GQA:gqa={tmp_path / 'gqa'}", "--budgets": "0.6,0.3",
+        "--output": tmp_path / "out", "--benchmark": f"mini-GQA:gqa={tmp_path / 'gqa'}",
+        "--budgets": "0.6,0.3",
         "--plans": tmp_path / "plans", "--template": "chat", "--timing-batches": 1, "--timing-repeats": 1,
         "--search-samples": 4, "--num-draws": 100, "--sweep-questions": 0, "--max-new-tokens": 3,
         "--max-bad-samples": 2,
