@@ -240,7 +240,8 @@ class AnswerLog:
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         path = self.folder / RUN_FILE
-        if not path.is_file():
+        if not path.is_file() or not (self.finished or self._partial_files()):
+            # of a start that answered nothing, there is nothing to mix up
             write_atomically(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
             return
         try:

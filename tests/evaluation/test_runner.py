@@ -19,7 +19,7 @@ from dyvte.data import load_image
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.evaluation import generation as asking
 from dyvte.evaluation.generation import Pipeline
-from dyvte.evaluation.run_log import AnswerLog, read_answers, unpack_layers
+from dyvte.evaluation.run_log import Answer, AnswerLog, read_answers, unpack_layers
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.scores import RunScores
 from dyvte.evaluation.settings import given_exits, parse_policies
@@ -237,8 +237,10 @@ def test_policies_by_name(gates_folder, tmp_path):
 
 
 def test_foreign_answers_are_refused(tmp_path):
-    log = AnswerLog(tmp_path, {"a": 1}, [["q1"], ["q2"]])
+    AnswerLog(tmp_path, {"a": 0}, [["q1"], ["q2"]])
+    log = AnswerLog(tmp_path, {"a": 1}, [["q1"], ["q2"]])  # the other start answered nothing
     assert log.missing() == [0, 1]
+    log.append(0, [Answer.unanswered("q1", "image: torn", 2)])
     with pytest.raises(ConfigError, match="another a: 1, now 2"):
         AnswerLog(tmp_path, {"a": 2}, [["q1"]])
     (tmp_path / "run.json").write_text("{")
