@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+GIB = 2**30
+"""Bytes of a GiB, in which settings give memory."""
 _NAMED_AT_MOST = 5
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -84,7 +84,8 @@ def peak_memory(subject: Subject, policies: Sequence[NamedPolicy]) -> dict[str, 
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        answer(subject.pipeline, batch, named.exits())
+        # What a question costs that comes alone.
+        answer(replace(subject.pipeline, images=None), batch, named.exits())
         peaks[named.name] = torch.cuda.max_memory_allocated() - before
     return peaks
 

@@ -19,7 +19,7 @@ from dyvte.backbones import Backbone, describe, fingerprint, weights_digest
 from dyvte.calibration import LayerSearch, search_exit_layer
 from dyvte.errors import ConfigError, UnsupportedBackboneError
 from dyvte.evaluation.askable import without_unaskable
-from dyvte.evaluation.generation import Batch, Pipeline, encoded_batches, plan_batches
+from dyvte.evaluation.generation import Batch, Pipeline, encoded_batches, plan_batches, shown_by
 from dyvte.evaluation.runner import (
     EvalConfig,
     PolicyResult,
@@ -136,7 +136,7 @@ class Subject:
         """Encoded prompts, of the sampled questions if none are given."""
         questions = self.sampled if questions is None else questions
         prompts = self.prompts(questions)
-        plan = plan_batches(self.pipeline, prompts, self.config.batch_size)
+        plan = plan_batches(self.pipeline, prompts, self.config.batch_size, shown_by(questions))
         with progress(len(questions), "prompts", "question") as advance:
             for batch in encoded_batches(self.pipeline, questions, prompts, plan, range(len(plan))):
                 yield batch

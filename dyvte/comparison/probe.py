@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dyvte.evaluation.generation import Pipeline, encoded_batches, plan_batches
+from dyvte.evaluation.generation import Pipeline, encoded_batches, plan_batches, shown_by
 from dyvte.gates import FEATURES, GateStack, HeadLogits, select_features
 from dyvte.policies import Plan, Policy, Rows
 from dyvte.runtime import VisualExit
@@ -114,10 +114,10 @@ def probe_gates(
     """
     freezes = tuple(sorted({f for stack in stacks for f in stack.config.open_freezes}))
     streams = [ProbePolicy(stacks, f) for f in (*freezes, None)]
-    plan = plan_batches(pipeline, prompts, batch_size)
+    plan = plan_batches(pipeline, prompts, batch_size, shown_by(questions))
     for batch in encoded_batches(pipeline, questions, prompts, plan, range(len(plan))):
         for policy in streams:
-            with VisualExit.from_policy(policy)(pipeline.model):
+            with VisualExit.from_policy(policy)(pipeline.model, images=pipeline.images):
                 pipeline.model(**batch.inputs, use_cache=False, logits_to_keep=1)
     order = torch.tensor([row for rows in plan for row in rows]).argsort()
     exits_GHBL = torch.stack([torch.cat(policy.noted, 1) for policy in streams])[:, :, order].clone()

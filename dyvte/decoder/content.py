@@ -84,7 +84,9 @@ def _is_same_place(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     other = other.to(one.device)
-    return torch.allclose(one, other, rtol=0, atol=_ANGLES) if one.is_floating_point() else one.equal(other)
+    if one.equal(other):
+        return True
+    return one.is_floating_point() and torch.allclose(one, other, rtol=0, atol=_ANGLES)
 
 
 def _per_token(picked: Any, rows: int, tokens: int) -> list[Tensor]:

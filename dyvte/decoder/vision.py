@@ -100,28 +100,45 @@ def _once(stock: Callable[..., Any], memory: Memory | None) -> Callable[..., Any
         if images is None:
             return stock(*args, **kwargs)
         which_I, first_U = _numbered(images)
-        digests = [] if memory is None else [_digest(images[first], given) for first in first_U]
-        known_U = [None if memory is None else memory.features(one) for one in digests or first_U]
-        new = [number for number, known in enumerate(known_U) if known is None]
-        if new:
-            chosen = _chosen(given, images, [first_U[number] for number in new])
-            # Nothing to leave out: the call as it came.
-            everything = len(new) == len(images)
-            output = stock(*args, **kwargs) if everything else stock(**{**given, **chosen})
-            encoded = _encoded(output, len(new))
-            if encoded is None:
-                return output if everything else stock(*args, **kwargs)
-            for number, one in zip(new, encoded, strict=True):
-                known_U[number] = one
-                if memory is not None and not one.features.requires_grad:
-                    memory.keep_features(digests[number], _copy(one))
-            if everything:
-                return output
-        else:
-            output = known_U[0].output()
-        return _filled(output, [known_U[number] for number in which_I])
+        if memory is not None:
+            output = _remembered(stock, memory, given, images, which_I, first_U)
+            return stock(*args, **kwargs) if output is None else output
+        if len(first_U) == len(which_I):
+            return stock(*args, **kwargs)
+        output = stock(**{**given, **_chosen(given, images, first_U)})
+        encoded = _encoded(output, len(first_U))
+        if encoded is None:
+            return stock(*args, **kwargs)
+        return _filled(output, [encoded[number] for number in which_I])
 
     return encode
+
+
+def _remembered(
+    stock: Callable[..., Any],
+    memory: Memory,
+    given: Mapping[str, Any],
+    images: list[Any],
+    which_I: Sequence[int],
+    first_U: Sequence[int],
+) -> Any:
+    """An output of what is known of the images; others are encoded, each by itself, so that its features do
+    not depend on which are new beside it. None where images cannot be told apart in the output."""
+    if _has_empty_images(given):
+        return None
+    known_U: list[Encoded] = []
+    for first in first_U:
+        digest = _digest(images[first], given)
+        encoded = memory.features(digest)
+        if encoded is None:
+            found = _encoded(stock(**{**given, **_chosen(given, images, [first])}), 1)
+            if found is None:
+                return None
+            (encoded,) = found
+            if not encoded.features.requires_grad:
+                memory.keep_features(digest, encoded)
+        known_U.append(encoded)
+    return _filled(known_U[0].output(), [known_U[number] for number in which_I])
 
 
 def _images(given: Mapping[str, Any]) -> list[tuple[Tensor, ...]] | None:
@@ -141,6 +158,14 @@ def _images(given: Mapping[str, Any]) -> list[tuple[Tensor, ...]] | None:
     if any(value.dim() == 0 or len(value) != len(pixels) for value in beside):
         return None
     return list(zip(pixels, *beside, strict=True))
+
+
+def _has_empty_images(given: Mapping[str, Any]) -> bool:
+    """Do rows of several images hold some that stand for none? The tower leaves those out, but not where a
+    row has no other."""
+    pixels = given["pixel_values"]
+    rows_of_images = pixels.dim() == 5 and given.get("image_sizes") is None
+    return rows_of_images and not bool(pixels.flatten(2).any(2).all())
 
 
 def _numbered(images: list[tuple[Tensor, ...]]) -> tuple[list[int], list[int]]:
@@ -213,9 +238,3 @@ def _filled(output: Any, images_I: Sequence[Encoded]) -> Any:
 
 def _joined(values: Sequence[Tensor], container: type) -> Any:
     return torch.stack(list(values)) if issubclass(container, Tensor) else container(values)
-
-
-def _copy(one: Encoded) -> Encoded:
-    """The same in memory of its own: what it is cut from may be a whole batch."""
-    by_layer = None if one.by_layer is None else tuple(part.clone() for part in one.by_layer)
-    return Encoded(one.features.clone(), by_layer, one.output, one.container)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +23,10 @@ from dyvte.data.defects import is_of_sample
 from dyvte.errors import ConfigError
 from dyvte.evaluation.checks import defects_alone, open_image, refuse
 from dyvte.evaluation.run_log import Answer, pack_layers
+from dyvte.formatting import GIB
 from dyvte.groups import open_group
 from dyvte.readers.videos import read_frames
-from dyvte.runtime import VisualExit
+from dyvte.runtime import ImageStore, VisualExit
 from dyvte.runtime.records import PrefillRecord
 from dyvte.tasks.base import Question
 
@@ -48,6 +49,8 @@ class GenerationSettings:
     """Of everything that is drawn at random."""
     max_bad_samples: int = 0
     """Questions that cannot be asked (image, text) and are tolerated: they are named and counted."""
+    image_store: float = 2.0
+    """GiB for images that several questions show, each computed once; 0: every question computes its own."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "num_frames"):
@@ -55,6 +58,12 @@ class GenerationSettings:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.max_bad_samples < 0:
             raise ConfigError(f"max_bad_samples must be at least 0, found {self.max_bad_samples}")
+        if not 0 <= self.image_store < math.inf:
+            raise ConfigError(f"image_store must be a number of GiB, 0 or more, found {self.image_store}")
+
+    def new_store(self) -> ImageStore | None:
+        """A store for the images of several questions; None where each computes its own."""
+        return ImageStore(math.ceil(self.image_store * GIB)) if self.image_store else None
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Pipeline:
     max_new_tokens: int = 16
     num_frames: int = 8
     """Frames sampled from a video."""
+    images: ImageStore | None = None
+    """What questions about the same image read it from; None: every question computes its own."""
 
     @property
     def device(self) -> torch.device:
@@ -84,11 +95,14 @@ class Batch:
     num_tokens_B: Tensor
 
 
-def plan_batches(pipeline: Pipeline, prompts: Sequence[str], batch_size: int) -> list[list[int]]:
-    """Indices of the questions of each batch: neighbours in prompt length, longest first.
+def plan_batches(
+    pipeline: Pipeline, prompts: Sequence[str], batch_size: int, shown: Sequence[Hashable] | None = None
+) -> list[list[int]]:
+    """Indices of the questions of each batch: those about one image together, neighbours in prompt length,
+    longest first.
 
-    A function of prompts and batch size alone, so that a resumed run forms the same batches. Longest first,
-    so that a batch that does not fit in memory fails at the start.
+    A function of these arguments alone, so that a resumed run forms the same batches. Longest first, so that
+    a batch that does not fit in memory fails at the start.
 
     Parameters
     ----------
@@ -97,11 +111,22 @@ def plan_batches(pipeline: Pipeline, prompts: Sequence[str], batch_size: int) ->
     prompts
         Texts, without image placeholders.
     batch_size
-        Questions of a batch.
+        Of all batches but the last.
+    shown
+        What each question shows; None: nothing is known of that.
     """
     lengths = _token_counts(pipeline.processor.tokenizer, prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
+    groups = range(len(prompts)) if shown is None else shown
+    longest: dict[Hashable, tuple[int, int]] = {}
+    for i, group in enumerate(groups):
+        longest[group] = min(longest.get(group, (0, i)), (-lengths[i], i))
+    order = sorted(range(len(prompts)), key=lambda i: (longest[groups[i]], -lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def shown_by(questions: Sequence[Question]) -> list[Hashable]:
+    """What each question shows, equal for those that name the same images or video."""
+    return [(question.images, question.video) for question in questions]
 
 
 def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
@@ -288,7 +313,7 @@ def answer(
         Arguments of ``generate``.
     """
     settings = {"max_new_tokens": pipeline.max_new_tokens, **(generation or {})}
-    with exits(pipeline.model) as run:
+    with exits(pipeline.model, images=pipeline.images) as run:
         run.sample_ids = batch.question_ids
         tokens_BN = generate_greedily(pipeline.model, batch.inputs, **settings)
     new_BA = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()

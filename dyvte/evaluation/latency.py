@@ -22,7 +22,7 @@ from dyvte.backbones import generate_greedily
 from dyvte.evaluation.generation import Batch, Pipeline
 from dyvte.evaluation.scores import GenerationTimes, Machine
 from dyvte.evaluation.settings import NamedPolicy
-from dyvte.runtime import VisualExit
+from dyvte.runtime import ImageStore, VisualExit
 
 PLAIN = "plain"
 """The model without anything installed."""
@@ -80,6 +80,7 @@ def measure_generation(
     policies: Sequence[NamedPolicy],
     repeats: int = 5,
     new_tokens: int = 8,
+    new_store: Callable[[], ImageStore | None] | None = None,
 ) -> dict[str, GenerationTimes]:
     """Time to first token and time per further token of ``generate``, for whole batches.
 
@@ -93,6 +94,7 @@ def measure_generation(
     policies : what is timed beside the plain model.
     repeats : turns on each batch; one more warms up.
     new_tokens : of every row.
+    new_store : makes a store of images for each turn of each batch; None: every question computes its own.
 
     Returns
     -------
@@ -109,7 +111,7 @@ def measure_generation(
         steps = len(clock.times) - 2
         return {"first": first, **({"next": last / steps} if steps else {})}
 
-    taken = _take_turns(pipeline, batches, policies, repeats, generate)
+    taken = _take_turns(pipeline, batches, policies, repeats, generate, new_store)
     result = {}
     for name, own in taken.items():
         plain = taken[PLAIN]
@@ -142,6 +144,7 @@ def _take_turns(
     policies: Sequence[NamedPolicy],
     repeats: int,
     measure: Callable[[Batch], dict[str, float]],
+    new_store: Callable[[], ImageStore | None] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """What ``measure`` says of every batch, in ``repeats`` turns, under every policy and the plain model."""
     runs: list[tuple[str, VisualExit | None]] = [(PLAIN, None)]
@@ -150,7 +153,8 @@ def _take_turns(
     for batch in batches:
         for turn in range(repeats + 1):
             for name, exits in runs:
-                with nullcontext() if exits is None else exits(pipeline.model) as run:
+                store = None if new_store is None else new_store()
+                with nullcontext() if exits is None else exits(pipeline.model, images=store) as run:
                     if run is not None:
                         run.sample_ids = batch.question_ids
                     measured = measure(batch)

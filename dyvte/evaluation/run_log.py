@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -181,7 +181,7 @@ class AnswerLog:
         """
         if tuple(answer.question_id for answer in answers) != self.batches[batch_index]:
             raise DataError(f"answers do not belong to batch {batch_index} of {self.folder}")
-        text = "".join(_line(asdict(answer)) for answer in answers)
+        text = "".join(_line(vars(answer)) for answer in answers)
         path = self.folder / (_partial_name(self.rank) if self.rank else PARTIAL_FILE)
         with path.open("a", encoding="utf-8", newline="\n") as stream:
             stream.write(text)
@@ -228,7 +228,7 @@ class AnswerLog:
             return
         self._read()
         incomplete = {q for i in self.missing() for q in self.batches[i]}
-        whole = [asdict(answer) for q, answer in self.answers.items() if q not in incomplete]
+        whole = [vars(answer) for q, answer in self.answers.items() if q not in incomplete]
         write_atomically(self.folder / PARTIAL_FILE, "".join(map(_line, whole)))
         for path in files:
             if path.name != PARTIAL_FILE:
@@ -304,7 +304,7 @@ def _answer(row: Mapping[str, Any]) -> Answer:
 
 def exit_row(answer: Answer) -> dict[str, Any]:
     """A row of ``exits.jsonl``: all of an answer but its text; freezing and a problem where there are any."""
-    row = {key: value for key, value in asdict(answer).items() if key != "prediction"}
+    row = {key: value for key, value in vars(answer).items() if key != "prediction"}
     for key in ("freeze_layer", "frozen_tokens", "freeze_logits", "problem"):
         if not row[key] and row[key] != 0:
             del row[key]

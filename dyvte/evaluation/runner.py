@@ -6,7 +6,7 @@ Several processes (torchrun, accelerate) share the batches; the first of them ti
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,12 +31,13 @@ from dyvte.evaluation.generation import (
     answer,
     encoded_batches,
     plan_batches,
+    shown_by,
 )
 from dyvte.evaluation.identity import identity, identity_of
 from dyvte.evaluation.latency import PLAIN, even_batches, machine, measure_generation
 from dyvte.evaluation.metrics import cost_metrics, same_answer
 from dyvte.evaluation.run_log import Answer, AnswerLog, texts
-from dyvte.evaluation.scores import FULL_MODEL, RunIdentity, RunScores, Timing
+from dyvte.evaluation.scores import FULL_MODEL, TIMED_IMAGES, RunIdentity, RunScores, Timing
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
 from dyvte.policies import POLICIES
 from dyvte.progress import progress
@@ -79,10 +80,15 @@ class EvalConfig(GenerationSettings):
     """Ask about this many questions only (whole images where questions are paired)."""
     timing_batches: int = 3
     """Batches on which every policy is timed after the answers; 0 for none."""
+    timing_rows: int = 16
+    """Questions of a timed batch at most."""
     timing_repeats: int = 3
     """How often each of them is timed."""
     timing_tokens: int = 8
     """Tokens generated when timed: the first gives the time to first token, the others that per token."""
+    timing_images: str = field(default="fresh", metadata={"choices": TIMED_IMAGES})
+    """fresh: each timed question computes its image, as where it comes alone; shared: a batch's questions
+    compute each of their images once."""
     overwrite: bool = False
     """Start anew where the output folder holds a run."""
 
@@ -91,7 +97,7 @@ class EvalConfig(GenerationSettings):
         if self.max_new_tokens is None:
             object.__setattr__(self, "max_new_tokens", needed)
         super().__post_init__()
-        for name in ("timing_repeats", "timing_tokens"):
+        for name in ("timing_rows", "timing_repeats", "timing_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.policies:
@@ -122,7 +128,7 @@ def load_pipeline(config: GenerationSettings, device: torch.device | None = None
     """
     model, processor = open_backbone(config.model, device or own_device())
     template = get_template(config.template, processor)
-    return Pipeline(model, processor, template, config.max_new_tokens, config.num_frames)
+    return Pipeline(model, processor, template, config.max_new_tokens, config.num_frames, config.new_store())
 
 
 def evaluate(config: EvalConfig) -> list[PolicyResult]:
@@ -208,7 +214,10 @@ def run_policies(
     where = f"{benchmark.name} ({config.data})"
     check_ids(questions, where)
     prompts = prompts_of(benchmark, questions, config.question_suffix)
-    plan = plan_batches(pipeline, prompts, config.batch_size)
+    shown = shown_by(questions)
+    if len(policies) == 1 and len(set(shown)) == len(questions):
+        pipeline = replace(pipeline, images=None)  # no image would be met again
+    plan = plan_batches(pipeline, prompts, config.batch_size, shown)
     check_policies(pipeline, policies)
     answers_depend_on = identity(pipeline, benchmark, questions, prompts, config)
     ids = [[questions[i].id for i in rows] for rows in plan]
@@ -357,11 +366,13 @@ def _timing(
     if config.timing_batches < 1 or len(kept) == len(policies):
         return kept
     chosen = even_batches(len(asking.plan), config.timing_batches)
-    batches = [batch for batch in asking.batches(chosen) if batch.question_ids]
+    timed = replace(asking, plan=[rows[: config.timing_rows] for rows in asking.plan])
+    batches = [batch for batch in timed.batches(chosen) if batch.question_ids]
     if not batches:
         return kept
+    store = config.new_store if config.timing_images == "shared" else None
     measured = measure_generation(
-        asking.pipeline, batches, policies, config.timing_repeats, config.timing_tokens
+        asking.pipeline, batches, policies, config.timing_repeats, config.timing_tokens, store
     )
     plain, here = measured.pop(PLAIN), machine()
     return {
@@ -369,10 +380,11 @@ def _timing(
             times=times,
             plain=plain,
             batches=len(batches),
-            batch_size=config.batch_size,
+            batch_size=min(config.batch_size, config.timing_rows),
             new_tokens=config.timing_tokens,
             repeats=config.timing_repeats,
             machine=here,
+            images=config.timing_images,
         )
         for name, times in measured.items()
     }

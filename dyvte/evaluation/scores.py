@@ -21,6 +21,8 @@ from dyvte.reductions import NO_REDUCTION
 SCORES_FILE = "scores.json"
 FULL_MODEL = "never"
 """The policy of the full model, and the name of its run: never an exit, no reduction."""
+TIMED_IMAGES = ("fresh", "shared")
+"""Images of timed questions: each question computes its own, or those of a batch share them."""
 
 _ADVICE = "not what this version of dyvte eval writes. Run the same command again with --overwrite"
 
@@ -106,6 +108,7 @@ class Timing:
     plain : of the model without anything installed, on the same batches in turns.
     batches, batch_size, new_tokens, repeats : how many of each were timed.
     machine : where.
+    images : one of `TIMED_IMAGES`; None in what earlier versions wrote, which knew fresh ones alone.
     """
 
     times: GenerationTimes
@@ -115,6 +118,7 @@ class Timing:
     new_tokens: int
     repeats: int
     machine: Machine
+    images: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,8 @@ class RunScores:
         if self.timing is not None:
             timing = asdict(self.timing)
             timing = {**timing.pop("times"), **timing}
+            if self.timing.images is None:
+                del timing["images"]
         cost = asdict(self.cost)
         cost["exit_layer_counts"] = {str(k): count for k, count in cost["exit_layer_counts"].items()}
         if self.cost.mean_freeze_layer is None:  # the file that versions without freezing wrote
@@ -285,8 +291,9 @@ def _cost(values: Mapping[str, Any], where: str) -> CostMetrics:
 
 
 def _timing(values: Mapping[str, Any], where: str) -> Timing:
-    names = [one.name for one in dataclasses.fields(Timing) if one.name != "times"]
+    names = [one.name for one in dataclasses.fields(Timing) if one.name not in ("times", "images")]
     about = entries(values, names, where, _ADVICE)
+    about["images"] = values.get("images")
     about["plain"] = record_of(GenerationTimes, about["plain"], f"{where}, plain", _ADVICE)
     about["machine"] = record_of(Machine, about["machine"], f"{where}, machine", _ADVICE)
     return Timing(times=record_of(GenerationTimes, values, where, _ADVICE), **about)

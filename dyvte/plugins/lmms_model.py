@@ -78,12 +78,11 @@ class DyvteChat(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests. Those of one task with the same generation arguments are
-        batched as ``dyvte eval`` does: neighbours in prompt length, longest first."""
+        batched."""
         answers: dict[int, Answer] = {}
         with progress(len(requests), "dyvte", "answer", shown=self.rank == 0) as advance:
             for rows in _alike(requests):
-                contexts = [requests[i].args[0] for i in rows]
-                for plan in plan_batches(self.answering.pipeline, contexts, self.batch_size):
+                for plan in self._plan([requests[i].args[0] for i in rows]):
                     batch = [rows[i] for i in plan]
                     asked = [self._request(requests[i]) for i in batch]
                     given = self.answering.answer(asked, requests[batch[0]].args[2])
@@ -92,6 +91,14 @@ class DyvteChat(lmms):
         ordered = [answers[i] for i in range(len(requests))]
         self._keep(requests, ordered)
         return [_result(one) for one in ordered]
+
+    def _plan(self, contexts: Sequence[str]) -> list[list[int]]:
+        """Batches of requests: neighbours in prompt length, longest first; where images are shared, as they
+        were asked, which is image by image as a rule."""
+        if self.answering.pipeline.images is None:
+            return plan_batches(self.answering.pipeline, contexts, self.batch_size)
+        order = list(range(len(contexts)))
+        return [order[start : start + self.batch_size] for start in order[:: self.batch_size]]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not served."""

@@ -46,7 +46,7 @@ class Engine:
         self.policy, self.run, self.reductions = policy, run, reductions
         self.replay, self.store = replay, store
         self.stack = Stack(backbone, positions)
-        self._not_shared = None if store is None else reason_of_model(self.stack, policy, reductions)
+        self._not_shared = None if store is None else reason_of_model(self.stack, reductions)
         self.prefill: Prefill | None = None
         self._closed_up: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._masks: dict[tuple[int, Window | None], tuple[Any, Tensor | None]] = {}

@@ -24,8 +24,9 @@ from dyvte.decoder.caches import KeysValues
 from dyvte.decoder.content import Content
 from dyvte.decoder.vision import Encoded
 from dyvte.errors import ConfigError
+from dyvte.formatting import GIB
 
-DEFAULT_BYTES = 2 * 2**30
+DEFAULT_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True)

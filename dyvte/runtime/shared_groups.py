@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -128,11 +129,10 @@ class Borrowed:
         return (id(self.lane), self.frozen_at)
 
     @property
-    def place_S(self) -> Tensor:
-        """Where the tokens stand in the row."""
+    def tokens_S(self) -> Tensor:
+        """Which tokens of the lane, from its first."""
         visual_S = self.lane.segment.visual_S
-        place_S = torch.arange(len(visual_S)) if self.frozen_at is None else visual_S.nonzero().flatten()
-        return place_S + self.first
+        return torch.arange(len(visual_S)) if self.frozen_at is None else visual_S.nonzero().flatten()
 
     def keys_values(self, index: int) -> KeysValues:
         """Of layer `index`."""
@@ -231,6 +231,11 @@ def _fits(buffers: KeysValues, like: KeysValues, device: torch.device) -> bool:
     )
 
 
+def places(borrowed: Sequence[Borrowed]) -> Tensor:
+    """(R, S) where in each of some rows the tokens stand that all of them borrow."""
+    return borrowed[0].tokens_S + torch.tensor([one.first for one in borrowed])[:, None]
+
+
 def _pieces(
     borrowed: Sequence[Sequence[Borrowed | None]],
 ) -> tuple[list[tuple[slice, int, Borrowed]], Slots]:
@@ -240,20 +245,18 @@ def _pieces(
     index, valid = [torch.zeros(len(borrowed), 0).long()], [torch.zeros(len(borrowed), 0).bool()]
     start = 0
     for of_rows in zip(*borrowed, strict=True):
-        width = max((len(one.place_S) for one in of_rows if one is not None), default=0)
-        index_RS = torch.zeros(len(of_rows), width).long()
-        valid_RS = torch.zeros(len(of_rows), width).bool()
-        first = 0
-        for row, one in enumerate(of_rows):
-            follower = of_rows[row + 1] if row + 1 < len(of_rows) else None
-            if one is not None:
-                index_RS[row, : len(one.place_S)] = one.place_S
-                valid_RS[row, : len(one.place_S)] = True
-                if follower is not None and follower.key == one.key:
-                    continue
-                pieces.append((slice(first, row + 1), start, one))
-            first = row + 1
-        index.append(index_RS)
-        valid.append(valid_RS)
+        runs, first = [], 0
+        for key, run in groupby(of_rows, lambda one: one and one.key):
+            alike = list(run)
+            rows, first = slice(first, first + len(alike)), first + len(alike)
+            if key is not None:
+                runs.append((rows, places(alike)))
+                pieces.append((rows, start, alike[0]))
+        width = max((place_RS.shape[1] for _, place_RS in runs), default=0)
+        index.append(torch.zeros(len(of_rows), width).long())
+        valid.append(torch.zeros(len(of_rows), width).bool())
+        for rows, place_RS in runs:
+            index[-1][rows, : place_RS.shape[1]] = place_RS
+            valid[-1][rows, : place_RS.shape[1]] = True
         start += width
     return pieces, Slots(torch.cat(index, 1), torch.cat(valid, 1))

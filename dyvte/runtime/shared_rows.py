@@ -1,8 +1,8 @@
 """Rows of a prefill that read stored images: their own text alone runs, and every image once.
 
 Before a layer runs on a row's text, what that text reads is there: keys and values of the text before the
-image, and of the image. Where the store does not have them yet, the layer runs on those tokens first, for all
-images that need it together. So an image gets as deep as the rows that read it, and no deeper.
+image, and of the image. Where the store does not have them yet, the layer runs on those tokens first. So an
+image gets as deep as the rows that read it, and no deeper.
 
 Text between visual tokens belongs to the image as long as a row reads that as it is; then it is the row's
 own.
@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dyvte.decoder import Layout, hidden_of, returns_early
 from dyvte.decoder.caches import KeysValues
 from dyvte.runtime.image_store import ImageStore
-from dyvte.runtime.shared_groups import Borrowed, Call, Group, Lane
+from dyvte.runtime.shared_groups import Borrowed, Call, Group, Lane, places
 from dyvte.runtime.stack import Stack
 from dyvte.runtime.streams import Source, Stream
 from dyvte.spans import up_to_image
@@ -78,7 +77,7 @@ class SharedRows:
         self.is_shared_B = torch.zeros(layout.batch, dtype=torch.bool)
         self.is_shared_B[[one.row for one in self.rows]] = True
         self.image_BN = up_to_image(spans) & ~spans.prefix_BN & self.is_shared_B[:, None]
-        self._groups: dict[tuple[int, ...], Group] = {}
+        self._groups: dict[int, Group] = {}
         every = [one for of in self.rows for one in (of.before, of.image) if one is not None]
         self._lanes = list({id(one.lane): one.lane for one in every}.values())
         self._reading = {one.row for one in self.rows}
@@ -139,17 +138,12 @@ class SharedRows:
     def deepen(self, call: Call, lanes: Sequence[Lane], ends: Callable[[Lane], bool]) -> None:
         """Make the keys and values that this layer lacks of some lanes, and states where they go on."""
         can_stop = returns_early(self.stack.backbone.layers[call.index])
-        whole, cut = [], []
         for lane in lanes:
             known = lane.segment.depth > call.index
             if lane.must_run(call.index, ends=ends(lane), wanted=self.wanted):
-                whole.append(lane)
+                self._run(call, lane, cut=False)
             elif not known:
-                (cut if can_stop else whole).append(lane)
-        if whole:
-            self._run(call, whole, cut=False)
-        if cut:
-            self._run(call, cut, cut=True)
+                self._run(call, lane, cut=can_stop)
 
     def freeze(self, call: Call, borrowed: Borrowed) -> None:
         """Keys and values that this layer makes of frozen visual tokens, where they are not known yet."""
@@ -158,7 +152,7 @@ class SharedRows:
         if call.index in known:
             return
         visual_BN = torch.zeros_like(self.text_BN)
-        visual_BN[lane.row, Borrowed(lane, lane.first, f).place_S] = True
+        visual_BN[lane.row, places([Borrowed(lane, lane.first, f)])] = True
         group = Group(self.stack, self.layout, [lane.row], visual_BN, [()], call.hidden_BND.device)
         states_SD = lane.states_at(f).to(call.hidden_BND.device)
         for index, added_SD in lane.added.items():
@@ -170,26 +164,23 @@ class SharedRows:
         else:
             known[call.index] = group.run(call, states)[1]
 
-    def _run(self, call: Call, lanes: Sequence[Lane], *, cut: bool) -> None:
-        """The layer on some lanes' tokens."""
-        device = call.hidden_BND.device
-        key = tuple(map(id, lanes))
-        if key not in self._groups:
+    def _run(self, call: Call, lane: Lane, *, cut: bool) -> None:
+        """The layer on one lane's tokens, by itself: what an image becomes must not depend on which others
+        are new in the same pass, or a run that goes on after a kill would end otherwise."""
+        device, size = call.hidden_BND.device, len(lane.segment)
+        if id(lane) not in self._groups:
             own_BN = torch.zeros_like(self.text_BN)
-            for lane in lanes:
-                own_BN[lane.row, lane.first : lane.first + len(lane.segment)] = True
-            before = {id(one.image.lane): one.before for one in self.rows if one.row == one.image.lane.row}
-            borrowed = [(before.get(id(lane)),) for lane in lanes]
-            rows = [lane.row for lane in lanes]
-            self._groups[key] = Group(self.stack, self.layout, rows, own_BN, borrowed, device)
-        group = self._groups[key]
-        states = pad_sequence([lane.states_at(call.index).to(device) for lane in lanes], batch_first=True)
-        output, known = (None, group.keys_alone(call, states)) if cut else group.run(call, states)
-        for number, lane in enumerate(lanes):
-            size = len(lane.segment)
-            keys, values = (_alone(part[number : number + 1, :, :size]) for part in known)
-            after_SD = None if cut else _alone(hidden_of(output)[number, :size])
-            lane.take(call.index, (keys, values), after_SD)
+            own_BN[lane.row, lane.first : lane.first + size] = True
+            before = next(
+                (one.before for one in self.rows if one.row == lane.row and one.image.lane is lane), None
+            )
+            self._groups[id(lane)] = Group(self.stack, self.layout, [lane.row], own_BN, [(before,)], device)
+        group, states = self._groups[id(lane)], lane.states_at(call.index).to(device)[None]
+        if cut:
+            lane.take(call.index, group.keys_alone(call, states), None)
+        else:
+            output, known = group.run(call, states)
+            lane.take(call.index, known, hidden_of(output)[0])
 
 
 class SharedPart:
@@ -216,7 +207,7 @@ class SharedPart:
         self._borrowed = [of[0][1] for of in users.values()]
         self._readers = {key: [row for row, _ in of] for key, of in users.items()}
         self.sources: list[Stream | Source] = [
-            Source.of_all([row for row, _ in of], [one.place_S for _, one in of]) for of in users.values()
+            Source.of_all([row for row, _ in of], places([one for _, one in of])) for of in users.values()
         ]
         self.sources += [group.own for group in groups]
 
@@ -268,9 +259,3 @@ class SharedPart:
             at_T = (is_text_T & group.own.real_RT[row]).nonzero().flatten().to(states_RTD.device)
             states_RTD[row, at_T] = segment.text_states[call.index].to(states_RTD.device)
         return states_RTD
-
-
-def _alone(part: Tensor) -> Tensor:
-    """A part of a tensor that does not keep the rest of it in memory."""
-    whole = part.untyped_storage().nbytes() == part.numel() * part.element_size()
-    return part if whole else part.clone(memory_format=torch.contiguous_format)

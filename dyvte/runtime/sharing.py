@@ -15,7 +15,7 @@ from dyvte.decoder import Layout, Slots
 from dyvte.decoder.content import Content, contents_of
 from dyvte.decoder.masks import sees
 from dyvte.gates import reads_visual
-from dyvte.policies import Plan, Policy
+from dyvte.policies import Plan
 from dyvte.reductions import Reduction
 from dyvte.runtime.image_store import ImageStore, Segment
 from dyvte.runtime.positions import LENGTH_DEPENDENT
@@ -25,17 +25,14 @@ from dyvte.runtime.stack import Stack
 from dyvte.spans import up_to_image
 
 
-def reason_of_model(stack: Stack, policy: Policy, reductions: Sequence[Reduction]) -> str | None:
+def reason_of_model(stack: Stack, reductions: Sequence[Reduction]) -> str | None:
     """Why no row of a block may share; None where rows may."""
     name = stack.backbone.model.config.model_type
     rope = getattr(stack.config, "rope_parameters", None) or {}
-    gates = getattr(policy, "gates", None)
     if reductions:
         return "reductions: what they leave of an image depends on the question"
     if stack.rearranges:
         return "positions='rearrange'"
-    if gates is not None and reads_visual(gates.config.features):
-        return "gates that read visual tokens"
     if rope.get("rope_type") in LENGTH_DEPENDENT:
         return (
             f"{name}: its '{rope['rope_type']}' rotary embedding depends on the length of the whole sequence"
@@ -84,6 +81,8 @@ def find_shared(
     image_BN = up_to_image(spans) & ~spans.prefix_BN
     own_BN = spans.valid_BN & ~up_to_image(spans)
     mask = kwargs.get("attention_mask")
+    if reads_visual(plan.features) and any(plan.asks(k) for k in range(stack.backbone.num_layers)):
+        return None, "gates that read visual tokens"
     if not plain and sees(mask, image_BN.to(hidden_BND.device), own_BN.to(hidden_BND.device)):
         return None, f"{name}: its image tokens see the text behind them"
     shares_B, reason = layout.has_image_B & (layout.num_prompt_B > 0), None

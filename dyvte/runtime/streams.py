@@ -120,9 +120,8 @@ class Source:
     at_R: Tensor
 
     @staticmethod
-    def of_all(rows: Sequence[int], places: Sequence[Tensor]) -> Source:
+    def of_all(rows: Sequence[int], order_RT: Tensor) -> Source:
         """Tokens that stand in these rows at these places."""
-        order_RT = torch.stack(list(places))
         real_RT = torch.ones_like(order_RT, dtype=torch.bool)
         return Source(torch.tensor(rows), order_RT, real_RT, torch.zeros(len(rows), dtype=torch.long))
 

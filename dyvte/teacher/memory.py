@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.errors import MemoryBudgetError, UnsupportedBackboneError
+from dyvte.formatting import GIB
 from dyvte.teacher.schedules import Schedules
 from dyvte.teacher.slots import StreamSlots
 
-GIB = 2**30
 _FP32 = 4
 
 

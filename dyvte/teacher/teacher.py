@@ -33,13 +33,13 @@ from dyvte.costs.schedules import kv_share
 from dyvte.data import Defect, Sample, Selection
 from dyvte.decoder.vision import each_image_once
 from dyvte.errors import ConfigError, MemoryBudgetError
+from dyvte.formatting import GIB
 from dyvte.reductions import identity, parse_reductions
 from dyvte.runtime.frozen import check_can_freeze
 from dyvte.teacher.config import TeacherConfig
 from dyvte.teacher.encoder import Prepared, SampleEncoder
 from dyvte.teacher.exits import positions_before, trace_checked
 from dyvte.teacher.labels import greedy_answers
-from dyvte.teacher.memory import GIB
 from dyvte.teacher.plain import predicted_logits
 from dyvte.teacher.reduced import trace_reduced_exits
 from dyvte.teacher.store import Manifest, Shard, empty_trace, exits_text, grid_fingerprint
