@@ -294,3 +294,21 @@ def test_every_text_has_a_value_under_the_own_rule():
     for text in TEXTS:
         found = find_box(text)
         assert found is None or all(map(math.isfinite, found[0]))
+
+
+def test_the_embedded_scenes_are_read(tmp_path):
+    from dyvte.data.scenes.grounding import write_captions, write_refcoco
+
+    write_refcoco(tmp_path / "boxes", 9, 100_000_000)
+    questions = get_benchmark("refcoco").load(tmp_path / "boxes")
+    assert len(questions) == 9
+    texts = {
+        q.id: str([v / side for v, side in zip(q.details["box"], q.details["size"] * 2)]) for q in questions
+    }
+    assert get_benchmark("refcoco").score(questions, Predictions(texts))["accuracy"] == 100
+    write_captions(tmp_path / "captions", 4, 110_000_000)
+    questions = get_benchmark("chair").load(tmp_path / "captions")
+    scenes = Predictions({q.id: f"It shows a {q.answer.replace(', ', ' and a ')}." for q in questions})
+    scores = get_benchmark("chair").score(questions, scenes)
+    assert (scores["chair_s"], scores["recall"]) == (0, 100)
+    assert scores["num_objects_named"] > 10
