@@ -3,7 +3,14 @@
 from dyvte.backbones.adapter import resolve_adapter
 from dyvte.backbones.attention import watched_attention
 from dyvte.backbones.config import BackboneConfig
-from dyvte.backbones.describe import Backbone, BackboneShape, describe, describe_config, unwrap
+from dyvte.backbones.describe import (
+    Backbone,
+    BackboneShape,
+    describe,
+    describe_config,
+    has_deepstack,
+    unwrap,
+)
 from dyvte.backbones.encode import encode, takes_videos
 from dyvte.backbones.fingerprint import fingerprint, weights_digest
 from dyvte.backbones.greedy import decoding_identity, generate_greedily
@@ -27,6 +34,7 @@ __all__ = [
     "fingerprint",
     "generate_greedily",
     "get_template",
+    "has_deepstack",
     "image_padding",
     "load_backbone",
     "open_backbone",

@@ -150,6 +150,14 @@ def describe(model: nn.Module, visual_token_ids: Iterable[int] | None = None) ->
     )
 
 
+def has_deepstack(backbone: Backbone) -> bool:
+    """Does the decoder add vision features behind several of its first layers (Qwen3-VL)?"""
+    vision = getattr(backbone.model.config, "vision_config", None)
+    return hasattr(backbone.decoder, "_deepstack_process") or bool(
+        getattr(vision, "deepstack_visual_indexes", None)
+    )
+
+
 def model_without_weights(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     """The modules of a model on the meta device, from its transformers config: shapes, no storage.
 

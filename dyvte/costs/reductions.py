@@ -31,6 +31,17 @@ def tokens_left(reductions: Sequence[Reduction], visual_BL: Tensor) -> Tensor:
     return visual_BL
 
 
+def selection_flops(reductions: Sequence[Reduction], num_visual: int, hidden_size: int) -> float:
+    """FLOPs (two per multiply-add) of what reductions compute of a sample to choose tokens before the first
+    layer; none of the decoder's own."""
+    total = 0.0
+    left = torch.tensor([[num_visual]])
+    for reduction in reductions:
+        total += reduction.selection_flops(int(left), hidden_size)
+        left = reduction.tokens_left(left)
+    return total
+
+
 def visual_factors(reductions: Sequence[Reduction], shape: DecoderShape, num_visual: float) -> VisualFactors:
     """What a visual token costs in each layer under the reductions, beside the full model's.
 

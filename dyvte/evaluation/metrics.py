@@ -11,7 +11,7 @@ from typing import Any
 
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.costs.prefill import head_flops, mean_prefill_costs, score_row_flops
-from dyvte.costs.reductions import visual_factors
+from dyvte.costs.reductions import selection_flops, visual_factors
 from dyvte.costs.vision import vision_tower_flops
 from dyvte.costs.visual import visual_share
 from dyvte.errors import DataError
@@ -64,6 +64,9 @@ def cost_metrics(config: Any, answers: Sequence[Answer], reductions: Sequence[Re
         mean_visual_tokens=_mean(num_visual_B),
         mean_text_tokens=_mean(num_text_B),
         mean_new_tokens=_mean([answer.num_new_tokens for answer in answers]),
+        selection_flops_per_question=_mean(
+            [selection_flops(reductions, n, shape.hidden_size) for n in num_visual_B]
+        ),
         mean_freeze_layer=None if frozen_BL is None else _mean([a.updated_layers for a in seeing]),
     )
 

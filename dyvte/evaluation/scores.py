@@ -24,6 +24,8 @@ FULL_MODEL = "never"
 TIMED_IMAGES = ("fresh", "shared")
 """Images of timed questions: each question computes its own, or those of a batch share them."""
 
+_LATER = {"mean_freeze_layer": None, "selection_flops_per_question": 0.0}
+"""Costs that earlier versions did not know, and what they then were; omitted where they are that."""
 _ADVICE = "not what this version of dyvte eval writes. Run the same command again with --overwrite"
 
 
@@ -46,6 +48,7 @@ class CostMetrics:
     mean_visual_tokens, mean_text_tokens, mean_new_tokens : of the prompt, and generated.
     mean_freeze_layer : layers that updated the visual tokens; None where no token was frozen: as many as read
         them.
+    selection_flops_per_question : of what reductions compute to choose tokens before the first layer.
     """
 
     num_layers: int
@@ -62,6 +65,7 @@ class CostMetrics:
     mean_text_tokens: float
     mean_new_tokens: float
     mean_freeze_layer: float | None = None
+    selection_flops_per_question: float = 0.0
 
     @property
     def mean_updated_layers(self) -> float:
@@ -204,8 +208,9 @@ class RunScores:
                 del timing["images"]
         cost = asdict(self.cost)
         cost["exit_layer_counts"] = {str(k): count for k, count in cost["exit_layer_counts"].items()}
-        if self.cost.mean_freeze_layer is None:  # the file that versions without freezing wrote
-            del cost["mean_freeze_layer"]
+        for name, unsaid in _LATER.items():  # the file that versions without it wrote
+            if cost[name] == unsaid:
+                del cost[name]
         return {
             "scores": dict(self.scores),
             "headline": self.headline,
@@ -276,8 +281,8 @@ class RunScores:
 
 
 def _cost(values: Mapping[str, Any], where: str) -> CostMetrics:
-    names = [one.name for one in dataclasses.fields(CostMetrics) if one.name != "mean_freeze_layer"]
-    cost = {**entries(values, names, where, _ADVICE), "mean_freeze_layer": values.get("mean_freeze_layer")}
+    names = [one.name for one in dataclasses.fields(CostMetrics) if one.name not in _LATER]
+    cost = {**entries(values, names, where, _ADVICE), **{k: values.get(k, v) for k, v in _LATER.items()}}
     try:
         cost["exit_layer_counts"] = {int(k): count for k, count in cost["exit_layer_counts"].items()}
         conventions = dict(cost["prefill"].items())

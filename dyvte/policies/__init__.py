@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from dyvte.policies.base import POLICIES, Plan, Policy, Rows
+from dyvte.policies.blind import BlindPolicy
 from dyvte.policies.fixed import FixedPolicy
 from dyvte.policies.freeze import FreezePolicy
 from dyvte.policies.learned import LearnedPolicy
@@ -14,6 +15,7 @@ from dyvte.policies.random import RandomPolicy
 
 __all__ = [
     "POLICIES",
+    "BlindPolicy",
     "FixedPolicy",
     "FreezePolicy",
     "LearnedPolicy",

@@ -19,24 +19,30 @@ from dyvte.reductions.base import (
     VisualWork,
     merged,
 )
+from dyvte.reductions.divprune import DivPrune
 from dyvte.reductions.fastv import FastV
 from dyvte.reductions.ffn import SparseFFN
 from dyvte.reductions.frozen import FrozenLayers
 from dyvte.reductions.heads import InactiveHeads
 from dyvte.reductions.identity import NO_REDUCTION, identity, warn_of_others
 from dyvte.reductions.neighbours import Neighbours
+from dyvte.reductions.pool import Pool
 from dyvte.reductions.profile import VisualProfile
 from dyvte.reductions.random_tokens import RandomTokens
+from dyvte.reductions.random_visual import RandomVisual
 
 __all__ = [
     "NO_REDUCTION",
     "REDUCTIONS",
+    "DivPrune",
     "FastV",
     "FrozenLayers",
     "InactiveHeads",
     "Neighbourhood",
     "Neighbours",
+    "Pool",
     "RandomTokens",
+    "RandomVisual",
     "Reduction",
     "ReductionPlan",
     "SparseFFN",

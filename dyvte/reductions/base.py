@@ -121,6 +121,31 @@ def merged(works: Sequence[VisualWork]) -> VisualWork:
 class ReductionPlan:
     """What a reduction does to one prefill. This one does nothing."""
 
+    enters = False
+    """Does it act before the first layer, on the states that enter it?"""
+
+    def enter(
+        self, hidden_BND: Tensor, carried_BN: Tensor, places_BN3: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What enters the first layer, where `enters` says that it acts there.
+
+        Parameters
+        ----------
+        hidden_BND
+            (B, N, D) embeddings of text and image, on the backbone's device; never to be changed in place.
+        carried_BN
+            (B, N) bool on the CPU: the prompts' tokens that are still there.
+        places_BN3
+            (B, N, 3) int64 on the CPU: image, row and column of every visual token, -1 elsewhere; None unless
+            the reduction ``needs_grid``.
+
+        Returns
+        -------
+        hidden_BND, kept_BN
+            The states, and (B, N) bool on the CPU: what stays.
+        """
+        return hidden_BND, carried_BN
+
     def visual_work(self, k: int) -> VisualWork:
         """What the k-th layer (1..L) does for visual tokens."""
         return VisualWork()
@@ -184,6 +209,10 @@ class Reduction:
         """(B, L) visual tokens that each layer processes, of those that would come to it: for cost alone."""
         return visual_BL
 
+    def selection_flops(self, num_visual: int, hidden_size: int) -> float:
+        """FLOPs (two per multiply-add) of choosing among so many visual tokens before the first layer."""
+        return 0.0
+
     def start(self, rows: TokenRows) -> ReductionPlan:
         """The plan for one prefill."""
         raise NotImplementedError
@@ -192,8 +221,21 @@ class Reduction:
 REDUCTIONS: Registry[type[Reduction]] = Registry("reduction", "dyvte.reductions")
 
 
-def check_layer(name: str, layer: int, num_layers: int) -> None:
-    """Raise unless tokens that leave after `layer` spare a later layer something.
+def check_share(name: str, ratio: float) -> None:
+    """Raise unless `ratio` is a share of the visual tokens."""
+    if not 0 <= ratio <= 1:
+        raise ConfigError(f"{name} drops a share of the visual tokens: expected 0..1, got {ratio}")
+
+
+def drawn_order(seed: int, sample_id: str, count: int) -> Tensor:
+    """(count,) int64: an order of as many things, drawn; a function of (seed, sample id, count)."""
+    found = hashlib.sha256(f"{seed}\0{sample_id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(found[:7], "big"))
+    return torch.randperm(count, generator=generator)
+
+
+def check_layer(name: str, layer: int, num_layers: int, first: int = 1) -> None:
+    """Raise unless tokens that leave after `layer` (from `first` on) spare a later layer something.
 
     Parameters
     ----------
@@ -209,9 +251,10 @@ def check_layer(name: str, layer: int, num_layers: int) -> None:
     ConfigError
         Naming the range.
     """
-    if not 1 <= layer < num_layers:
+    if not first <= layer < num_layers:
         raise ConfigError(
-            f"{name} after layer {layer}: expected 1..{num_layers - 1}, the backbone has {num_layers} layers"
+            f"{name} after layer {layer}: expected {first}..{num_layers - 1}, "
+            f"the backbone has {num_layers} layers"
         )
 
 

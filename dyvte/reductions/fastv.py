@@ -16,6 +16,7 @@ from dyvte.reductions.base import (
     ReductionPlan,
     TokenRows,
     check_layer,
+    check_share,
     floor_share,
     top_share,
 )
@@ -66,8 +67,7 @@ class FastV(Reduction):
     usage = "fastv:K:R"
 
     def __init__(self, layer: int, ratio: float) -> None:
-        if not 0 <= ratio <= 1:
-            raise ConfigError(f"fastv drops a share of the visual tokens: expected 0..1, got {ratio}")
+        check_share(self.name, ratio)
         if layer < 1:
             raise ConfigError(f"fastv ranks by the attention of layer K: expected K >= 1, got {layer}")
         self.layer, self.ratio = layer, ratio

@@ -5,14 +5,19 @@ Shapes: B rows, N tokens of the padded batch.
 
 from __future__ import annotations
 
-import hashlib
 import re
 
-import torch
 from torch import Tensor
 
 from dyvte.errors import ConfigError
-from dyvte.reductions.base import REDUCTIONS, Reduction, ReductionPlan, TokenRows, check_layer
+from dyvte.reductions.base import (
+    REDUCTIONS,
+    Reduction,
+    ReductionPlan,
+    TokenRows,
+    check_layer,
+    drawn_order,
+)
 
 
 class RandomTokensPlan(ReductionPlan):
@@ -32,7 +37,7 @@ class RandomTokensPlan(ReductionPlan):
         for row, sample_id in enumerate(self.rows.sample_ids):
             # Counted from the row's first token, so padding and batch do not matter.
             candidates = carried_BN[row].nonzero().flatten()[:-1]
-            order = torch.randperm(len(candidates), generator=_generator(self.seed, sample_id))
+            order = drawn_order(self.seed, sample_id, len(candidates))
             kept_BN[row, candidates[order[: num_visual_B[row]]]] = False
         return kept_BN
 
@@ -75,8 +80,3 @@ class RandomTokens(Reduction):
     def start(self, rows: TokenRows) -> RandomTokensPlan:
         """The plan for one prefill."""
         return RandomTokensPlan(self.layer, self.seed, rows)
-
-
-def _generator(seed: int, sample_id: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}\0{sample_id}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -172,7 +172,9 @@ class Engine:
 def _check_part(layout: Layout, plan: Plan, reducing: Sequence[ReductionPlan], num_layers: int) -> None:
     """Raise ExitRuntimeError where what leaves cannot be decided on a part of the prompts: gates or
     reductions read them, or a row's part ends with its image."""
-    reads = any(plan.asks(k) or any(one.drops(k) for one in reducing) for k in range(num_layers))
+    reads = any(one.enters for one in reducing) or any(
+        plan.asks(k) or any(one.drops(k) for one in reducing) for k in range(num_layers)
+    )
     first_B = torch.minimum(plan.exit_layers_B, plan.freeze_layers_B)
     ends_B = layout.has_image_B & (layout.num_prompt_B == 0) & (first_B < num_layers)
     if reads or ends_B.any():

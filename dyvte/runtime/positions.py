@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyvte.backbones import Backbone
+from dyvte.backbones import Backbone, has_deepstack
 from dyvte.decoder import Layout, Window
 from dyvte.errors import ConfigError, ExitRuntimeError, UnsupportedBackboneError
 
@@ -48,13 +48,12 @@ def check_rearrange(backbone: Backbone, windows: Sequence[Window | None]) -> Non
 
 
 def _reason(backbone: Backbone, windows: Sequence[Window | None]) -> str | None:
-    config, decoder = backbone.model.config, backbone.decoder
+    decoder = backbone.decoder
     rope = getattr(decoder.config, "rope_parameters", None) or {}
     rotary = getattr(decoder, "rotary_emb", None)
     if "mrope_section" in rope or hasattr(rotary, "mrope_section"):
         return "M-RoPE gives every token three positions, and those of the image say where later text stands"
-    vision = getattr(config, "vision_config", None)
-    if hasattr(decoder, "_deepstack_process") or getattr(vision, "deepstack_visual_indexes", None):
+    if has_deepstack(backbone):
         return "deepstack adds vision features at several layers, at the tokens' first positions"
     if any(windows):
         return "its sliding windows or chunks are rules about the first positions"

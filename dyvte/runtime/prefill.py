@@ -152,7 +152,7 @@ class Prefill:
         self.active = bool((exits_B[layout.has_image_B] < self.num_layers).any()) or any(
             plan.asks(k) or any(one.drops(k) for one in reducing) for k in range(self.num_layers)
         )
-        self.active |= any(
+        self.active |= any(one.enters for one in reducing) or any(
             not one.visual_work(k).is_stock for one in reducing for k in range(1, self.num_layers + 1)
         )
 
@@ -161,6 +161,8 @@ class Prefill:
     ) -> Any:
         """Layer `index` (0-based) on its streams, then its gates, then its reductions."""
         self.cache = kwargs.get("past_key_values")
+        if index == 0 and any(one.enters for one in self.reducing):
+            hidden_BND = self._enter(hidden_BND)
         replay = self.replay
         if replay is not None and replay.takes(index):
             self._rows_of(index)
@@ -337,6 +339,27 @@ class Prefill:
             self._reading = known
         return known
 
+    def _enter(self, hidden_BND: Tensor) -> Tensor:
+        """What the reductions let into the first layer, and in which state."""
+        carried_BN = self.kept_BN & ~self.layout.spans.answer_BN
+        before_BN = carried_BN
+        for one in self.reducing:
+            if one.enters:
+                hidden_BND, kept_BN = one.enter(hidden_BND, carried_BN, self.places_BN3)
+                carried_BN = carried_BN & kept_BN
+        # The row's next token is read from its last one, whatever it is.
+        carried_BN[torch.arange(self.layout.batch), self.layout.last_B] = True
+        if self.again is not None:
+            self._reduce_again(0)
+            return hidden_BND
+        self.kept_BN = self._kept_after[0] = self.kept_BN & (carried_BN | ~before_BN)
+        self.plan.settle(self._without_visual(), 0)
+        return hidden_BND
+
+    def _without_visual(self) -> Tensor:
+        """(B,) bool: rows whose last visual token is gone."""
+        return self.layout.has_image_B & ~(self.kept_BN & self.layout.spans.visual_BN).any(1)
+
     def _reduce(self, k: int, carried_BN: Tensor, scores: Sequence[LastRow]) -> Tensor | None:
         """Let tokens go after layer k; (B,) bool: rows without a visual token now, None where none could."""
         if self.again is not None:
@@ -360,8 +383,7 @@ class Prefill:
         if not dropped:
             return None
         self._kept_after[k] = self.kept_BN
-        has_visual_B = (self.kept_BN & self.layout.spans.visual_BN).any(1)
-        gone_B = self.layout.has_image_B & ~has_visual_B
+        gone_B = self._without_visual()
         self.plan.settle(gone_B, k)
         return gone_B
 

@@ -10,9 +10,11 @@ import dyvte
 from dyvte.backbones import get_template
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.costs.prefill import layer_flops, score_row_flops
+from dyvte.costs.reductions import selection_flops
 from dyvte.evaluation.generation import Pipeline, answer, encode_questions
 from dyvte.evaluation.run_log import unpack_layers
 from dyvte.evaluation.settings import parse_policies, with_reductions
+from dyvte.reductions import parse_reductions
 from dyvte.tasks.base import Question
 from tests.helpers.families import FAMILIES, build, one_row
 from tests.helpers.models import random_image, tiny_llava
@@ -51,6 +53,9 @@ def _measure(pipeline, batch, policy: str, reduction: str):
         ("never", "fastv:1:0.5"),
         ("fixed:3", "fastv:2:0.25"),
         ("never", "random_tokens:2:1"),
+        ("never", "pool:2"),
+        ("fixed:2", "divprune:0.5"),
+        ("blind", "none"),
     ],
 )
 def test_what_is_saved_is_what_torch_counts_less(pipeline, batch, policy, reduction):
@@ -62,7 +67,9 @@ def test_what_is_saved_is_what_torch_counts_less(pipeline, batch, policy, reduct
     costs = [float(layer_flops(shape, [text_L], [visual_L]).sum()) for text_L, visual_L in layers]
     tokens_L = [sum(pair) for pair in zip(*layers[1], strict=True)]
     score_row = score_row_flops(shape, [tokens_L], [given.score_layers])[0]
-    assert full_flops - flops == costs[0] - costs[1] - score_row
+    chosen = selection_flops(parse_reductions(reduction), 16, shape.hidden_size)
+    assert full_flops - flops == costs[0] - costs[1] - score_row - chosen
+    assert (chosen > 0) == ("divprune" in reduction)
     assert (score_row > 0) == ("fastv" in reduction)
     assert costs[1] < costs[0]
 

@@ -84,7 +84,14 @@ def test_what_torch_counts_less_is_what_the_factors_say(reductions, exit_layer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", ["fastv:2:0.6", "fastv:1:0.5+fastv:3:0.75", "fastv:3:0", "fastv:1:1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("fastv:2:0.6", "fastv:1:0.5+fastv:3:0.75", "fastv:3:0", "fastv:1:1"),
+        *("pool:2", "pool:3", "pool:2+fastv:1:0.5", "divprune:0.9"),
+        *("random_visual:0:0.4", "random_visual:2:0.4"),
+    ],
+)
 def test_tokens_left_are_those_that_layers_saw(text):
     model, processor = llava()
     inputs, reductions = batch(processor), parse_reductions(text)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dyvte.gates import GateConfig, GateStack
 from dyvte.reductions import InactiveHeads, RandomTokens, Reduction, TokenRows, parse_reductions
-from tests.helpers.rules import ACTIVE, LAYERS, draws, fastv_rule
+from dyvte.spans import find_spans
+from tests.helpers.rules import ACTIVE, LAYERS, averages_windows, draws, fastv_rule, keeps_farthest
 
 
 class Subject(Protocol):
@@ -98,6 +99,7 @@ def by_gates(subject: Subject) -> Decided:
 
 POLICY_ROWS: dict[str, Callable[[Subject], Decided]] = {
     "never": everywhere("never", LAYERS),
+    "blind": everywhere("blind", 0),
     "fixed": everywhere("fixed:2", 2),
     "freeze": everywhere("freeze:1:3", 3, 1),
     "random": by_draw,
@@ -118,6 +120,8 @@ class Row:
         What `less_work` does not compute.
     drop, after
         What leaves before the layer of index ``after``; ``drop(inputs, visual_ids, ids, exits)`` is its rule.
+    enter
+        What becomes of a prompt before the first layer: a rule of `tests.helpers.rules`, by family.
     frozen
         Indices of layers that do not update visual tokens.
     needs_grid
@@ -128,6 +132,7 @@ class Row:
     less: dict[str, Any] = field(default_factory=dict)
     drop: Callable[..., Callable[..., Tensor]] | None = None
     after: int | None = None
+    enter: Callable[[str], Callable[..., Any]] | None = None
     frozen: tuple[int, ...] = ()
     needs_grid: bool = False
 
@@ -147,11 +152,26 @@ def drawn_tokens(inputs, visual_ids, ids, exits):
     return lambda *_: here_BN & ~kept_BN
 
 
+def drawn_visual(inputs, visual_ids, ids, exits):
+    """A third of each row's visual tokens, rounded up: the last of an order drawn from seed and id."""
+    spans = find_spans(inputs["input_ids"], visual_ids, inputs["attention_mask"])
+    gone_BN = torch.zeros_like(spans.visual_BN)
+    for row, one in enumerate(ids):
+        columns = spans.visual_BN[row].nonzero().flatten()
+        seed = int.from_bytes(hashlib.sha256(f"9\0{one}".encode()).digest()[:7], "big")
+        order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed))
+        gone_BN[row, columns[order[math.floor(len(columns) * 2 / 3 + 1e-6) :]]] = True
+    return lambda *_: gone_BN
+
+
 HALF_FFN = {"neurons": [slice(32)] * LAYERS}
 REDUCTION_ROWS = {
     "none": Row("none"),
     "fastv": Row("fastv:2:0.5", drop=lambda *_: fastv_rule(0.5), after=2),
     "random_tokens": Row("random_tokens:2:5", drop=drawn_tokens, after=2),
+    "random_visual": Row("random_visual:2:0.333333333:9", drop=drawn_visual, after=2),
+    "divprune": Row("divprune:0.4", enter=lambda family: keeps_farthest(0.4), after=0),
+    "pool": Row("pool:2", enter=lambda family: averages_windows(family, 2), after=0, needs_grid=True),
     "neighbours": Row("neighbours:1", less={"radius": 1}, needs_grid=True),
     "heads": Row([InactiveHeads(ACTIVE)], less={"active_LH": ACTIVE}),
     "ffn": Row("ffn:0.5", less=HALF_FFN),

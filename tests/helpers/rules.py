@@ -27,11 +27,13 @@ GREEDY = {
 
 
 @contextmanager
-def hidden_by_rule(model, exits_P, visual_ids, drop=None, after=None):
+def hidden_by_rule(model, exits_P, visual_ids, drop=None, after=None, enter=None):
     """Inside, keys are hidden in the masks that the eager model makes itself; only without a cache.
 
     Visual keys of a row leave at its exit; from layer index `after` on also what ``drop(weights_BHNN,
-    visual_BN, valid_BN)`` said of the prompt, with the weights of the layer before. Yields what it holds.
+    visual_BN, valid_BN)`` said of the prompt, with the weights of the layer before. With `after` 0 it is
+    ``enter(states_BND, visual_BN)`` that says, of the prompt's states before the first layer, what leaves and
+    what enters in their place. Yields what it holds.
     """
     layers, exits_P = model.get_decoder().layers, torch.as_tensor(exits_P)
     now = {}
@@ -45,6 +47,16 @@ def hidden_by_rule(model, exits_P, visual_ids, drop=None, after=None):
     def decide(module, args, output):
         if "dropped" not in now:
             now["dropped"] = drop(output[1], now["visual"], now["valid"])
+
+    def enters(module, args, kwargs):
+        states = (args[0] if args else kwargs["hidden_states"]).clone()
+        length = now["dropped"].shape[1] if "dropped" in now else states.shape[1]
+        for row, visual_N in enumerate(now["visual"]):
+            prompt = row // (len(states) // len(now["exits"])) if len(now["exits"]) else row
+            found, gone_N = enter(states[row, :length], visual_N[:length], prompt)
+            states[row, :length] = found
+            now.setdefault("dropped", torch.zeros(len(states), length, dtype=torch.bool))[row] = gone_N
+        return (states, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
     def hide(index):
         def hook(module, args, kwargs):
@@ -63,7 +75,9 @@ def hidden_by_rule(model, exits_P, visual_ids, drop=None, after=None):
         return hook
 
     handles = [model.register_forward_pre_hook(look, with_kwargs=True)]
-    if after is not None:
+    if enter is not None:
+        handles.append(layers[0].register_forward_pre_hook(enters, with_kwargs=True))
+    elif after is not None:
         handles.append(layers[after - 1].self_attn.register_forward_hook(decide))
     handles += [layer.register_forward_pre_hook(hide(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
@@ -110,7 +124,53 @@ GRIDS = {
     "qwen2_5_vl": ([(2, 2)], [(2, 2), (2, 4)]),
     "qwen3_vl": ([(2, 2)], [(2, 2), (2, 4)]),
 }
+# Of families whose visual tokens cannot see fewer of each other, but can be pooled.
+POOLED = GRIDS | {
+    "paligemma": ([(4, 4)], [(4, 4), (4, 4)]),
+    "gemma3": ([(2, 2)], [(2, 2), (2, 2)]),
+    "llava over mistral": ([(4, 4)], [(4, 4), (4, 4)]),
+}
 HEADS = 4
+
+
+def keeps_farthest(ratio):
+    """DivPrune's rule, by loops over pairs of visual tokens in fp64."""
+
+    def enter(states_ND, visual_N, prompt):
+        columns = visual_N.nonzero().flatten().tolist()
+        wanted, chosen = round(len(columns) * (1 - ratio)), []
+
+        def far(a, b):
+            u, v = states_ND[a].double(), states_ND[b].double()
+            return float(1 - u @ v / (u.norm() * v.norm()))
+
+        while len(chosen) < min(wanted, len(columns)):
+            others = [c for c in columns if c not in chosen]
+            near = {c: min(far(c, o) for o in (chosen or columns) if o != c) for c in others}
+            chosen.append(max(others, key=lambda c: near[c]))
+        gone_N = visual_N.clone()
+        gone_N[chosen] = False
+        return states_ND, gone_N
+
+    return enter
+
+
+def averages_windows(family, side):
+    """Pooling, by loops over the images' rows and columns."""
+
+    def enter(states_ND, visual_N, prompt):
+        states_ND, gone_N = states_ND.clone(), visual_N.clone()
+        at = iter(visual_N.nonzero().flatten().tolist())
+        for height, width in POOLED[family][1 if prompt == 2 else 0] if visual_N.any() else ():
+            grid = [[next(at) for _ in range(width)] for _ in range(height)]
+            for y in range(0, height, side):
+                for x in range(0, width, side):
+                    window = [c for line in grid[y : y + side] for c in line[x : x + side]]
+                    states_ND[window[0]] = states_ND[window].clone().double().mean(0).float()
+                    gone_N[window[0]] = False
+        return states_ND, gone_N
+
+    return enter
 
 
 def cells(family, visual_BN):

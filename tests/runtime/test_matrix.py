@@ -26,11 +26,12 @@ from dyvte.spans import find_spans
 from tests.helpers.families import ATTENTION, FAMILIES, build
 from tests.helpers.reference import frozen_by_hooks
 from tests.helpers.rows import POLICY_ROWS, REDUCTION_ROWS, Decided, Row
-from tests.helpers.rules import GREEDY, GRIDS, LAYERS, hidden_by_rule, less_work
+from tests.helpers.rules import GREEDY, GRIDS, LAYERS, POOLED, hidden_by_rule, less_work
 
 ANSWER = {**GREEDY, "max_new_tokens": 5}
 NEVER = [LAYERS, -1, LAYERS]
 # what a family says where visual tokens cannot see fewer of each other, or of themselves
+UNPOOLED = {"llava_next": "newline", "llava_onevision": "newline", "qwen3_vl": "deepstack"}
 REFUSALS = {"paligemma": "rule of their own", "gemma3": "rule of their own", "llava over mistral": "window"}
 
 
@@ -55,7 +56,10 @@ class Case:
         """Why the family refuses the reduction, if it does."""
         if self.row.less.keys() & {"radius", "active_LH"} and self.family in ATTENTION:
             return REFUSALS[self.family]
-        return "grid" if "radius" in self.row.less and self.family not in GRIDS else None
+        if self.row.enter is not None and self.row.needs_grid and self.family in UNPOOLED:
+            return UNPOOLED[self.family]
+        known = GRIDS if self.row.enter is None else POOLED
+        return "grid" if self.row.needs_grid and self.family not in known else None
 
     @contextmanager
     def played(self, exits: Sequence[int], freezes: Sequence[int] | None = None) -> Iterator[Any]:
@@ -68,7 +72,8 @@ class Case:
         with ExitStack() as rules:
             # the innermost hook sees the mask first: keys are hidden after a window opened some
             rules.enter_context(less_work(model, self.family, visual_ids, **self.row.less))
-            held = rules.enter_context(hidden_by_rule(model, exits, visual_ids, drop, self.row.after))
+            enter = None if self.row.enter is None else self.row.enter(self.family)
+            held = rules.enter_context(hidden_by_rule(model, exits, visual_ids, drop, self.row.after, enter))
             rules.enter_context(frozen_by_hooks(model, frozen_LP, visual_ids))
             yield model, held
 

@@ -5,7 +5,16 @@ import torch
 
 import dyvte
 from dyvte.policies import FixedPolicy
-from dyvte.reductions import FastV, Neighbours, RandomTokens, SparseFFN, parse_reductions
+from dyvte.reductions import (
+    DivPrune,
+    FastV,
+    Neighbours,
+    Pool,
+    RandomTokens,
+    RandomVisual,
+    SparseFFN,
+    parse_reductions,
+)
 from dyvte.runtime.replay import Replay
 from dyvte.teacher import Trace, trace_exits
 from dyvte.teacher.labels import append_answers
@@ -108,9 +117,10 @@ def test_cheaper_tokens_have_traces_too():
 
 
 REDUCED = [[FastV(1, 0.5), FastV(3, 1.0)], [RandomTokens(2), SparseFFN(0.5)], [FastV(2, 0.0)]]
+CONTROLS = [[Pool(2)], [DivPrune(0.5), FastV(2, 0.5)], [RandomVisual(0, 0.5)]]
 CASES = [
     *[(family, case) for family in ("qwen3_vl", "gemma3") for case in (0, 1)],
-    *[("llava", case) for case in (0, 1, 2, 3)],
+    *[("llava", case) for case in range(7)],
 ]
 
 
@@ -118,7 +128,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "case"), CASES)
 def test_what_passes_have_in_common_is_computed_once_and_changes_nothing(family, case):
     model, inputs, answer_BN, _, _ = answered(family)
-    reductions = [*REDUCED, [Neighbours(1), FastV(2, 0.5)]][case]
+    reductions = [*REDUCED, [Neighbours(1), FastV(2, 0.5)], *CONTROLS][case]
     turn, replay, calls = Turn.of(inputs, answer_BN), Replay(), []
     handles = [
         layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
