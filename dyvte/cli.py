@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("score", "score a predictions file, no model needed"),
     "report": ("report", "make a page of runs: tables, plots, examples"),
     "analyze": ("analyze", "the papers' tables and plots on a backbone of yours"),
+    "ask": ("ask", "one question about an image, answered in the terminal"),
     "compare": ("compare", "gates beside VTW, the question-only router and the full model"),
 }
 

@@ -27,7 +27,7 @@ ORDER = [
         "reporting",
         "training",
     ],
-    *["analysis", "plugins", "commands", "cli", "__main__"],
+    *["analysis", "serving", "plugins", "commands", "cli", "__main__"],
 ]
 # Within a room, from the ground up: a module or sub-package named here imports none that stands behind it.
 # Others may stand anywhere, but nowhere in a circle.

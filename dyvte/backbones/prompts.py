@@ -10,6 +10,8 @@ from dyvte.errors import ConfigError, DataError
 
 # Earlier exchanges of a conversation: (question, answer) each.
 History = Sequence[tuple[str, str]]
+# Images of a prompt: whether there is one, how many before the first question, or how many before each.
+Images = bool | int | Sequence[int]
 
 # LLaVA conversation "vicuna_v1" (llava/conversation.py): the text LLaVA-1.5 was trained with.
 V1_SYSTEM = (
@@ -44,7 +46,7 @@ class PromptTemplate(Protocol):
         self,
         question: str,
         answer: str | None = None,
-        has_image: bool | int = True,
+        has_image: Images = True,
         history: History = (),
         system: str = "",
     ) -> RenderedPrompt:
@@ -55,7 +57,8 @@ class PromptTemplate(Protocol):
         question, answer
             The exchange that is asked. With an answer, the EOS text follows it.
         has_image
-            May also be the number of images; they come before the conversation's first question.
+            May also be the number of images, which come before the conversation's first question; or one
+            number for each question, that of the images before it.
         history
             The exchanges before it; their answers are part of the prompt.
         system
@@ -68,6 +71,21 @@ class PromptTemplate(Protocol):
             if the template changes a text.
         """
         ...
+
+
+def images_before(has_image: Images, questions: int) -> list[int]:
+    """How many images stand before each of a conversation's questions.
+
+    Raises
+    ------
+    DataError
+        If numbers are given, but not one for each question.
+    """
+    if isinstance(has_image, int):
+        return [int(has_image)] + [0] * (questions - 1)
+    if len(has_image) != questions:
+        raise DataError(f"{len(has_image)} numbers of images for {questions} questions: expected one each")
+    return [int(count) for count in has_image]
 
 
 @dataclass(frozen=True)
@@ -87,17 +105,17 @@ class V1Template:
         self,
         question: str,
         answer: str | None = None,
-        has_image: bool | int = True,
+        has_image: Images = True,
         history: History = (),
         system: str = "",
     ) -> RenderedPrompt:
         """See `PromptTemplate.render`."""
         _check_text(question, answer, history, system, self)
-        prompt, images = f"{system or V1_SYSTEM} ", f"{self.image_token}\n" * int(has_image)
-        for earlier_question, earlier_answer in history:
+        shown = [f"{self.image_token}\n" * count for count in images_before(has_image, len(history) + 1)]
+        prompt = f"{system or V1_SYSTEM} "
+        for images, (earlier_question, earlier_answer) in zip(shown, history):
             prompt += f"USER: {images}{earlier_question} ASSISTANT: {earlier_answer}{self.eos}"
-            images = ""
-        prompt += f"USER: {images}{question} ASSISTANT:"
+        prompt += f"USER: {shown[-1]}{question} ASSISTANT:"
         if answer is None:
             return RenderedPrompt(prompt)
         return RenderedPrompt(f"{prompt} {answer}{self.eos}", len(prompt))
@@ -121,7 +139,7 @@ class ChatTemplate:
         self,
         question: str,
         answer: str | None = None,
-        has_image: bool | int = True,
+        has_image: Images = True,
         history: History = (),
         system: str = "",
     ) -> RenderedPrompt:
@@ -132,7 +150,8 @@ class ChatTemplate:
             {"role": "assistant" if i % 2 else "user", "content": [{"type": "text", "text": text}]}
             for i, text in enumerate(spoken)
         ]
-        messages[0]["content"] = [{"type": "image"}] * int(has_image) + messages[0]["content"]
+        for message, count in zip(messages[::2], images_before(has_image, len(history) + 1), strict=True):
+            message["content"] = [{"type": "image"}] * count + message["content"]
         system = system.strip()
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})

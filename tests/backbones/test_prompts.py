@@ -42,6 +42,22 @@ def test_chat_uses_the_processors_template():
     assert template.render("what", has_image=False).text == "<s>user what assistant"
 
 
+def test_images_may_stand_before_later_questions():
+    history = [("what color", "red"), ("how many", "two")]
+    v1 = get_template("v1", tiny_processor()).render("what", has_image=[1, 0, 2], history=history).text
+    assert v1 == (
+        f"{SYSTEM} USER: <image>\nwhat color ASSISTANT: red</s>USER: how many ASSISTANT: two</s>"
+        "USER: <image>\n<image>\nwhat ASSISTANT:"
+    )
+    chat = get_template("chat", tiny_processor()).render("what", has_image=[0, 1, 1], history=history).text
+    assert chat == (
+        "<s>user what color assistant red</s><s>user <image> how many assistant two</s>"
+        "<s>user <image> what assistant"
+    )
+    with pytest.raises(DataError, match="2 numbers of images for 3 questions"):
+        get_template("v1", tiny_processor()).render("what", has_image=[1, 0], history=history)
+
+
 def test_chat_adds_the_end_that_a_template_forgets():
     processor = tiny_processor()
     processor.chat_template = VICUNA_CHAT

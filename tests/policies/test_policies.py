@@ -20,6 +20,7 @@ from dyvte.policies import (
     Rows,
     parse_policy,
 )
+from dyvte.policies.per_row import PerRowPolicy
 
 ROWS = Rows(6, torch.tensor([4, 4, 0, 8]), torch.tensor([5, 1, 3, 0]), ["a", "b", "c", "d"])
 
@@ -213,3 +214,49 @@ def test_the_freeze_threshold_keeps_its_distance_from_the_exit_threshold():
     one_head = GateStack.init(GateConfig(num_layers=6, hidden_size=4))
     with pytest.raises(ConfigError, match="these have none"):
         LearnedPolicy(one_head, freeze_threshold=0.5).check(6, 4)
+
+
+def test_each_row_by_its_own_policy_is_what_it_is_alone():
+    gates = GateStack.init(GateConfig(num_layers=6, hidden_size=4))
+    careful, early = LearnedPolicy(gates, threshold=0.9), LearnedPolicy(gates, threshold=0.2)
+    rows = Rows(6, torch.tensor([4, 4, 4, 4, 0, 8]), torch.tensor([5, 5, 5, 3, 3, 0]), list("abcdef"))
+    policies = [careful, FreezePolicy(1, 4), early, NeverPolicy(), careful, early]
+    plan = PerRowPolicy(policies).start(rows)
+    alone = [
+        policy.start(
+            Rows(6, rows.num_visual_B[i : i + 1], rows.num_prompt_B[i : i + 1], [rows.sample_ids[i]])
+        )
+        for i, policy in enumerate(policies)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for k in range(1, 6):
+        assert plan.asks(k) == any(one.asks(k) for one in alone)
+        assert plan.asking_rows().tolist() == [bool(one.asking_rows()) for one in alone]
+        logits_B = torch.randn(6, generator=generator)
+        if plan.asks(k):
+            plan.step(k, logits_B)
+        for i, one in enumerate(alone):
+            if one.asks(k):
+                one.step(k, logits_B[i : i + 1])
+        assert plan.exit_layers_B.tolist() == [one.exit_layers_B.item() for one in alone]
+        assert plan.freeze_layers_B.tolist() == [one.freeze_layers_B.item() for one in alone]
+    assert len(set(plan.exit_layers_B.tolist())) > 2
+    settled = torch.tensor([True, True, False, False, False, False])
+    plan.settle(settled, 1)
+    assert plan.exit_layers_B[:2].tolist() == plan.freeze_layers_B[:2].tolist() == [1, 1]
+
+
+def test_rows_of_one_batch_share_a_stack_and_are_counted():
+    config = GateConfig(num_layers=6, hidden_size=4)
+    with pytest.raises(ConfigError, match="one stack of gates"):
+        PerRowPolicy([LearnedPolicy(GateStack.init(config)), LearnedPolicy(GateStack.init(config))])
+    with pytest.raises(ConfigError, match="3 policies for a batch of 4 rows"):
+        PerRowPolicy([NeverPolicy()] * 3).start(ROWS)
+    beams = PerRowPolicy([FixedPolicy(1), FixedPolicy(2)]).start(ROWS)
+    assert beams.exit_layers_B.tolist() == [1, 1, 2, 2]
+    assert PerRowPolicy([NeverPolicy(), FreezePolicy(1)]).may_freeze
+    with pytest.raises(ConfigError, match="exit layer 7"):
+        PerRowPolicy([NeverPolicy(), FixedPolicy(7)]).check(6, 4)
+    plan = PerRowPolicy([LearnedPolicy(GateStack.init(config)), FixedPolicy(3)]).start(ROWS)
+    plan.step(1, torch.full((4,), torch.nan))
+    assert plan.num_fallbacks == 2

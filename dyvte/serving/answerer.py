@@ -1,0 +1,175 @@
+"""The model that answers, the schedules it can have, and prompts made of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dyvte.backbones import Backbone, describe, get_template, open_backbone
+from dyvte.backbones.greedy import end_tokens
+from dyvte.backbones.sizes import DecoderShape, decoder_shape
+from dyvte.data.defects import is_of_sample, problem_text
+from dyvte.distributed import own_device
+from dyvte.evaluation.generation import Batch, Pipeline, encode_rendered
+from dyvte.policies.per_row import PerRowPolicy
+from dyvte.reductions import Reduction, parse_reductions
+from dyvte.runtime import VisualExit
+from dyvte.serving.config import AnswerConfig
+from dyvte.serving.errors import RequestError
+from dyvte.serving.jobs import Conversation, Decoding, Job
+from dyvte.serving.schedules import ScheduleMenu, ServedSchedule
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A loaded backbone that answers under schedules.
+
+    Attributes
+    ----------
+    pipeline
+        Model, processor and template; its ``max_new_tokens`` holds where a request does not say.
+    menu
+        The schedules that can be had.
+    reductions
+        What is spent on visual tokens before they leave, in every request.
+    backbone, shape
+        The model's parts, and its decoder's sizes.
+    context
+        Tokens that prompt and answer may have together; None: not known.
+    ends
+        Ids of the tokens that end an answer.
+    """
+
+    pipeline: Pipeline
+    menu: ScheduleMenu
+    reductions: tuple[Reduction, ...]
+    backbone: Backbone
+    shape: DecoderShape
+    context: int | None
+    ends: frozenset[int]
+
+    @classmethod
+    def open(cls, config: AnswerConfig) -> Answerer:
+        """Load what a configuration names.
+
+        Raises
+        ------
+        DyvteError
+            If the backbone cannot be loaded, or policy, gates or reductions are not for it.
+        """
+        model, processor = open_backbone(config.model, own_device())
+        template = get_template(config.template, processor)
+        pipeline = Pipeline(model, processor, template, config.max_new_tokens)
+        return cls.of(pipeline, config.policy, config.gates, config.reduction)
+
+    @classmethod
+    def of(
+        cls, pipeline: Pipeline, policy: str = "never", gates: Any = None, reduction: str = "none"
+    ) -> Answerer:
+        """As `open`, for a backbone that is loaded already."""
+        backbone = describe(pipeline.model)
+        menu = ScheduleMenu(policy, None if gates is None else str(gates), backbone)
+        reductions = parse_reductions(reduction)
+        # Entering once tells whether the gates are this backbone's, before anybody waits for an answer.
+        for one in {id(p): p for p in (menu.own.policy, menu.gates) if p is not None}.values():
+            with VisualExit.from_policy(one, reductions=reductions)(pipeline.model):
+                pass
+        text = backbone.model.config.get_text_config()
+        return cls(
+            pipeline=pipeline,
+            menu=menu,
+            reductions=reductions,
+            backbone=backbone,
+            shape=decoder_shape(backbone.model.config),
+            context=getattr(text, "max_position_embeddings", None),
+            ends=frozenset(end_tokens(pipeline.model)),
+        )
+
+    def job(
+        self,
+        conversation: Conversation,
+        *,
+        id: str,
+        emit: Any,
+        schedule: ServedSchedule | None = None,
+        decoding: Decoding | None = None,
+        num_choices: int = 1,
+        streams: bool = False,
+    ) -> Job:
+        """A conversation as a job that can be generated.
+
+        Raises
+        ------
+        RequestError
+            If the template does not take the conversation's texts.
+        """
+        try:
+            rendered = self.pipeline.template.render(
+                conversation.question,
+                has_image=[len(images) for images in conversation.images],
+                history=conversation.history,
+                system=conversation.system,
+            )
+        except Exception as error:
+            if not is_of_sample(error):
+                raise
+            raise RequestError(f"messages: {problem_text(error)}", param="messages") from error
+        return Job(
+            id=id,
+            prompt=rendered,
+            images=[image for images in conversation.images for image in images],
+            schedule=schedule or self.menu.own,
+            decoding=decoding or Decoding(),
+            emit=emit,
+            num_choices=num_choices,
+            streams=streams,
+        )
+
+    def encode(self, jobs: Sequence[Job]) -> Batch:
+        """The prompts of some jobs as one batch, one row for each answer.
+
+        Raises
+        ------
+        RequestError
+            If a single job cannot be encoded.
+        """
+        rows = [job for job in jobs for _ in range(job.num_choices)]
+        try:
+            return encode_rendered(
+                self.pipeline,
+                [job.id for job in rows],
+                [job.prompt for job in rows],
+                [job.images for job in rows],
+            )
+        except Exception as error:
+            if len(jobs) > 1 or not is_of_sample(error):
+                raise
+            raise RequestError(f"messages: {problem_text(error)}", param="messages") from error
+
+    def room(self, num_prompt: int, decoding: Decoding) -> int:
+        """Tokens that an answer may have behind a prompt.
+
+        Raises
+        ------
+        RequestError
+            If prompt and answer do not fit the context.
+        """
+        wanted = decoding.max_tokens
+        if self.context is None:
+            return wanted or self.pipeline.max_new_tokens
+        left = self.context - num_prompt
+        if left < (wanted or 1):
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens, the images' included, and {wanted or 1} more are asked "
+                f"for: this model's context holds {self.context}. Ask with fewer or smaller images, less "
+                "text or a smaller max_tokens",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        return wanted or min(left, self.pipeline.max_new_tokens)
+
+    def exits(self, schedules: Sequence[ServedSchedule]) -> VisualExit:
+        """What lets each row follow its own schedule."""
+        policy = PerRowPolicy([schedule.policy for schedule in schedules])
+        return VisualExit.from_policy(policy, reductions=self.reductions)

@@ -1,0 +1,89 @@
+"""What a prefill's record says of one row, as a request's reply has it.
+
+Shapes: B rows, L decoder layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from dyvte.costs.reductions import visual_factors
+from dyvte.costs.visual import visual_share
+from dyvte.policies import LearnedPolicy
+from dyvte.runtime.records import PrefillRecord
+from dyvte.serving.answerer import Answerer
+from dyvte.serving.jobs import ExitReport
+from dyvte.serving.schedules import ServedSchedule
+
+
+def report_row(
+    answerer: Answerer, record: PrefillRecord | None, row: int, num_prompt: int, schedule: ServedSchedule
+) -> ExitReport:
+    """The report of one row.
+
+    Parameters
+    ----------
+    record
+        Of its prefill; None where no row had an image.
+    num_prompt
+        Its prompt's tokens.
+    """
+    shape = answerer.shape
+    width = 2 * shape.num_kv_heads * shape.head_dim * answerer.pipeline.model.dtype.itemsize
+    num_layers = shape.num_layers
+    has_image = record is not None and int(record.num_visual_B[row]) > 0
+    if not has_image:
+        return ExitReport(
+            schedule=schedule.text,
+            freeze_layer=-1,
+            exit_layer=-1,
+            num_layers=num_layers,
+            visual_tokens=0,
+            visual_compute=None,
+            kv_bytes=num_prompt * num_layers * width,
+            gate_probabilities=(None,) * num_layers,
+            freeze_probabilities=(),
+            threshold=None,
+            certified=None,
+        )
+    policy, certificate = schedule.policy, schedule.certificate
+    kept_L = (record.visual_tokens_BL + record.frozen_tokens_BL + record.text_tokens_BL)[row]
+    is_learned = isinstance(policy, LearnedPolicy)
+    return ExitReport(
+        schedule=schedule.text,
+        freeze_layer=int(record.freeze_layers_B[row]),
+        exit_layer=int(record.exit_layers_B[row]),
+        num_layers=num_layers,
+        visual_tokens=int(record.num_visual_B[row]),
+        visual_compute=_compute(answerer, record, row),
+        kv_bytes=int(kept_L.sum()) * width,
+        gate_probabilities=_probabilities(record.gate_logits_BL[row]),
+        freeze_probabilities=_probabilities(record.freeze_logits_BL[row])
+        if is_learned and policy.may_freeze
+        else (),
+        threshold=policy.threshold if is_learned else None,
+        certified=None if certificate is None else asdict(certificate),
+    )
+
+
+def _compute(answerer: Answerer, record: PrefillRecord, row: int) -> float:
+    num_visual = int(record.num_visual_B[row])
+    frozen_L = record.frozen_tokens_BL[row]
+    return visual_share(
+        answerer.shape,
+        record.visual_tokens_BL[row][None],
+        [num_visual],
+        visual_factors(answerer.reductions, answerer.shape, num_visual),
+        frozen_L[None] if bool(frozen_L.any()) else None,
+    )
+
+
+def _probabilities(logits_L: Tensor) -> tuple[float | None, ...]:
+    return tuple(
+        None if math.isnan(logit) else float(torch.tensor(logit, dtype=torch.float64).sigmoid())
+        for logit in logits_L.tolist()
+    )

@@ -1,0 +1,53 @@
+"""A tiny random backbone with gates whose rows leave at different layers, ready to be asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dyvte.backbones import get_template
+from dyvte.evaluation.generation import Pipeline
+from dyvte.gates import GateConfig, GateStack
+from dyvte.serving.answerer import Answerer
+from tests.helpers.models import tiny_llava
+
+LAYERS, HIDDEN = 4, 32
+
+
+@pytest.fixture(scope="package")
+def pipeline() -> Pipeline:
+    """The model and its processor; some words end its answers."""
+    model, processor = tiny_llava(LAYERS)
+    model.generation_config.eos_token_id = [2, 31, 34]
+    return Pipeline(model, processor, get_template("auto", processor), max_new_tokens=8)
+
+
+@pytest.fixture(scope="package")
+def gates_folder(tmp_path_factory: pytest.TempPathFactory):
+    """Random gates, calibrated at alpha 0.05."""
+    config = GateConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        architecture="compact",
+        calibration={
+            "kind": "risk",
+            "certified": True,
+            "alpha": 0.05,
+            "delta": 0.1,
+            "loss": "same_answer",
+            "visual_compute": 0.6,
+        },
+    )
+    gates = GateStack.init(config, 0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in gates.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    folder = tmp_path_factory.mktemp("serving") / "gates"
+    gates.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def answerer(pipeline: Pipeline, gates_folder) -> Answerer:
+    """Gates decide unless a request says otherwise."""
+    return Answerer.of(pipeline, f"gates:{gates_folder}")
