@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dyvte.backbones import BackboneConfig
-from dyvte.config import open_group
 from dyvte.errors import ConfigError
+from dyvte.groups import open_group
 from dyvte.policies import POLICIES
 from dyvte.reductions import NO_REDUCTION, REDUCTIONS
 
