@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "make a page of runs: tables, plots, examples"),
     "analyze": ("analyze", "the papers' tables and plots on a backbone of yours"),
     "ask": ("ask", "one question about an image, answered in the terminal"),
+    "chat": ("chat", "a conversation about images, in the terminal"),
+    "serve": ("serve", "an OpenAI-compatible server, and a page"),
     "compare": ("compare", "gates beside VTW, the question-only router and the full model"),
 }
 

@@ -85,6 +85,11 @@ class Collected:
         elif isinstance(event, Failed):
             raise event.error
 
+    @property
+    def first_token(self) -> float:
+        """Seconds to the first token."""
+        return self._first - self._begun
+
     def answer(self) -> FullAnswer:
         """The whole, once the job has finished."""
         ends = [self._ends[choice] for choice in range(len(self._texts))]
@@ -95,7 +100,7 @@ class Collected:
             logprobs=tuple(map(tuple, self._logprobs)),
             prompt_tokens=self._prompt.prompt_tokens,
             report=self._prompt.report,
-            first_token=self._first - self._begun,
+            first_token=self.first_token,
             total=time.perf_counter() - self._begun,
         )
 

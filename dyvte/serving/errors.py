@@ -28,13 +28,10 @@ class RequestError(DyvteError, ValueError):
 
 
 class OverloadedError(DyvteError, RuntimeError):
-    """More requests wait than the server holds; ``retry_after`` are seconds."""
+    """More waits than the server holds; ``retry_after`` are seconds."""
 
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(
-            f"{waiting} answers are waiting already: try again in {retry_after} s, or start the server with "
-            "a larger --max-waiting"
-        )
+    def __init__(self, text: str, retry_after: int) -> None:
+        super().__init__(f"{text}: try again in {retry_after} s")
         self.retry_after = retry_after
 
 

@@ -59,7 +59,7 @@ class Row:
         self.tokens.append(token)  # an end token that is no special one shows, as it does in evaluation
         is_last = is_end or len(self.tokens) >= self.limit
         if is_last or self.job.streams or self.text.stops:
-            self._tell(is_last, len(self.tokens) - is_end)
+            self._tell(is_last, len(self.tokens) - (is_end and not self.text.shows(token)))
         if is_last or self.text.is_stopped:
             self._end("stop" if is_end or self.text.is_stopped else "length")
 
@@ -72,11 +72,11 @@ class Row:
         new = self.chosen.logprobs[self._told : num_shown]
         if piece or (new and (is_last or self.text.is_stopped)):
             self._told += len(new)
-            self.job.emit(Piece(self.choice, piece, tuple(new)))
+            self.job.tell(Piece(self.choice, piece, tuple(new)))
 
     def _end(self, reason: str) -> None:
         self.give_up()
-        self.job.emit(Ended(self.choice, reason, len(self.tokens)))
+        self.job.tell(Ended(self.choice, reason, len(self.tokens)))
 
 
 class RowGroup:
@@ -165,15 +165,15 @@ class RowGroup:
             if row.choice == 0 and job.started is None:
                 job.started = now
                 report = report_row(self.answerer, record, at, int(counts[at]), job.schedule)
-                job.emit(Started(int(counts[at]), report))
+                job.tell(Started(int(counts[at]), report))
 
     def fail(self, job: Job, error: Exception) -> None:
         """Give up a job's rows."""
         for row in self.rows:
             if row.job is job:
                 row.give_up()
-        job.emit(Failed(error))
-        job.cancel()
+        job.tell(Failed(error))
+        job.is_cancelled = True
 
     def _finish_jobs(self) -> None:
         over = {job.id: True for job in self.jobs}
@@ -181,7 +181,7 @@ class RowGroup:
             over[row.job.id] &= row.is_over
         for job in self.jobs:
             if over[job.id] and not job.is_cancelled:
-                job.emit(Finished())
+                job.tell(Finished())
         self.jobs = [job for job in self.jobs if not over[job.id]]
 
     def _drop(self, ids_BN: Tensor) -> None:
@@ -251,7 +251,7 @@ def _fitting(answerer: Answerer, jobs: Sequence[Job]) -> tuple[Any, list[Job], d
             limits[job.id] = answerer.room(num_prompt, job.decoding)
             fitting.append(job)
         except RequestError as error:
-            job.emit(Failed(error))
+            job.tell(Failed(error))
     if not fitting:
         return None, [], {}
     return (batch if len(fitting) == len(jobs) else answerer.encode(fitting)), fitting, limits

@@ -175,6 +175,12 @@ class Job:
         Takes its events, in the thread that generates.
     streams
         Does anybody look at pieces before an answer is complete?
+    submitted, started
+        When it was made, and when its prompt had been read; seconds of `time.perf_counter`.
+    is_cancelled
+        Does nobody wait for it any more? Its rows are given up at the next token.
+    has_told
+        Has any part of an answer been told?
     """
 
     id: str
@@ -188,7 +194,9 @@ class Job:
     submitted: float = field(default_factory=time.perf_counter)
     started: float | None = None
     is_cancelled: bool = False
+    has_told: bool = False
 
-    def cancel(self) -> None:
-        """Nobody waits for it any more: its rows are given up at the next token."""
-        self.is_cancelled = True
+    def tell(self, event: Event) -> None:
+        """Hand an event to whoever waits."""
+        self.has_told |= isinstance(event, Piece | Ended)
+        self.emit(event)

@@ -41,23 +41,15 @@ class RowChoice:
 
     def __init__(self, decoding: Decoding, choice: int) -> None:
         self.decoding = decoding
-        self._seed = secrets.randbits(63) if decoding.seed is None else decoding.seed
-        self._choice = choice
+        seed = secrets.randbits(63) if decoding.seed is None else decoding.seed
+        self._generator = torch.Generator().manual_seed((seed + _STEP * choice) % 2**63)
         self.logprobs: list[TokenLogprob] = []
         self.is_over = False
-        self.restart()
 
     @property
     def is_plain(self) -> bool:
         """Is it greedy, and is nothing recorded?"""
         return self.decoding.temperature == 0 and self.decoding.top_logprobs is None
-
-    def restart(self) -> None:
-        """Begin the answer anew: the same tokens will be drawn."""
-        self._generator = torch.Generator().manual_seed(
-            (self._seed + 0x9E3779B97F4A7C15 * self._choice) % 2**63
-        )
-        self.logprobs.clear()
 
     def take(self, scores_V: Tensor) -> int | None:
         """The token that is drawn, None for the argmax; its log-probability is recorded if asked for."""

@@ -44,9 +44,9 @@ class AnswerText:
             return "" if not is_last else self._advance(text[len(self._shown) :])
         return self._advance(text[len(self._shown) :])
 
-    def restart(self) -> None:
-        """The answer is generated anew; what was shown is not shown again."""
-        self.is_stopped = False
+    def shows(self, token: int) -> bool:
+        """Is a token a part of the text, and no special one?"""
+        return bool(self.tokenizer.decode([token], skip_special_tokens=True))
 
     def _advance(self, piece: str) -> str:
         self._shown += piece

@@ -10,6 +10,7 @@ from dyvte.evaluation.generation import Pipeline
 from dyvte.gates import GateConfig, GateStack
 from dyvte.serving.answerer import Answerer
 from tests.helpers.models import tiny_llava
+from tests.helpers.served import serving
 
 LAYERS, HIDDEN = 4, 32
 
@@ -51,3 +52,10 @@ def gates_folder(tmp_path_factory: pytest.TempPathFactory):
 def answerer(pipeline: Pipeline, gates_folder) -> Answerer:
     """Gates decide unless a request says otherwise."""
     return Answerer.of(pipeline, f"gates:{gates_folder}")
+
+
+@pytest.fixture(scope="package")
+def served(answerer: Answerer):
+    """A server of that answerer."""
+    with serving(answerer, max_rows=8, max_image_mb=1, max_megapixels=1, max_body_mb=4) as running:
+        yield running

@@ -56,11 +56,3 @@ def test_what_may_begin_a_stop_text_is_held_back():
     assert answer.more(tokens[:8]) == " ## b"
     assert answer.more(tokens[:15]) == "lue"
     assert answer.is_stopped
-
-
-def test_an_answer_generated_anew_is_not_shown_twice():
-    answer, tokens = AnswerText(Characters()), list(b"a green square")
-    assert answer.more(tokens[:7]) == "a green"
-    answer.restart()
-    assert answer.more(tokens[:4]) == ""
-    assert answer.more(tokens, is_last=True) == " square"

@@ -1,0 +1,68 @@
+"""From a configuration to a server that listens until it is told to stop."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from dyvte.errors import ConfigError
+from dyvte.serving.answerer import Answerer
+from dyvte.serving.config import ServeConfig
+from dyvte.serving.hosts import is_loopback
+
+
+def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
+    """Load the model, and answer requests until the process is told to stop (SIGINT, SIGTERM).
+
+    Answers in progress are finished first, for ``stop_seconds`` at most.
+
+    Parameters
+    ----------
+    say
+        Takes the line that says where the server listens.
+
+    Raises
+    ------
+    ConfigError
+        If the address cannot be listened on, or FastAPI, uvicorn or the Prometheus client are missing.
+    DyvteError
+        If backbone, policy or gates cannot be used.
+    """
+    try:
+        import prometheus_client  # noqa: F401
+        import uvicorn
+
+        from dyvte.serving.app import create_app
+    except ImportError as error:
+        raise ConfigError(
+            f"the server needs FastAPI, uvicorn and prometheus_client: pip install 'dyvte[serve]' ({error})"
+        ) from error
+    listening = _listen(config.host, config.port)
+    with listening:
+        answerer = Answerer.open(config)
+        app = create_app(answerer, config)
+        host, port = listening.getsockname()[:2]
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if not is_loopback(config.host):
+            say(f"note: {config.host} can be reached from other machines, and there is no password")
+        say(f"serving {app.state.service.name} at {where} (policy {answerer.menu.own.text})")
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=max(1, round(config.stop_seconds)),
+            lifespan="on",
+        )
+        uvicorn.Server(settings).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket before anything expensive is loaded: an address in use is found at once."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}; use another --host or --port") from error
+    return listening
