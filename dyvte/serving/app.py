@@ -173,8 +173,9 @@ class Service:
             gates = {
                 "threshold": stored.threshold,
                 "min_layer": stored.min_layer,
+                "fallback": stored.fallback,
                 "freezes": stored.may_freeze,
-                "certified": None if menu.certificate is None else asdict(menu.certificate),
+                "certificates": [asdict(one) for one in menu.certificates],
             }
         return _json(
             {

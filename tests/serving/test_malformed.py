@@ -1,4 +1,4 @@
-"""Requests that are wrong: each gets a named 4xx, none reaches a file, another machine, or another request."""
+"""Requests that are wrong: each gets a named 4xx; none reaches a file, another machine or another request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 from dyvte.serving.errors import RequestError
 from dyvte.serving.requests import parse_chat, parse_json
 from tests.helpers.models import random_image
-from tests.helpers.served import about, data_url, serving
+from tests.helpers.served import about, serving
 
 GOOD = {"model": "tiny", "messages": about("what ?", random_image(1)), "max_tokens": 2}
 
@@ -351,8 +351,15 @@ def mutated(draw: random.Random):
     """A good request with one to three places spoilt; bytes, where the text itself is."""
     whole = {
         **copy.deepcopy(GOOD),
-        **{"temperature": 0.5, "top_p": 0.9, "n": 1, "stop": ["x"], "seed": 1, "logprobs": True},
-        **{"top_logprobs": 1, "stream": False, "visual_exit": {"policy": "fixed:2"}},
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "n": 1,
+        "stop": ["x"],
+        "seed": 1,
+        "logprobs": True,
+        "top_logprobs": 1,
+        "stream": False,
+        "visual_exit": {"policy": "fixed:2"},
     }
     for _ in range(draw.randint(1, 3)):
         path = draw.choice(list(places(whole))[1:])
