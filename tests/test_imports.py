@@ -33,7 +33,7 @@ ORDER = [
 # Others may stand anywhere, but nowhere in a circle.
 FLOORS = {
     "backbones": ["config", "convert", "describe", "load"],
-    "calibration": ["operating_points", "compute", "risk", "apply"],
+    "calibration": ["operating_points", "compute", "risk", "apply", "tables"],
     "comparison": ["records", "router", "tuned_gates", "tuned_router", "traces", "runs", "table", "compare"],
     "costs": ["layers", "prefill", "visual", "reductions"],
     "data": ["samples", "images", "llava", "sources", "scenes"],

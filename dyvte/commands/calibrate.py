@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", choices=("betting", "bentkus"), default="betting", help="p-values")
     parser.add_argument("--image-seed", type=int, default=0, help="order in which images are bet on")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="also record thresholds for other budgets and bounds, which dyvte serve offers to requests",
+    )
     # `dyvte profile` was an option here.
     goal.add_argument("--reduction", choices=("yopo",), help=argparse.SUPPRESS)
     profile.add_own_arguments(parser, hidden=True)
@@ -86,6 +91,11 @@ def run(args: argparse.Namespace) -> int:
         found = calibrate_risk(
             gates, store, args.alpha, args.delta, loss=args.loss, method=args.method, seed=args.image_seed
         )
+    if args.table:
+        from dyvte.calibration.tables import calibration_tables
+
+        how = {"delta": args.delta, "loss": args.loss, "method": args.method, "seed": args.image_seed}
+        found.record.update(calibration_tables(gates, store, **how))
     write_calibration(args.gates, found)
     record = found.record
     print(found.text)

@@ -15,7 +15,8 @@ from dyvte.evaluation.generation import Batch, Pipeline, encode_rendered
 from dyvte.policies.per_row import PerRowPolicy
 from dyvte.reductions import Reduction, parse_reductions
 from dyvte.runtime import VisualExit
-from dyvte.serving.config import AnswerConfig
+from dyvte.runtime.image_store import ImageStore
+from dyvte.serving.config import MEGABYTE, AnswerConfig
 from dyvte.serving.errors import RequestError
 from dyvte.serving.jobs import Conversation, Decoding, Job
 from dyvte.serving.schedules import ScheduleMenu, ServedSchedule
@@ -39,6 +40,8 @@ class Answerer:
         Tokens that prompt and answer may have together; None: not known.
     ends
         Ids of the tokens that end an answer.
+    images
+        What the model has made of images so far; None: nothing is kept.
     """
 
     pipeline: Pipeline
@@ -48,6 +51,7 @@ class Answerer:
     shape: DecoderShape
     context: int | None
     ends: frozenset[int]
+    images: ImageStore | None = None
 
     @classmethod
     def open(cls, config: AnswerConfig) -> Answerer:
@@ -61,11 +65,17 @@ class Answerer:
         model, processor = open_backbone(config.model, own_device())
         template = get_template(config.template, processor)
         pipeline = Pipeline(model, processor, template, config.max_new_tokens)
-        return cls.of(pipeline, config.policy, config.gates, config.reduction)
+        images = ImageStore(int(config.image_store_mb * MEGABYTE)) if config.image_store_mb else None
+        return cls.of(pipeline, config.policy, config.gates, config.reduction, images)
 
     @classmethod
     def of(
-        cls, pipeline: Pipeline, policy: str = "never", gates: Any = None, reduction: str = "none"
+        cls,
+        pipeline: Pipeline,
+        policy: str = "never",
+        gates: Any = None,
+        reduction: str = "none",
+        images: ImageStore | None = None,
     ) -> Answerer:
         """As `open`, for a backbone that is loaded already."""
         backbone = describe(pipeline.model)
@@ -84,6 +94,7 @@ class Answerer:
             shape=decoder_shape(backbone.model.config),
             context=getattr(text, "max_position_embeddings", None),
             ends=frozenset(end_tokens(pipeline.model)),
+            images=images,
         )
 
     def job(

@@ -31,8 +31,14 @@ class AnswerConfig:
     max_new_tokens: int = 512
     """Tokens of an answer at most, where a request does not say; never more than the context holds."""
 
+    image_store_mb: float = 2048.0
+    """Memory for what the model has made of images, so that further questions about them cost their text
+    alone; what was used longest ago leaves first. 0: every question pays for its images."""
+
     def __post_init__(self) -> None:
         _check_positive(self, "max_new_tokens")
+        if self.image_store_mb < 0:
+            raise ConfigError(f"image_store_mb must not be negative, found {self.image_store_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)

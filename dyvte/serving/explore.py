@@ -9,6 +9,7 @@ Shapes: L decoder layers.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ class ExitAnswers:
     first_stable
         Smallest k from which on every answer is the full model's.
     gate_probabilities
-        (L-1,) chance of leaving after layers 1..L-1; None without gates, or where they also freeze.
+        (L-1,) chance of leaving after layers 1..L-1, None where a gate's output is not finite; None as a
+        whole without gates, or where they also freeze.
     visual_compute
         (L+1,) share of the full model's work on visual tokens.
     kv_bytes
@@ -65,7 +67,7 @@ class ExitAnswers:
     answers: tuple[str, ...]
     risks: tuple[float, ...]
     first_stable: int
-    gate_probabilities: tuple[float, ...] | None
+    gate_probabilities: tuple[float | None, ...] | None
     visual_compute: tuple[float, ...]
     kv_bytes: tuple[int, ...]
     generated: int
@@ -118,7 +120,10 @@ def exit_answers(
     num_visual = int(trace.num_visual[0])
     chances = None
     if gates is not None and not gates.config.freeze_head:
-        chances = tuple(gate_logits(gates, trace).double().sigmoid()[0, : num_layers - 1].tolist())
+        logits_L = gate_logits(gates, trace)[0, : num_layers - 1]
+        chances = tuple(
+            chance if math.isfinite(chance) else None for chance in logits_L.double().sigmoid().tolist()
+        )
     layers = range(num_layers + 1)
     bytes_K = kv_bytes(
         answerer.shape,

@@ -149,7 +149,10 @@ class RowGroup:
         step.failed = failed
         limit = max(row.limit - len(row.tokens) for row in self.rows if not row.is_over)
         exits = self.answerer.exits([row.job.schedule for row in self.rows])
-        with exits(model) as run, _kept_on_model(self.answerer.backbone, self._kept):
+        with (
+            exits(model, images=self.answerer.images) as run,
+            _kept_on_model(self.answerer.backbone, self._kept),
+        ):
             run.sample_ids = [row.job.id for row in self.rows]
             step.run = run if is_first else None
             ids_BN = generate_greedily(model, self._inputs, limit, **options)

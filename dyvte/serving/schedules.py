@@ -26,11 +26,13 @@ WISHES = ("policy", "threshold", "max_risk", "budget")
 @dataclass(frozen=True)
 class Certificate:
     """A bound on the risk that calibration proved: mean loss at most ``alpha`` with probability 1 - ``delta``
-    over the draw of the calibration images."""
+    over the draw of the calibration images, for gates at these thresholds."""
 
     alpha: float
     delta: float
     loss: str
+    threshold: float
+    freeze_threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ class ScheduleMenu:
         self._made: dict[ScheduleWish, ServedSchedule] = {ScheduleWish(): self.own}
 
     @property
-    def certificate(self) -> Certificate | None:
-        """What calibration proved of the gates at their stored threshold."""
-        return None if self.gates is None else certificate_of(self.gates.gates.config)
+    def certificates(self) -> tuple[Certificate, ...]:
+        """What calibration proved of the gates, the strictest bound first."""
+        return () if self.gates is None else certificates_of(self.gates.gates.config)
 
     def choose(self, wish: ScheduleWish) -> ServedSchedule:
         """The schedule that a request asks for; equal wishes get one and the same.
@@ -169,73 +171,86 @@ class ScheduleMenu:
             )
         return self.gates
 
-    def _gated(self, threshold: float | None, what: str) -> ServedSchedule:
+    def _gated(self, threshold: float | None, what: str, freeze: float | None = None) -> ServedSchedule:
         stored = self._learned(what)
-        if threshold is None or threshold == stored.threshold:
-            policy = stored
-        else:
-            freeze = follow_path(stored.gates.config, threshold)
+        policy = stored
+        if threshold is not None and threshold != stored.threshold:
+            if freeze is None:
+                freeze = follow_path(stored.gates.config, threshold)
             policy = LearnedPolicy(stored.gates, threshold, stored.min_layer, stored.fallback, freeze)
         return ServedSchedule(policy, _gates_text(policy.threshold), self._certificate(policy))
 
     def _at_risk(self, bound: float) -> ServedSchedule:
         stored = self._learned("max_risk")
-        found = certificate_of(stored.gates.config)
-        if found is None or found.alpha > bound:
+        kept = [one for one in self.certificates if one.alpha <= bound]
+        if not kept:
             raise RequestError(
                 f"visual_exit.max_risk {bound:g}: {_not_certified(stored.gates.config)}",
                 param="visual_exit.max_risk",
                 code="not_certified",
             )
-        return self._gated(stored.gates.config.threshold, "max_risk")
+        return self._gated(kept[-1].threshold, "max_risk", kept[-1].freeze_threshold)
 
     def _at_budget(self, budget: float) -> ServedSchedule:
         stored = self._learned("budget")
-        config = stored.gates.config
-        compute = config.calibration.get("visual_compute")
         if budget >= 1:
             return ServedSchedule(NeverPolicy(), NeverPolicy.name)
-        if compute is None or compute > budget:
-            known = (
-                "these gates are not calibrated"
-                if compute is None
-                else f"these gates are calibrated to {compute:.4f}"
-            )
+        known = _budgets_of(stored.gates.config)
+        kept = [one for one in known if one["budget"] <= budget]
+        if not kept:
+            least = f"calibrated to {known[0]['budget']:.4g} or more" if known else "not calibrated"
             raise RequestError(
-                f"visual_exit.budget {budget:g}: {known}; use dyvte calibrate --budget {budget:g}, or a "
-                "threshold",
+                f"visual_exit.budget {budget:g}: these gates are {least}; ask for more, give a threshold, or "
+                f"use dyvte calibrate --budget {budget:g}",
                 param="visual_exit.budget",
                 code="not_calibrated",
             )
-        return self._gated(config.threshold, "budget")
+        return self._gated(kept[-1]["threshold"], "budget", kept[-1].get("freeze_threshold"))
 
     def _certificate(self, policy: Policy) -> Certificate | None:
         """What was proved of a policy: nothing, unless it is the gates as they were calibrated."""
         if self.gates is None or not isinstance(policy, LearnedPolicy):
             return None
         config = policy.gates.config
-        stored = (config.threshold, config.min_layer, config.fallback, config.rule_freeze_threshold)
-        used = (policy.threshold, policy.min_layer, policy.fallback, policy.freeze_threshold)
-        return certificate_of(config) if used == stored else None
+        if (policy.min_layer, policy.fallback) != (config.min_layer, config.fallback):
+            return None
+        used = (policy.threshold, policy.freeze_threshold)
+        found = [one for one in self.certificates if (one.threshold, one.freeze_threshold) == used]
+        return found[0] if found else None
 
 
-def certificate_of(config: GateConfig) -> Certificate | None:
-    """What calibration proved of gates at their stored threshold; None if nothing."""
+def certificates_of(config: GateConfig) -> tuple[Certificate, ...]:
+    """What calibration proved of gates, the strictest bound first."""
     record = config.calibration
-    if record.get("kind") != "risk" or not record.get("certified"):
-        return None
-    return Certificate(record["alpha"], record["delta"], str(record.get("loss")))
+    found = [Certificate(**one) for one in record.get("bounds", ())]
+    if record.get("kind") == "risk" and record.get("certified"):
+        own = (record["alpha"], record["delta"], str(record.get("loss")))
+        found.append(Certificate(*own, config.threshold, config.rule_freeze_threshold))
+    by_alpha = {one.alpha: one for one in found}
+    return tuple(by_alpha[alpha] for alpha in sorted(by_alpha))
+
+
+def _budgets_of(config: GateConfig) -> list[dict[str, Any]]:
+    """Budgets that thresholds are known for, the smallest first."""
+    known = [dict(one) for one in config.calibration.get("budgets", ())]
+    if (compute := config.calibration.get("visual_compute")) is not None:
+        own = {"budget": compute, "threshold": config.threshold}
+        if config.freeze_head:
+            own["freeze_threshold"] = config.freeze_threshold
+        known.append(own)
+    return sorted(known, key=lambda one: one["budget"])
 
 
 def _not_certified(config: GateConfig) -> str:
     record: dict[str, Any] = config.calibration
+    if known := certificates_of(config):
+        shown = ", ".join(f"{one.alpha:g}" for one in known)
+        return (
+            f"these gates are certified at {shown} (loss {known[0].loss}, delta {known[0].delta:g}); ask for "
+            "no less, or calibrate them with a smaller --alpha"
+        )
     if record.get("kind") != "risk":
         return "these gates have no certificate (dyvte calibrate --alpha makes one)"
-    if record.get("certified"):
-        return (
-            f"these gates are certified at {record['alpha']:g} (loss {record.get('loss')}, delta "
-            f"{record['delta']:g}); ask for no less, or calibrate them with a smaller --alpha"
-        )
     return (
         f"no threshold of these gates is certified at {record['alpha']:g}; {record.get('num_images')} images "
         f"could certify {record.get('smallest_alpha'):.4g} at best"

@@ -24,6 +24,7 @@ from dyvte.calibration import (
 )
 from dyvte.calibration.pvalues import P_VALUES
 from dyvte.calibration.risk import image_means
+from dyvte.calibration.tables import ALPHAS, calibration_tables
 from dyvte.errors import CalibrationError, GateMismatchError
 from dyvte.gates import (
     GateConfig,
@@ -288,6 +289,26 @@ def test_calibration_writes_both_thresholds(tmp_path) -> None:
     assert write_calibration(tmp_path / "gates", bounded).freeze_threshold == bounded.freeze_threshold
     with pytest.raises(CalibrationError, match="no bound"):
         calibrate_risk(gates, store, 0.9, 0.1, loss="risk")
+
+
+def test_tables_hold_what_each_entry_would_be_alone(tmp_path) -> None:
+    gates = two_heads(threshold=0.4, freeze_threshold=0.6)
+    store = store_of(tmp_path / "trace", make_trace(400, LAYERS, freezes=FREEZES))
+    tables = calibration_tables(gates, store, delta=0.2, loss="risk:4")
+    assert len(tables["budgets"]) >= 3
+    for one in tables["budgets"]:
+        alone = calibrate_compute(gates, store, one["budget"])
+        assert (one["threshold"], one["freeze_threshold"]) == (alone.threshold, alone.freeze_threshold)
+    bounds = {one["alpha"]: one for one in tables["bounds"]}
+    certified = 0
+    for alpha in ALPHAS:
+        alone = calibrate_risk(gates, store, alpha, 0.2, loss="risk:4")
+        assert (alpha in bounds) == alone.record["certified"]
+        if alpha in bounds:
+            certified += 1
+            assert bounds[alpha]["threshold"] == alone.threshold
+            assert bounds[alpha]["freeze_threshold"] == alone.freeze_threshold
+    assert 0 < certified < len(ALPHAS)
 
 
 def test_gates_that_could_freeze_where_nothing_was_traced_are_refused(tmp_path) -> None:

@@ -8,6 +8,7 @@ import torch
 from dyvte.backbones import get_template
 from dyvte.evaluation.generation import Pipeline
 from dyvte.gates import GateConfig, GateStack
+from dyvte.runtime.image_store import ImageStore
 from dyvte.serving.answerer import Answerer
 from tests.helpers.models import tiny_llava
 from tests.helpers.served import serving
@@ -37,6 +38,8 @@ def gates_folder(tmp_path_factory: pytest.TempPathFactory):
             "delta": 0.1,
             "loss": "same_answer",
             "visual_compute": 0.6,
+            "bounds": [{"alpha": 0.2, "delta": 0.1, "loss": "same_answer", "threshold": 0.3}],
+            "budgets": [{"budget": 0.7, "threshold": 0.9}, {"budget": 0.3, "threshold": 0.2}],
         },
     )
     gates = GateStack.init(config, 0)
@@ -50,8 +53,8 @@ def gates_folder(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="package")
 def answerer(pipeline: Pipeline, gates_folder) -> Answerer:
-    """Gates decide unless a request says otherwise."""
-    return Answerer.of(pipeline, f"gates:{gates_folder}")
+    """Gates decide unless a request says otherwise; images are kept."""
+    return Answerer.of(pipeline, f"gates:{gates_folder}", images=ImageStore())
 
 
 @pytest.fixture(scope="package")

@@ -88,7 +88,11 @@ def test_reports(answerer):
     one = ask(answerer, ASKED[0][0])
     report = one.report
     assert report.schedule == "gates@0.5"
-    assert report.certified == {"alpha": 0.05, "delta": 0.1, "loss": "same_answer"}
+    assert {name: report.certified[name] for name in ("alpha", "delta", "loss")} == {
+        "alpha": 0.05,
+        "delta": 0.1,
+        "loss": "same_answer",
+    }
     asked = [p is not None for p in report.gate_probabilities]
     k = report.exit_layer
     assert asked == [layer <= min(k, 3) for layer in range(1, 5)], "gates are asked until one fires"

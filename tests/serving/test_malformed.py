@@ -129,8 +129,8 @@ NAMED = {
         "cannot name files",
     ),
     "threshold": (with_fields(visual_exit={"threshold": 1.5}), 400, "invalid_value", "expected 0..1"),
-    "risk": (with_fields(visual_exit={"max_risk": 0.01}), 400, "not_certified", "certified at 0.05"),
-    "budget": (with_fields(visual_exit={"budget": 0.1}), 400, "not_calibrated", "calibrated to 0.6"),
+    "risk": (with_fields(visual_exit={"max_risk": 0.01}), 400, "not_certified", "certified at 0.05, 0.2"),
+    "budget": (with_fields(visual_exit={"budget": 0.1}), 400, "not_calibrated", "calibrated to 0.3 or more"),
     "file url": (with_url("file:///etc/passwd"), 400, "image_not_available", "fetches none"),
     "path": (with_url("/etc/passwd"), 400, "image_not_available", "fetches none"),
     "remote url": (with_url("http://127.0.0.1:1/x.png"), 400, "image_not_available", "fetches none"),
@@ -208,7 +208,7 @@ def test_bodies_that_are_no_requests(http_client, served):
     assert (found.status_code, found.json()["error"]["code"]) == (413, "body_too_large")
     assert http_client.get(f"{served.url}/v1/nothing").status_code == 404
     assert http_client.get(f"{served.url}/v1/chat/completions").status_code == 405
-    for path in ("..%2f..%2fapp.py", "%2e%2e/app.py", "..", "app.py", "....//"):
+    for path in ("..%2f..%2fapp.py", "%2e%2e/app.py", "%2e%2e", "app.py", "....//"):
         assert http_client.get(f"{served.url}/page/{path}").status_code == 404
     assert send(http_client, served, GOOD).status_code == 200
 

@@ -138,7 +138,7 @@ def test_models_health_metrics_and_settings(client, served):
     assert "dyvte_exit_layer_bucket" in counts
     assert "dyvte_waiting_answers 0.0" in counts
     settings = httpx.get(f"{served.url}/v1/visual_exit").json()
-    assert settings["gates"]["certified"]["alpha"] == 0.05
+    assert [one["alpha"] for one in settings["gates"]["certificates"]] == [0.05, 0.2]
     assert settings["num_layers"] == 4
 
 

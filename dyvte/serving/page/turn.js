@@ -146,7 +146,7 @@ dyvte.TurnView = class {
 
   /* Bounds that calibration proved, from the strictest on; before them: never leave. */
   dial() {
-    const bounds = [null, ...settings_sorted(this.settings.gates.certificates)];
+    const bounds = [null, ...this.settings.gates.certificates];
     const at = bounds.findIndex((one) => (one === null ? 1 : one.threshold) === this.turn.threshold);
     const dial = dyvte.make("input", {
       type: "range",
@@ -202,10 +202,6 @@ dyvte.TurnView = class {
     });
   }
 };
-
-function settings_sorted(certificates) {
-  return [...certificates].sort((one, other) => one.alpha - other.alpha);
-}
 
 dyvte.boundText = function (bound) {
   if (bound === null) {
