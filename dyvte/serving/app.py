@@ -26,7 +26,7 @@ from dyvte.serving.asking import Collected
 from dyvte.serving.bodies import BodyReader
 from dyvte.serving.config import MEGABYTE, ServeConfig
 from dyvte.serving.errors import RequestError
-from dyvte.serving.explore import exit_answers
+from dyvte.serving.explore import trace_schedules
 from dyvte.serving.hosts import HostGuard
 from dyvte.serving.images import ImageReader
 from dyvte.serving.jobs import Conversation, Ended, Event, Finished, Job
@@ -143,11 +143,13 @@ class Service:
                 self.metrics.cancelled.inc()
 
     async def explore(self, request: Request) -> Response:
-        """``POST /v1/visual_exit/answers``: the answer of every exit layer."""
+        """``POST /v1/visual_exit/schedules``: what any schedule would answer."""
         asked, conversation = await self._prepared(request)
         if asked.stream or asked.num_choices > 1 or asked.decoding.temperature:
-            raise RequestError("answers of all exits are greedy, one each: omit stream, n and temperature")
-        work = partial(exit_answers, self.answerer, conversation, asked.decoding.max_tokens)
+            raise RequestError(
+                "answers of all schedules are greedy, one each: omit stream, n and temperature"
+            )
+        work = partial(trace_schedules, self.answerer, conversation, asked.decoding.max_tokens)
         future = self.scheduler.do(work)
         found = await _unless_gone(request, asyncio.wrap_future(future))
         if found is None:
@@ -295,7 +297,7 @@ def create_app(answerer: Answerer, config: ServeConfig) -> FastAPI:
     app.state.service = service
     for method, path, route in (
         ("POST", "/v1/chat/completions", service.complete),
-        ("POST", "/v1/visual_exit/answers", service.explore),
+        ("POST", "/v1/visual_exit/schedules", service.explore),
         ("GET", "/v1/visual_exit", service.settings),
         ("GET", "/v1/models", service.models),
         ("GET", "/v1/models/{name:path}", service.model),

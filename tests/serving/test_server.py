@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import threading
 import time
 
 import httpx
 import openai
 import pytest
+import torch
 
+from dyvte.gates import GateConfig, GateStack
+from dyvte.serving.answerer import Answerer
 from dyvte.serving.asking import ask
+from dyvte.serving.explore import trace_schedules
 from dyvte.serving.groups import RowGroup
-from dyvte.serving.jobs import Conversation
+from dyvte.serving.jobs import Conversation, Decoding
 from dyvte.serving.schedules import ScheduleWish
 from tests.helpers.models import random_image
 from tests.helpers.served import about, data_url, serving
@@ -167,27 +172,61 @@ def test_requests_that_wait_are_answered_together_each_at_its_own_layer(client, 
     assert float(largest[0].split()[1]) < float(total[0].split()[1]), "some batches hold several requests"
 
 
-def test_answers_of_every_exit_are_the_runtimes(served, answerer):
+def test_a_trace_knows_what_the_runtime_answers_under_every_schedule(served, answerer):
     body = {"messages": about(QUESTION, random_image(1)), "max_tokens": 6}
-    found = httpx.post(f"{served.url}/v1/visual_exit/answers", json=body, timeout=120).json()
-    conversation = Conversation(QUESTION, [[random_image(1)]])
-    from dyvte.serving.jobs import Decoding
+    found = httpx.post(f"{served.url}/v1/visual_exit/schedules", json=body, timeout=120).json()
+    conversation, decoding = Conversation(QUESTION, [[random_image(1)]]), Decoding(max_tokens=6)
+    assert [(one["freeze_layer"], one["exit_layer"]) for one in found["schedules"][:5]] == [
+        (k, k) for k in range(5)
+    ]
+    for one in found["schedules"]:
+        f, k = one["freeze_layer"], one["exit_layer"]
+        schedule = answerer.menu.choose(ScheduleWish(policy=f"freeze:{f}:{k}"))
+        alone = ask(answerer, conversation, schedule=schedule, decoding=decoding)
+        assert one["answer"] == alone.texts[0]
+        assert one["kv_bytes"] == alone.report.kv_bytes
+        assert one["visual_compute"] == pytest.approx(alone.report.visual_compute)
+    full, stable = found["schedules"][4]["answer"], found["first_stable"]
+    exits = found["schedules"][:5]
+    assert all(one["answer"] == full for one in exits[stable:])
+    assert stable == 0 or exits[stable - 1]["answer"] != full
+    assert [one["is_full"] for one in exits] == [one["answer"] == full for one in exits]
+    assert exits[4]["risk"] == 0
+    assert 0 < found["generated"] < len(found["schedules"])
 
-    for k, text in enumerate(found["answers"]):
-        schedule = answerer.menu.choose(ScheduleWish(policy=f"fixed:{k}"))
-        alone = ask(answerer, conversation, schedule=schedule, decoding=Decoding(max_tokens=6))
-        assert text == alone.texts[0]
-        assert found["kv_bytes"][k] == alone.report.kv_bytes
-    full = found["answers"][-1]
-    stable = found["first_stable"]
-    assert all(text == full for text in found["answers"][stable:])
-    assert stable == 0 or found["answers"][stable - 1] != full
-    gated = by_hand(answerer)
-    for seen, known in zip(found["gate_probabilities"], gated.report.gate_probabilities):
-        assert known is None or seen == pytest.approx(known, abs=1e-5)
-    first = next((k for k, p in enumerate(found["gate_probabilities"], 1) if p > 0.5), 4)
-    assert first == gated.report.exit_layer, "what the page computes for a threshold is what the server does"
-    assert found["risks"][-1] == 0
+
+@pytest.mark.parametrize("freezes", [False, True])
+def test_the_path_is_what_the_server_decides_at_any_threshold(pipeline, answerer, tmp_path, freezes):
+    """Just below, at and above every step: the runtime's decision."""
+    if freezes:
+        config = GateConfig(
+            num_layers=4, hidden_size=32, architecture="compact", freeze_head=True, freeze_threshold=0.6
+        )
+        gates = GateStack.init(config, 0)
+        generator = torch.Generator().manual_seed(3)
+        for parameter in gates.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        gates.save_pretrained(tmp_path / "gates")
+        answerer = Answerer.of(pipeline, f"gates:{tmp_path / 'gates'}")
+    conversation = Conversation(QUESTION, [[random_image(1)]])
+    found = trace_schedules(answerer, conversation)
+    assert len(found.path) > 2
+    decided = set()
+    for at, step in enumerate(found.path):
+        known = found.schedules[step.schedule]
+        above = found.path[at + 1].level if at + 1 < len(found.path) else 30.0
+        below = -30.0 if step.level is None else step.level
+        for level in (below + 1e-3 * (above - below), (below + above) / 2):
+            schedule = answerer.menu.choose(ScheduleWish(threshold=1 / (1 + math.exp(-level))))
+            one = ask(answerer, conversation, schedule=schedule)
+            assert (one.report.freeze_layer, one.report.exit_layer) == (known.freeze_layer, known.exit_layer)
+            assert one.texts[0] == known.answer
+            asked = [p for p in one.report.gate_probabilities if p is not None]
+            for p, logit in zip(asked, step.exit_logits):
+                assert p == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-5)
+        decided.add((known.freeze_layer, known.exit_layer))
+    assert decided & {(k, k) for k in range(5)}
+    assert any(f < k for f, k in decided) == freezes
 
 
 # --- load, and clients that go away ---
@@ -233,8 +272,13 @@ def test_a_client_that_goes_away_frees_its_rows(answerer, monkeypatch, stream):
         "visual_exit": {"policy": "never"},
     }
     with serving(answerer) as running:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=0.5)
+        where = f"{running.url}/v1/chat/completions"
+        if stream:
+            with httpx.stream("POST", where, json=body, timeout=60) as reply:
+                assert next(reply.iter_lines()).startswith("data: ")
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(where, json=body, timeout=0.5)
         until = time.monotonic() + 10
         while running.service.scheduler.running_rows and time.monotonic() < until:
             time.sleep(0.02)
