@@ -41,28 +41,25 @@ dyvte.depthBar = function (report) {
 
 /* The answer for every layer after which the image could have left. */
 dyvte.strip = function (traced, chosen, choose) {
-  const full = traced.answers[traced.num_layers];
   const list = dyvte.make("ol", { class: "strip", start: 0, "aria-label": "Answers by exit layer" });
-  traced.answers.forEach((answer, k) => {
-    const same = answer === full;
-    const note = `If the image had left after layer ${k}: ${answer || "(nothing)"}${same ? ", as the full model" : ""}`;
+  traced.schedules.slice(0, traced.num_layers + 1).forEach((one, k) => {
+    const note = `If the image had left after layer ${k}: ${one.answer || "(nothing)"}${one.is_full ? ", as the full model" : ""}`;
     const button = dyvte.make(
       "button",
       {
         type: "button",
-        class: same ? "same" : "other",
+        class: one.is_full ? "same" : "other",
         "aria-label": note,
-        title: `${note}. KL to the full model ${traced.risks[k].toFixed(3)} nats`,
+        title: `${note}. KL to the full model ${one.risk.toFixed(3)} nats`,
         "aria-pressed": k === chosen ? "true" : "false",
         "data-layer": k,
-        onclick: () => choose(k),
+        onclick: () => choose(one),
         onkeydown: (event) => dyvte.stepKeys(event, list),
       },
       dyvte.make("span", { class: "layer", "aria-hidden": "true" }, String(k)),
-      dyvte.make("span", { class: "answer" }, answer || "∅"),
+      dyvte.make("span", { class: "answer" }, one.answer || "\u2205"),
     );
-    const item = dyvte.make("li", { class: k === traced.first_stable ? "stable" : null }, button);
-    list.append(item);
+    list.append(dyvte.make("li", { class: k === traced.first_stable ? "stable" : null }, button));
   });
   return list;
 };
@@ -79,64 +76,78 @@ dyvte.stepKeys = function (event, list) {
   }
 };
 
-/* Chances of the gates as bars, and a threshold that can be dragged across them. */
-dyvte.gateChart = function (chances, exit, threshold, change) {
-  const width = Math.max(240, 26 * chances.length + 40);
-  const height = 130;
-  const left = 34;
-  const top = 8;
-  const tall = 96;
-  const step = (width - left - 6) / Math.max(1, chances.length);
-  const y = (chance) => top + (1 - chance) * tall;
+/* What the gates say as bars, on the scale of levels, and a threshold that can be dragged across them.
+   marks: {exits: (L-1) levels, freezes: (L) levels or none, exit, freeze, level, gap}. */
+dyvte.gateChart = function (marks, change) {
+  const { exits, freezes, exit, freeze, level, gap } = marks;
+  const range = dyvte.chartRange(marks);
+  const [width, height, left, top, tall] = [Math.max(280, 30 * exits.length + 60), 170, 52, 8, 136];
+  const step = (width - left - 8) / Math.max(1, exits.length);
+  const clip = (value) => Math.max(range.low, Math.min(range.high, value));
+  const y = (value) => top + ((range.high - clip(value)) / (range.high - range.low)) * tall;
+  const x = (layer) => left + (layer - 0.5) * step;
+  const said = exits.map((value, i) => `${i + 1}: ${dyvte.thresholdText(value)}`).join(", ");
   const chart = dyvte.svg("svg", {
     class: "gates",
     viewBox: `0 0 ${width} ${height}`,
     role: "img",
-    "aria-label":
-      "Each gate's chance that the image leaves after its layer: " +
-      chances.map((chance, i) => `${i + 1}: ${chance === null ? "none" : chance.toFixed(2)}`).join(", "),
+    "aria-label": `Each gate's chance that the image leaves after its layer. ${said}. Threshold ${dyvte.thresholdText(level)}`,
   });
-  for (const mark of [0, 0.5, 1]) {
+  for (const mark of range.ticks) {
     chart.append(
       dyvte.svg("line", { class: "grid", x1: left, x2: width - 4, y1: y(mark), y2: y(mark) }),
-      dyvte.svg("text", { class: "axis", x: left - 5, y: y(mark) + 4, "text-anchor": "end" }, String(mark)),
+      dyvte.svg("text", { class: "axis", x: left - 5, y: y(mark) + 4, "text-anchor": "end" }, dyvte.thresholdText(mark)),
     );
   }
-  chances.forEach((chance, i) => {
+  exits.forEach((value, i) => {
     const k = i + 1;
-    const value = chance === null ? 0 : chance;
     const kind = k === exit ? "fires" : k > exit ? "later" : "stays";
     chart.append(
       dyvte.svg("rect", {
         class: kind,
-        x: left + i * step + step * 0.15,
+        x: x(k) - step * 0.35,
         width: step * 0.7,
         y: y(value),
-        height: Math.max(1, value * tall),
+        height: Math.max(1.5, top + tall - y(value)),
       }),
-      dyvte.svg("text", { class: "axis", x: left + (i + 0.5) * step, y: height - 10, "text-anchor": "middle" }, String(k)),
+      dyvte.svg("text", { class: "axis", x: x(k), y: height - 12, "text-anchor": "middle" }, String(k)),
     );
   });
-  const line = dyvte.svg("line", { class: "cut", x1: left, x2: width - 4, y1: y(threshold), y2: y(threshold) });
-  const grip = dyvte.svg("circle", { class: "grip", cx: width - 10, cy: y(threshold), r: 6 });
-  chart.append(line, grip);
-  const follow = (event) => {
-    const box = chart.getBoundingClientRect();
-    const at = ((event.clientY - box.top) / box.height) * height;
-    change(Math.min(1, Math.max(0, 1 - (at - top) / tall)));
-  };
+  freezes.forEach((value, j) => {
+    const kind = j === freeze && freeze < exit ? "freeze now" : "freeze";
+    chart.append(dyvte.svg("circle", { class: kind, cx: x(j), cy: y(value - gap), r: 4 }));
+  });
+  chart.append(
+    dyvte.svg("line", { class: "cut", x1: left, x2: width - 4, y1: y(level), y2: y(level) }),
+    dyvte.svg("circle", { class: "grip", cx: width - 10, cy: y(level), r: 7 }),
+  );
   chart.addEventListener("pointerdown", (event) => {
     event.preventDefault();
-    follow(event);
-    const move = (moved) => follow(moved);
+    // Each change draws a new chart in the same place: where it lies does not change while dragging.
+    const box = chart.getBoundingClientRect();
+    const follow = (moved) => {
+      const at = ((moved.clientY - box.top) / box.height) * height;
+      const share = Math.min(1, Math.max(0, (at - top) / tall));
+      change(range.high - share * (range.high - range.low));
+    };
     const end = () => {
-      window.removeEventListener("pointermove", move);
+      window.removeEventListener("pointermove", follow);
       window.removeEventListener("pointerup", end);
       window.removeEventListener("pointercancel", end);
     };
-    window.addEventListener("pointermove", move);
+    window.addEventListener("pointermove", follow);
     window.addEventListener("pointerup", end);
     window.addEventListener("pointercancel", end);
+    follow(event);
   });
   return chart;
+};
+
+/* Levels that a chart and a slider show: all of the gates', and even chances. */
+dyvte.chartRange = function ({ exits, freezes, gap }) {
+  const all = [...exits, ...freezes.map((value) => value - gap), -3, 3].filter((value) => Math.abs(value) < 30);
+  const low = Math.floor(Math.min(...all)) - 1;
+  const high = Math.ceil(Math.max(...all)) + 1;
+  const ticks = [-20, -14, -9, -4.595, 0, 4.595, 9, 14, 20].filter((value) => value > low && value < high);
+  return { low, high, ticks };
 };

@@ -197,14 +197,14 @@
     }
     turn.tracing = "busy";
     view.drawExits();
-    const reply = await post("/v1/visual_exit/answers", { messages: messages(turn) });
+    const reply = await post("/v1/visual_exit/schedules", { messages: messages(turn) });
     if (!reply.ok) {
       turn.tracing = "failed";
       throw new Error(await failure(reply));
     }
     turn.traced = await reply.json();
-    turn.layer = turn.columns.own.report.exit_layer;
-    turn.threshold = turn.columns.own.report.threshold ?? null;
+    const threshold = turn.columns.own.report.threshold;
+    turn.level = threshold === null ? null : dyvte.levelOf(threshold);
     view.drawExits();
     view.drawColumns();
   }
@@ -259,7 +259,7 @@
         say(`asking: ${wanted[name]}`);
         await fill(view, name, wishOf(wanted[name]));
       }
-      say("looking at every exit layer");
+      say("looking at every schedule");
       await trace(view);
       say("");
     } catch (error) {

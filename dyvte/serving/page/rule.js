@@ -1,21 +1,34 @@
 "use strict";
-/* What follows from a trace without asking the model again. The rule is that of dyvte.gates.ScheduleRule. */
+/* What follows from a trace without asking the model again, and how numbers are written. */
 
 const dyvte = {};
 
-/* The layer after which the image leaves: the first gate k >= minLayer whose chance is above the threshold;
-   a gate without a finite chance makes it leave at the fallback, or never. */
-dyvte.exitLayer = function (chances, threshold, minLayer, numLayers, fallback) {
-  for (let k = Math.max(1, minLayer); k < numLayers; k++) {
-    const chance = chances[k - 1];
-    if (chance === null) {
-      return fallback === null ? numLayers : Math.max(k, fallback);
-    }
-    if (chance > threshold) {
-      return k;
+/* Thresholds are kept as levels, log(t / (1 - t)): gates spread their decisions over as many of them. */
+dyvte.NEVER = 60;
+dyvte.levelOf = function (threshold) {
+  if (threshold <= 0) {
+    return -dyvte.NEVER;
+  }
+  return threshold >= 1 ? dyvte.NEVER : Math.max(-dyvte.NEVER, Math.min(dyvte.NEVER, Math.log(threshold / (1 - threshold))));
+};
+dyvte.thresholdOf = (level) => (level >= dyvte.NEVER ? 1 : 1 / (1 + Math.exp(-level)));
+dyvte.thresholdText = function (level) {
+  const threshold = dyvte.thresholdOf(level);
+  if (level > 5 && level < dyvte.NEVER) {
+    return `1 - ${Math.exp(-level).toPrecision(2)}`;
+  }
+  return level < -5 ? threshold.toPrecision(2) : String(Number(threshold.toFixed(3)));
+};
+
+/* The schedule that holds at a level: that of the last step which begins at or below it. */
+dyvte.scheduleAt = function (traced, level) {
+  let found = traced.path[0];
+  for (const step of traced.path) {
+    if (step.level === null || step.level <= level) {
+      found = step;
     }
   }
-  return numLayers;
+  return { step: found, schedule: traced.schedules[found.schedule] };
 };
 
 /* Layers 1..L in words, for those who do not see the bar. */
@@ -37,6 +50,9 @@ dyvte.depthText = function (freeze, exit, numLayers) {
   return `Visual tokens ${parts.join(", ")}`;
 };
 
+dyvte.scheduleText = (one) =>
+  one.freeze_layer === one.exit_layer ? `fixed:${one.exit_layer}` : `freeze:${one.freeze_layer}:${one.exit_layer}`;
+
 dyvte.bytes = function (count) {
   const units = ["B", "KiB", "MiB", "GiB"];
   let at = 0;
@@ -49,13 +65,13 @@ dyvte.bytes = function (count) {
 
 dyvte.percent = (share) => (share === null ? "-" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`);
 
-/* A schedule that follows from a trace, as the server would report it. */
-dyvte.reportAt = function (traced, k) {
-  return {
-    freeze_layer: k,
-    exit_layer: k,
-    num_layers: traced.num_layers,
-    visual_compute: traced.visual_compute[k],
-    kv_bytes: traced.kv_bytes[k],
-  };
+dyvte.boundText = function (bound) {
+  if (bound === null) {
+    return "the image never leaves";
+  }
+  const chance = `with probability ${dyvte.percent(1 - bound.delta)}`;
+  if (bound.loss === "same_answer") {
+    return `at most ${Number((100 * bound.alpha).toPrecision(3))} % of answers differ, ${chance}`;
+  }
+  return `mean loss ${bound.loss} at most ${bound.alpha}, ${chance}`;
 };

@@ -9,7 +9,7 @@ dyvte.newTurn = function (question, images, schedules) {
   for (const name of dyvte.COLUMNS) {
     columns[name] = { schedule: schedules[name], text: "", report: null, firstToken: null, state: "waiting" };
   }
-  return { question, images, columns, traced: null, tracing: "waiting", threshold: null, layer: null, error: null };
+  return { question, images, columns, traced: null, tracing: "waiting", level: null, error: null };
 };
 
 dyvte.TurnView = class {
@@ -79,66 +79,80 @@ dyvte.TurnView = class {
     return list;
   }
 
-  /* The certificate of what a column shows. */
+  /* The certificate of what the gates' column shows. */
   boundOf(column) {
-    if (column !== this.turn.columns.own || !this.settings.gates || column.report.exit_layer < 0) {
+    if (column !== this.turn.columns.own || column.report.exit_layer < 0 || !column.schedule.startsWith("gates")) {
       return null;
     }
-    return this.settings.gates.certificates.find((one) => one.threshold === this.turn.threshold) || null;
+    return this.bounds().find((one) => Math.abs(dyvte.levelOf(one.threshold) - this.turn.level) < 1e-9) || null;
+  }
+
+  bounds() {
+    return this.settings.gates ? this.settings.gates.certificates : [];
   }
 
   drawExits() {
-    const { turn, settings } = this;
+    const { turn } = this;
     const traced = turn.traced;
     if (traced === null) {
-      const text = { waiting: "", busy: "Looking at every exit layer …", failed: "" }[turn.tracing] || "";
+      const text = turn.tracing === "busy" ? "Looking at every schedule …" : "";
       this.exits.replaceChildren(text ? dyvte.make("p", { class: "quiet" }, text) : "");
       return;
     }
     const focused = this.exits.contains(document.activeElement) ? document.activeElement.dataset : {};
     const L = traced.num_layers;
-    const parts = [dyvte.make("h3", {}, "The answer if the image had left after layer …")];
-    parts.push(dyvte.strip(traced, turn.layer, (k) => this.chooseLayer(k)));
+    const own = turn.columns.own.report;
+    const chosen = own && own.freeze_layer === own.exit_layer ? own.exit_layer : null;
     const stable = traced.first_stable;
-    parts.push(
+    const generated = `${traced.generated} ${traced.generated === 1 ? "answer" : "answers"}`;
+    this.exits.replaceChildren(
+      dyvte.make("h3", {}, "The answer if the image had left after layer …"),
+      dyvte.strip(traced, chosen, (one) => this.choose(one)),
       dyvte.make(
         "p",
         { class: "quiet" },
         stable === L ? "Only the full model gives its answer." : `From layer ${stable} on, every exit gives the full model's answer.`,
-        ` One trace, and ${traced.generated} ${traced.generated === 1 ? "answer" : "answers"} generated beside it.`,
+        ` One trace, and ${generated} generated beside it.`,
       ),
+      ...(this.settings.gates && turn.level !== null ? this.gateParts(traced) : []),
     );
-    if (settings.gates && turn.threshold !== null) {
-      parts.push(...this.gateParts(traced));
-    }
-    this.exits.replaceChildren(...parts);
-    const again = focused.layer !== undefined ? `[data-layer="${focused.layer}"]` : focused.control ? `[data-control="${focused.control}"]` : null;
-    if (again) {
-      this.exits.querySelector(again)?.focus();
+    const name = focused.layer !== undefined ? "layer" : focused.control !== undefined ? "control" : null;
+    if (name !== null) {
+      this.exits.querySelector(`[data-${name}="${focused[name]}"]`)?.focus();
     }
   }
 
   gateParts(traced) {
-    const { turn, settings } = this;
+    const { turn } = this;
+    const set = (level) => this.setLevel(level);
     const parts = [dyvte.make("h3", {}, "Each gate's chance, and the threshold")];
-    const exit = turn.columns.own.report === null ? traced.num_layers : turn.columns.own.report.exit_layer;
-    const set = (value) => this.setThreshold(value);
-    if (traced.gate_probabilities !== null) {
-      parts.push(dyvte.gateChart(traced.gate_probabilities, exit, turn.threshold, set));
+    let range = { low: -8, high: 8 };
+    if (traced.path.length > 0) {
+      const { step, schedule } = dyvte.scheduleAt(traced, turn.level);
+      const marks = {
+        exits: step.exit_logits,
+        freezes: traced.freeze_logits,
+        gap: traced.freeze_gap,
+        exit: schedule.exit_layer,
+        freeze: schedule.freeze_layer,
+        level: turn.level,
+      };
+      range = dyvte.chartRange(marks);
+      parts.push(dyvte.gateChart(marks, set));
     }
     const slider = dyvte.make("input", {
       type: "range",
-      min: 0,
-      max: 1,
-      step: 0.005,
+      min: range.low,
+      max: range.high,
+      step: 0.05,
       "data-control": "threshold",
+      "aria-valuetext": dyvte.thresholdText(turn.level),
       oninput: (event) => set(Number(event.target.value)),
     });
-    slider.value = String(turn.threshold);
-    parts.push(
-      dyvte.make("label", { class: "slider" }, "Threshold ", slider, dyvte.make("output", {}, turn.threshold.toFixed(3))),
-    );
-    if (settings.gates.certificates.length > 0) {
+    slider.value = String(turn.level);
+    const shown = dyvte.make("output", {}, dyvte.thresholdText(turn.level));
+    parts.push(dyvte.make("label", { class: "slider" }, "Threshold ", slider, shown));
+    if (this.bounds().length > 0) {
       parts.push(this.dial());
     }
     return parts;
@@ -146,70 +160,52 @@ dyvte.TurnView = class {
 
   /* Bounds that calibration proved, from the strictest on; before them: never leave. */
   dial() {
-    const bounds = [null, ...this.settings.gates.certificates];
-    const at = bounds.findIndex((one) => (one === null ? 1 : one.threshold) === this.turn.threshold);
+    const stops = [null, ...this.bounds()];
+    const levelOf = (one) => (one === null ? dyvte.NEVER : dyvte.levelOf(one.threshold));
+    const at = stops.findIndex((one) => Math.abs(levelOf(one) - this.turn.level) < 1e-9);
+    const text = at < 0 ? "nothing is certified at this threshold" : dyvte.boundText(stops[at]);
     const dial = dyvte.make("input", {
       type: "range",
       min: 0,
-      max: bounds.length - 1,
+      max: stops.length - 1,
       step: 1,
       "data-control": "risk",
-      "aria-valuetext": at < 0 ? "nothing is certified at this threshold" : dyvte.boundText(bounds[at]),
-      oninput: (event) => {
-        const one = bounds[Number(event.target.value)];
-        this.setThreshold(one === null ? 1 : one.threshold);
-      },
+      "aria-valuetext": text,
+      oninput: (event) => this.setLevel(levelOf(stops[Number(event.target.value)])),
     });
     dial.value = String(Math.max(0, at));
-    const text = at < 0 ? "nothing is certified at this threshold" : dyvte.boundText(bounds[at]);
     return dyvte.make("label", { class: "slider" }, "Risk ", dial, dyvte.make("output", {}, text));
   }
 
-  setThreshold(value) {
-    const turn = this.turn;
-    turn.threshold = value;
-    const own = turn.columns.own;
-    const traced = turn.traced;
-    if (traced === null || traced.gate_probabilities === null) {
-      own.schedule = `gates@${Number(value.toFixed(3))}`;
-      this.onThreshold(this, value);
+  setLevel(level) {
+    this.turn.level = level;
+    const { traced, columns } = this.turn;
+    const name = `gates@${dyvte.thresholdText(level)}`;
+    if (traced.path.length > 0) {
+      this.follow(dyvte.scheduleAt(traced, level).schedule, name);
     } else {
-      const gates = this.settings.gates;
-      const k = dyvte.exitLayer(traced.gate_probabilities, value, gates.min_layer, traced.num_layers, gates.fallback);
-      this.follow(own, k, `gates@${Number(value.toFixed(3))}`);
+      columns.own.schedule = name;
+      this.onThreshold(this, dyvte.thresholdOf(level));
     }
     this.drawColumns();
     this.drawExits();
   }
 
   /* A layer of the strip: the third column shows it, from the trace. */
-  chooseLayer(k) {
-    this.turn.layer = k;
-    this.follow(this.turn.columns.own, k, `fixed:${k}`);
+  choose(one) {
+    this.follow(one, dyvte.scheduleText(one));
     this.drawColumns();
     this.drawExits();
   }
 
-  follow(column, k, schedule) {
-    const traced = this.turn.traced;
-    this.turn.layer = k;
-    Object.assign(column, {
-      text: traced.answers[k],
-      report: dyvte.reportAt(traced, k),
+  follow(one, name) {
+    const numLayers = this.turn.traced.num_layers;
+    Object.assign(this.turn.columns.own, {
+      text: one.answer,
+      report: { ...one, num_layers: numLayers },
       firstToken: null,
-      schedule,
+      schedule: name,
       state: "done",
     });
   }
-};
-
-dyvte.boundText = function (bound) {
-  if (bound === null) {
-    return "the image never leaves";
-  }
-  const chance = `probability ${dyvte.percent(1 - bound.delta)}`;
-  if (bound.loss === "same_answer") {
-    return `at most ${Number((100 * bound.alpha).toPrecision(3))} % of answers differ (${chance})`;
-  }
-  return `mean loss ${bound.loss} at most ${bound.alpha} (${chance})`;
 };
