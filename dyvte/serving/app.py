@@ -292,7 +292,13 @@ def create_app(answerer: Answerer, config: ServeConfig) -> FastAPI:
 
     # No pages of FastAPI's own: they load scripts from elsewhere.
     app = FastAPI(
-        title="dyvte", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+        title="dyvte",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     for method, path, route in (

@@ -322,12 +322,14 @@
       byId(id).value = Math.ceil(settings.num_layers / 2);
     }
     byId("own").value = settings.gates ? "gates" : settings.policy;
+    setBusy(false);
   }
 
   /* --- a saved page: the same scripts and styles, and the turns, in one file --- */
 
   async function save() {
-    const text = async (path) => (await fetch(path)).text();
+    // The end of a script element inside a script would end it.
+    const text = async (path) => (await (await fetch(path)).text()).replace(/<\/(script|style)/g, "<\\/$1");
     const scripts = [...document.querySelectorAll("script[src]")].map((one) => one.getAttribute("src"));
     const content = JSON.stringify({ settings: state.settings, turns: state.turns }).replace(/</g, "\\u003c");
     const page = [
