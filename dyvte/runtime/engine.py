@@ -19,6 +19,7 @@ from dyvte.policies import Plan, Policy, Rows
 from dyvte.reductions import Reduction, ReductionPlan, TokenRows
 from dyvte.runtime.cache import ExitLayer
 from dyvte.runtime.image_store import ImageStore
+from dyvte.runtime.later_turn import LaterTurn
 from dyvte.runtime.masks import decode_mask
 from dyvte.runtime.positions import close_up
 from dyvte.runtime.prefill import FindShared, Prefill
@@ -72,11 +73,14 @@ class Engine:
         *,
         is_part: bool = False,
         not_shared: str | None = None,
+        turn: LaterTurn | None = None,
+        behind_exits: bool = False,
     ) -> bool:
         """Take up a prefill with visual tokens; False where it will be the stock model's.
 
         ``decided`` is what was decided when the same prompts passed before; ``is_part``: the prompts go on in
-        a later pass; ``not_shared``: why this pass may not read stored images.
+        a later pass; ``not_shared``: why this pass may not read stored images; ``turn``: what runs the layers
+        of tokens that have a past, ``behind_exits`` if tokens have left that.
         """
         num_layers = self.stack.backbone.num_layers
         rows = Rows(num_layers, layout.num_visual_B, layout.num_prompt_B, sample_ids)
@@ -99,9 +103,31 @@ class Engine:
             plan.freeze_layers_B[stuck_B] = num_layers
         find = self._finder(layout, plain, not_shared)
         self.prefill = Prefill(
-            self.stack, layout, plan, reducing, places_BN3, plain, self.replay, decided, find
+            self.stack, layout, plan, reducing, places_BN3, plain, self.replay, decided, find, turn
         )
+        self.prefill.active |= behind_exits
+        if turn is not None and self.prefill.active:
+            self._check_turn(plan, plain)
         return self.prefill.active
+
+    def _check_turn(self, plan: Plan, plain: bool) -> None:
+        """Raise ExitRuntimeError where a new image in a later turn cannot be served."""
+        reason = None
+        if self.reductions:
+            reason = "with reductions"
+        elif self.stack.rearranges:
+            reason = "with positions='rearrange'"
+        elif self.policy.may_freeze:
+            reason = "with a policy that may freeze it"
+        elif any(self.stack.windows):
+            reason = "in a model with sliding windows"
+        elif not plain:
+            reason = "in a model whose images attend by a rule of their own"
+        if reason is not None:
+            raise ExitRuntimeError(
+                f"a new image in a later turn on the same cache is not supported {reason}: "
+                "start a new cache with the whole conversation"
+            )
 
     def _finder(self, layout: Layout, plain: bool, not_shared: str | None) -> FindShared | None:
         """What looks for stored images once the first layer is given the pass's states."""

@@ -20,6 +20,7 @@ from dyvte.policies import Plan
 from dyvte.reductions import ReductionPlan, VisualWork, merged
 from dyvte.runtime.attention_row import LastRow
 from dyvte.runtime.cache import layer_bytes, put_layer
+from dyvte.runtime.later_turn import LaterTurn
 from dyvte.runtime.positions import dropped_before
 from dyvte.runtime.prompt_memory import Decided
 from dyvte.runtime.records import PrefillRecord
@@ -114,8 +115,11 @@ class Prefill:
         replay: Replay | None = None,
         again: Decided | None = None,
         find_shared: FindShared | None = None,
+        turn: LaterTurn | None = None,
     ) -> None:
         self.replay = replay
+        # Where these tokens have a past, what runs the layers.
+        self.turn = turn
         # Rows that read stored images are known once the first layer is given their states.
         self._find_shared = find_shared
         self.shared: SharedRows | None = None
@@ -175,13 +179,15 @@ class Prefill:
             if self.plan.asks(0):
                 self._ask(0, hidden_BND)
         rows = self._rows_of(index)
-        partition = self._partition(rows, hidden_BND.device)
+        partition = None if self.turn is not None else self._partition(rows, hidden_BND.device)
         scores: list[LastRow] = []
 
         def around(stream: Stream | FrozenStream) -> contextlib.ExitStack:
             return self._around(index, stream, hidden_BND.device, scores)
 
-        if partition is None:
+        if self.turn is not None and self.active:
+            output = self.turn.run(index, forward, hidden_BND, kwargs, rows.in_text_B)
+        elif partition is None:
             whole = self._whole(hidden_BND.device)
             with contextlib.nullcontext() if whole is None else around(whole):
                 output = forward(hidden_BND, **kwargs)

@@ -24,6 +24,7 @@ from dyvte.runtime.checks import check_backbone, check_decode_mask, holds_images
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.frozen import check_can_freeze
 from dyvte.runtime.image_store import ImageStore
+from dyvte.runtime.later_turn import LaterTurn
 from dyvte.runtime.positions import check_choice
 from dyvte.runtime.prompt_memory import Decided, PromptMemory, Prompts, tensors_in
 from dyvte.runtime.records import Run
@@ -348,15 +349,17 @@ class ExitSession:
     def _start_later_image(
         self, ids_BN: Tensor | None, embeds_BND: Tensor | None, mask_BN: Tensor | None, cache: Any
     ) -> None:
-        # The old turns' exits are past: a new image is right only where nothing left and nothing will.
+        # Earlier turns stay as they were computed; the new image has its own exits.
+        valid_BP = None
         if mask_BN is not None and ids_BN is not None:
+            check_decode_mask(mask_BN, cache, int(cache.get_seq_length()) + ids_BN.shape[1])
+            valid_BP = mask_BN[:, : -ids_BN.shape[1]].bool().cpu()
             mask_BN = mask_BN[:, -ids_BN.shape[1] :]
-        if holds_exits(cache) or self._start_prefill(ids_BN, embeds_BND, mask_BN, images=True):
+        try:
+            self._start_prefill(ids_BN, embeds_BND, mask_BN, images=True, past=(valid_BP, holds_exits(cache)))
+        except BaseException:
             self.engine.finish(failed=True)
-            raise ExitRuntimeError(
-                "a new image in a later turn on the same cache is not supported: "
-                "start a new cache with the whole conversation"
-            )
+            raise
 
     def _start_prefill(
         self,
@@ -365,10 +368,12 @@ class ExitSession:
         mask_BN: Tensor | None,
         images: bool,
         prompts: Prompts | None = None,
+        past: tuple[Tensor | None, bool] | None = None,
     ) -> bool:
         """Find the visual tokens and take up the prefill; True where some may leave.
 
         ``prompts`` says which columns are prompts and what was decided for them; None: all of them, nothing.
+        ``past``: which tokens of earlier turns are no padding, and whether any have left.
         """
         if ids_BN is None:
             raise ExitRuntimeError(
@@ -411,7 +416,11 @@ class ExitSession:
         sample_ids = self._sample_ids(layout.batch, again=decided is not None)
         is_part = prompts is not None and prompts.is_part
         not_shared = self._not_shared(is_part)
-        how = {"is_part": is_part, "not_shared": not_shared}
+        how: dict[str, Any] = {"is_part": is_part, "not_shared": not_shared}
+        if past is not None:
+            how["turn"] = LaterTurn(self.engine.stack, layout, past[0])
+            how["behind_exits"] = past[1]
+            how["not_shared"] = "a later turn on a cache"
         if not self.engine.start_prefill(layout, sample_ids, plain, places_BN3, decided, **how):
             return False
         if self._argument("output_attentions"):
