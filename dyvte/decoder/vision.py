@@ -49,6 +49,9 @@ class Encoded:
 class Memory(Protocol):
     """Remembers encoded images from call to call, by a digest of all that they were made from."""
 
+    def bind(self, backbone: Backbone) -> None:
+        """Forget what another model, or the same with other weights, has seen."""
+
     def features(self, digest: bytes) -> Encoded | None:
         """What is known of an image."""
 
@@ -82,7 +85,7 @@ def each_image_once(backbone: Backbone, memory: Memory | None = None) -> Iterato
     modules = [module for module in backbone.path if callable(getattr(module, _METHOD, None))]
     inner = modules[-1:] if modules and _METHOD not in modules[-1].__dict__ else []
     for module in inner:
-        object.__setattr__(module, _METHOD, _once(getattr(module, _METHOD), memory))
+        object.__setattr__(module, _METHOD, _once(getattr(module, _METHOD), backbone, memory))
     try:
         yield
     finally:
@@ -90,7 +93,7 @@ def each_image_once(backbone: Backbone, memory: Memory | None = None) -> Iterato
             module.__dict__.pop(_METHOD, None)
 
 
-def _once(stock: Callable[..., Any], memory: Memory | None) -> Callable[..., Any]:
+def _once(stock: Callable[..., Any], backbone: Backbone, memory: Memory | None) -> Callable[..., Any]:
     names = list(inspect.signature(stock).parameters)
 
     @functools.wraps(stock)
@@ -101,6 +104,7 @@ def _once(stock: Callable[..., Any], memory: Memory | None) -> Callable[..., Any
             return stock(*args, **kwargs)
         which_I, first_U = _numbered(images)
         if memory is not None:
+            memory.bind(backbone)
             output = _remembered(stock, memory, given, images, which_I, first_U)
             return stock(*args, **kwargs) if output is None else output
         if len(first_U) == len(which_I):

@@ -437,6 +437,8 @@ class ExitSession:
         """Why the pass that begins may not read stored images."""
         if self.images is None:
             return None
+        # Weights or adapters may have changed since the block was entered, or another model come by.
+        self.images.bind(self.backbone)
         if is_part:
             return "a prefill in chunks"
         try:

@@ -13,6 +13,7 @@ from transformers.masking_utils import flash_attention_mask
 import dyvte
 from dyvte.policies import OraclePolicy
 from tests.helpers.families import ATTENTION, FAMILIES, build
+from tests.helpers.passes import about_images
 from tests.helpers.reference import greedy_cached
 
 NAME = "flash_attention_two_dimensional"
@@ -60,3 +61,22 @@ def test_every_family_gives_what_sdpa_gives(family, calls, monkeypatch):
         assert torch.equal(tokens, expected_tokens)
         # text streams are compact: from the second layer on shorter than the padded batch
         assert any(q == k < inputs["input_ids"].shape[1] and q > 1 for q, k, _ in calls)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_stored_images_give_what_sdpa_gives(family, calls, monkeypatch):
+    (model, inputs, visual_ids), _, _ = about_images(family, "sdpa")
+    # of the rows with two images, the text between them could not be left out
+    config, exits, store = model.get_decoder().config, [0, 2, 4, -1, 1, 3], dyvte.ImageStore()
+    policy = dyvte.VisualExit.from_policy(OraclePolicy(exits))
+    with policy(model), torch.no_grad():
+        expected, expected_tokens, _ = greedy_cached(model, inputs, visual_ids, 3)
+    for _ in range(2):
+        with monkeypatch.context() as patch, policy(model, images=store) as run, torch.no_grad():
+            patch.setattr(config, "_attn_implementation_internal", NAME)
+            got, tokens, _ = greedy_cached(model, inputs, visual_ids, 3)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+        assert torch.equal(tokens, expected_tokens)
+    record = run.records[0]
+    assert record.shared_B.tolist() == [True, True, True, False, False, False]
+    assert record.not_shared == "flash attention cannot leave out the text between visual tokens"

@@ -327,6 +327,24 @@ def test_another_model_and_changed_weights_empty_the_store():
     assert (len(store), store.nbytes) == (0, 0)
 
 
+def test_weights_that_change_inside_a_block_and_models_side_by_side():
+    model, processor = tiny_llava(seed=3)
+    other, _ = tiny_llava(seed=3)  # what enters the first layer is the same, what layers make of it is not
+    with torch.no_grad():
+        other.get_decoder().layers[0].mlp.up_proj.weight.mul_(3)
+    inputs, store = asked(processor, [1, 1]), dyvte.ImageStore()
+    expected = {one: run_of(one, inputs, [2, 3], None, steps=0)[0] for one in (model, other)}
+    with torch.no_grad(), exits_of([2, 3])(model, images=store), exits_of([2, 3])(other, images=store):
+        for one in (model, other, model, other):
+            logits = greedy_cached(one, inputs, [VISUAL_ID], 0)[0]
+            torch.testing.assert_close(logits, expected[one], rtol=0, atol=1e-4)
+    with torch.no_grad(), exits_of([2, 3])(model, images=store):
+        greedy_cached(model, inputs, [VISUAL_ID], 0)
+        model.get_decoder().layers[0].mlp.up_proj.weight.mul_(3)
+        logits = greedy_cached(model, inputs, [VISUAL_ID], 0)[0]
+    torch.testing.assert_close(logits, expected[other], rtol=0, atol=1e-4)
+
+
 # --- memory ---
 
 
