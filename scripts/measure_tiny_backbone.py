@@ -21,7 +21,7 @@ from dyvte.backbones import load_backbone
 from dyvte.comparison.oracle import oracle_exits, within_wording_share
 from dyvte.comparison.scenes import load_scenes
 from dyvte.data import check_defects, open_conversations, select
-from dyvte.data.scenes.questions import HARD_TYPES, PICTURE_TYPES, SIMPLE_TYPES, TYPES
+from dyvte.data.scenes.questions import HARD_TYPES, IMAGE_TYPES, SIMPLE_TYPES, TYPES
 from dyvte.teacher import Teacher, TeacherConfig
 from dyvte.teacher.exits import exit_logits, positions_before
 
@@ -136,7 +136,7 @@ def main() -> int:
     }
     (args.model / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     print("| type | accuracy | with shuffled images |\n|---|---|---|")
-    for group in (SIMPLE_TYPES, HARD_TYPES, PICTURE_TYPES, ("mean over types",)):
+    for group in (SIMPLE_TYPES, HARD_TYPES, IMAGE_TYPES, ("mean over types",)):
         for t in group:
             print(f"| {t} | {accuracy[t][-1]:.3f} | {without[t]:.3f} |")
     print()

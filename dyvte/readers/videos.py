@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dyvte.data import load_image
+from dyvte.data.defects import is_of_sample, problem_text
 from dyvte.errors import ConfigError, DataError
 from dyvte.readers.rows import Row, shown
 
@@ -129,8 +130,10 @@ def _from_gif(video: Video, num_frames: int) -> list[Any]:
                 gif.seek(index)
                 frames.append(gif.convert("RGB"))
             return frames
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {video.path}: {error}") from error
+    except Exception as error:  # what a damaged file makes its decoder raise is beyond listing
+        if not is_of_sample(error):
+            raise
+        raise DataError(f"cannot read {video.path}: {problem_text(error)}") from error
 
 
 def _from_file(video: Video, num_frames: int) -> list[Any]:
@@ -140,8 +143,10 @@ def _from_file(video: Video, num_frames: int) -> list[Any]:
             return decode(path, video.span, num_frames)
         except ImportError:
             continue
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"cannot read video {path}: {error}") from error
+        except Exception as error:
+            if not is_of_sample(error):
+                raise
+            raise DataError(f"cannot read video {path}: {problem_text(error)}") from error
     raise ConfigError(
         f"reading {path} needs a video decoder: pip install av (or decord). Or extract frames beforehand "
         f"into a folder of images named {path.stem}/, in the same place"

@@ -94,7 +94,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert read < 40
 
 
-def test_pictures(tmp_path: Path) -> None:
+def test_images(tmp_path: Path) -> None:
     draw, read = seeded(20260406), 0
     whole = []
     for kind, mode, options in KINDS:

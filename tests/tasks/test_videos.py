@@ -14,6 +14,7 @@ from dyvte.readers.videos import Video, find_video, read_frames, uniform_indices
 from dyvte.tasks.base import Predictions, get_benchmark
 from dyvte.tasks.videomme import read_answer
 from tests.helpers.benchmark_files import picture, put, put_frames, put_gif, write_benchmark
+from tests.helpers.mutations import mutated, seeded
 
 ROW = Row({}, "rows.json, row 1")
 
@@ -43,6 +44,20 @@ def test_gifs_need_no_decoder(tmp_path):
     put_gif(tmp_path / "a.gif", 5)
     frames = read_frames(Video(tmp_path / "a.gif"), 3)
     assert [frame.getpixel((0, 0))[0] for frame in frames] == pytest.approx([0, 100, 200], abs=8)
+
+
+def test_damaged_gifs_are_frames_or_a_named_error(tmp_path):
+    draw, path = seeded(20260407), tmp_path / "a.gif"
+    put_gif(path, 5)
+    whole, refusals = path.read_bytes(), []
+    for _ in range(150):
+        path.write_bytes(mutated(whole, draw))
+        try:
+            assert read_frames(Video(path), 3)
+        except DataError as error:
+            refusals.append(str(error))
+    assert 0 < len(refusals) < 150
+    assert all(str(path) in text for text in refusals)
 
 
 def test_a_video_file_without_a_decoder_says_what_to_do(tmp_path, monkeypatch):

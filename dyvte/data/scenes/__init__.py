@@ -1,1 +1,1 @@
-"""Synthetic scenes of the embedded default: a seeded world, its pictures, its questions, its files."""
+"""Synthetic scenes of the embedded default: a seeded world, its images, its questions, its files."""

@@ -1,7 +1,7 @@
 """Questions about a scene, with their answers, GQA-style programs and types.
 
 Sixteen types. Five are simple (background, existence, color, shape, cell), seven are hard (count, where,
-relation, compare, read, sum, and the trail of arrows), and four put the picture in charge of the depth:
+relation, compare, read, sum, and the trail of arrows), and four put the image in charge of the depth:
 `skip_*` asks for something only if the background is not the named colour, and `arrow` asks what the
 direction of the orange arrow stands for. One wording, several depths: only the image tells which.
 """
@@ -30,8 +30,8 @@ from dyvte.data.scenes.world import (
 
 SIMPLE_TYPES = ("background", "existence", "color", "shape", "cell")
 HARD_TYPES = ("count", "where", "relation", "compare", "read", "sum", "trail")
-PICTURE_TYPES = ("skip_color", "skip_count", "skip_read", "skip_where", "arrow")
-TYPES = SIMPLE_TYPES + HARD_TYPES + PICTURE_TYPES
+IMAGE_TYPES = ("skip_color", "skip_count", "skip_read", "skip_where", "arrow")
+TYPES = SIMPLE_TYPES + HARD_TYPES + IMAGE_TYPES
 SKIPPED = "skipped"
 MAX_COUNT = 7
 

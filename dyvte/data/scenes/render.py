@@ -101,7 +101,7 @@ def _rgb(item: Item) -> tuple[int, int, int]:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The scene's picture, (64, 64, 3) uint8."""
+    """The scene's image, (64, 64, 3) uint8."""
     ground = np.clip(np.add(BACKGROUNDS[scene.background], scene.background_tint), 0, 255).astype(np.float32)
     pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     pixels[:] = ground
@@ -117,7 +117,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def save(scene: Scene, path: Path) -> None:
-    """Write the scene's picture as a file; folders are made.
+    """Write the scene's image as a file; folders are made.
 
     Parameters
     ----------

@@ -169,7 +169,7 @@ VERIFICATIONS: dict[str, Wordings] = {
     ),
 }
 
-# Around another question: the picture decides whether that one has to be looked up at all.
+# Around another question: the image decides whether that one has to be looked up at all.
 SKIPS = Wordings(
     phrase=(
         "If the background is {asked}, say skipped. Otherwise: {inner}",

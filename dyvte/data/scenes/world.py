@@ -2,7 +2,7 @@
 
 A scene is a 4x4 grid of cells on a coloured background. Cells hold coloured shapes, two handwritten
 digits, and a trail of arrows: one orange arrow starts it, teal arrows go on, a shape ends it. How many
-hops the trail has, what the background is, where things are: all decided by the picture, never by the
+hops the trail has, what the background is, where things are: all decided by the image, never by the
 wording of a question, so that the depth a question needs varies with the IMAGE.
 
 Every scene is a function of (seed, split, index) alone; splits also own disjoint handwritten digits.
