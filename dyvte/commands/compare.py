@@ -19,7 +19,7 @@ dyvte compare --config configs/compare_embedded.yaml --gates runs/embedded/gates
     --benchmark mini-GQA:gqa=data/scenes/mini_gqa --benchmark pope=/data/pope
 """
 
-NAMES = {"benchmarks": ("benchmark",), "baselines": ("baseline",)}
+NAMES = {"benchmarks": ("benchmark",), "baselines": ("baseline",), "controls": ("control",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -311,7 +311,8 @@ def _run_benchmarks(
         )
         runs = BenchmarkRuns(benchmark, source.title, kept, config.dialect, unaskable)
         evaluation = config.evaluation_of(source)
-        run_benchmark(pipeline, runs, calibration, pairs, evaluation, fixed_layers=vtw.layers())
+        layers, controls = vtw.layers(), config.controls
+        run_benchmark(pipeline, runs, calibration, pairs, evaluation, fixed_layers=layers, controls=controls)
         found.append(runs)
     return found
 

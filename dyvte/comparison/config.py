@@ -11,6 +11,7 @@ import numpy as np
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import GenerationSettings
 from dyvte.evaluation.runner import EvalConfig
+from dyvte.reductions import REDUCTIONS, parse_reductions
 from dyvte.tasks.base import TASKS, Benchmark, check_dialect
 
 _DEFAULT_STEPS = 8
@@ -104,6 +105,8 @@ class CompareConfig(GenerationSettings):
     """Trace store of ``data_test``."""
     benchmarks: tuple[str, ...] = field(default=(), metadata={"path": True})
     """Benchmarks to answer, NAME=ROOT or TITLE:NAME=ROOT: gqa=/data/gqa or mini-GQA:gqa=data/mini_gqa."""
+    controls: tuple[str, ...] = field(default=(), metadata={"forms": REDUCTIONS})
+    """Reductions that the full model answers the benchmarks with as well: pool:2, divprune:0.75."""
     budgets: str = ""
     """Also compare at shares of visual compute: LOW:HIGH (eight, evenly), LOW:HIGH:COUNT, or A,B,C."""
     baselines: tuple[str, ...] = field(default=(), metadata={"path": True})
@@ -159,6 +162,8 @@ class CompareConfig(GenerationSettings):
         if self.baselines and not self.shares:
             raise ConfigError("baselines are compared at budgets: give --budgets, such as 0.25:0.85")
         _ = self.baseline_gates
+        for text in self.controls:
+            parse_reductions(text)
 
     @property
     def sources(self) -> tuple[BenchmarkSource, ...]:

@@ -9,7 +9,7 @@ Shape letters: B questions, L decoder layers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from dyvte.calibration.operating_points import fixed_points, static_points
 from dyvte.calibration.path import Labels
 from dyvte.comparison.bootstrap import PairedDifference
+from dyvte.comparison.hard import HardSubset, hard_subset, is_pooled
 from dyvte.comparison.records import RuleCurves, plain
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.significance import graded, score_difference, score_value
@@ -29,7 +30,7 @@ from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import EvalConfig, PolicyResult, prompts_of, run_policies
 from dyvte.evaluation.scores import FULL_MODEL, RunScores
-from dyvte.evaluation.settings import NamedPolicy, given_exits, learned, parse_named
+from dyvte.evaluation.settings import NamedPolicy, given_exits, learned, parse_named, with_reductions
 from dyvte.policies import LearnedPolicy
 from dyvte.tasks.base import Benchmark, Question
 
@@ -128,6 +129,7 @@ class BenchmarkComparison:
     kinds : layers that update and read the visual tokens under gates with a freeze head, by question type,
         most frequent first; empty without.
     curves : scores over visual compute; None unless they were asked for.
+    hard : by pooled control, questions that it fails and the full model solves.
     """
 
     benchmark: str
@@ -141,6 +143,7 @@ class BenchmarkComparison:
     gates_minus: dict[str, PairedDifference]
     kinds: dict[str, KindLayers]
     curves: ScoreCurves | None
+    hard: tuple[HardSubset, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; identity and settings of the runs are in their own folders."""
@@ -187,6 +190,7 @@ def run_benchmark(
     config: EvalConfig,
     *,
     fixed_layers: Sequence[int],
+    controls: Sequence[str] = (),
 ) -> None:
     """The full model, VTW at ``fixed_layers``, gates, and the baselines at the gates' compute.
 
@@ -198,10 +202,14 @@ def run_benchmark(
     pairs : gates and routers.
     config : of the evaluation.
     fixed_layers : VTW's K.
+    controls : reductions of the full model without an exit.
     """
     first = [parse_named(FULL_MODEL), *(parse_named(f"fixed:{k}") for k in sorted(set(fixed_layers)))]
     first += [_learned(pair.gates, gates_name(pair)) for pair in pairs]
     runs.run(pipeline, first, config, "full model, VTW, gates")
+    if controls:
+        reduced = with_reductions([parse_named(FULL_MODEL)], controls)
+        runs.run(pipeline, reduced, config, "controls")
     runs.run(pipeline, _at_gates_budget(runs, calibration, pairs, config), config, "baselines")
 
 
@@ -297,7 +305,21 @@ def benchmark_comparison(
         gates_minus=gates_minus,
         kinds=_layers_of_gates(runs, pairs) if pairs[0].gates.freezes else {},
         curves=curves,
+        hard=tuple(_hard_subsets(runs, hits, num_draws, seed)),
     )
+
+
+def _hard_subsets(
+    runs: BenchmarkRuns, hits: Mapping[str, list[float] | None], num_draws: int, seed: int
+) -> Iterator[HardSubset]:
+    """One for each pooled control; none where nothing can be graded here."""
+    known = {name: one for name, one in hits.items() if one is not None}
+    how = {"num_draws": num_draws, "seed": seed}
+    for name, policy in runs.policies.items():
+        if FULL_MODEL in known and is_pooled(str(policy.identity.get("policy")), policy.reduction):
+            found = hard_subset(runs.questions, known, FULL_MODEL, name, policy.reduction, **how)
+            if found is not None:
+                yield found
 
 
 def _layers_of_gates(runs: BenchmarkRuns, pairs: Sequence[Pair]) -> dict[str, KindLayers]:

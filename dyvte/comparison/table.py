@@ -53,7 +53,7 @@ def table_rows(
     vtw: VtwChoice,
     timing: Mapping[str, PrefillTimes],
 ) -> list[PolicyRow]:
-    """Rows in the order people read them: the full model, VTW, the router, the gates.
+    """Rows in the order people read them: the full model, VTW, controls, the router, the gates.
 
     Parameters
     ----------
@@ -71,6 +71,8 @@ def table_rows(
     if vtw.calibrated_k is not None:
         label = f"VTW, eta {vtw.calibrated_eta:.3g} chosen on calibration: K = {vtw.calibrated_k}"
         rows.append(_row(label, runs, [f"fixed-{vtw.calibrated_k}"], timing))
+    controls = [named for named in runs[0].policies.values() if named.reductions]
+    rows += [_row(f"control {named.reduction}", runs, [named.name], timing) for named in controls]
     mixtures = list(map(mixture_name, pairs))
     rows.append(_row("VTW at the gates' budget (mixture of two K)", runs, mixtures, timing))
     if pairs[0].gates.freezes:

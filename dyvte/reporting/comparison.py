@@ -19,6 +19,7 @@ from dyvte.formatting import difference_text, markdown_table, name_some, number,
 from dyvte.reductions.frozen import as_ranges
 from dyvte.reporting.budgets import budget_markdown, plot_budgets
 from dyvte.reporting.comparison_plots import plot_comparison, plot_schedules
+from dyvte.reporting.hard import HARD_HEADER, hard_note, hard_rows
 from dyvte.reporting.plans import plan_markdown, plot_plans
 from dyvte.tasks.base import get_benchmark
 
@@ -75,6 +76,10 @@ def comparison_markdown(found: Comparison) -> str:
     if found.benchmarks:
         parts.append("## Benchmarks: gates minus baseline, paired bootstrap")
         parts.append(_benchmark_differences(found.benchmarks))
+    for title, one in found.benchmarks.items():
+        for hard in one.hard:
+            parts += [f"### {title}: the hard subset", markdown_table(HARD_HEADER, hard_rows(hard))]
+            parts.append(hard_note(hard, one.unit))
     parts.append("![scores and risk over visual compute](comparison.png)")
     if any(one.kinds for one in found.benchmarks.values()):
         parts.append("![layers that update and read visual tokens, by question type](schedules.png)")

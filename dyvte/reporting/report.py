@@ -17,6 +17,7 @@ import dyvte
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import question_images
 from dyvte.files import write_atomically
+from dyvte.reporting.hard import HARD_HEADER, hard_note, hard_rows, hard_subsets
 from dyvte.reporting.lengths import length_table
 from dyvte.reporting.page import Example, Heading, Image, Page, Table, Text
 from dyvte.reporting.plots import Plot, draw_section
@@ -124,6 +125,8 @@ def _section_blocks(section: Section, config: ReportConfig, prefix: str) -> list
     if (by_length := length_table(section)) is not None:
         blocks.append(Text("Same answer by the length of the full model's (how many such questions):"))
         blocks.append(by_length)
+    for found in hard_subsets(section, num_draws=config.num_draws, seed=config.seed):
+        blocks += [Table(HARD_HEADER, hard_rows(found)), Text(hard_note(found, section.benchmark.unit))]
     drawn = draw_section(section, config.output / "plots", prefix)
     blocks += [Heading("Plots", 3), *(Image(plot.png, _caption(plot)) for plot in drawn)] if drawn else []
     examples = worst_examples(section, config.num_examples)

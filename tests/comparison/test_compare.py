@@ -195,6 +195,7 @@ def _config(world, output, **changes):
         output=output,
         image_folder=world / "images",
         benchmarks=(f"mini-GQA:gqa={world / 'gqa'}", f"mme={world / 'mme'}"),
+        controls=("pool:2", "divprune:0.5"),
         question_suffix="",
         template="chat",
         batch_size=16,
@@ -228,6 +229,21 @@ def test_baselines_spend_what_the_gates_spend(compared):
             # whole questions are drawn, so half a question of slack
             assert spent["vtw-mixture"] == pytest.approx(spent["gates"], abs=0.51 / benchmark.num_questions)
             assert spent["router"] == pytest.approx(spent["gates"], abs=0.51 / benchmark.num_questions)
+
+
+def test_controls_stand_in_the_table_and_choose_the_hard_subset(compared):
+    found, output = compared
+    rows = {row.policy: row for row in found.rows}
+    assert rows["control pool:2"].visual_compute == pytest.approx(0.25)
+    assert rows["control divprune:0.5"].visual_compute == pytest.approx(0.5)
+    for benchmark in found.benchmarks.values():
+        assert {"never+pool-2", "never+divprune-0.5"} <= set(benchmark.runs)
+        for hard in benchmark.hard:
+            assert hard.pooled == "pool:2"
+            assert (hard.scores["never"].solved, hard.scores["never+pool-2"].solved) == (100, 0)
+            assert set(hard.scores) == set(benchmark.runs)
+    text = (output / "comparison.md").read_text()
+    assert text.count("the hard subset\n") == sum(len(one.hard) for one in found.benchmarks.values())
 
 
 def test_scores_are_the_benchmarks_own(compared):
