@@ -100,7 +100,7 @@ class RuleCurves:
     schedule_oracle: Curve | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; what there is not is left out."""
+        """JSON-ready; what there is not is omitted."""
         schedules = {"static": self.static, "schedule_oracle": self.schedule_oracle}
         return {
             "fixed": self.fixed.to_dict(),

@@ -165,7 +165,7 @@ def _images(given: Mapping[str, Any]) -> list[tuple[Tensor, ...]] | None:
 
 
 def _has_empty_images(given: Mapping[str, Any]) -> bool:
-    """Do rows of several images hold some that stand for none? The tower leaves those out, but not where a
+    """Do rows of several images hold some that stand for none? The tower omits those, but not where a
     row has no other."""
     pixels = given["pixel_values"]
     rows_of_images = pixels.dim() == 5 and given.get("image_sizes") is None

@@ -82,7 +82,7 @@ class Row:
 class RowGroup:
     """Some jobs, one batch.
 
-    Jobs whose prompt does not fit the context are told so, and left out.
+    Jobs whose prompt does not fit the context are told so, and excluded.
 
     Parameters
     ----------

@@ -90,7 +90,7 @@ class ExitReport:
     visual_compute
         Share of the full model's work on them that was spent; None without an image.
     kv_bytes
-        Bytes of the prompt's keys and values, padding left out.
+        Bytes of the prompt's keys and values, padding excluded.
     gate_probabilities
         (L,) chance of leaving that each gate gave; None where none was asked.
     freeze_probabilities

@@ -3,7 +3,7 @@
 The authors have a language model judge answers (``evaluation.py``); the counting is theirs, the reading
 here is by rule: exactly one of the words yes and no (``original`` and ``vlmevalkit``, which is
 ``vlmeval/dataset/utils/yorn.py``), or "yes" anywhere (``lmms``: ``hb_aggregation_result_intern`` of
-``lmms_eval/tasks/hallusion_bench/evaluate_hb.py``). Questions that are put without an image are left out,
+``lmms_eval/tasks/hallusion_bench/evaluate_hb.py``). Questions that are put without an image are excluded,
 as both tools do.
 
 Three figures: questions right (aAcc), figures with all their questions right (fAcc), and questions right

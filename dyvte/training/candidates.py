@@ -88,7 +88,7 @@ def candidate_configs(cfg: TrainConfig) -> dict[str, TrainConfig]:
     """The runs that are tried, by name: the configured one first, each in a folder of its own below the
     output folder, all on the same traces and with the same held-out images.
 
-    Candidates that cannot train what the run trains (a freeze head) are left out.
+    Candidates that cannot train what the run trains (a freeze head) are omitted.
     """
     shared = {
         "data": replace(cfg.data, validation_fraction=max(cfg.data.validation_fraction, cfg.target.held_out)),

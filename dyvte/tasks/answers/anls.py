@@ -39,7 +39,7 @@ def _plain(text: str) -> str:
 
 
 def edit_distance(one: str, other: str) -> int:
-    """Fewest characters put in, left out or replaced that make ``other`` of ``one`` (Levenshtein)."""
+    """Fewest characters inserted, deleted or replaced that make ``other`` of ``one`` (Levenshtein)."""
     short, long = sorted((one, other), key=len)
     costs = list(range(len(short) + 1))
     for row, letter in enumerate(long, start=1):
