@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole loop on the embedded default, from a fresh machine: data, gates, training, calibration, evaluation,
-# comparison. Two CPU cores are enough; run again it reuses what is there. Everything lands in runs/quickstart.
+# The whole loop on the embedded default, from a fresh machine: data, gates that freeze visual tokens and let them
+# go, training, calibration, evaluation, comparison. Two CPU cores are enough; run again it reuses what is there.
+# Everything lands in runs/quickstart; what runs beside something else logs to runs/quickstart/logs.
 # DYVTE_SCENES="--gqa 1000 --mme 40 --test 2400" asks more questions (the sizes of the README's table).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -17,33 +18,61 @@ step 1 "environment"
 make_environment
 cd "$ROOT"
 dyvte() { "$PYTHON" -m dyvte "$@"; }
-common=(--config configs/embedded.yaml)
+common=(--config configs/embedded_states.yaml)
 scenes=data/scenes/instruct
 
 step 2 "synthetic scenes in the formats people have: LLaVA json, GQA, MME"
 # shellcheck disable=SC2086  # several options
 "$PYTHON" -m dyvte.data.scenes --output data/scenes ${DYVTE_SCENES:-}
 
-step 3 "set up gates"
+step 3 "set up gates: one head for when visual tokens freeze, one for when they leave"
 if [ ! -f "$OUT/init/gate_config.json" ]; then
-    "$PYTHON" scripts/init_weight.py --model checkpoints/tiny-llava --output "$OUT/init"
+    "$PYTHON" scripts/init_weight.py --model checkpoints/tiny-llava --output "$OUT/init" \
+        --architecture scaled --gate-hidden-size 128 --freeze-head
 fi
 
-step 4 "train gates with DeepSpeed against the un-pruned model: one teacher pass, ${#SEEDS[@]} seeds"
-gates=()
-for seed in "${SEEDS[@]}"; do
+step 4 "one teacher pass, then gates with DeepSpeed against the un-pruned model, ${#SEEDS[@]} seeds"
+# The passes over calibration and test samples, and further seeds, each run on a core of their own beside.
+mkdir -p "$OUT/logs"
+core() { OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$@"; }
+trace() {
+    local limit=()
+    [ "$1" = train ] || limit=(--set data.limit=null)
+    core dyvte trace "${common[@]}" --data_path "$scenes/$1.json" "${limit[@]}" --output "$OUT/trace-$1"
+}
+train_seed() {
     # seed 0 starts from the gates of step 3; the others draw their own
-    start=()
-    [ "$seed" -ne 0 ] || start=(--gates "$OUT/init")
-    NUM_PROCESSES=1 bash scripts/finetune_visual_gate.sh "${common[@]}" "${start[@]}" --seed "$seed" \
-        --trace_dir "$OUT/trace-train" --output_dir "$OUT/seed$seed"
-    gates+=("$OUT/seed$seed/gates")
-done
+    local start=()
+    [ "$1" -ne 0 ] || start=(--gates "$OUT/init")
+    NUM_PROCESSES=1 core bash scripts/finetune_visual_gate.sh "${common[@]}" "${start[@]}" --seed "$1" \
+        --trace_dir "$OUT/trace-train" --output_dir "$OUT/seed$1"
+}
+beside() { # NAME COMMAND...: in the background, its words in a log
+    local name="$1"
+    shift
+    "$@" >"$OUT/logs/$name.log" 2>&1 &
+    running+=("$!:$name")
+}
+finish() { # wait for what runs beside; show the log of what failed
+    local one
+    for one in "${running[@]}"; do
+        wait "${one%%:*}" || { cat "$OUT/logs/${one#*:}.log" >&2; exit 1; }
+    done
+    running=()
+}
+other_splits() { trace calibration && trace test; }
+further_seeds() { for seed in "${SEEDS[@]:1}"; do train_seed "$seed" || return 1; done; }
+running=()
+trap '[ ${#running[@]} -eq 0 ] || kill "${running[@]%%:*}" 2>/dev/null || true' EXIT
+beside traces other_splits
+trace train
+beside seeds further_seeds
+train_seed "${SEEDS[0]}"
+finish
+gates=()
+for seed in "${SEEDS[@]}"; do gates+=("$OUT/seed$seed/gates"); done
 
 step 5 "calibrate: at least 98 % same answer with probability 0.9; VTW's K by KL"
-for split in calibration test; do
-    dyvte trace "${common[@]}" --data_path "$scenes/$split.json" --set data.limit=null --output "$OUT/trace-$split"
-done
 for folder in "${gates[@]}"; do
     dyvte calibrate --gates "$folder" --trace "$OUT/trace-calibration" --alpha 0.02 --delta 0.1
 done
@@ -57,7 +86,7 @@ for benchmark in gqa mme; do
         --policy never --policy "gates:${gates[0]}" --timing-batches 2 --output "$OUT/eval/$benchmark"
 done
 
-step 7 "compare with VTW, a question-only router and the oracle"
+step 7 "compare with VTW, static schedules, a question-only router and the oracles"
 dyvte compare --config configs/compare_embedded.yaml --gates "${gates[@]}" --traces-train "$OUT/trace-train" \
     --traces-calibration "$OUT/trace-calibration" --traces-test "$OUT/trace-test" --output "$OUT/comparison"
 
@@ -67,5 +96,5 @@ done in $(((SECONDS - began) / 60))m$(((SECONDS - began) % 60))s
   gates        $OUT/seed0/gates
   training log $OUT/seed0/train_log.jsonl
   scores       $OUT/eval/{gqa,mme}
-  table, plot  $OUT/comparison/comparison.md, comparison.png
+  table, plots $OUT/comparison/comparison.md, comparison.png, schedules.png
 EOT

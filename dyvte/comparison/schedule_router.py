@@ -27,6 +27,7 @@ from dyvte.comparison.tuned_gates import levels_of_both
 from dyvte.errors import DataError
 from dyvte.gates import (
     HeadLogits,
+    Schedules,
     close_freezes,
     schedules,
     uniform_freeze_offsets,
@@ -229,6 +230,8 @@ def _table_points(
     loss_BM = given_BM.sigmoid() if bounded else given_BM
     lams = sorted(ORACLE_LAMS, reverse=True)
     chosen_S = cheapest_at_prices(loss_BM, router.pairs, router.num_layers, kv_share, lams)
+    whole_B = torch.full((len(loss_BM),), router.num_layers)
+    lams, chosen_S = [*lams, 0.0], [*chosen_S, Schedules(whole_B, whole_B)]  # the full model, as for gates
     return OperatingPoints.of_schedules(
         "question-only router", lams, chosen_S, num_visual_B, router.num_layers, kv_share
     )

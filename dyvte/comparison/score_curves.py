@@ -95,9 +95,10 @@ def score_curves(
 
 
 def _thinned(points: OperatingPoints) -> OperatingPoints:
-    """A few settings evenly over the compute that they spend: each costs answers."""
+    """A few settings, evenly over the logarithm of what they spend: each costs answers, and little changes
+    where much is spent."""
     compute_S = points.compute_S
-    wanted = np.linspace(compute_S[0], compute_S[-1], SWEEP_SETTINGS)
+    wanted = np.geomspace(max(compute_S[0], 0.01), compute_S[-1], SWEEP_SETTINGS)
     chosen = sorted({int(np.abs(compute_S - budget).argmin()) for budget in wanted})
     return dataclasses.replace(
         points,

@@ -107,7 +107,7 @@ def plot_comparison(found: Comparison, folder: Path, name: str = "comparison") -
     figure = new_figure(5.2 * len(panels), 4.4)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         _paint(axes, panel)
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    figure.axes[1].legend(frameon=False, fontsize=9, loc="lower right")
     paths = [Path(folder) / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150)
@@ -139,7 +139,9 @@ def plot_schedules(found: Comparison, path: Path) -> None:
     for axes, one in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         paint_states(axes, one.kinds, found.traces.num_layers)
         axes.set_title(f"{one.title}, gates", fontsize=10)
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8
+    )
     figure.savefig(path, dpi=130)
 
 

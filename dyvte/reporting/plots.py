@@ -175,7 +175,7 @@ def _exits(figure: Any, section: Section, run: ReportedRun, kinds: Sequence[str]
 def _states(figure: Any, run: ReportedRun, kinds: Mapping[str, KindLayers]) -> None:
     axes = figure.subplots()
     paint_states(axes, kinds, run.scores.cost.num_layers)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _gates(figure: Any, run: ReportedRun) -> None:

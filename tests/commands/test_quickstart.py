@@ -24,15 +24,16 @@ def test_quickstart_ends_with_the_table_and_reuses_what_is_there(tmp_path):
         "full model",
         "VTW, K by KL",
         "VTW at the gates' budget",
+        "static schedule at the gates' budget",
         "question-only router",
-        "DyVTE gates",
+        "three-state gates",
     ):
         assert f"| {row}" in done.stdout
     result = json.loads((tmp_path / "out/comparison/comparison.json").read_text())
     gates = next(
         row for row in result["table"] if "gates" in row["policy"].lower() and "VTW" not in row["policy"]
     )
-    assert gates["policy"] == "DyVTE gates"
+    assert gates["policy"] == "three-state gates"
     weights = {p: p.read_bytes() for p in (tmp_path / "out").rglob("gates.safetensors")}
     assert len(weights) >= 4  # the initial ones and three seeds
 
