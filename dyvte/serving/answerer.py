@@ -107,6 +107,7 @@ class Answerer:
         decoding: Decoding | None = None,
         num_choices: int = 1,
         streams: bool = False,
+        shares_images: bool = True,
     ) -> Job:
         """A conversation as a job that can be generated.
 
@@ -135,6 +136,7 @@ class Answerer:
             emit=emit,
             num_choices=num_choices,
             streams=streams,
+            shares_images=shares_images,
         )
 
     def encode(self, jobs: Sequence[Job]) -> Batch:

@@ -82,6 +82,7 @@ class Service:
             decoding=asked.decoding,
             num_choices=asked.num_choices,
             streams=asked.stream,
+            shares_images=asked.shares_images,
         )
         collected = Collected(asked.num_choices)
         tokenizer = self.answerer.pipeline.processor.tokenizer

@@ -89,7 +89,7 @@ class RowGroup:
     answerer
         The model, and how jobs become prompts.
     jobs
-        At least one.
+        At least one; all share images, or none does.
 
     Raises
     ------
@@ -107,6 +107,7 @@ class RowGroup:
             for choice in range(job.num_choices)
         ]
         self._inputs: dict[str, Any] = {} if self.batch is None else dict(self.batch.inputs)
+        self._images = answerer.images if jobs[0].shares_images else None
         self._cache: Any = None
         self._kept: dict[tuple[int, str], Any] = {}
 
@@ -150,7 +151,7 @@ class RowGroup:
         limit = max(row.limit - len(row.tokens) for row in self.rows if not row.is_over)
         exits = self.answerer.exits([row.job.schedule for row in self.rows])
         with (
-            exits(model, images=self.answerer.images) as run,
+            exits(model, images=self._images) as run,
             _kept_on_model(self.answerer.backbone, self._kept),
         ):
             run.sample_ids = [row.job.id for row in self.rows]

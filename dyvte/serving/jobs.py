@@ -175,6 +175,9 @@ class Job:
         Takes its events, in the thread that generates.
     streams
         Does anybody look at pieces before an answer is complete?
+    shares_images
+        May it read images that the model has seen before? False: it pays for its own, so that its time to
+        the first token is that of a fresh image.
     submitted, started
         When it was made, and when its prompt had been read; seconds of `time.perf_counter`.
     is_cancelled
@@ -191,6 +194,7 @@ class Job:
     emit: Callable[[Event], None]
     num_choices: int = 1
     streams: bool = False
+    shares_images: bool = True
     submitted: float = field(default_factory=time.perf_counter)
     started: float | None = None
     is_cancelled: bool = False

@@ -101,6 +101,8 @@ class ChatRequest:
         How tokens are chosen.
     wish
         The schedule asked for.
+    shares_images
+        May images be read that were asked about before?
     num_choices
         n.
     stream, include_usage
@@ -112,6 +114,7 @@ class ChatRequest:
     exchanges: tuple[Exchange, ...]
     decoding: Decoding
     wish: ScheduleWish
+    shares_images: bool = True
     num_choices: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -156,12 +159,14 @@ def parse_chat(values: Any, *, max_choices: int, max_images: int) -> ChatRequest
             )
     system, exchanges = _conversation(fields, max_images)
     stream = fields.flag("stream")
+    wish, shares_images = _wish(fields)
     return ChatRequest(
         model=fields.text("model"),
         system=system,
         exchanges=exchanges,
         decoding=_decoding(fields),
-        wish=_wish(fields),
+        wish=wish,
+        shares_images=shares_images,
         num_choices=fields.whole("n", 1, max_choices) or 1,
         stream=stream,
         include_usage=_include_usage(fields, stream),
@@ -215,18 +220,21 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     return options.flag("include_usage")
 
 
-def _wish(fields: Fields) -> ScheduleWish:
+def _wish(fields: Fields) -> tuple[ScheduleWish, bool]:
+    """The schedule asked for, and whether images may be shared."""
     given = fields.values.get("visual_exit")
     if given is None:
-        return ScheduleWish()
+        return ScheduleWish(), True
     wish = Fields(given, "visual_exit")
-    wish.check_known(WISHES)
-    return ScheduleWish(
+    wish.check_known((*WISHES, "share_images"))
+    shares = wish.flag("share_images") or wish.values.get("share_images") is None
+    asked = ScheduleWish(
         policy=wish.text("policy"),
         threshold=wish.number("threshold", 0.0, 1.0),
         max_risk=wish.number("max_risk", 0.0, 1.0),
         budget=wish.number("budget", 0.0, 1.0),
     )
+    return asked, shares
 
 
 def _conversation(fields: Fields, max_images: int) -> tuple[str, tuple[Exchange, ...]]:

@@ -138,8 +138,9 @@ class Scheduler:
                 works = [self._works.popleft() for _ in range(len(self._works))]
             for work, future in works:
                 _do(work, future)
-            if jobs:
-                self._start(jobs)
+            for shares in (True, False):
+                if own := [job for job in jobs if job.shares_images == shares]:
+                    self._start(own)
             for group in list(self._groups):
                 self._turn(group)
         self._give_up()

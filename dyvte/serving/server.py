@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 from dyvte.errors import ConfigError
 from dyvte.serving.answerer import Answerer
+from dyvte.serving.asking import ask
 from dyvte.serving.config import ServeConfig
 from dyvte.serving.hosts import is_loopback
+from dyvte.serving.jobs import Conversation, Decoding
 
 
 def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
@@ -40,6 +42,7 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
     listening = _listen(config.host, config.port)
     with listening:
         answerer = Answerer.open(config)
+        _try_once(answerer)
         app = create_app(answerer, config)
         host, port = listening.getsockname()[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -53,6 +56,17 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
             lifespan="on",
         )
         uvicorn.Server(settings).run(sockets=[listening])
+
+
+def _try_once(answerer: Answerer) -> None:
+    """One short answer before anybody waits: what cannot work is found now, and what is made at a first pass
+    is no part of the first request's time."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (64, 64), "white")
+    ask(answerer, Conversation("What is this?", [[picture]]), decoding=Decoding(max_tokens=2))
+    if answerer.images is not None:
+        answerer.images.clear()
 
 
 def _listen(host: str, port: int) -> socket.socket:

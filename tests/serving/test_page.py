@@ -275,7 +275,7 @@ def test_screenshots(browser):
     made = Pipeline(model, processor, get_template("auto", processor), 16)
     answerer = Answerer.of(made, f"gates:{os.environ['DYVTE_GATES']}", images=ImageStore())
     picture, question = os.environ["DYVTE_IMAGE"], os.environ["DYVTE_QUESTION"]
-    with serving(answerer) as running:
+    with serving(answerer, served_name="checkpoints/tiny-llava") as running:
         for name, width, scheme in (("page", 1100, "light"), ("phone", 390, "dark")):
             context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
             page = context.new_page()

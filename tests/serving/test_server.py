@@ -125,6 +125,23 @@ def test_a_conversation_with_images_in_several_turns(client, answerer):
     assert found.model_extra["visual_exit"]["visual_tokens"] == 3 * 16
 
 
+def test_images_are_shared_unless_a_request_wants_its_own(client, served, answerer):
+    store = answerer.images
+    answers = []
+    for shares in (True, True, False, None):
+        before = store.report()
+        found = client.chat.completions.create(
+            model="tiny",
+            messages=about(QUESTION, random_image(77)),
+            extra_body={"visual_exit": {"policy": "fixed:3", "share_images": shares}},
+        )
+        answers.append(found.choices[0].message.content)
+        after = store.report()
+        assert after.rows_shared - before.rows_shared == (shares is not False)
+    assert len(set(answers)) == 1
+    assert store.report().images >= 1
+
+
 def test_text_alone_is_served(client):
     found = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "how many ?"}])
     assert found.choices[0].message.content

@@ -81,7 +81,7 @@ dyvte.stepKeys = function (event, list) {
 dyvte.gateChart = function (marks, change) {
   const { exits, freezes, exit, freeze, level, gap } = marks;
   const range = dyvte.chartRange(marks);
-  const [width, height, left, top, tall] = [Math.max(280, 30 * exits.length + 60), 170, 52, 8, 136];
+  const [width, height, left, top, tall] = [Math.max(320, 30 * exits.length + 90), 170, 72, 8, 136];
   const step = (width - left - 8) / Math.max(1, exits.length);
   const clip = (value) => Math.max(range.low, Math.min(range.high, value));
   const y = (value) => top + ((range.high - clip(value)) / (range.high - range.low)) * tall;

@@ -170,7 +170,8 @@
     column.state = "busy";
     column.text = "";
     view.drawColumns();
-    const reply = await post("/v1/chat/completions", { messages: messages(view.turn), stream: true, visual_exit: wish });
+    // Each column pays for its image, or only the first one's time would be that of a fresh image.
+    const reply = await post("/v1/chat/completions", { messages: messages(view.turn), stream: true, visual_exit: { ...wish, share_images: false } });
     if (!reply.ok) {
       throw new Error(await failure(reply));
     }
