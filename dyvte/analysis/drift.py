@@ -145,7 +145,7 @@ def study(subject: Subject) -> Findings:
     return Findings(
         title=f"Drift over {length} forced tokens, {subject.num_layers} layers",
         definition=DEFINITION,
-        figures={
+        metrics={
             "tokens": length,
             "answer_tokens": ends,
             "schedules": {name: drift.to_dict() for name, drift in drifts.items()},

@@ -45,7 +45,7 @@ def test_drift_is_that_of_whole_passes_with_masks(world, tmp_path):
         samples=3,
         batch_size=2,
     )
-    found = get_study("drift")(subject).figures
+    found = get_study("drift")(subject).metrics
     model, depth = world.pipeline.model, subject.num_layers
     visual, ends = [model.config.image_token_id], [model.generation_config.eos_token_id]
     truth = {name: ([], [], []) for name in SCHEDULES}

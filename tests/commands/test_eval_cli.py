@@ -71,11 +71,11 @@ def test_score_of_mme_submission_equals_evals(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--benchmark", "gpa"], "unknown benchmark 'gpa' (did you mean 'gqa'?); known: ai2d, gqa"),
+        (["--benchmark", "gpa"], "unknown benchmark 'gpa' (did you mean 'gqa'?); known: ai2d, "),
         (["--data", "/nowhere"], "is not GQA data: the folder does not exist"),
         (["--model", "/nowhere/model"], "no model folder at /nowhere/model"),
         (["--policy", "fixed:9"], "the backbone has 4 decoder layers"),
-        (["--policy", "sometimes"], "unknown policy 'sometimes'; known: fixed:K"),
+        (["--policy", "sometimes"], "unknown policy 'sometimes'; known: blind, fixed:K"),
         (["--policy", "gates:/nowhere"], "no gates checkpoint folder at /nowhere"),
         (["--dialect", "own"], "dialect: unknown value 'own'; known: original, lmms"),
         (["--set", "bach_size=3"], "did you mean 'batch_size'"),

@@ -194,7 +194,7 @@ def test_plans_are_searched_for_an_adapter_folder(world, tmp_path, capsys):
     words = ["search-plan", "--model_name_or_path", str(tmp_path), "--data_path", str(world / "data.json")]
     words += ["--budget", "0.5", "--output", str(tmp_path / "plans"), "--dry-run"]
     assert main(words) == 0
-    assert "4 exits" in capsys.readouterr().out
+    assert "5 exits behind 4 freeze layers" in capsys.readouterr().out
     assert fingerprint(tmp_path) == fingerprint(world / "backbone")
     words[2] = str(world / "nowhere")
     assert main(words) == 2
