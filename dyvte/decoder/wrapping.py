@@ -13,6 +13,8 @@ from dyvte.errors import ExitRuntimeError
 
 # By this attribute the wrappers of decoder layers know each other.
 _MARK = "_dyvte_wrapper"
+# The module of transformers whose hooks note outputs, and stay on a model once they were needed.
+_CAPTURING = "transformers.utils.output_capturing"
 
 RunLayer = Callable[[int, Callable[..., Any], Tensor, dict[str, Any]], Any]
 """Called with a layer's index (0-based), its own forward, its states and its other arguments by name."""
@@ -86,9 +88,14 @@ def hidden_of(output: Any) -> Tensor:
 
 def returns_early(layer: nn.Module) -> bool:
     """May a layer stop after its keys and values? Not under hooks that expect every submodule to return
-    (offloading, gathering)."""
+    (offloading, gathering). Those that transformers leaves on a model that was once asked for attentions or
+    states only note what passes."""
     inner = [module for module in layer.modules() if module is not layer]
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in inner)
+    hooked = any(
+        getattr(hook, "__module__", None) != _CAPTURING
+        for module in inner
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
     return not hooked and not any(hasattr(module, "_hf_hook") for module in layer.modules())
 
 

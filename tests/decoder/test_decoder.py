@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from dyvte.decoder import Slots, replace_forward, wrap_layers
+from dyvte.decoder import Slots, replace_forward, returns_early, wrap_layers
 from dyvte.decoder.attention import KeysAlone, query_projections, use_attention
 from dyvte.decoder.caches import Capture, Interleaved
 from dyvte.decoder.masks import cut_mask
 from dyvte.errors import ExitRuntimeError
 from tests.helpers.batches import llava
+from tests.helpers.models import tiny_llava
 
 
 def a_layer():
@@ -116,3 +117,14 @@ def test_an_attention_function_of_ours_runs_in_one_module_alone():
     assert calls == [(2, 4, 5, 8)]
     assert layer.self_attn.config is shared
     assert torch.equal(layer(states, **kwargs), expected)
+
+
+def test_a_model_once_asked_for_attentions_may_still_stop_early():
+    model, _ = tiny_llava(attn_implementation="eager")
+    layers = model.get_decoder().layers
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 5, 6]]), output_attentions=True)
+    assert any(layer.self_attn._forward_hooks for layer in layers)
+    assert all(returns_early(layer) for layer in layers)
+    layers[2].self_attn.register_forward_pre_hook(lambda module, args: None)
+    assert [returns_early(layer) for layer in layers] == [True, True, False, True]
