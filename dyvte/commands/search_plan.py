@@ -2,8 +2,8 @@
 
 Each combination of reductions is traced once, against the un-pruned model. From that every static schedule
 is judged, a freeze layer F and an exit layer K (--policy freeze:F:K, fixed:K), and every threshold of the
-gates. Freeze layers are thinned to eight unless --freeze-every or --freeze-layers say which; --exits-only
-leaves them away: every schedule then freezes where it leaves.
+gates. Freeze layers are thinned to about eight unless --freeze-every or --freeze-layers say which;
+--exits-only leaves them away: every schedule then freezes where it leaves.
 
 The same command started again goes on where it stopped. Written to --output: plans.json, plans.md, plans.png,
 and the traces. The choice is then named on other command lines.
@@ -24,7 +24,7 @@ dyvte search-plan --config configs/embedded.yaml --data_path data/scenes/instruc
 dyvte eval --config configs/eval_embedded.yaml --policy freeze:3:9 --reduction neighbours:2
 """
 
-MOST_FREEZES = 8
+ABOUT_FREEZES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.exits_only:
         teacher = replace(teacher, freeze_every=None, freeze_layers=())
     elif teacher.freeze_every is None and not teacher.freeze_layers:
-        teacher = replace(teacher, freeze_every=-(-shape.num_layers // MOST_FREEZES))
+        teacher = replace(teacher, freeze_every=max(1, round(shape.num_layers / ABOUT_FREEZES)))
     schedules = teacher.schedules(shape.num_layers)
     given = args.reduction or combinations(shape.num_layers, args.profile, shape.num_heads)
     reductions = list(dict.fromkeys(["none", *given]))

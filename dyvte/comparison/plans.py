@@ -21,7 +21,7 @@ from dyvte.backbones import Backbone
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
 from dyvte.calibration import ThresholdPath, gate_logits
 from dyvte.calibration.path import Labels
-from dyvte.costs.reductions import tokens_left, visual_factors
+from dyvte.costs.reductions import frozen_by, tokens_left, visual_factors
 from dyvte.costs.visual import visual_share
 from dyvte.errors import CalibrationError
 from dyvte.gates import CLOSED, GateStack, HeadLogits, Schedules, logit_threshold
@@ -129,6 +129,7 @@ class PlanJudge:
         self.stored = tuple(stored)
         mean_visual = float(trace.num_visual[trace.num_visual > 0].double().mean())
         self._factors = visual_factors(reductions, shape, mean_visual)
+        self._frozen_L = frozen_by(reductions, shape.num_layers)
         self._path: ThresholdPath | None = None
         if gates is not None:
             # As in training: gates at exits that the traces do not label stay closed.
@@ -189,9 +190,10 @@ class PlanJudge:
         layer_L = torch.arange(self.shape.num_layers)
         read_BL = self.trace.num_visual[:, None] * (layer_L < chosen.exit_layers_B[:, None])
         left_BL = tokens_left(self.reductions, read_BL)[has_image_B]
-        updated_BL = left_BL * (layer_L < chosen.freeze_layers_B[has_image_B, None])
+        updated_BL = left_BL * (layer_L < chosen.freeze_layers_B[has_image_B, None]) * ~self._frozen_L
         # Without freezes layers count alike, as they do for exits everywhere.
-        frozen_BL = left_BL - updated_BL if self.trace.grid is not None else None
+        freezes = self.trace.grid is not None or bool(self._frozen_L.any())
+        frozen_BL = left_BL - updated_BL if freezes else None
         num_visual_B = self.trace.num_visual[has_image_B]
         share = visual_share(self.shape, updated_BL, num_visual_B, self._factors, frozen_BL)
         risk_B, same_B = (Labels.of(self.trace, name).at(chosen) for name in ("risk", "same_answer"))

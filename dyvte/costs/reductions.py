@@ -52,9 +52,7 @@ def visual_factors(reductions: Sequence[Reduction], shape: DecoderShape, num_vis
     num_visual
         Visual tokens of a sample: of those on one square image, neighbours are a share.
     """
-    nothing = find_spans(torch.zeros(1, 2, dtype=torch.long), ())
-    plans = [one.start(TokenRows(shape.num_layers, nothing, ["cost"])) for one in reductions]
-    works = [merged([plan.visual_work(k) for plan in plans]) for k in range(1, shape.num_layers + 1)]
+    works = _works(reductions, shape.num_layers)
     if all(work.is_stock for work in works):
         return FULL_PRICE
     heads_L = [_heads(work) for work in works]
@@ -88,6 +86,18 @@ def window_share(window: Neighbourhood | None, num_visual: float) -> float:
     share = near**2 / side**4
     # The diagonal stays whole.
     return (share + 1 / side**2) / 2 if window.causal else share
+
+
+def frozen_by(reductions: Sequence[Reduction], num_layers: int) -> Tensor:
+    """(L,) bool: layers in which the reductions let no visual token be updated."""
+    return torch.tensor([work.frozen for work in _works(reductions, num_layers)])
+
+
+def _works(reductions: Sequence[Reduction], num_layers: int) -> list[VisualWork]:
+    """What each layer does for visual tokens."""
+    nothing = find_spans(torch.zeros(1, 2, dtype=torch.long), ())
+    plans = [one.start(TokenRows(num_layers, nothing, ["cost"])) for one in reductions]
+    return [merged([plan.visual_work(k) for plan in plans]) for k in range(1, num_layers + 1)]
 
 
 def _heads(work: VisualWork) -> float:

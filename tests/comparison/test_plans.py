@@ -96,7 +96,7 @@ def test_gates_stay_closed_where_traces_have_no_label():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", ["none", "fastv:2:0.5", "ffn:0.5"])
+@pytest.mark.parametrize("text", ["none", "fastv:2:0.5", "ffn:0.5", "frozen:1+fastv:3:0.5"])
 def test_a_schedule_with_reductions_is_judged_as_the_model_does_under_it(text):
     model, inputs, answer_BN, _, _ = answered("llava")
     backbone, reductions = describe(model), parse_reductions(text)
