@@ -230,7 +230,7 @@ def test_vlmevalkit_scores_are_the_runners(vlmeval_python, scenes, tmp_path):
         *("--work-dir", tmp_path / "out", "--judge", "exact_matching"),
     ]
     variables = {"LMUData": str(tmp_path / "data"), "PRED_FORMAT": "tsv", "EVAL_FORMAT": "csv"}
-    run([*command, "--use-vllm", "--limit", "13"], **variables)
+    run([*command, "--use-vllm", "--limit", "13", "--mode", "infer"], **variables)
     asked = read_rows(tmp_path / "exits.jsonl")
     assert len(asked) == 26
     for _ in range(2):  # goes on with the others; has all answers
