@@ -237,6 +237,13 @@ def main() -> None:
                         asyncio.run(load(stock_url, bodies, [full[one] for one in few], args.clients))
                     )
                     print(shown("transformers", found["transformers"][-1]), flush=True)
+        elif not args.minutes:
+            for part in parts:
+                bodies = [body_of(one, args.model, {}) for one in part]
+                found["dyvte"].append(
+                    asyncio.run(load(url, bodies, [known[one] for one in part], args.clients))
+                )
+                print(shown("dyvte", found["dyvte"][-1]), flush=True)
         until = time.monotonic() + 60 * args.minutes
         while args.minutes and time.monotonic() < until:
             part = parts[len(memory) % len(parts)]

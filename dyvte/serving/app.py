@@ -61,6 +61,7 @@ class Service:
             answerer.shape.num_layers,
             waiting=lambda: self.scheduler.waiting_rows,
             running=lambda: self.scheduler.running_rows,
+            image_bytes=lambda: self.scheduler.image_bytes,
         )
         self.images = ImageReader.of(config)
         self.bodies = BodyReader(int(config.max_body_mb * MEGABYTE))

@@ -18,9 +18,17 @@ class Metrics:
         L of the backbone.
     waiting, running
         Give the answers that wait, and those that are generated.
+    image_bytes
+        Gives what the store of images holds.
     """
 
-    def __init__(self, num_layers: int, waiting: Callable[[], int], running: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        waiting: Callable[[], int],
+        running: Callable[[], int],
+        image_bytes: Callable[[], int],
+    ) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         self.registry = CollectorRegistry()
@@ -55,6 +63,7 @@ class Metrics:
         )
         made(Gauge, "waiting_answers", "Answers that wait.").set_function(waiting)
         made(Gauge, "running_answers", "Answers that are generated.").set_function(running)
+        made(Gauge, "image_store_bytes", "What is kept of images.").set_function(image_bytes)
 
     def answered(self, answer: FullAnswer) -> None:
         """Count a request that was answered."""

@@ -38,6 +38,11 @@ class Scheduler:
         Answers that may wait.
     on_group
         Told the rows of every batch that starts.
+
+    Attributes
+    ----------
+    image_bytes
+        What the store of images held after the last turn.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Scheduler:
         self._groups: list[RowGroup] = []
         self._ends: deque[float] = deque(maxlen=64)
         self._stop_at: float | None = None
+        self.image_bytes = 0
         self._thread = threading.Thread(target=self._run, name="dyvte-model", daemon=True)
 
     # -- what other threads call ------------------------------------------------------------------------
@@ -143,6 +149,8 @@ class Scheduler:
                     self._start(own)
             for group in list(self._groups):
                 self._turn(group)
+            if self.answerer.images is not None:
+                self.image_bytes = self.answerer.images.nbytes
         self._give_up()
 
     def _admitted(self) -> list[Job]:

@@ -10,6 +10,7 @@ from dyvte.serving.answerer import Answerer
 from dyvte.serving.asking import ask
 from dyvte.serving.config import ServeConfig
 from dyvte.serving.hosts import is_loopback
+from dyvte.serving.images import ImageReader
 from dyvte.serving.jobs import Conversation, Decoding
 
 
@@ -39,6 +40,7 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
         raise ConfigError(
             f"the server needs FastAPI, uvicorn and prometheus_client: pip install 'dyvte[serve]' ({error})"
         ) from error
+    ImageReader.of(config)  # what may be fetched is checked before anything expensive is loaded
     listening = _listen(config.host, config.port)
     with listening:
         answerer = Answerer.open(config)
