@@ -213,7 +213,7 @@ def main() -> None:
     print(f"{torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
     print(f"{len(asked)} questions about {args.images} images, {args.clients} clients, policy {args.policy}")
     known = alone(args.model, args.policy, asked)
-    full = known if args.policy == "never" else alone(args.model, "never", asked)
+    full = known if args.policy == "never" or not args.stock else alone(args.model, "never", asked)
     size = -(-len(asked) // args.rounds)
     parts = [asked[start : start + size] for start in range(0, len(asked), size)]
     kinds = {"dyvte": {}, "own images": {"visual_exit": {"share_images": False}}}

@@ -118,6 +118,15 @@ class Columns:
             self._derived = (rows, length, derived)
         return self._derived[2]
 
+    def compacted(self, length: int) -> tuple[Columns, Tensor]:
+        """Columns up to `length` without the slots that no row has any more, and the old slots that stay."""
+        slots_KB = self.slots_KB[:length]
+        kept_S, new_S = slots_KB.reshape(-1).unique(return_inverse=True)
+        valid_BK = None if self.valid_BK is None else self.valid_BK[:, :length]
+        places = None if self.places is None else (self.places[0][:, :length], self.places[1])
+        shared = {"places": places, "shift_B": self.shift_B}
+        return Columns(new_S.view_as(slots_KB), valid_BK, length, len(kept_S), **shared), kept_S
+
 
 class ExitLayer(DynamicLayer):
     """A cache layer behind an exit. Only the exit runtime may append to it: nobody else knows its mask.
@@ -272,6 +281,19 @@ def put_layer(cache: Cache, index: int, layer: DynamicLayer) -> None:
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     cache.layers[index] = layer
+
+
+def compact(cache: Cache) -> None:
+    """Give back the room of rows that a cache was told to drop: a buffer that rows share has it still."""
+    compacted: dict[int, tuple[Columns, Tensor]] = {}
+    for layer in cache.layers:
+        if not isinstance(layer, ExitLayer) or layer.columns.slots_KB is None:
+            continue
+        key = id(layer.columns)
+        if key not in compacted:  # layers of equal content share their columns, and go on sharing them
+            compacted[key] = layer.columns.compacted(layer.length)
+        layer.columns, kept_S = compacted[key]
+        layer.keys, layer.values = layer.keys.index_select(0, kept_S), layer.values.index_select(0, kept_S)
 
 
 def holds_exits(cache: Any) -> bool:

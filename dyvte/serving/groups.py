@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from dyvte.backbones import Backbone, generate_greedily
+from dyvte.runtime.cache import compact
 from dyvte.serving.answerer import Answerer
 from dyvte.serving.errors import RequestError
 from dyvte.serving.jobs import Ended, Failed, Finished, Job, Piece, Started
@@ -201,6 +202,7 @@ class RowGroup:
             index = torch.tensor(live, device=ids_BN.device)
             ids_BN, mask_BN = ids_BN[index], mask_BN[index]
             self._cache.batch_select_indices(index)
+            compact(self._cache)
             for key, value in self._kept.items():
                 if isinstance(value, Tensor) and len(value) == len(self.rows):
                     self._kept[key] = value[index.to(value.device)]

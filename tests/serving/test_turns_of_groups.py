@@ -12,6 +12,7 @@ from dyvte.backbones.sizes import decoder_shape
 from dyvte.evaluation.generation import Batch
 from dyvte.policies import FixedPolicy, NeverPolicy, OraclePolicy
 from dyvte.runtime import VisualExit
+from dyvte.runtime.cache import layer_bytes
 from dyvte.serving.answerer import Answerer
 from dyvte.serving.asking import Collected
 from dyvte.serving.groups import RowGroup
@@ -90,3 +91,23 @@ def test_two_groups_in_turns(family, monkeypatch):
     assert turns >= 4
     assert [one.answer().texts[0] for one in of_first] == expected[0]
     assert [one.answer().texts[0] for one in of_second] == expected[1]
+
+
+@torch.inference_mode()
+def test_rows_that_have_ended_give_back_their_memory(monkeypatch):
+    model, inputs, _ = build("llava", "sdpa")
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    group, collected = group_of(model, inputs, (1, 4, 3), (2, 2, 9))
+    group.go_on(lambda count: True)
+    before = [layer_bytes(layer) for layer in group._cache.layers]
+    group.go_on()  # two of the three end
+    assert group.live_rows == 1
+    alone, _ = group_of(model, one_row("llava", inputs, 2), (3,), (9,))
+    alone.go_on(lambda count: count >= 2)
+    for at, (layer, own) in enumerate(zip(group._cache.layers, alone._cache.layers, strict=True)):
+        if at > 0:  # rows of different length lie in one buffer behind the first exit
+            assert layer_bytes(layer) == layer_bytes(own)
+        assert layer_bytes(layer) < before[at]
+    group.go_on()
+    expected = at_once(model, one_row("llava", inputs, 2), (3,), (9,))
+    assert collected[2].answer().texts[0] == expected[0]
