@@ -91,7 +91,7 @@ def candidate_configs(cfg: TrainConfig) -> dict[str, TrainConfig]:
     Candidates that cannot train what the run trains (a freeze head) are omitted.
     """
     shared = {
-        "data": replace(cfg.data, validation_fraction=max(cfg.data.validation_fraction, cfg.target.held_out)),
+        "data": replace(cfg.data, validation_fraction=cfg.validation_fraction),
         "target": TargetConfig(),
         "trace_dir": cfg.traces,
     }

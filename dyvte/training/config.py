@@ -115,6 +115,12 @@ class TrainConfig(TracingConfig):
             raise ValueError("batch_size and accumulation must be at least 1")
 
     @property
+    def validation_fraction(self) -> float:
+        """Share of the images that is held out: more where a choice is made on them."""
+        own = self.data.validation_fraction
+        return max(own, self.target.held_out) if self.target.is_set else own
+
+    @property
     def traces(self) -> Path:
         """The trace folder in force."""
         return self.trace_dir if self.trace_dir is not None else self.output_dir / "trace"

@@ -28,6 +28,7 @@ from dyvte.tracing.estimates import (
     shapes_of,
 )
 from dyvte.tracing.zero import shards_backbone, stage_of
+from dyvte.training.candidates import candidate_configs
 from dyvte.training.config import TrainConfig
 from dyvte.training.loop import TrainingSize
 from dyvte.training.train import make_gates
@@ -73,7 +74,7 @@ class PlannedRun:
         world_size
             Number of processes.
         """
-        held_out = round(len(selection.samples) * cfg.data.validation_fraction)
+        held_out = round(len(selection.samples) * cfg.validation_fraction)
         size = TrainingSize.of(cfg, max(1, len(selection.samples) - held_out), world_size)
         return {
             "model_type": shape.model_type,
@@ -111,6 +112,7 @@ class GateDryRun(PlannedRun):
     dtype : of the weights, or the quantization.
     gate_architecture, gate_parameters : of the gates.
     features_per_sample : (layers, numbers a layer) of what the gates read.
+    trainings : that are tried; several with a target.
     processes : of the launcher.
     backbone_bytes : of the weights, in one process.
     logits_bytes : of the teacher's logits, a batch of all schedules.
@@ -125,6 +127,7 @@ class GateDryRun(PlannedRun):
     gate_architecture: str
     gate_parameters: int
     features_per_sample: tuple[int, int]
+    trainings: int
     processes: int
     backbone_bytes: float
     logits_bytes: float
@@ -146,7 +149,8 @@ class GateDryRun(PlannedRun):
             ("features", f"{layers} x {features} a sample"),
             ("data", self.data_text()),
             ("steps", f"{self.steps} of {self.samples_per_step} samples, {self.processes} processes, "
-                      f"ZeRO {self.zero_stage}"),
+                      f"ZeRO {self.zero_stage}"
+                      + (f"; {self.trainings} trainings to choose from" if self.trainings > 1 else "")),
             ("backbone weights", f"about {_size(self.backbone_bytes)}{sharded} ({self.dtype})"),
             ("teacher's logits", f"about {_size(self.logits_bytes)} a batch, all schedules"),
             ("traces on disk", f"about {_size(self.trace_bytes)}"),
@@ -197,6 +201,7 @@ def dry_run(cfg: TrainConfig, world_size: int = 1) -> GateDryRun:
         gate_architecture=gates.config.architecture,
         gate_parameters=parameters,
         features_per_sample=(shape.num_layers, feature_size),
+        trainings=len(candidate_configs(cfg)) if cfg.target.is_set else 1,
         processes=world_size,
         backbone_bytes=backbone * packed / (world_size if shards_backbone(cfg) else 1),
         logits_bytes=cfg.teacher.batch_size * tokens.answer * len(schedules.pairs) * sizes.vocab_size * 4,

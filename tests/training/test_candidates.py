@@ -16,6 +16,7 @@ from dyvte.gates import GateStack, exit_layers, load_checkpoint
 from dyvte.objectives import expected_risk
 from dyvte.training.candidates import SHARES, Choice, candidate_configs, choose, value_of
 from dyvte.training.config import TrainConfig
+from dyvte.training.dryrun import dry_run
 from dyvte.training.target import CANDIDATES, OWN, TargetConfig
 from dyvte.training.train import train
 from tests.helpers.trainings import same, weights
@@ -139,6 +140,7 @@ def run_config(world: Path, output: Path, **target) -> TrainConfig:
 def test_a_run_with_a_target_keeps_the_best_and_says_so(world: Path, tmp_path: Path):
     output = tmp_path / "run"
     cfg = run_config(world, output, alpha=0.5, held_out=0.4, candidates=["answer", "safe"])
+    assert "3 trainings to choose from" in str(dry_run(cfg, 1))
     result = train(cfg)
     choice = result.choice
     assert set(choice.chosen) <= {OWN, "answer", "safe"}
