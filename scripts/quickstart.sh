@@ -23,7 +23,7 @@ done
 case "$backbone" in
 tiny)
     OUT="${DYVTE_QUICKSTART:-$ROOT/runs/quickstart}"
-    SEEDS=(0 1 2)
+    SEEDS=(0 1 2) width=128
     model=checkpoints/tiny-llava training=embedded_states asked=embedded data=data/scenes
     scenes=(--output "$data")
     alpha=0.02
@@ -31,7 +31,7 @@ tiny)
     ;;
 smol)
     OUT="${DYVTE_QUICKSTART:-$ROOT/runs/quickstart-smol}"
-    SEEDS=(0)
+    SEEDS=(0) width=64
     model=checkpoints/smol-llava training=smol asked=smol data=data/natural
     # a sample costs a hundred times one of the small backbone
     scenes=(--natural --output "$data" --train 560 --calibration 400 --test 240 --unseen 40 --gqa 96 --mme 4)
@@ -62,7 +62,7 @@ step 2 "synthetic scenes in the formats people have: LLaVA json, GQA, MME"
 step 3 "set up gates: one head for when visual tokens freeze, one for when they leave"
 if [ ! -f "$OUT/init/gate_config.json" ]; then
     "$PYTHON" scripts/init_weight.py --model "$model" --output "$OUT/init" \
-        --architecture scaled --gate-hidden-size 128 --freeze-head
+        --architecture scaled --gate-hidden-size "$width" --freeze-head
 fi
 
 step 4 "one teacher pass, then gates with DeepSpeed against the un-pruned model, ${#SEEDS[@]} seeds"
