@@ -67,6 +67,6 @@ def test_quickstart_on_the_30_layer_backbone(tmp_path):
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "| DyVTE gates" in done.stdout
+    assert "| three-state gates" in done.stdout
     config = json.loads((tmp_path / "out/seed0/gates/gate_config.json").read_text())
     assert (config["num_layers"], config["hidden_size"]) == (30, 576)
