@@ -106,15 +106,16 @@ class SharedRows:
         self._reading = read_on
         return SharedPart(self, groups, turned)
 
-    def blank(self, hidden_BND: Tensor, *, alone: bool, last: bool) -> Tensor:
+    def blank(self, hidden_BND: Tensor, *, alone: bool) -> Tensor:
         """What a layer hands on before its text is written there; ``alone``: all rows with an image share.
 
         Nobody reads the places of stored images there. What the decoder adds to visual tokens between layers
         (deepstack) is found there, and so these are zeros, unless the decoder is known to add nothing.
+        Padding is masked, not omitted: it has to be finite, so no memory is left as it was found.
         """
         tells = self.store.adds_features is not False
         if alone:
-            return torch.zeros_like(hidden_BND) if tells or last else torch.empty_like(hidden_BND)
+            return torch.zeros_like(hidden_BND)
         out_BND = hidden_BND.clone(memory_format=torch.contiguous_format)
         return out_BND.masked_fill_(self.image_BN.to(out_BND.device)[..., None], 0) if tells else out_BND
 

@@ -75,9 +75,8 @@ class SplitLayers:
         """
         mask, cache = kwargs.pop("attention_mask", None), kwargs.pop("past_key_values", None)
         if part.shared is not None:
-            is_last = index + 1 == self.stack.backbone.num_layers
             is_alone = part.visual is None and part.frozen is None
-            out_BND = part.shared.rows.blank(hidden_BND, alone=is_alone, last=is_last)
+            out_BND = part.shared.rows.blank(hidden_BND, alone=is_alone)
         else:
             # What is in no stream keeps its last state: frozen and departed visual tokens, and dropped ones.
             out_BND = hidden_BND.clone(memory_format=torch.contiguous_format)
