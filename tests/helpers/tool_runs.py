@@ -14,11 +14,11 @@ BACKBONE = ROOT / "checkpoints" / "tiny-llava"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def run(command: Sequence[object], **more: str) -> str:
-    """What a command that must succeed prints; ``more`` joins its environment."""
+def run(command: Sequence[object], *, seconds: int = 1500, **more: str) -> str:
+    """What a command that must succeed, in so many seconds, prints; ``more`` joins its environment."""
     env = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500
+        list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

@@ -66,6 +66,7 @@ def found(python, scenes, folder):
     script = ROOT / "tests" / "helpers" / "vllm_checks.py"
     run(
         [python, script, scenes, folder],
+        seconds=3600,
         **SMALL,
         PYTHONPATH=str(ROOT),
         VLLM_ENABLE_V1_MULTIPROCESSING="0",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dyvte.plugins.vllm.book import Prompt, RequestBook
-from dyvte.plugins.vllm.step import Part, Selection, State
+from dyvte.plugins.vllm.step import Decoding, Part, Selection, State
 
 LAYERS = 4
 
@@ -98,6 +98,30 @@ def check_part(part, index, reads):
         assert (row in reads) == runs
         if runs:
             assert reads[row] == expected.tolist()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_decoding_needs_no_parts(seed):
+    """The short way through steps of answers selects what the general one does."""
+    rng = np.random.default_rng(seed)
+    prompts = [make_prompt(rng, *sorted(rng.integers(0, LAYERS + 1, size=2))) for _ in range(5)]
+    text = Prompt(np.zeros(4, bool))
+    text.decide(LAYERS, LAYERS)
+    prompts.append(text)
+    seq_lens = np.array([prompt.num_tokens + 1 + rng.integers(0, 3) for prompt in prompts])
+    parts = [Part(n, n, n + 1, int(seq_lens[n]), prompt) for n, prompt in enumerate(prompts)]
+    decoding = Decoding(prompts, seq_lens)
+    keys = {}
+    for done in range(LAYERS):
+        states = tuple(part.state(done, LAYERS) for part in parts)
+        key, selection = decoding.behind(done)
+        assert keys.setdefault(key, states) == states
+        assert (selection is None) == all(state is State.FULL for state in states)
+        if selection is not None:
+            wanted = Selection.of(parts, states)
+            for name in ("rows_R", "lengths_V", "seq_lens_V", "table_rows_V", "gone_R"):
+                assert getattr(selection, name).tolist() == getattr(wanted, name).tolist()
+            assert selection.places_R[wanted.gone_R].tolist() == wanted.places_R[wanted.gone_R].tolist()
 
 
 def test_short_requests_come_first_where_a_backend_wants_it():

@@ -22,28 +22,24 @@ class Prompt:
     ----------
     num_tokens
         N.
-    visual_N
-        (N,) bool: its visual tokens.
+    visual_N, num_visual
+        (N,) bool: its visual tokens; how many there are.
     freeze_layer, exit_layer
         Layers that update them, and in which text can read them; None while nothing is decided.
     tag
         What the user gave as ``dyvte_id`` in the request's ``extra_args``.
     """
 
-    __slots__ = ("exit_layer", "freeze_layer", "num_tokens", "tag", "text_before_N", "visual_N")
+    __slots__ = ("exit_layer", "freeze_layer", "num_tokens", "num_visual", "tag", "text_before_N", "visual_N")
 
     def __init__(self, visual_N: np.ndarray, tag: str | None = None) -> None:
         self.num_tokens = len(visual_N)
         self.visual_N = visual_N
+        self.num_visual = int(visual_N.sum())
         self.text_before_N = np.cumsum(~visual_N) - ~visual_N
         self.freeze_layer: int | None = None
         self.exit_layer: int | None = None
         self.tag = tag
-
-    @property
-    def num_visual(self) -> int:
-        """How many visual tokens it has."""
-        return int(self.visual_N.sum())
 
     @property
     def text_start(self) -> int:

@@ -25,8 +25,9 @@ from dyvte.gates import prompt_features, reads_visual
 from dyvte.plugins.vllm.attention import Recorded, recorded
 from dyvte.plugins.vllm.book import Prompt, RequestBook
 from dyvte.plugins.vllm.frozen import KeyValueWriter
+from dyvte.plugins.vllm.options import may_leave
 from dyvte.plugins.vllm.reports import Reports
-from dyvte.plugins.vllm.step import Part, Selection, State
+from dyvte.plugins.vllm.step import Decoding, Part, Selection, State
 from dyvte.policies import LearnedPolicy, Policy, Rows
 
 
@@ -44,6 +45,8 @@ class Step:
         The requests.
     num_rows
         n; rows behind it are padding.
+    decoding
+        The requests instead, where each gets one more token of its answer.
     """
 
     context: ForwardContext
@@ -51,9 +54,19 @@ class Step:
     parts: list[Part]
     num_rows: int
 
+    decoding: Decoding | None = None
+
     def states(self, done: int) -> tuple[State, ...]:
         """Of each request, after ``done`` layers."""
         return tuple(part.state(done, len(self.metadata)) for part in self.parts)
+
+    def behind(self, done: int) -> tuple[Any, Selection | None]:
+        """What a layer after ``done`` ones computes, under a key of its own; None: the whole step."""
+        if self.decoding is not None:
+            return self.decoding.behind(done)
+        states = self.states(done)
+        full = all(state is State.FULL for state in states)
+        return states, None if full else Selection.of(self.parts, states)
 
 
 class Driver:
@@ -76,6 +89,7 @@ class Driver:
         self.layers = list(stack.layers)
         self.num_layers = len(self.layers)
         self.names = [layer.self_attn.attn.layer_name for layer in self.layers]
+        self.leaves = may_leave(policy, self.num_layers)
         self.writers: list[KeyValueWriter] = []
         if policy.may_freeze:
             self.writers = [KeyValueWriter(layer) for layer in self.layers]
@@ -94,6 +108,8 @@ class Driver:
         starts = common.query_start_loc_cpu.numpy()
         step.num_rows = int(starts[common.num_reqs])
         seq_lens = common.seq_lens_cpu_upper_bound.numpy()
+        if _only_decodes(common):
+            return self._decoding(step, seq_lens)
         for row in range(common.num_reqs):
             start, stop = int(starts[row]), int(starts[row + 1])
             if stop > start:
@@ -110,7 +126,7 @@ class Driver:
 
     def in_place(self, step: Step) -> bool:
         """Can vLLM's own forward run the step, all its rows in all layers? It can while it decodes."""
-        return not any(part.has_visual for part in step.parts)
+        return step.decoding is not None or not any(part.has_visual for part in step.parts)
 
     @contextlib.contextmanager
     def metadata(self, step: Step) -> Iterator[None]:
@@ -118,13 +134,13 @@ class Driver:
         attn_metadata, slot_mapping = dict(step.context.attn_metadata), dict(step.context.slot_mapping)
         made: dict[Any, tuple[Any, Tensor]] = {}
         for index, name in enumerate(self.names):
-            states = step.states(index)
-            if all(state is State.FULL for state in states):
+            which, selection = step.behind(index)
+            if selection is None:
                 continue
             source = step.metadata[index]
-            key = (states, id(source.common))
+            key = (which, id(source.common))
             if key not in made:
-                smaller, slots = source.smaller(Selection.of(step.parts, states))
+                smaller, slots = source.smaller(selection)
                 made[key] = smaller, _padded(slots, len(slot_mapping[name]))
             attn_metadata[name], slot_mapping[name] = made[key]
         inside = dataclasses.replace(step.context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
@@ -153,6 +169,14 @@ class Driver:
                 part.prompt.decide(self.num_layers, self.num_layers)
         self._report(step)
         return stream.output()
+
+    def _decoding(self, step: Step, seq_lens: np.ndarray) -> Step | None:
+        """A step of answers alone: it costs little, as there are many of them."""
+        if not self.leaves:
+            return None
+        prompts = [self._prompt(row) for row in range(step.num_rows)]
+        step.decoding = Decoding(prompts, seq_lens[: step.num_rows].astype(np.int64))
+        return None if step.decoding.behind(self.num_layers - 1)[1] is None else step
 
     def _prompt(self, row: int) -> Prompt:
         try:
@@ -302,6 +326,12 @@ class _Stream:
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+
+
+def _only_decodes(common: Any) -> bool:
+    """Does every request of the batch get one more token of its answer?"""
+    whose = common.is_prefilling
+    return common.max_query_len == 1 and whose is not None and not bool(whose[: common.num_reqs].any())
 
 
 def decoder_of(model: nn.Module) -> Any:

@@ -151,6 +151,34 @@ class Selection:
         )
 
 
+class Decoding:
+    """A step in which every request gets one more token of its answer: no visual token is among its rows.
+
+    Parameters
+    ----------
+    prompts
+        Of its rows, in their order.
+    seq_lens_V
+        (V,) int64 lengths of their sequences, this token included.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seq_lens_V: np.ndarray) -> None:
+        self.seq_lens_V = seq_lens_V
+        self.num_visual_V = np.array([prompt.num_visual for prompt in prompts], np.int64)
+        self.exits_V = np.array([prompt.exit_layer for prompt in prompts], np.int64)
+        self._exits = np.unique(self.exits_V[self.num_visual_V > 0])
+
+    def behind(self, done: int) -> tuple[int, Selection | None]:
+        """After ``done`` layers: how many of the exits lie before, and the batch; None: the step's own."""
+        number = int(np.searchsorted(self._exits, done, side="right"))
+        if number == 0:
+            return 0, None
+        gone_V = (self.exits_V <= done) & (self.num_visual_V > 0)
+        seq_lens_V = self.seq_lens_V - np.where(gone_V, self.num_visual_V, 0)
+        rows_V = np.arange(len(gone_V))
+        return number, Selection(rows_V, np.ones_like(rows_V), seq_lens_V, rows_V, gone_V, seq_lens_V - 1)
+
+
 @dataclass(frozen=True)
 class _Piece:
     rows: np.ndarray
