@@ -2,7 +2,7 @@
 
 A random LLaVA of the published proportions (576 visual tokens), all engines in one process, asked in turn
 with images that none of them has seen. The decoder's time is that of vLLM's model from its inputs to its last
-hidden states; the time to the first token is that of a whole request, image processing included.
+hidden states; the time to the first token is that of the whole batch, image processing included.
 
     .venv-vllm/bin/python benchmarks/vllm_engine.py --hidden 512 --layers 16
     .venv-vllm/bin/python benchmarks/vllm_engine.py --hidden 4096 --layers 32 --dtype bfloat16 \
@@ -28,7 +28,7 @@ import torch
 from common import (
     PREFIX,
     PROMPT,
-    TOKENS,
+    VISUAL,
     Report,
     Times,
     arguments,
@@ -65,7 +65,8 @@ class Timed:
     def __init__(self, model: str, policy: str, args: argparse.Namespace, **options: Any) -> None:
         from vllm import LLM
 
-        self.device, self.batch, self.random = torch.device(args.device), args.batch, np.random.default_rng(0)
+        self.device, self.batch, self.num_text = torch.device(args.device), args.batch, args.text
+        self.random = np.random.default_rng(0)
         graphs = {} if args.graphs else {"enforce_eager": True}
         memory = {"gpu_memory_utilization": args.memory} if args.device != "cpu" else {}
         self.llm = LLM(
@@ -84,21 +85,20 @@ class Timed:
         self.spent: list[tuple[int, float]] = []
         self.llm.apply_model(self._watch)
 
-    def ask(self, tokens: int, batch: int | None = None) -> float:
-        """Seconds of requests about new images."""
-        count = self.batch if batch is None else batch
+    def ask(self, tokens: int) -> float:
+        """Seconds of a batch of requests about new images, for answers of so many tokens."""
         from vllm import SamplingParams
 
-        requests = [self._request() for _ in range(count)]
+        requests = [self._request() for _ in range(self.batch)]
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         self.spent.clear()
         began = now(self.device)
         self.llm.generate(requests, params, use_tqdm=False)
         return now(self.device) - began
 
-    def prefill(self) -> float:
-        """Seconds of the decoder on the prompts of a batch."""
-        self.ask(1)
+    @property
+    def decoder_seconds(self) -> float:
+        """Of the decoder, in the requests asked last."""
         return sum(seconds for _, seconds in self.spent)
 
     def decode(self) -> float:
@@ -108,8 +108,8 @@ class Timed:
 
     def _request(self) -> dict[str, Any]:
         pixels = self.random.integers(0, 256, (336, 336, 3), dtype=np.uint8)
-        words = self.random.choice(WORDS, PREFIX + PROMPT)
-        text = " ".join([*words[:PREFIX], "<image>", *words[PREFIX:]])
+        words, before = self.random.choice(WORDS, self.num_text), PREFIX * self.num_text // (PREFIX + PROMPT)
+        text = " ".join([*words[:before], "<image>", *words[before:]])
         return {"prompt": text, "multi_modal_data": {"image": Image.fromarray(pixels)}}
 
     def _watch(self, model: torch.nn.Module) -> None:
@@ -144,8 +144,13 @@ def measure(
     report: Report, found: dict[str, Timed], what: str, seconds: Callable[[Timed], float], rounds: int
 ) -> Times:
     """Time one thing with all engines in turn."""
-    runs = {name: (lambda one=one: seconds(one)) for name, one in found.items()}
-    times = interleaved(runs, rounds)
+    times = interleaved({name: (lambda one=one: seconds(one)) for name, one in found.items()}, rounds)
+    add(report, what, times)
+    return times
+
+
+def add(report: Report, what: str, times: Times) -> None:
+    """Report times and their ratios to stock."""
     targets = TARGETS if what == "prefill" else {}
     ratios = {
         f"{what}: {name} / stock": ratio(times, [name], ["stock"], targets.get(name, ""))
@@ -153,7 +158,6 @@ def measure(
         if name != "stock"
     }
     report.add({f"{what}: {name}": values for name, values in times.items()}, ratios)
-    return times
 
 
 def main() -> None:
@@ -162,7 +166,9 @@ def main() -> None:
         "--graphs", action="store_true", help="torch.compile and CUDA graphs, as vLLM chooses"
     )
     parser.add_argument("--memory", type=float, default=0.14, help="share of the GPU for each engine")
+    parser.add_argument("--text", type=int, default=PREFIX + PROMPT, help="text tokens of a prompt")
     parser.add_argument("--only", nargs="*", default=[], help="these engines beside stock")
+    parser.add_argument("--decode", action="store_true", help="also time decode steps")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -170,14 +176,24 @@ def main() -> None:
         import vllm
 
         setting = setting_of(args, vllm=vllm.__version__, graphs=args.graphs)
+        setting["tokens"] = f"{VISUAL} visual + {args.text} text, batch {args.batch}"
         report = Report(setting, args.json)
         found = engines(args, model)
-        times = measure(report, found, "prefill", Timed.prefill, args.rounds)
+        whole: Times = {name: [] for name in found}
+
+        def prefill(one: Timed) -> float:
+            name = next(name for name, other in found.items() if other is one)
+            whole[name].append(one.ask(1))
+            return one.decoder_seconds
+
+        times = measure(report, found, "prefill", prefill, args.rounds)
         for name, values in times.items():
-            rate = args.batch * TOKENS / statistics.median(values)
+            rate = args.batch * (VISUAL + args.text) / statistics.median(values)
             print(f"{name:34} {rate:9.0f} prompt tokens/s")
-        measure(report, found, "first token", lambda one: one.ask(1, 1), args.rounds)
-        measure(report, found, "decode", Timed.decode, args.rounds)
+        # the first round is not counted
+        add(report, "first token", {name: values[1:] for name, values in whole.items()})
+        if args.decode:
+            measure(report, found, "decode", Timed.decode, args.rounds)
 
 
 if __name__ == "__main__":

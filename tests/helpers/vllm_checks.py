@@ -115,7 +115,7 @@ def engines(scene_folder: Path, folder: Path) -> Iterator[Engine]:
     yield Engine("preempted, exits", model, "fixed:3", some, arguments=FEW_BLOCKS)
     yield Engine("preempted, gates", model, two_heads, some, arguments=FEW_BLOCKS_AT_ONCE)
     text_only = {"text_only_cache": True}
-    plenty = {**FEW_BLOCKS, "num_gpu_blocks_override": 400}
+    plenty = {**FEW_BLOCKS, "num_gpu_blocks_override": 200}
     yield Engine("all the memory", model, "fixed:3", some, arguments=plenty)
     yield Engine("text alone in memory", model, "fixed:3", some, text_only, plenty)
     yield Engine(

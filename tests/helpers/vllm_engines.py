@@ -18,7 +18,10 @@ from dyvte.plugins.vllm import engine_arguments
 from dyvte.plugins.vllm.options import EngineConfig
 from dyvte.runtime import VisualExit
 
+# A process keeps the KV caches of all its engines, so they must be small: 63 MB at most.
 DEFAULTS = {
+    "block_size": 32,
+    "num_gpu_blocks_override": 96,
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 256,

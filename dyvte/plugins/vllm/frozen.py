@@ -83,8 +83,9 @@ class KeyValueWriter:
         if getattr(attention, "k_norm", None) is not None:
             keys = attention.k_norm(keys)
         keys = keys.reshape(len(hidden_nD), -1).contiguous()
-        # The operator wants a query and a key, and may work in place.
-        keys = attention.rotary_emb(positions, torch.empty_like(keys), keys)[1]
+        # The operator wants a query as well, and may work in place: a head of zeros.
+        query = keys.new_zeros(len(hidden_nD), attention.head_dim)
+        keys = attention.rotary_emb(positions, query, keys)[1]
         inner: Any = attention.attn
         inner.impl.do_kv_cache_update(
             inner, keys.reshape(shape), values.reshape(shape), inner.kv_cache, slots_n
