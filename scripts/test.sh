@@ -13,4 +13,4 @@ if [ "${1:-}" = "--full" ]; then
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m pytest "${marks[@]}" --durations=20 "$@"
+"$PYTHON" -m pytest "${marks[@]}" --durations=20 "$@"

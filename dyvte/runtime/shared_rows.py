@@ -69,8 +69,12 @@ class SharedRows:
         store: ImageStore,
     ) -> None:
         self.stack, self.layout, self.wanted, self.store = stack, layout, wanted, store
-        # Neighbours that read the same image share a copy of it.
-        self.rows = sorted(rows, key=lambda one: id(one.image.lane))
+        # Neighbours that read the same image share a copy of it. Lanes are numbered as they appear, not by
+        # their address: a product's last bits depend on the order of its rows.
+        order: dict[int, int] = {}
+        for one in rows:
+            order.setdefault(id(one.image.lane), len(order))
+        self.rows = sorted(rows, key=lambda one: order[id(one.image.lane)])
         spans = layout.spans
         self.suffix_BN = spans.valid_BN & ~up_to_image(spans)
         self.text_BN = layout.text_BN & ~spans.prefix_BN
