@@ -9,6 +9,8 @@ prefill FLOPs at equal fidelity, and answers by their length. Run again it goes 
 
     python -m dyvte.data.scenes --output data/scenes --test 2400
     python experiments/freezing.py --plot docs/freezing.png --json docs/freezing.json
+
+The options below say the layers, which are those of the embedded 10-layer backbone unless given.
 """
 
 from __future__ import annotations
@@ -55,10 +57,9 @@ from dyvte.reporting.frozen_sets import write_frozen_sets
 from dyvte.teacher import TraceStore
 from dyvte.tracing.frozen_search import search_frozen
 
-BUDGETS = parse_budgets("0.1:0.7")
 FREEZES = (0, 1, 2, 3, 4, 5)
 STATIC_FREEZES, STATIC_EXITS = (2, 3), (9, 10)
-ALPHA, DELTA = 0.02, 0.1
+DELTA = 0.1
 ALWAYS = -CLOSED
 """An offset with which a gate always fires."""
 ONE_HEAD = ("gates.freeze_head=false",)
@@ -158,14 +159,19 @@ def best_static(
 
 
 def certified(
-    folders: Sequence[Path], bench: Workbench, test: TracedScenes, num_text_B: Tensor, pipeline: Pipeline
+    folders: Sequence[Path],
+    bench: Workbench,
+    test: TracedScenes,
+    num_text_B: Tensor,
+    pipeline: Pipeline,
+    alpha: float,
 ) -> dict[str, Any]:
-    """Test scenes at the thresholds that calibration certifies at 98 % same answer."""
+    """Test scenes at the thresholds that calibration certifies at a same answer of 1 - alpha."""
     store = TraceStore.open(bench.work / "trace-calibration")
     compute, same, flops, freezes, exits = [], [], [], [], []
     for folder in folders:
         gates = GateStack.from_pretrained(folder).eval()
-        found = calibrate_risk(gates, store, ALPHA, DELTA)
+        found = calibrate_risk(gates, store, alpha, DELTA)
         config = dataclasses.replace(gates.config, threshold=found.threshold)
         if found.freeze_threshold is not None:
             config = dataclasses.replace(config, freeze_threshold=found.freeze_threshold)
@@ -270,8 +276,17 @@ def main() -> None:
         "--length-budget", type=float, default=0.2, help="visual compute of the lengths' table"
     )
     parser.add_argument("--sets", action="store_true", help="search ShortV's sets of frozen layers too")
+    parser.add_argument("--freezes", type=int, nargs="+", default=FREEZES, help="freeze layers to trace")
+    parser.add_argument(
+        "--static-freezes", type=int, nargs="*", default=STATIC_FREEZES, help="of gates for the exit"
+    )
+    parser.add_argument(
+        "--static-exits", type=int, nargs="*", default=STATIC_EXITS, help="of gates for the freeze"
+    )
+    parser.add_argument("--budgets", type=parse_budgets, default="0.1:0.7", help="visual compute")
+    parser.add_argument("--alpha", type=float, default=0.02, help="answers that may change, to be certified")
     args = parser.parse_args()
-    args.set.append(f"teacher.freeze_layers={list(FREEZES)}")
+    args.set.append(f"teacher.freeze_layers={list(args.freezes)}")
     bench = Workbench.of(args)
     train, calibration, test = (bench.load(split) for split in ("train", "calibration", "test"))
     visual_B, share = test.trace.num_visual, test.trace.grid.kv_share
@@ -284,29 +299,31 @@ def main() -> None:
     print(f"[freezing] exits alone: {exits.label}", flush=True)
     ours = Rule.of("three-state gates", *(pair.gates.points_on(test) for pair in pairs))
     exits_only = Rule.of("exits only", *(one.points_on(test) for one in exits.gates))
-    freeze_parts = [with_static_freeze(bench, f, calibration) for f in STATIC_FREEZES]
-    exit_parts = [with_static_exit(bench, k, calibration) for k in STATIC_EXITS]
+    freeze_parts = [with_static_freeze(bench, f, calibration) for f in args.static_freezes]
+    exit_parts = [with_static_exit(bench, k, calibration) for k in args.static_exits]
     risk = Labels.of(calibration.trace, "risk")
     others = [
         exits_only,
         Rule.of("fixed K", fixed_points(calibration.trace.risk, visual_B)),
         Rule.of("static schedule", static_points(risk, visual_B, share)),
         router_rule(pairs, test),
-        best_static("static freeze, gates for the exit", freeze_parts, calibration, test),
-        best_static("gates for the freeze, static exit", exit_parts, calibration, test),
     ]
+    if freeze_parts:
+        others.append(best_static("static freeze, gates for the exit", freeze_parts, calibration, test))
+    if exit_parts:
+        others.append(best_static("gates for the freeze, static exit", exit_parts, calibration, test))
     found = compare_at_budgets(
         test,
         ours,
         others,
         oracle_points(test.trace.risk, visual_B),
-        BUDGETS,
+        args.budgets,
         schedule_oracle=schedule_oracle_points(Labels.of(test.trace, "risk"), visual_B, share),
         num_draws=args.draws,
     )
     num_text_B = text_tokens(pipeline, test.questions)
-    at_98 = {
-        name: certified(of, bench, test, num_text_B, pipeline)
+    certificates = {
+        name: certified(of, bench, test, num_text_B, pipeline, args.alpha)
         for name, of in (("three-state gates", folders), ("exits only", exits.folders))
     }
     at_99 = {rule.name: at_target(rule, test, num_text_B, pipeline) for rule in (ours, *others)}
@@ -320,12 +337,17 @@ def main() -> None:
             num_draws=args.draws,
         )
     print(f"\n{machine()}\n\n{budget_markdown(found)}\n")
-    print(certified_table(at_98), target_table(found, at_99), lengths_table(lengths), sep="\n\n")
+    print(
+        certified_table(certificates, args.alpha),
+        target_table(found, at_99),
+        lengths_table(lengths),
+        sep="\n\n",
+    )
     if sets:
         print(f"\n{sets_table(sets)}")
     plot_budgets(found, args.plot or args.work / "freezing.png")
     content = {
-        "machine": machine(), "exits": exits.label, "budgets": found, "certified": at_98, "at_target": at_99,
+        "machine": machine(), "exits": exits.label, "budgets": found, "certified": certificates, "at_target": at_99,
         "by_length": lengths, "sets": sets,
     }  # fmt: skip
     write_atomically(args.json or args.work / "freezing.json", json.dumps(plain(content), indent=2) + "\n")
@@ -344,7 +366,7 @@ def frozen_sets(bench: Workbench, pipeline: Pipeline, test: TracedScenes) -> lis
     return read_static_sets(folder, shape, len(test.trace), manifest.fingerprint)
 
 
-def certified_table(found: Mapping[str, Mapping[str, Spread]]) -> str:
+def certified_table(found: Mapping[str, Mapping[str, Spread]], alpha: float) -> str:
     """What is spent and kept at the certified thresholds."""
     rows = [
         [
@@ -359,7 +381,7 @@ def certified_table(found: Mapping[str, Mapping[str, Spread]]) -> str:
         for name, one in found.items()
     ]
     head = ["gates", "same answer", "visual compute", "prefill FLOPs", "layers updated", "layers read"]
-    return f"Certified at {1 - ALPHA:.0%} same answer:\n\n{markdown_table(head, rows)}"
+    return f"Certified at {1 - alpha:.0%} same answer:\n\n{markdown_table(head, rows)}"
 
 
 def target_table(found: Any, at_99: Mapping[str, Mapping[str, Spread]]) -> str:

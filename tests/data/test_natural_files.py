@@ -17,8 +17,9 @@ pytest.importorskip("sklearn")
 from dyvte.data.scenes import writers
 from dyvte.data.scenes.grounding import OBJECTS
 from dyvte.data.scenes.natural import TAUGHT_TYPES
-from dyvte.data.scenes.styles import NATURAL, PLAIN
+from dyvte.data.scenes.styles import NATURAL, PLAIN, narrowed
 from dyvte.data.scenes.wordings import QUERIES, SHORT_SUFFIX, VERIFICATIONS
+from dyvte.errors import ConfigError
 from dyvte.tasks import base as tasks
 
 SPLITS = ("train", "calibration", "validation", "test", "unseen")
@@ -62,6 +63,20 @@ def test_instruction_data_asks_all_types_in_their_wordings(root):
     assert any(a.startswith("The background is ") and len(a.split()) >= 30 for a in answers)
     texts = [r["conversations"][0]["value"] for r in records]
     assert any(t.endswith(SHORT_SUFFIX) for t in texts)
+
+
+def test_some_types_alone_two_questions_a_scene(root, tmp_path):
+    style = narrowed(["color", "where"], 2)
+    path = writers.write_instruct(tmp_path, "test", 12, style=style)
+    asked = _records(path)
+    assert {r["type"] for r in asked} == {"color", "where"}
+    assert set(Counter(r["image"] for r in asked).values()) == {2}
+    first = asked[0]["image"]  # scenes are the same, whatever is asked about them
+    own, others = (folder / "instruct/images" / first for folder in (tmp_path, root))
+    assert own.read_bytes() == others.read_bytes()
+    for types, per_scene in ((["arrow"], 2), ([], 0)):
+        with pytest.raises(ConfigError, match="expected"):
+            narrowed(types, per_scene)
 
 
 def test_unseen_wordings_are_asked_about_the_test_images(root):

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dyvte.data.scenes.styles import NATURAL, PLAIN
+from dyvte.data.scenes.styles import NATURAL, PLAIN, narrowed
 from dyvte.data.scenes.writers import write_all
 from dyvte.errors import DyvteError
 
@@ -45,17 +45,23 @@ def main() -> int:
         said = f"default {sizes[0]}, with --natural {sizes[1]}" if len(sizes) > 1 else f"default {sizes[0]}"
         only = "" if len(sizes) > 1 else "--natural only: "
         parser.add_argument(f"--{name}", type=int, help=f"{only}{UNITS.get(name, 'samples')} ({said})")
+    parser.add_argument("--types", default="", help="--natural only: comma-separated; default: all taught")
+    of_scene = f"--natural only: questions about one (default {NATURAL.per_scene})"
+    parser.add_argument("--per-scene", type=int, help=of_scene)
     args = parser.parse_args()
+    if not args.natural and (args.types or args.per_scene is not None):
+        parser.error("--types, --per-scene: only with --natural")
     defaults = NATURAL_SIZES if args.natural else DEFAULT_SIZES
     given = {name: getattr(args, name) for name in NATURAL_SIZES if getattr(args, name) is not None}
     unknown = [f"--{name}" for name in given if name not in defaults]
     if unknown:
         parser.error(f"{', '.join(unknown)}: only with --natural")
     output = args.output or Path("data/natural" if args.natural else "data/scenes")
+    types = [kind.strip() for kind in args.types.split(",") if kind.strip()]
+    per_scene = NATURAL.per_scene if args.per_scene is None else args.per_scene
     try:
-        manifest = write_all(
-            output, {**defaults, **given}, args.seed, style=NATURAL if args.natural else PLAIN
-        )
+        style = narrowed(types, per_scene) if args.natural else PLAIN
+        manifest = write_all(output, {**defaults, **given}, args.seed, style=style)
     except DyvteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

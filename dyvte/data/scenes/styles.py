@@ -5,14 +5,15 @@ Both styles go through the same writers (`writers`), and no scene of one is a sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dyvte.data.scenes.natural import LONG_TYPES, TAUGHT_TYPES, ask_natural, reword
 from dyvte.data.scenes.questions import TYPES, Question, View, ask, ask_many
 from dyvte.data.scenes.world import Scene
+from dyvte.errors import ConfigError
 
 Rng = np.random.Generator
 # Instruction data asks both ways alike, so that gates meet enough yes/no forms of every type.
@@ -101,3 +102,35 @@ NATURAL = Style(
     unseen=_natural(unseen=True),
 )
 """Several wordings per type, sentences, boxes, descriptions: what the embedded 30-layer backbone knows."""
+
+
+def narrowed(types: Sequence[str], per_scene: int) -> Style:
+    """The natural style with instruction data of some types only: long answers cost a teacher most of its
+    time. Benchmarks stay as they are.
+
+    Parameters
+    ----------
+    types
+        Question types of the instruction data; none: all that were taught.
+    per_scene
+        Questions about one scene.
+
+    Raises
+    ------
+    ConfigError
+        A type is not one of those that the backbone was taught, or no question is asked.
+    """
+    kinds = tuple(types) or TAUGHT_TYPES
+    if unknown := [kind for kind in kinds if kind not in TAUGHT_TYPES]:
+        raise ConfigError(f"types {unknown}: expected some of {', '.join(TAUGHT_TYPES)}")
+    if per_scene < 1:
+        raise ConfigError(f"per-scene: expected at least 1 question about a scene, found {per_scene}")
+    name = NATURAL.name if per_scene == NATURAL.per_scene else f"{NATURAL.name}, {per_scene} per scene"
+    return replace(
+        NATURAL,
+        name=name,
+        types=kinds,
+        per_scene=per_scene,
+        instruct=_natural(kinds=kinds),
+        unseen=_natural(kinds=kinds, unseen=True),
+    )
