@@ -347,8 +347,8 @@ def main() -> None:
         print(f"\n{sets_table(sets)}")
     plot_budgets(found, args.plot or args.work / "freezing.png")
     content = {
-        "machine": machine(), "exits": exits.label, "budgets": found, "certified": certificates, "at_target": at_99,
-        "by_length": lengths, "sets": sets,
+        "machine": machine(), "exits": exits.label, "budgets": found, "certified": certificates,
+        "at_target": at_99, "by_length": lengths, "sets": sets,
     }  # fmt: skip
     write_atomically(args.json or args.work / "freezing.json", json.dumps(plain(content), indent=2) + "\n")
 
