@@ -1,7 +1,7 @@
 """Data: LLaVA conversations from files, datasets and the hub; the synthetic scenes."""
 
 from dyvte.data.config import DataConfig, select_samples
-from dyvte.data.defects import Defect, check_defects
+from dyvte.data.defects import Defect, check_defects, log_excluded
 from dyvte.data.images import load_image
 from dyvte.data.llava import Conversations
 from dyvte.data.samples import EmbeddedImage, Sample
@@ -17,6 +17,7 @@ __all__ = [
     "Selection",
     "check_defects",
     "load_image",
+    "log_excluded",
     "open_conversations",
     "open_hub_conversations",
     "select",

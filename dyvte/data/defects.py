@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dyvte.errors import DataError, DyvteError
+
+log = logging.getLogger(__name__)
 
 _SHOWN_DEFECTS = 5
 _LONGEST_PROBLEM = 400
@@ -157,3 +160,15 @@ def check_defects(defects: Sequence[Defect | str], max_bad_samples: int) -> None
         f"{len(defects)} unusable samples, {max_bad_samples} allowed (max_bad_samples):\n  {shown}{more}\n"
         "Correct the data, or allow that many: they are then excluded and counted."
     )
+
+
+def log_excluded(defects: Sequence[Defect]) -> None:
+    """Name every sample that a run goes on without.
+
+    Parameters
+    ----------
+    defects
+        What is wrong with them.
+    """
+    for defect in defects:
+        log.warning("excluded: %s", defect)

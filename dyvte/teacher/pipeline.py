@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dyvte.data import Defect, Sample, Selection, check_defects
+from dyvte.data import Defect, Sample, Selection, check_defects, log_excluded
 from dyvte.teacher.batches import batches_of
 from dyvte.teacher.encoder import Prepared
 from dyvte.teacher.store import Shard, TraceStore
 from dyvte.teacher.teacher import Teacher
-
-log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 
@@ -31,7 +28,7 @@ def write_traces(
     """Trace what is not yet in the folder; this rank's share only.
 
     Ranks take shards in turn. A shard's batches depend on the selection and the batch size alone, so that a
-    resumed pass writes the same bytes.
+    resumed pass writes the same bytes. Samples that the selection had to exclude are named in the log.
 
     Parameters
     ----------
@@ -48,6 +45,8 @@ def write_traces(
     store = TraceStore.create(folder, teacher.manifest(selection))
     missing = set(store.missing())
     bad: list[Defect | str] = list(selection.defects)
+    if rank == 0:  # every rank has the same selection
+        log_excluded(selection.defects)
     for index in range(rank, store.manifest.num_shards, world_size):
         samples = [selection.samples[i] for i in store.manifest.shard_range(index)]
         if index not in missing:
@@ -86,7 +85,7 @@ def prepared_batches(
         If more than ``max_bad_samples`` samples cannot be used.
     """
     bad = list(selection.defects)
-    _log(bad)
+    log_excluded(bad)
     size = teacher.config.batch_size * teacher.config.shard_batches
     for start in range(0, len(selection.samples), size):
         samples = selection.samples[start : start + size]
@@ -94,16 +93,11 @@ def prepared_batches(
             ready = teacher.prepare(batch, file)
             bad += ready.defects
             check_defects(bad, max_bad_samples)
-            _log(ready.defects)
+            log_excluded(ready.defects)
             if ready.samples:
                 yield ready
             if progress:
                 progress(len(batch))
-
-
-def _log(defects: Sequence[Defect]) -> None:
-    for defect in defects:
-        log.warning("excluded: %s", defect)
 
 
 def _trace_shard(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dyvte.calibration import measure_profile, search_exit_layer
-from dyvte.data import Sample, Selection, select, selection_sha256
+from dyvte.data import Defect, Sample, Selection, select, selection_sha256
 from dyvte.data.llava import Conversations
 from dyvte.errors import ConfigError, DataError
 from dyvte.teacher import Teacher, TeacherConfig, TraceStore, prepared_batches, write_traces
@@ -131,6 +131,15 @@ def test_every_reader_counts_by_the_same_limit(backbone, selection, tmp_path: Pa
     good = replace(selection, samples=tuple(s for s in selection.samples if s.id not in BAD))
     expected = search_exit_layer(teacher.model, (r.inputs for r in prepared_batches(teacher, good)))
     torch.testing.assert_close(search(5).kl, expected.kl, atol=1e-6, rtol=1e-4)
+
+
+def test_what_the_selection_excluded_is_named_too(backbone, selection, tmp_path: Path, caplog) -> None:
+    unread = Defect(file="d.json", sample_id="no-image", field="image", problem="no image is given")
+    good = replace(selection, samples=selection.samples[:1], defects=(unread,))
+    with caplog.at_level(logging.WARNING):
+        for rank in range(2):
+            write_traces(tmp_path, teacher_of(backbone), good, rank=rank, world_size=2, max_bad_samples=1)
+    assert [record.getMessage() for record in caplog.records] == [f"excluded: {unread}"]
 
 
 def test_the_limit_on_length_holds_for_the_search(backbone, selection) -> None:

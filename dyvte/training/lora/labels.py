@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyvte.data import Sample, Selection, check_defects
+from dyvte.data import Sample, Selection, check_defects, log_excluded
 from dyvte.distributed import Processes
 from dyvte.errors import CheckpointError
 from dyvte.files import write_atomically
@@ -104,6 +104,8 @@ def label(
     starts = range(0, len(selection.samples), size)
     parts = [folder / f"answers-{index:05d}.json" for index in range(len(starts))]
     bad = list(selection.defects)
+    if processes.first:
+        log_excluded(bad)
     for index in range(processes.rank, len(parts), processes.world_size):
         samples = selection.samples[starts[index] : starts[index] + size]
         if _read(parts[index]) is None:
