@@ -121,7 +121,8 @@ def _from(
     bench: Workbench, name: str, offsets: Mapping[str, tuple[float, ...]], calibration: TracedScenes
 ) -> list[TunedGates]:
     start = pinned(bench, name, offsets)
-    folders = bench.gates(name, f"gates.init_from={start}")
+    # one training: those that a target would try beside it start from gates of their own
+    folders = bench.gates(name, f"gates.init_from={start}", "target.alpha=null", "target.budget=null")
     return [load_gates(folder, f"{name} {seed}", calibration) for folder, seed in zip(folders, bench.seeds)]
 
 
@@ -283,6 +284,8 @@ def main() -> None:
     parser.add_argument(
         "--static-exits", type=int, nargs="*", default=STATIC_EXITS, help="of gates for the freeze"
     )
+    kinds = {"nargs": "+", "choices": KINDS_OF_EXITS, "default": list(KINDS_OF_EXITS)}
+    parser.add_argument("--exits-alone", **kinds, help="trainings of gates without a freeze head")
     parser.add_argument("--budgets", type=parse_budgets, default="0.1:0.7", help="visual compute")
     parser.add_argument("--alpha", type=float, default=0.02, help="answers that may change, to be certified")
     args = parser.parse_args()
@@ -295,7 +298,7 @@ def main() -> None:
     folders = list(bench.gates("states"))
     settings = dataclasses.make_dataclass("Settings", ["gates", "lam"])(tuple(map(str, folders)), None)
     pairs = make_pairs(settings, pipeline, train, calibration)
-    exits = bench.best(KINDS_OF_EXITS, calibration)
+    exits = bench.best({kind: KINDS_OF_EXITS[kind] for kind in args.exits_alone}, calibration)
     print(f"[freezing] exits alone: {exits.label}", flush=True)
     ours = Rule.of("three-state gates", *(pair.gates.points_on(test) for pair in pairs))
     exits_only = Rule.of("exits only", *(one.points_on(test) for one in exits.gates))
