@@ -91,6 +91,8 @@ def first_safe_schedule(same_answer: Labels, kv_share: float) -> Schedules:
     """
     num_layers = same_answer.values_BGL1.shape[2] - 1
     pairs = traced_pairs(num_layers, same_answer.freeze_layers)
+    known_M = ~at_pairs(same_answer, pairs).isnan().any(0)
+    pairs = [pair for pair, known in zip(pairs, known_M.tolist(), strict=True) if known]
     right_BM, pairs_M2 = at_pairs(same_answer, pairs) == 1, torch.tensor(pairs)
     # later_MM[i, j]: schedule j updates and reads at least as long as schedule i.
     later_MM = (pairs_M2[None] >= pairs_M2[:, None]).all(-1)
@@ -150,9 +152,11 @@ def cheapest_at_prices(
 
 
 def first_safe_layer(same_answer_BL1: Tensor) -> Tensor:
-    """(B,) smallest k >= 1 such that every exit from k on gives the full model's answer."""
-    safe_BL = same_answer_BL1[:, 1:].flip(1).cumprod(1).flip(1)
-    return same_answer_BL1.shape[1] - safe_BL.sum(1).long()
+    """(B,) smallest labelled k >= 1 such that every labelled exit from k on gives the full model's answer."""
+    exits_E = (~same_answer_BL1.isnan().any(0)).nonzero().flatten()
+    exits_E = exits_E[exits_E > 0]
+    safe_BE = same_answer_BL1[:, exits_E].flip(1).cumprod(1)
+    return exits_E[len(exits_E) - safe_BE.sum(1).long()]
 
 
 def within_wording_share(exits_B: Tensor, questions: Sequence[str]) -> float:

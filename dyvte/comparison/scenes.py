@@ -51,7 +51,6 @@ def load_scenes(traces: Path, data: Path, image_folder: Path) -> TracedScenes:
     """
     store = TraceStore.open(traces)
     trace, image_ids = store.trace(), store.image_ids()
-    trace.check_labelled(range(trace.num_layers + 1), "the comparison's baselines")
     conversations = open_conversations(data, image_folder)
     question_of = {s.id: s.question for turns in ("all", "first") for s in conversations.samples(turns)}
     missing = [sample_id for sample_id in trace.sample_ids if sample_id not in question_of]

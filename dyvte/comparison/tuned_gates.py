@@ -141,6 +141,7 @@ def load_gates(folder: str | Path, name: str, calibration: TracedScenes) -> Tune
             f"{folder}: the gates can freeze rows after layers {unknown[:8]}, which the traces do not hold "
             f"(they hold {list(trace.freezes)}): trace with the freeze layers of the gates' training data"
         )
+    trace.check_labelled(config.open_gates, f"{folder}: the gates")
     logits = gate_logits(gates, trace, calibration.features)
     path = ThresholdPath.of(logits, trace, config)
     find = levels_of_both if isinstance(logits, HeadLogits) else _thresholds_over_budgets

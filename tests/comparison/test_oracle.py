@@ -58,3 +58,6 @@ def test_the_share_is_not_pulled_down_by_few_samples_per_wording():
 def test_first_safe_layer():
     same = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
     assert first_safe_layer(same).tolist() == [3, 4, 1]
+    thinned = same.double()
+    thinned[:, [0, 3]] = torch.nan  # exits 1, 2 and 4 are labelled
+    assert first_safe_layer(thinned).tolist() == [4, 4, 1]

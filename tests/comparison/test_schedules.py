@@ -118,6 +118,23 @@ def test_the_first_safe_schedule_stays_right_whatever_comes_later():
         assert any((f, k) == pair[1:] for pair in safe)
 
 
+def test_schedules_that_thinned_traces_do_not_label_are_no_choice():
+    trace = make_trace(60, LAYERS, seed=9, freezes=FREEZES)
+    whole, exits = Labels.of(trace, "same_answer"), (2, 4, LAYERS)
+    thin = Labels.of(trace.thinned(exits=exits), "same_answer")
+    allowed = [(f, k) for f, k in all_pairs() if k in exits and (f in exits or f < k)]
+    chosen = first_safe_schedule(thin, 0.2)
+    for row in range(len(trace)):
+        f, k = int(chosen.freeze_layers_B[row]), int(chosen.exit_layers_B[row])
+        safe = [
+            cost(g, j, 0.2)
+            for g, j in allowed
+            if all(at(whole, h, i)[row] == 1 for h, i in allowed if h >= g and i >= j)
+        ]
+        assert (f, k) in allowed
+        assert cost(f, k, 0.2) == pytest.approx(min(safe))
+
+
 def test_settings_are_put_in_order_of_what_they_spend():
     chosen = [Schedules(torch.tensor([f] * 4), torch.tensor([k] * 4)) for f, k in ((3, 5), (0, 5), (1, 1))]
     points = OperatingPoints.of_schedules("rule", (1.0, 2.0, 3.0), chosen, torch.ones(4), LAYERS, 0.2)
