@@ -142,6 +142,8 @@ def compare(config: CompareConfig) -> Comparison:
             (config.traces_test, config.data_test),
         )
     )
+    for scenes in (train, calibration, test):
+        scenes.trace.check_labelled(range(scenes.num_layers + 1), "the comparison's baselines")
     pairs = make_pairs(config, pipeline, train, calibration)
     _say(f"{len(pairs)} gates and their routers ready; comparing on {len(test.questions)} test samples")
     on_traces = compare_on_traces(calibration, test, pairs, num_draws=config.num_draws, seed=config.seed)

@@ -48,10 +48,11 @@ class ScheduleRouter(nn.Module):
     def __init__(self, kind: Kind, mean_F: Tensor, scale_F: Tensor, trace: Trace, width: int) -> None:
         super().__init__()
         self.kind, self.freeze_layers, self.num_layers = kind, trace.freezes, trace.num_layers
-        self.pairs = traced_pairs(trace.num_layers, trace.freezes)
+        # schedules that thinned traces do not label are no choice
+        self.pairs = [p for p in traced_pairs(trace.num_layers, trace.freezes) if p[1] in trace.exits]
         streams = len(trace.freezes) + 1
         outputs = len(self.pairs) if kind == "table" else (streams + 1) * trace.num_layers
-        exits = torch.tensor(uniform_offsets(trace.num_layers))
+        exits = torch.tensor(uniform_offsets(trace.num_layers, trace.exits))
         freezes = torch.tensor(
             close_freezes(uniform_freeze_offsets(trace.num_layers, trace.freezes), trace.freezes)
         )
