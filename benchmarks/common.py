@@ -1,6 +1,6 @@
-"""What all benchmarks share: a random LLaVA in the published proportions, variants, interleaved timing.
+"""What all benchmarks share: options, interleaved timing, ratios with bounds, and what is reported.
 
-Proportions: 35 tokens before the image, 576 visual tokens, 40 after. Weights and inputs are random.
+Prompts have the published proportions: 35 tokens before the image, 576 visual tokens, 40 after.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,255 +25,16 @@ import torch
 import transformers
 
 import dyvte
-from dyvte.gates import GateConfig, GateStack
-from dyvte.policies import OraclePolicy
 from dyvte.progress import progress
 
 PREFIX, VISUAL, PROMPT = 35, 576, 40
 TOKENS, TEXT = PREFIX + VISUAL + PROMPT, PREFIX + PROMPT
 IMAGE_ID, FILLER_ID = 5, 9
 
-Inputs = dict[str, torch.Tensor]
 Times = dict[str, list[float]]
 
 
-# -- model, inputs, exits ----------------------------------------------------------------------------------
-def build_model(args: argparse.Namespace) -> torch.nn.Module:
-    """A LLaVA of the asked decoder size behind a vision tower too small to matter."""
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        image_size=336,
-        patch_size=14,
-    )
-    heads = max(1, args.hidden // (128 if args.hidden >= 4096 else 64))
-    text = transformers.LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden,
-        intermediate_size=int(args.hidden * 11008 / 4096) // 64 * 64,
-        num_hidden_layers=args.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=args.key_heads or heads,
-        max_position_embeddings=4096,
-    )
-    config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_ID,
-        vision_feature_layer=-1,
-        image_seq_length=VISUAL,
-    )
-    config._attn_implementation = args.attention
-    torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(config).to(getattr(torch, args.dtype))
-    return model.eval().requires_grad_(False).to(args.device)
-
-
-def make_inputs(model: torch.nn.Module, rows: int, more_text: int = 0) -> Inputs:
-    """Equal rows of random text and pixels; `more_text` tokens are added behind."""
-    ids = torch.randint(10, model.config.text_config.vocab_size, (rows, TOKENS + more_text))
-    ids[:, PREFIX : PREFIX + VISUAL] = IMAGE_ID
-    pixels = torch.randn(rows, 3, 336, 336, dtype=model.dtype)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    return {name: value.to(model.device) for name, value in inputs.items()}
-
-
-def oracle(exits: Sequence[int], freezes: Sequence[int] | None = None) -> dyvte.VisualExit:
-    """Each row freezes and leaves where it is told; without freezes it is updated until it leaves."""
-    return dyvte.VisualExit.from_policy(OraclePolicy(list(exits), None if freezes is None else list(freezes)))
-
-
-def spread_exits(rows: int, layers: int) -> list[int]:
-    """Exits spread evenly over the layers; the last row never leaves."""
-    return [max(1, layers * (row + 1) // rows) for row in range(rows)]
-
-
-def silent_gates(model: torch.nn.Module, *, freeze_head: bool = False) -> dyvte.VisualExit:
-    """All gates run and none fires."""
-    never = {"freeze_head": True, "freeze_threshold": 1.0} if freeze_head else {}
-    return _gates(model, threshold=1.0, **never)
-
-
-def gates_that_fire_at(k: int, model: torch.nn.Module) -> dyvte.VisualExit:
-    """Gates 1..k are asked, and gate k sends every row away."""
-    layers = model.get_decoder().config.num_hidden_layers
-    return _gates(model, offsets=tuple(-1e4 if layer < k else 1e4 for layer in range(1, layers + 1)))
-
-
-def _gates(model: torch.nn.Module, **fields: Any) -> dyvte.VisualExit:
-    text = model.get_decoder().config
-    config = GateConfig(num_layers=text.num_hidden_layers, hidden_size=text.hidden_size, **fields)
-    return dyvte.VisualExit(GateStack.init(config).to(model.device))
-
-
-def inside(model: torch.nn.Module, exits: dyvte.VisualExit | None) -> Any:
-    """The exits' block, or none."""
-    return nullcontext() if exits is None else exits(model)
-
-
-def schedule(text: str) -> tuple[int, int]:
-    """``F:K``, or ``K`` where nothing is frozen before it leaves."""
-    match = re.fullmatch(r"(?:(\d+):)?(\d+)", text)
-    if match is None or int(match[1] or match[2]) > int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected F:K with F <= K, or K")
-    return int(match[1] or match[2]), int(match[2])
-
-
-# -- what is timed -----------------------------------------------------------------------------------------
-def prefill(model: torch.nn.Module, inputs: Inputs) -> Any:
-    """One prefill up to the first token's logits; its cache."""
-    return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-
-
-def prefill_pass(
-    model: torch.nn.Module, inputs: Inputs, exits: dyvte.VisualExit | None = None
-) -> Callable[[], None]:
-    """A prefill with a K/V cache, stock or inside an exit block."""
-
-    def run() -> None:
-        with inside(model, exits):
-            prefill(model, inputs)
-
-    return run
-
-
-def layer_pass(model: torch.nn.Module, rows: int, tokens: int, first: int, last: int) -> Callable[[], None]:
-    """Layers first..last-1 called directly on `tokens` tokens, with a K/V cache."""
-    decoder = model.get_decoder()
-    states = torch.randn(rows, tokens, decoder.config.hidden_size, dtype=model.dtype, device=model.device)
-    positions = torch.arange(tokens, device=model.device)[None]
-    rotary = decoder.rotary_emb(states, positions)
-    mask = transformers.masking_utils.create_causal_mask(decoder.config, states, None, None)
-
-    def run() -> None:
-        cache = transformers.DynamicCache(config=decoder.config)
-        hidden = states
-        for layer in decoder.layers[first:last]:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                position_embeddings=rotary,
-            )
-
-    return run
-
-
-class _Inserting:
-    """A cache that puts an image's keys and values between those of the text before and behind it."""
-
-    def __init__(self, cache: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.cache, self.visual = cache, (keys, values)
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, *more: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        whole = [
-            torch.cat((text[:, :, :PREFIX], visual, text[:, :, PREFIX:]), 2)
-            for text, visual in zip((keys, values), self.visual, strict=True)
-        ]
-        return self.cache.update(*whole, *more)
-
-
-def frozen_pass(model: torch.nn.Module, rows: int, first: int, last: int) -> Callable[[], None]:
-    """Layers first..last-1 called directly on the text, with a K/V cache; of the image, which never changes,
-    each layer's input norm and its key and value projections alone."""
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    decoder, device = model.get_decoder(), model.device
-    text, visual = (
-        torch.randn(rows, tokens, decoder.config.hidden_size, dtype=model.dtype, device=device)
-        for tokens in (TEXT, VISUAL)
-    )
-    everywhere = torch.arange(TOKENS, device=device)[None]
-    is_visual = (everywhere >= PREFIX) & (everywhere < PREFIX + VISUAL)
-    positions = everywhere[~is_visual][None]
-    cos, sin = decoder.rotary_emb(visual, everywhere[is_visual][None])
-    rotary = decoder.rotary_emb(text, positions)
-    mask = (everywhere <= positions[0, :, None])[None, None]
-    heads = (rows, VISUAL, -1, decoder.layers[0].self_attn.head_dim)
-
-    def run() -> None:
-        cache = transformers.DynamicCache(config=decoder.config)
-        hidden = text
-        for layer in decoder.layers[first:last]:
-            attention, normed = layer.self_attn, layer.input_layernorm(visual)
-            keys, values = (
-                one(normed).view(heads).transpose(1, 2) for one in (attention.k_proj, attention.v_proj)
-            )
-            _, keys = apply_rotary_pos_emb(keys[:, :1], keys, cos, sin)
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=_Inserting(cache, keys, values),
-                use_cache=True,
-                position_embeddings=rotary,
-            )
-
-    return run
-
-
-def rest_pass(model: torch.nn.Module, inputs: Inputs) -> Callable[[], None]:
-    """The model without its decoder layers."""
-    config = model.get_decoder().config
-
-    def run() -> None:
-        layers, config.num_hidden_layers = config.num_hidden_layers, 0
-        try:
-            model(**inputs, use_cache=False, logits_to_keep=1)
-        finally:
-            config.num_hidden_layers = layers
-
-    return run
-
-
-def in_order(passes: Sequence[Callable[[], None]]) -> Callable[[], None]:
-    """One pass after the other."""
-
-    def run() -> None:
-        for one in passes:
-            one()
-
-    return run
-
-
-def kv_bytes(cache: Any) -> int:
-    """Real size of all K/V tensors."""
-    return sum(s.untyped_storage().nbytes() for layer in cache.layers for s in (layer.keys, layer.values))
-
-
-class Decoding:
-    """Decode steps on one filled cache, which is cut back after each measurement."""
-
-    STEPS = 8
-
-    def __init__(self, model: torch.nn.Module, inputs: Inputs, exits: dyvte.VisualExit | None) -> None:
-        self.model, self.exits = model, exits
-        self.token = torch.full((len(inputs["input_ids"]), 1), FILLER_ID, device=model.device)
-        with inside(model, exits):
-            self.cache = prefill(model, inputs)
-
-    def step(self) -> None:
-        """One token for each row; call inside the block."""
-        self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
-
-    def seconds(self) -> float:
-        """Of one step: the mean of several after one that is not counted."""
-        with inside(self.model, self.exits):
-            self.step()
-            start = now(self.model.device)
-            for _ in range(self.STEPS):
-                self.step()
-            seconds = now(self.model.device) - start
-        self.cache.crop(-self.STEPS - 1)
-        return seconds / self.STEPS
-
-
+# -- time --------------------------------------------------------------------------------------------------
 def now(device: torch.device) -> float:
     """Seconds, once the device is done."""
     if device.type == "cuda":
@@ -360,6 +120,7 @@ def median_rank(count: int) -> int:
         rank += 1
 
 
+# -- options and report -----------------------------------------------------------------------------------
 def arguments(description: str | None, *, batch: int = 1) -> argparse.ArgumentParser:
     """Options that every benchmark takes."""
     parser = argparse.ArgumentParser(
@@ -383,6 +144,14 @@ def arguments(description: str | None, *, batch: int = 1) -> argparse.ArgumentPa
     )
     parser.add_argument("--json", help="also write the ratios to this file")
     return parser
+
+
+def schedule(text: str) -> tuple[int, int]:
+    """``F:K``, or ``K`` where nothing is frozen before it leaves."""
+    match = re.fullmatch(r"(?:(\d+):)?(\d+)", text)
+    if match is None or int(match[1] or match[2]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected F:K with F <= K, or K")
+    return int(match[1] or match[2]), int(match[2])
 
 
 def setting_of(args: argparse.Namespace, **more: object) -> dict[str, str]:

@@ -12,21 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import (
-    Decoding,
-    Report,
-    arguments,
-    build_model,
-    inside,
-    interleaved,
-    kv_bytes,
-    make_inputs,
-    oracle,
-    ratio,
-    setting_of,
-    silent_gates,
-    spread_exits,
-)
+from common import Report, arguments, interleaved, ratio, setting_of
+from passes import Decoding, kv_bytes
+from random_llava import build_model, inside, make_inputs, oracle, silent_gates, spread_exits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyvte

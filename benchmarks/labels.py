@@ -29,13 +29,13 @@ from common import (
     Ratio,
     Report,
     arguments,
-    build_model,
     interleaved,
     print_setting,
     ratio,
     setting_of,
     timed,
 )
+from random_llava import build_model
 from reference_step import reference_step
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -15,18 +15,9 @@ import sys
 from pathlib import Path
 
 import torch
-from common import (
-    Decoding,
-    arguments,
-    build_model,
-    gates_that_fire_at,
-    inside,
-    kv_bytes,
-    make_inputs,
-    print_setting,
-    setting_of,
-    write_json,
-)
+from common import arguments, print_setting, setting_of, write_json
+from passes import Decoding, kv_bytes
+from random_llava import build_model, gates_that_fire_at, inside, make_inputs
 
 import dyvte
 from dyvte.progress import progress

@@ -18,25 +18,9 @@ import argparse
 import statistics
 
 import torch
-from common import (
-    TEXT,
-    TOKENS,
-    Report,
-    arguments,
-    build_model,
-    frozen_pass,
-    interleaved,
-    layer_pass,
-    make_inputs,
-    oracle,
-    prefill_pass,
-    ratio,
-    rest_pass,
-    schedule,
-    setting_of,
-    silent_gates,
-    timed,
-)
+from common import TEXT, TOKENS, Report, arguments, interleaved, ratio, schedule, setting_of, timed
+from passes import frozen_pass, layer_pass, prefill_pass, rest_pass
+from random_llava import build_model, make_inputs, oracle, silent_gates
 
 import dyvte
 

@@ -13,28 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from common import (
-    TEXT,
-    TOKENS,
-    Inputs,
-    Report,
-    arguments,
-    build_model,
-    frozen_pass,
-    in_order,
-    interleaved,
-    kv_bytes,
-    layer_pass,
-    make_inputs,
-    oracle,
-    prefill,
-    prefill_pass,
-    ratio,
-    rest_pass,
-    setting_of,
-    spread_exits,
-    timed,
-)
+from common import TEXT, TOKENS, Report, arguments, interleaved, ratio, setting_of, timed
+from passes import frozen_pass, in_order, kv_bytes, layer_pass, prefill, prefill_pass, rest_pass
+from random_llava import Inputs, build_model, make_inputs, oracle, spread_exits
 from torch.utils.flop_counter import FlopCounterMode
 
 MORE_TEXT = 20

@@ -12,18 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import (
-    Ratio,
-    Report,
-    arguments,
-    build_model,
-    interleaved,
-    make_inputs,
-    prefill_pass,
-    ratio,
-    setting_of,
-    timed,
-)
+from common import Ratio, Report, arguments, interleaved, ratio, setting_of, timed
+from passes import prefill_pass
+from random_llava import build_model, make_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -15,23 +15,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from common import (
-    PREFIX,
-    PROMPT,
-    VISUAL,
-    Inputs,
-    Report,
-    arguments,
-    build_model,
-    interleaved,
-    make_inputs,
-    oracle,
-    prefill,
-    ratio,
-    setting_of,
-    spread_exits,
-    timed,
-)
+from common import PREFIX, PROMPT, VISUAL, Report, arguments, interleaved, ratio, setting_of, timed
+from passes import prefill
+from random_llava import Inputs, build_model, make_inputs, oracle, spread_exits
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -12,19 +12,10 @@ from __future__ import annotations
 import statistics
 
 import torch
-from common import (
-    Decoding,
-    arguments,
-    build_model,
-    interleaved,
-    make_inputs,
-    prefill_pass,
-    ratio,
-    setting_of,
-    timed,
-    write_json,
-)
+from common import arguments, interleaved, ratio, setting_of, timed, write_json
 from memory import VARIANTS, exits_of, measure_apart
+from passes import Decoding, prefill_pass
+from random_llava import build_model, make_inputs
 
 HEAD = """| | time to first token | decode, per token | KV cache | peak memory above the model |
 |---|---|---|---|---|"""

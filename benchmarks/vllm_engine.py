@@ -25,20 +25,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the decoder is t
 
 import numpy as np
 import torch
-from common import (
-    PREFIX,
-    PROMPT,
-    VISUAL,
-    Report,
-    Times,
-    arguments,
-    build_model,
-    interleaved,
-    now,
-    ratio,
-    setting_of,
-)
+from common import PREFIX, PROMPT, VISUAL, Report, Times, arguments, interleaved, now, ratio, setting_of
 from PIL import Image
+from random_llava import build_model
 
 from dyvte.data.scenes.processor import word_processor
 from dyvte.plugins.vllm import engine_arguments

@@ -26,13 +26,6 @@ def check_decode_mask(mask_BN: Tensor | None, cache: Any, total: int) -> None:
     )
 
 
-def holds_images(value: Any) -> bool:
-    """Whether an argument brings images."""
-    if isinstance(value, dict):
-        return any(item is not None for item in value.values())
-    return value is not None
-
-
 def check_backbone(config: GateConfig | None, backbone: Backbone, allow_transfer: bool) -> bool:
     """True where the gates belong to another backbone and that is allowed."""
     if config is None or not config.backbone:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from dyvte.decoder import Layout, hidden_of
 from dyvte.errors import UnsupportedBackboneError
-from dyvte.gates import FeatureReader, reads_visual
 from dyvte.policies import Plan
 from dyvte.reductions import ReductionPlan, VisualWork, merged
 from dyvte.runtime.attention_row import LastRow
 from dyvte.runtime.cache import layer_bytes, put_layer
 from dyvte.runtime.later_turn import LaterTurn
+from dyvte.runtime.layer_rows import GateReading, LayerRows
 from dyvte.runtime.positions import dropped_before
 from dyvte.runtime.prompt_memory import Decided
 from dyvte.runtime.records import PrefillRecord
@@ -30,75 +29,10 @@ from dyvte.runtime.split import SplitLayers
 from dyvte.runtime.stack import Stack
 from dyvte.runtime.streams import FrozenStream, Partition, Stream
 from dyvte.runtime.visual_work import LighterLayer, VisualTokens
-from dyvte.spans import Spans
 
 FindShared = Callable[[Plan, Tensor, dict[str, Any]], tuple[SharedRows | None, str | None]]
 """Called with the plan and what the first layer is given: rows that read stored images, and why others do
 not."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What one layer does with each row."""
-
-    kept_BN: Tensor
-    in_text_B: Tensor
-    frozen_B: Tensor
-    carried_BN: Tensor
-    num_visual_B: Tensor
-    num_frozen_B: Tensor
-    num_text_B: Tensor
-
-    @staticmethod
-    def of(layout: Layout, kept_BN: Tensor, in_text_B: Tensor, frozen_B: Tensor) -> _Rows:
-        carried_BN = torch.where(in_text_B[:, None], kept_BN & layout.text_BN, kept_BN)
-        num_B = (carried_BN & layout.spans.visual_BN).sum(1)
-        return _Rows(
-            kept_BN=kept_BN,
-            in_text_B=in_text_B,
-            frozen_B=frozen_B,
-            carried_BN=carried_BN,
-            num_visual_B=num_B.masked_fill(frozen_B, 0),
-            num_frozen_B=num_B.masked_fill(~frozen_B, 0),
-            num_text_B=carried_BN.sum(1) - num_B,
-        )
-
-    def is_of(self, kept_BN: Tensor, in_text_B: Tensor, frozen_B: Tensor) -> bool:
-        return (
-            self.kept_BN is kept_BN
-            and torch.equal(self.in_text_B, in_text_B)
-            and torch.equal(self.frozen_B, frozen_B)
-        )
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What gates read of the rows that ask; no reader where those rows have no prompt left."""
-
-    kept_BN: Tensor
-    asking_B: Tensor
-    device: torch.device
-    reader: FeatureReader | None = None
-    span: slice | None = None
-
-    @staticmethod
-    def of(
-        names: Sequence[str], spans: Spans, kept_BN: Tensor, asking_B: Tensor, device: torch.device
-    ) -> _Reading:
-        masks = [spans.prompt_BN & kept_BN & asking_B[:, None]]
-        if not masks[0].any():
-            return _Reading(kept_BN, asking_B, device)
-        if reads_visual(names):
-            masks.append(spans.visual_BN & kept_BN & asking_B[:, None])
-        used = torch.stack(masks).any(0).any(0).nonzero().flatten()
-        span = slice(int(used[0]), int(used[-1]) + 1)
-        masks = [mask_BN[:, span].to(device) for mask_BN in masks]
-        return _Reading(kept_BN, asking_B, device, FeatureReader(*masks, names=names), span)
-
-    def is_of(self, kept_BN: Tensor, asking_B: Tensor, device: torch.device) -> bool:
-        # A model may be spread over devices, layer by layer.
-        same_rows = self.asking_B is asking_B or torch.equal(self.asking_B, asking_B)
-        return self.kept_BN is kept_BN and self.device == device and same_rows
 
 
 class Prefill:
@@ -143,8 +77,8 @@ class Prefill:
         self.score_layers: list[int] = []
         # What reductions left of each row; exits come on top.
         self.kept_BN = layout.spans.valid_BN
-        self._now: _Rows | None = None
-        self._reading: _Reading | None = None
+        self._now: LayerRows | None = None
+        self._reading: GateReading | None = None
         self.partition: Partition | None = None
         self.split = SplitLayers(stack, layout, plain)
         self.cache: Any = None
@@ -248,7 +182,7 @@ class Prefill:
             score_layers=tuple(self.score_layers),
         )
 
-    def _rows_of(self, index: int) -> _Rows:
+    def _rows_of(self, index: int) -> LayerRows:
         """What layer `index` does with each row; counts its tokens."""
         in_text_B = (self.plan.exit_layers_B <= index) | ~self.layout.has_image_B
         frozen_B = self.plan.freeze_layers_B <= index
@@ -258,13 +192,13 @@ class Prefill:
         now = self._now
         # Most layers are as the one before.
         if now is None or not now.is_of(self.kept_BN, in_text_B, frozen_B):
-            now = self._now = _Rows.of(self.layout, self.kept_BN, in_text_B, frozen_B)
+            now = self._now = LayerRows.of(self.layout, self.kept_BN, in_text_B, frozen_B)
         self.visual_tokens_BL[:, index] = now.num_visual_B
         self.frozen_tokens_BL[:, index] = now.num_frozen_B
         self.text_tokens_BL[:, index] = now.num_text_B
         return now
 
-    def _partition(self, rows: _Rows, device: torch.device) -> Partition | None:
+    def _partition(self, rows: LayerRows, device: torch.device) -> Partition | None:
         if not self.active:
             return None
         now = (rows.carried_BN, rows.in_text_B, rows.frozen_B, device)
@@ -336,12 +270,12 @@ class Prefill:
             self.freeze_logits_BL[open_B, k] = freeze_B[open_B]
         self.plan.step(k, logits)
 
-    def _reading_of(self, asking_B: Tensor, device: torch.device) -> _Reading:
+    def _reading_of(self, asking_B: Tensor, device: torch.device) -> GateReading:
         """Which tokens the gates read of the rows that ask; as for the layer before, mostly."""
         known = self._reading
         if known is None or not known.is_of(self.kept_BN, asking_B, device):
             spans = self.layout.spans
-            known = _Reading.of(self.plan.features, spans, self.kept_BN, asking_B, device)
+            known = GateReading.of(self.plan.features, spans, self.kept_BN, asking_B, device)
             self._reading = known
         return known
 

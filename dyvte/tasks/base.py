@@ -22,19 +22,18 @@ from dyvte.registry import Registry
 from dyvte.tasks.dialects import DIALECTS as DIALECTS
 from dyvte.tasks.dialects import check_dialect as check_dialect
 from dyvte.tasks.metrics import NOT_GRADED, breakdown, percent, ungraded
-from dyvte.tasks.predictions import read_answers, read_json_table, read_submitted
 from dyvte.tasks.prompts import SHORT_ANSWER_SUFFIX
 from dyvte.tasks.records import Predictions as Predictions
 from dyvte.tasks.records import Question as Question
 from dyvte.tasks.records import count_unknown, refuse_missing_files, require_all, unique_ids
 from dyvte.tasks.statistics import Statistic, mean_statistic, unit_strata
-from dyvte.tasks.writing import write_json
+from dyvte.tasks.submissions import Submissions
 
 Source: TypeAlias = Callable[[Path], "list[Question] | None"]
 """Questions below a root, or None where the root is not of that format."""
 
 
-class Benchmark:
+class Benchmark(Submissions):
     """A benchmark but for its formats (:meth:`sources`, :meth:`table_question`) and its rule (:meth:`hits`).
 
     Attributes
@@ -61,8 +60,6 @@ class Benchmark:
         What LLaVA appends to its questions.
     max_new_tokens : int
         How long an answer may be.
-    submission_name : str
-        Of the file that its own tool or server takes.
     unit : str
         What was drawn independently: the questions of one ``image_id`` are about one of these.
     score_name : str
@@ -81,7 +78,6 @@ class Benchmark:
     dialects: ClassVar[tuple[str, ...]] = DIALECTS
     suffix: ClassVar[str] = SHORT_ANSWER_SUFFIX
     max_new_tokens: ClassVar[int] = 16
-    submission_name: ClassVar[str] = "submission.json"
     unit: ClassVar[str] = "image"
     score_name: ClassVar[str] = "accuracy, %"
     headline_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
@@ -327,70 +323,6 @@ class Benchmark:
     def strata(self, questions: Sequence[Question]) -> np.ndarray:
         """(G,) index of every unit's stratum: units are drawn within theirs, so that none comes out empty."""
         return unit_strata([q.image_id for q in questions], [self.stratum(q) for q in questions])
-
-    # --- predictions ------------------------------------------------------------------------------------
-
-    def read_predictions(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read raw answers (jsonl, or VLMEvalKit's table as TSV, workbook or JSON) or this benchmark's
-        submission file (JSON).
-
-        Parameters
-        ----------
-        path
-            The file; its ending says what it is.
-        questions
-            Those that are answered, for files that name images instead.
-
-        Raises
-        ------
-        ScoreError, DataError
-            The file is not of these forms; it and the row are named.
-        """
-        path = Path(path)
-        if path.suffix.lower() == ".json":
-            return read_json_table(path) or self.read_submission(path, questions)
-        return read_answers(path)
-
-    def read_submission(self, path: Path, questions: Sequence[Question]) -> Predictions:
-        """Read what :meth:`write_submission` writes: here a list of ``{"question_id", "answer"}``.
-
-        Parameters
-        ----------
-        path
-            Of the file.
-        questions
-            Those that are answered.
-        """
-        return read_submitted(path, "question_id", "answer", "prediction")
-
-    def write_submission(self, folder: Path, questions: Sequence[Question], predictions: Predictions) -> Path:
-        """Write the file or folder that the benchmark's own tool or server takes.
-
-        Parameters
-        ----------
-        folder
-            Where it is written.
-        questions, predictions
-            In this order; each has a prediction.
-
-        Returns
-        -------
-        Path
-            What was written.
-        """
-        return write_json(Path(folder) / self.submission_name, self.submission(questions, predictions))
-
-    def submission(self, questions: Sequence[Question], predictions: Predictions) -> Any:
-        """The content of the submission file.
-
-        Parameters
-        ----------
-        questions
-            As the benchmark gives them.
-        predictions
-            An answer to each.
-        """
-        return [{"question_id": q.id, "answer": predictions.texts[q.id].strip()} for q in questions]
 
 
 TASKS: Registry[type[Benchmark]] = Registry("benchmark", "dyvte.tasks")

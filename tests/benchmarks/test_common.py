@@ -4,8 +4,7 @@ import math
 import random
 
 import pytest
-
-from benchmarks.common import interleaved, median_rank, ratio
+from common import interleaved, median_rank, ratio
 
 
 def coverage(count, rank):

@@ -1,11 +1,12 @@
 """The ideal that freezes are timed against computes what the runtime computes: FLOPs, no timings."""
 
+import common
+import passes
 import pytest
+import random_llava
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-from benchmarks import common
 
 
 def flops(run):
@@ -20,13 +21,13 @@ def flops(run):
 @pytest.mark.parametrize(("f", "k"), [(1, 4), (0, 2), (1, 2), (2, 2)])
 def test_the_ideal_of_a_schedule_costs_what_the_runtime_computes(f, k, heads):
     args = common.arguments("").parse_args(["--hidden", "128", "--layers", "4", *heads])
-    model = common.build_model(args)
-    run = common.prefill_pass(model, common.make_inputs(model, 1), common.oracle([k], [f]))
+    model = random_llava.build_model(args)
+    run = passes.prefill_pass(model, random_llava.make_inputs(model, 1), random_llava.oracle([k], [f]))
     ideal = [
-        common.rest_pass(model, common.make_inputs(model, 1)),
-        common.layer_pass(model, 1, common.TOKENS, 0, f),
-        common.frozen_pass(model, 1, f, k),
-        common.layer_pass(model, 1, common.TEXT, k, 4),
+        passes.rest_pass(model, random_llava.make_inputs(model, 1)),
+        passes.layer_pass(model, 1, common.TOKENS, 0, f),
+        passes.frozen_pass(model, 1, f, k),
+        passes.layer_pass(model, 1, common.TEXT, k, 4),
     ]
     assert flops(run) == sum(flops(part) for part in ideal)
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import dyvte
 from dyvte.errors import ExitRuntimeError, NoVisualTokensError
 from dyvte.policies import OraclePolicy
-from dyvte.runtime.visual_exit import _IMAGE_ARGUMENTS
+from dyvte.runtime.arguments import IMAGE_ARGUMENTS
 from tests.helpers import support
 from tests.helpers.families import ATTENTION, FAMILIES, build, one_row
 from tests.helpers.reference import exit_by_masks, greedy_cached
@@ -160,7 +160,7 @@ def test_every_way_to_hand_over_an_image_is_known():
             if re.search("pixel_values|image_patches|image_embeds|image_hidden|image_features", name):
                 # the parts that come beside pixel_values
                 extra = name in ("pixel_values_local", "high_res_pixel_values")
-                assert extra or name in _IMAGE_ARGUMENTS, (row.family, name)
+                assert extra or name in IMAGE_ARGUMENTS, (row.family, name)
 
 
 def test_logits_to_keep_changes_nothing_but_the_number_of_logits():
