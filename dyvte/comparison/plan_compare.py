@@ -21,7 +21,7 @@ from dyvte.backbones import describe
 from dyvte.calibration.operating_points import lower_hull, mixture_at
 from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
 from dyvte.comparison.plan_search import judges, searched_reductions
-from dyvte.comparison.plans import JudgedPlan, Plan, PlanJudge, front, traces_of
+from dyvte.comparison.plans import JudgedPlan, PlanJudge, PolicyAndReduction, front, traces_of
 from dyvte.errors import CalibrationError
 from dyvte.gates import GateStack
 from dyvte.reductions import NO_REDUCTION
@@ -48,7 +48,7 @@ class PlanMixture:
     upper: JudgedPlan
     weight: float
 
-    def judged(self, judge: Callable[[Plan], JudgedPlan]) -> JudgedPlan:
+    def judged(self, judge: Callable[[PolicyAndReduction], JudgedPlan]) -> JudgedPlan:
         """Expected metrics on the samples of a judge; the plan named is the one drawn more often."""
         low, high = judge(self.lower.plan), judge(self.upper.plan)
         return JudgedPlan(

@@ -30,11 +30,19 @@ from dyvte.teacher import Trace, TraceStore
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `--policy` and `--reduction` say.
+class PolicyAndReduction:
+    """What `--policy` and `--reduction` say: a plan of a search.
 
-    ``threshold`` is that of learned gates, else None; ``exit_layer`` that of a static schedule, None where
-    visual tokens never leave; ``freeze_layer`` the layers that update them, None: all that read them.
+    Attributes
+    ----------
+    reduction : str
+        The combination of reductions, as the command line knows it; "none".
+    exit_layer : int or None
+        Of a static schedule; None where visual tokens never leave.
+    threshold : float or None
+        Of learned gates, else None.
+    freeze_layer : int or None
+        How many layers update visual tokens; None: all that read them.
     """
 
     reduction: str
@@ -75,7 +83,7 @@ class Plan:
 class JudgedPlan:
     """A plan on some samples: (B,) risk in nats and same answer, and its visual compute."""
 
-    plan: Plan
+    plan: PolicyAndReduction
     compute: float
     risk_B: Tensor
     same_answer_B: Tensor
@@ -169,7 +177,10 @@ class PlanJudge:
         """Every labelled static schedule: fixed layers, the last of them "never", then those that freeze."""
         full, exits = self.trace.num_layers, [k for k in self.trace.exits if k > 0]
         schedules = [(None, k) for k in exits] + [(f, k) for f in self.trace.freezes for k in exits if f < k]
-        return [self.judge(Plan(self.text, k if k < full else None, freeze_layer=f)) for f, k in schedules]
+        return [
+            self.judge(PolicyAndReduction(self.text, k if k < full else None, freeze_layer=f))
+            for f, k in schedules
+        ]
 
     def learned(self, count: int = 80) -> list[JudgedPlan]:
         """Thresholds spread over what the gates say on these samples; none without gates."""
@@ -181,9 +192,9 @@ class PlanJudge:
             return []
         cuts = torch.quantile(logits, torch.linspace(0.001, 0.999, count, dtype=torch.double))
         thresholds = sorted({float(f"{t:.6g}") for t in torch.sigmoid(cuts).tolist() if 0 < t < 1})
-        return [self.judge(Plan(self.text, threshold=threshold)) for threshold in thresholds]
+        return [self.judge(PolicyAndReduction(self.text, threshold=threshold)) for threshold in thresholds]
 
-    def judge(self, plan: Plan) -> JudgedPlan:
+    def judge(self, plan: PolicyAndReduction) -> JudgedPlan:
         """The plan's metrics on these samples."""
         chosen = self._schedules(plan)
         has_image_B = self.trace.num_visual > 0
@@ -199,7 +210,7 @@ class PlanJudge:
         risk_B, same_B = (Labels.of(self.trace, name).at(chosen) for name in ("risk", "same_answer"))
         return JudgedPlan(plan, share, risk_B, same_B)
 
-    def _schedules(self, plan: Plan) -> Schedules:
+    def _schedules(self, plan: PolicyAndReduction) -> Schedules:
         full = self.trace.num_layers
         if plan.threshold is None:
             exits_B = torch.full((len(self.trace),), full if plan.exit_layer is None else plan.exit_layer)

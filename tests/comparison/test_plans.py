@@ -14,7 +14,7 @@ from dyvte.backbones import describe
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.comparison.plan_compare import compare_plans, mixture_for
 from dyvte.comparison.plan_search import PlanSearch, combinations
-from dyvte.comparison.plans import JudgedPlan, Plan, PlanJudge, choose, folder_name, front
+from dyvte.comparison.plans import JudgedPlan, PlanJudge, PolicyAndReduction, choose, folder_name, front
 from dyvte.costs.reductions import visual_factors
 from dyvte.costs.visual import visual_share
 from dyvte.errors import CalibrationError
@@ -77,7 +77,7 @@ def test_a_plan_is_judged_as_the_model_does_under_it(text):
     bare = PlanJudge(text, reductions, trace, decoder_shape(model.config))
     assert bare.learned() == []
     with pytest.raises(CalibrationError, match="needs gates"):
-        bare.judge(Plan(text, threshold=0.5))
+        bare.judge(PolicyAndReduction(text, threshold=0.5))
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def test_gates_stay_closed_where_traces_have_no_label():
         shares = {round(one.compute * LAYERS, 6) for one in found}
         # both rows with an image leave after 2, or the one that holds a third of the visual tokens
         assert shares == ({2.0, round(2 / 3 * 4 + 1 / 3 * 2, 6)} if exits == [2, LAYERS] else set())
-        assert round(judge.judge(Plan("none", threshold=0.0)).compute * LAYERS, 6) == exits[0]
+        assert round(judge.judge(PolicyAndReduction("none", threshold=0.0)).compute * LAYERS, 6) == exits[0]
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def random_plans(seed: int) -> list[JudgedPlan]:
     draw = random.Random(seed)
     texts = ["none", "fastv:2:0.5", "ffn:0.5", "neighbours:2+ffn:0.5", "fastv:2:0.5+ffn:0.5"]
     plans = [
-        Plan(text, **where)
+        PolicyAndReduction(text, **where)
         for text in texts
         for where in ({}, *({"exit_layer": k} for k in (1, 2, 3)), {"threshold": 0.3}, {"threshold": 0.7})
     ]
@@ -187,22 +187,22 @@ def test_choice_and_front_by_brute_force(seed):
 @pytest.mark.parametrize(
     ("plan", "kind"),
     [
-        (Plan("none"), "never"),
-        (Plan("none", 3), "fixed"),
-        (Plan("none", threshold=0.5), "gates"),
-        (Plan("none", 3, freeze_layer=1), "freeze"),
-        (Plan("none", freeze_layer=0), "freeze"),
-        (Plan("frozen:2-3"), "ShortV"),
-        (Plan("frozen:2-3", 3), "combined"),
-        (Plan("frozen:2-3+ffn:0.5"), "combined"),
-        (Plan("ffn:0.5", 3, freeze_layer=1), "combined"),
-        (Plan("fastv:2:0.5"), "FastV"),
-        (Plan("fastv:2:0.5", 3), "combined"),
-        (Plan("ffn:0.5"), "YOPO"),
+        (PolicyAndReduction("none"), "never"),
+        (PolicyAndReduction("none", 3), "fixed"),
+        (PolicyAndReduction("none", threshold=0.5), "gates"),
+        (PolicyAndReduction("none", 3, freeze_layer=1), "freeze"),
+        (PolicyAndReduction("none", freeze_layer=0), "freeze"),
+        (PolicyAndReduction("frozen:2-3"), "ShortV"),
+        (PolicyAndReduction("frozen:2-3", 3), "combined"),
+        (PolicyAndReduction("frozen:2-3+ffn:0.5"), "combined"),
+        (PolicyAndReduction("ffn:0.5", 3, freeze_layer=1), "combined"),
+        (PolicyAndReduction("fastv:2:0.5"), "FastV"),
+        (PolicyAndReduction("fastv:2:0.5", 3), "combined"),
+        (PolicyAndReduction("ffn:0.5"), "YOPO"),
         # YOPO's own fourth strategy, lazy layer dropping
-        (Plan("neighbours:2+ffn:0.5", 3), "YOPO"),
-        (Plan("neighbours:2+ffn:0.5", threshold=0.5), "combined"),
-        (Plan("neighbours:2+fastv:2:0.5"), "combined"),
+        (PolicyAndReduction("neighbours:2+ffn:0.5", 3), "YOPO"),
+        (PolicyAndReduction("neighbours:2+ffn:0.5", threshold=0.5), "combined"),
+        (PolicyAndReduction("neighbours:2+fastv:2:0.5"), "combined"),
     ],
 )
 def test_each_plan_is_of_one_method_or_combined(plan, kind):
@@ -270,8 +270,8 @@ class Shown:
 def test_a_comparison_chooses_on_one_set_and_judges_on_the_other(tmp_path):
     flat = torch.ones(40)
     noise = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 0.01
-    never, fixed = Plan("none"), Plan("none", 2)
-    yopo, both = Plan("ffn:0.5", 2), Plan("ffn:0.5", threshold=0.5)
+    never, fixed = PolicyAndReduction("none"), PolicyAndReduction("none", 2)
+    yopo, both = PolicyAndReduction("ffn:0.5", 2), PolicyAndReduction("ffn:0.5", threshold=0.5)
     calibration = [
         Shown("none", {never: (1.0, flat * 0), fixed: (0.5, flat)}),
         Shown("ffn:0.5", {yopo: (0.3, flat * 2), both: (0.3, flat * 0.5)}),
