@@ -17,7 +17,7 @@ from dyvte.tasks.answers.chair import Objects
 from dyvte.tasks.base import Predictions, Question, get_benchmark
 from dyvte.tasks.mvbench import FOLDERS, lmms_option
 from tests.helpers.benchmark_files import picture, put, put_frames, write_benchmark
-from tests.helpers.benchmark_minis import SYNONYMS
+from tests.helpers.minis.clips import SYNONYMS
 from tests.helpers.mutations import seeded
 from tests.helpers.tools import LMMS, VLMEVAL, answers, functions, source
 

@@ -20,7 +20,7 @@ from dyvte.tasks import hallusionbench, mmstar, mmvp, vstar
 from dyvte.tasks.answers.choices import cut_options, hrbench_letter
 from dyvte.tasks.base import Predictions, Question, get_benchmark
 from tests.helpers.benchmark_files import picture, put, put_parquet, put_tsv, text64, write_benchmark
-from tests.helpers.benchmark_minis import hallusion_rows
+from tests.helpers.minis.yes_no import hallusion_rows
 from tests.helpers.mutations import seeded
 from tests.helpers.tools import LMMS, VLMEVAL, Silent, answers, functions
 

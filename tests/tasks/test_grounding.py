@@ -22,7 +22,7 @@ from dyvte.tasks.answers.boxes import (
 )
 from dyvte.tasks.base import Predictions, Question, get_benchmark
 from tests.helpers.benchmark_files import put, put_parquet, write_benchmark
-from tests.helpers.benchmark_minis import THINGS
+from tests.helpers.minis.boxes import THINGS
 from tests.helpers.mutations import seeded
 from tests.helpers.tools import LMMS, VLMEVAL, answers, functions
 
