@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import io
+import json
 import socket
 import threading
 import time
@@ -12,12 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import uvicorn
 
 from dyvte.backbones import BackboneConfig
 from dyvte.serving.answerer import Answerer
 from dyvte.serving.app import Service, create_app
 from dyvte.serving.config import ServeConfig
+from tests.helpers.models import random_image
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,21 @@ def about(question: str, *images: Any) -> list[dict[str, Any]]:
     """Messages that ask a question about images, as OpenAI's clients write them: text first."""
     shown = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     return [{"role": "user", "content": [{"type": "text", "text": question}, *shown]}]
+
+
+GOOD = {"model": "tiny", "messages": about("what ?", random_image(1)), "max_tokens": 2}
+"""A request that is answered."""
+
+
+def with_url(url: Any) -> dict[str, Any]:
+    """That request with another image."""
+    body = copy.deepcopy(GOOD)
+    body["messages"][0]["content"][1]["image_url"]["url"] = url
+    return body
+
+
+def send(http_client: httpx.Client, served: Served, body: Any, **how: Any) -> httpx.Response:
+    """Plain bytes, as a client would send that makes mistakes."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode("utf-8", "surrogatepass")
+    headers = {"content-type": "application/json", **how.pop("headers", {})}
+    return http_client.post(f"{served.url}/v1/chat/completions", content=content, headers=headers, **how)

@@ -15,6 +15,9 @@ from tests.helpers.fixtures import write_mini_gqa
 from tests.helpers.models import tiny_llava
 
 LAYERS, NEW = 4, 4
+SIDE = 4
+VISUAL = SIDE * SIDE
+"""Visual tokens of an image, and how many lie side by side."""
 
 
 def studied_world(root: Path) -> SimpleNamespace:
@@ -54,3 +57,8 @@ def alone(world: SimpleNamespace, question, image: bool = True) -> dict:
     prompt = pipeline.template.render(question.text, has_image=1 if image else 0).text
     images = {"images": load_image(question.image)} if image else {}
     return dict(pipeline.processor(text=prompt, **images, return_tensors="pt", add_special_tokens=False))
+
+
+def greedy(model, inputs: dict, **options):
+    """What the model generates for these inputs, prompt included."""
+    return model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)

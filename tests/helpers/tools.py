@@ -11,9 +11,13 @@ import ast
 import importlib.util
 import os
 import random
+import re
+import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 LMMS, VLMEVAL = "lmms_eval", "vlmeval"
@@ -86,3 +90,13 @@ def answers(draw: random.Random, count: int) -> list[str]:
             text += draw.choice(_PIECES) + draw.choice(_JOINTS)
         made.append(text if draw.random() < 0.3 else text.strip())
     return made
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """lmms-eval's metric of that name, one pair at a time."""
+    metric = functions(LMMS, "api/metrics.py", "exact_match_hf_evaluate", np=np, re=re, string=string)
+    compare = metric["exact_match_hf_evaluate"]
+    return [
+        bool(compare([p], [r], ignore_case=True, ignore_punctuation=True)["exact_match"])
+        for p, r in zip(predictions, references, strict=True)
+    ]

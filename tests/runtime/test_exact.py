@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dyvte import VisualExit
-from dyvte.policies import NeverPolicy, OraclePolicy
+from dyvte.policies import NeverPolicy
 from tests.helpers.batches import QUESTIONS, VISUAL_ID, batch, llava
+from tests.helpers.exits import oracle
 from tests.helpers.reference import greedy_cached, greedy_reference
 
 STEPS = 8
@@ -18,10 +19,6 @@ EXITS = {
     "one stays": [1, 4, 1, 1, -1, 1],
     "one leaves late": [4, 4, 4, 4, -1, 3],
 }
-
-
-def oracle(exits):
-    return VisualExit.from_policy(OraclePolicy(exits))
 
 
 @pytest.mark.parametrize("exits", EXITS.values(), ids=EXITS.keys())

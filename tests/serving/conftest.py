@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 import torch
 
@@ -62,3 +63,10 @@ def served(answerer: Answerer):
     """A server of that answerer."""
     with serving(answerer, max_rows=8, max_image_mb=1, max_megapixels=1, max_body_mb=4) as running:
         yield running
+
+
+@pytest.fixture(scope="package")
+def http_client():
+    """A client that waits."""
+    with httpx.Client(timeout=120) as client:
+        yield client

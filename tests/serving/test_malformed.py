@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import base64
-import copy
 import http.server
 import io
 import json
-import random
 import struct
 import threading
 import zlib
 
-import httpx
 import pytest
 from PIL import Image
 
-from dyvte.serving.errors import RequestError
-from dyvte.serving.requests import parse_chat, parse_json
 from tests.helpers.models import random_image
-from tests.helpers.served import about, serving
-
-GOOD = {"model": "tiny", "messages": about("what ?", random_image(1)), "max_tokens": 2}
+from tests.helpers.served import GOOD, about, send, serving, with_url
 
 
 def bomb(width: int, height: int) -> str:
@@ -35,12 +28,6 @@ def bomb(width: int, height: int) -> str:
     lines = zlib.compress(b"\0" * (1 << 20), 9)
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
     return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def with_url(url):
-    body = copy.deepcopy(GOOD)
-    body["messages"][0]["content"][1]["image_url"]["url"] = url
-    return body
 
 
 def with_fields(**fields):
@@ -165,19 +152,6 @@ NAMED = {
 }
 
 
-@pytest.fixture(scope="module")
-def http_client():
-    with httpx.Client(timeout=120) as client:
-        yield client
-
-
-def send(http_client, served, body, **how):
-    """Plain bytes, as a client would send that makes mistakes."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode("utf-8", "surrogatepass")
-    headers = {"content-type": "application/json", **how.pop("headers", {})}
-    return http_client.post(f"{served.url}/v1/chat/completions", content=content, headers=headers, **how)
-
-
 @pytest.mark.parametrize("name", NAMED)
 def test_what_is_wrong_is_named(http_client, served, name):
     body, status, code, text = NAMED[name]
@@ -297,171 +271,3 @@ def test_only_allowed_urls_are_fetched(answerer, http_client, monkeypatch):
                 found = send(http_client, running, with_url(f"{base}/pictures/{name}"))
                 assert (found.status_code, text in found.json()["error"]["message"]) == (status, True)
         elsewhere.shutdown()
-
-
-# --- a thousand at random ---
-
-STRANGE = [
-    *(
-        None,
-        True,
-        -1,
-        0,
-        1e308,
-        10**30,
-        "",
-        "x" * 5000,
-        "\ud800",
-        "../../etc/passwd",
-        "\0",
-        [],
-        {},
-        [[]],
-        [None],
-    ),
-    *(
-        {"a": {"b": []}},
-        "file:///etc/passwd",
-        "http://169.254.169.254/latest/",
-        "data:,",
-        "data:image/png;base64,",
-    ),
-    *(
-        "gates:/etc/passwd",
-        "oracle:/dev/zero",
-        "fixed:-1",
-        "freeze:9:1",
-        -0.5,
-        "NaN",
-        ["user"],
-        {"url": None},
-    ),
-]
-
-
-def places(value, path=()):
-    """Every place in a JSON value."""
-    yield path
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inside:
-        yield from places(item, (*path, key))
-
-
-def mutated(draw: random.Random):
-    """A good request with one to three places spoilt; bytes, where the text itself is."""
-    whole = {
-        **copy.deepcopy(GOOD),
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "n": 1,
-        "stop": ["x"],
-        "seed": 1,
-        "logprobs": True,
-        "top_logprobs": 1,
-        "stream": False,
-        "visual_exit": {"policy": "fixed:2"},
-    }
-    for _ in range(draw.randint(1, 3)):
-        path = draw.choice(list(places(whole))[1:])
-        inside = whole
-        for key in path[:-1]:
-            inside = inside[key]
-        kind = draw.random()
-        if kind < 0.6:
-            inside[path[-1]] = copy.deepcopy(draw.choice(STRANGE))
-        elif kind < 0.8 and isinstance(inside, dict):
-            inside[f"{path[-1]}{draw.choice('sx_')}"] = inside.pop(path[-1])
-        else:
-            del inside[path[-1]]
-    content = json.dumps(whole).encode()
-    kind = draw.random()
-    if kind < 0.15:
-        return content[: draw.randrange(len(content))]
-    if kind < 0.3:
-        at = draw.randrange(len(content))
-        return content[:at] + bytes(draw.randrange(256) for _ in range(draw.randint(1, 4))) + content[at:]
-    return content
-
-
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.full)])
-def test_spoilt_requests_are_served_or_refused_by_name(http_client, served, count):
-    draw, refused = random.Random(count), 0
-    for _ in range(count):
-        content = mutated(draw)
-        found = send(http_client, served, content)
-        if found.status_code == 200:
-            continue
-        error = found.json()["error"]
-        assert 400 <= found.status_code < 430, (found.status_code, content)
-        assert error["code"], content
-        assert 0 < len(error["message"]) < 1500, content
-        refused += 1
-    assert refused > 0.7 * count
-    assert send(http_client, served, GOOD).status_code == 200
-    assert served.service.scheduler.running_rows == served.service.scheduler.waiting_rows == 0
-
-
-@pytest.mark.full
-def test_an_image_of_200_mb_is_refused(http_client, served):
-    content = json.dumps(with_url("data:image/png;base64,#")).encode().replace(b"#", b"A" * (200 << 20))
-    found = send(http_client, served, content)
-    assert (found.status_code, found.json()["error"]["code"]) == (413, "body_too_large")
-
-    def chunks():
-        yield content[:1000]
-        for _ in range(200):
-            yield b"A" * (1 << 20)
-
-    headers = {"content-type": "application/json"}
-    found = http_client.post(f"{served.url}/v1/chat/completions", content=chunks(), headers=headers)
-    assert (found.status_code, found.json()["error"]["code"]) == (413, "body_too_large")
-
-
-# --- what people do send ---
-
-
-def parsed(**fields):
-    return parse_chat({**GOOD, **fields}, max_choices=4, max_images=4)
-
-
-def test_what_asks_for_nothing_is_taken():
-    found = parsed(
-        tools=[],
-        tool_choice="none",
-        response_format={"type": "text"},
-        frequency_penalty=0,
-        presence_penalty=0.0,
-        logit_bias={},
-        user="me",
-        metadata={"a": "b"},
-        seed=None,
-        n=None,
-        stream=None,
-        visual_exit=None,
-        max_completion_tokens=1,
-    )
-    assert found.decoding.max_tokens == 1
-    assert found.num_choices == 1
-
-
-def test_turns_of_one_side_are_joined():
-    messages = [
-        {"role": "developer", "content": "be brief"},
-        {"role": "user", "content": "one"},
-        *about("two", random_image(1)),
-        {"role": "assistant", "content": "three", "refusal": None},
-        {"role": "user", "name": "me", "content": [{"type": "text", "text": "four"}]},
-    ]
-    found = parsed(messages=messages)
-    assert found.system == "be brief"
-    assert [(one.text, len(one.images), one.answer) for one in found.exchanges] == [
-        ("one\ntwo", 1, "three"),
-        ("four", 0, None),
-    ]
-
-
-def test_json_is_read_strictly():
-    assert parse_json(b'{"a": 1}') == {"a": 1}
-    for body in (b"{'a': 1}", b"Infinity", b'{"a": 1} x', b'\x80"'):
-        with pytest.raises(RequestError):
-            parse_json(body)
