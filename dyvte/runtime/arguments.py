@@ -43,15 +43,19 @@ class PassArguments:
             Ends the watching.
         """
         handles = []
-        for depth, module in enumerate(path):
-            note = self._noting(depth, inspect.signature(module.forward))
-            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
-            handles.append(module.register_forward_hook(lambda *_: self.forget(), always_call=True))
 
         def stop() -> None:
             while handles:
                 handles.pop().remove()
 
+        try:
+            for depth, module in enumerate(path):
+                note = self._noting(depth, inspect.signature(module.forward))
+                handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+                handles.append(module.register_forward_hook(lambda *_: self.forget(), always_call=True))
+        except BaseException:
+            stop()
+            raise
         return stop
 
     def forget(self) -> None:
