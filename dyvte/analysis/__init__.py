@@ -33,6 +33,11 @@ STUDIES: dict[str, tuple[str, str]] = {
 def get_study(name: str) -> Callable[[Subject], Findings]:
     """The function that does a study.
 
+    Parameters
+    ----------
+    name
+        One of `STUDIES`, as `dyvte analyze` takes it.
+
     Raises
     ------
     ConfigError
@@ -43,7 +48,18 @@ def get_study(name: str) -> Callable[[Subject], Findings]:
 
 
 def check_study(name: str) -> None:
-    """Raise ConfigError, naming the nearest name, unless ``name`` is a study."""
+    """See that a study of this name exists.
+
+    Parameters
+    ----------
+    name
+        As it was given.
+
+    Raises
+    ------
+    ConfigError
+        It does not; the nearest name is shown.
+    """
     if name not in STUDIES:
         raise ConfigError(unknown("study", name, STUDIES))
 

@@ -15,7 +15,15 @@ from dyvte.reporting.plots import draw
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text cells."""
+    """A table of text cells.
+
+    Attributes
+    ----------
+    header
+        One text for each column.
+    rows
+        As many texts in each as there are columns.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -40,6 +48,8 @@ class Findings:
         The numbers that a paper would print.
     paint
         Fills a matplotlib figure of ``size`` inches.
+    size
+        Width and height of the plot, in inches.
     notes
         What was omitted, and why.
     """

@@ -74,7 +74,17 @@ class AnalysisConfig(EvalConfig):
             raise ConfigError(f"etas must be one or more positive numbers, found {self.etas}")
 
     def for_evaluation(self, output: Path, **changes: Any) -> EvalConfig:
-        """The evaluation's part of it."""
+        """The settings of an evaluation on the same backbone and questions.
+
+        No bad sample is allowed in it: they were excluded before.
+
+        Parameters
+        ----------
+        output
+            Folder of its runs.
+        changes
+            Other fields of `EvalConfig`, by name.
+        """
         names = [one.name for one in dataclasses.fields(EvalConfig)]
         settings = {name: getattr(self, name) for name in names}
         return EvalConfig(**{**settings, "output": output, "max_bad_samples": 0, **changes})
@@ -82,7 +92,19 @@ class AnalysisConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded backbone, the questions put to it, and the settings."""
+    """A loaded backbone, the questions put to it, and the settings.
+
+    Attributes
+    ----------
+    config
+        As the command was given them.
+    pipeline
+        The backbone with its processor and template.
+    benchmark
+        Whose questions they are; it reads and scores answers.
+    questions
+        All that can be asked, in their order.
+    """
 
     config: AnalysisConfig
     pipeline: Pipeline
@@ -129,11 +151,23 @@ class Subject:
         return [self.questions[index] for index in chosen]
 
     def prompts(self, questions: Sequence[Question]) -> list[str]:
-        """Text asked for each question."""
+        """Text asked for each question.
+
+        Parameters
+        ----------
+        questions
+            Of the benchmark.
+        """
         return prompts_of(self.benchmark, questions, self.config.question_suffix)
 
     def batches(self, questions: Sequence[Question] | None = None) -> Iterator[Batch]:
-        """Encoded prompts, of the sampled questions if none are given."""
+        """Encoded prompts, of the sampled questions if none are given.
+
+        Parameters
+        ----------
+        questions
+            None: the sampled ones, as many as ``samples`` says.
+        """
         questions = self.sampled if questions is None else questions
         prompts = self.prompts(questions)
         plan = plan_batches(self.pipeline, prompts, self.config.batch_size, shown_by(questions))
@@ -143,11 +177,23 @@ class Subject:
                 advance(len(batch.question_ids))
 
     def policies(self, *texts: str) -> list[NamedPolicy]:
-        """Policies from their command line forms."""
+        """Policies from their command line forms.
+
+        Parameters
+        ----------
+        texts
+            Such as ``fixed:16``; random ones without a seed take the configured one.
+        """
         return parse_policies(texts, self.config.seed)
 
     def servable(self, policies: Sequence[NamedPolicy]) -> tuple[list[NamedPolicy], list[str]]:
-        """Those that can serve the backbone, and why the others cannot."""
+        """Those that can serve the backbone, and why the others cannot.
+
+        Parameters
+        ----------
+        policies
+            Each is entered once on the backbone.
+        """
         good, notes = [], []
         for named in policies:
             try:
@@ -223,7 +269,20 @@ class Subject:
 
 def open_subject(config: AnalysisConfig) -> Subject:
     """Load questions and backbone; questions that cannot be asked are excluded, with all about their images,
-    where ``max_bad_samples`` allows for them."""
+    where ``max_bad_samples`` allows for them.
+
+    Parameters
+    ----------
+    config
+        Backbone, benchmark and limits.
+
+    Raises
+    ------
+    DataError
+        The questions cannot be read, or more of them than ``max_bad_samples`` cannot be asked.
+    UnsupportedBackboneError
+        No backbone is there, or it cannot be served.
+    """
     benchmark = get_benchmark(config.benchmark)
     questions = load_questions(benchmark, config.data, config.limit, config.max_bad_samples)
     pipeline = load_pipeline(config)

@@ -117,6 +117,8 @@ def describe(model: nn.Module, visual_token_ids: Iterable[int] | None = None) ->
 
     Parameters
     ----------
+    model
+        Loaded, also inside wrappers.
     visual_token_ids
         Placeholder ids, for a family whose config does not name them.
 
@@ -151,7 +153,13 @@ def describe(model: nn.Module, visual_token_ids: Iterable[int] | None = None) ->
 
 
 def has_deepstack(backbone: Backbone) -> bool:
-    """Does the decoder add vision features behind several of its first layers (Qwen3-VL)?"""
+    """Does the decoder add vision features behind several of its first layers (Qwen3-VL)?
+
+    Parameters
+    ----------
+    backbone
+        As `describe` found it.
+    """
     vision = getattr(backbone.model.config, "vision_config", None)
     return hasattr(backbone.decoder, "_deepstack_process") or bool(
         getattr(vision, "deepstack_visual_indexes", None)
@@ -175,7 +183,13 @@ def model_without_weights(config: Any, *, trust_remote_code: bool = False) -> nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT, torch.compile, DistributedDataParallel or a DeepSpeed engine."""
+    """The transformers model inside PEFT, torch.compile, DistributedDataParallel or a DeepSpeed engine.
+
+    Parameters
+    ----------
+    model
+        Wrapped any number of times, or not at all.
+    """
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()

@@ -16,7 +16,13 @@ from dyvte.errors import ConfigError, DataError
 
 
 def takes_videos(processor: Any) -> bool:
-    """Whether a processor has its own way to show a video: a video processor and a video placeholder."""
+    """Whether a processor has its own way to show a video: a video processor and a video placeholder.
+
+    Parameters
+    ----------
+    processor
+        Of a transformers model.
+    """
     return (
         getattr(processor, "video_processor", None) is not None
         and getattr(processor, "video_token", None) is not None
@@ -36,6 +42,8 @@ def encode(
 
     Parameters
     ----------
+    processor
+        The model's own: tokenizer and image processor in one.
     rendered
         One prompt for each row.
     images

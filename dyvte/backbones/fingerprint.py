@@ -21,6 +21,11 @@ def fingerprint(path_or_model: str | os.PathLike[str] | nn.Module) -> str:
     """Identity of a backbone's architecture, the same from its `config.json` and from the loaded model.
 
     Two models of equal architecture share it; `weights_digest` tells them apart.
+
+    Parameters
+    ----------
+    path_or_model
+        Folder or hub id of a checkpoint, of which only the config is read, or the model itself.
     """
     if isinstance(path_or_model, nn.Module):
         return config_fingerprint(unwrap(path_or_model).config)
@@ -39,6 +44,11 @@ def weights_digest(model: nn.Module) -> str | None:
     weights count as the integers they are stored as: another digest than before, as the answers are others.
 
     None where weights are not in memory (offloaded to disk).
+
+    Parameters
+    ----------
+    model
+        Loaded, also inside wrappers.
     """
     backbone = describe(model)
     added = {id(tensor) for _, tensor, _ in adapter_parameters(backbone.model)}

@@ -92,7 +92,13 @@ def pad_token(model: nn.Module) -> int:
 
 
 def decoding_identity(model: nn.Module) -> str:
-    """What answers depend on beside weights and prompts; part of every run's and every trace's identity."""
+    """What answers depend on beside weights and prompts; part of every run's and every trace's identity.
+
+    Parameters
+    ----------
+    model
+        Its config and generation config say which tokens end an answer and which pad it.
+    """
     ends = ",".join(map(str, sorted(end_tokens(model)))) or "none"
     return f"greedy, ends {ends}, pad {pad_token(model)}"
 

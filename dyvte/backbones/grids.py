@@ -31,6 +31,8 @@ def visual_places(backbone: Backbone, visual_BN: Tensor, given: Given) -> Tensor
 
     Parameters
     ----------
+    backbone
+        Its family says how an image becomes tokens.
     visual_BN
         (B, N) bool on the CPU.
     given

@@ -44,6 +44,8 @@ def load_backbone(
         "sdpa", "eager" or "flash_attention_2" (needs the flash-attn package and a GPU).
     device
         None: where transformers puts it (CPU).
+    trust_remote_code
+        Run code that comes with the checkpoint; only for sources you trust.
     adapter
         A PEFT adapter to put on the model: folder or hub id. The model then comes as a ``PeftModel``; the
         adapter is not merged, its weights stay in float32.
@@ -104,6 +106,8 @@ def open_backbone(config: BackboneConfig, device: torch.device | None = None) ->
 
     Parameters
     ----------
+    config
+        Which model, and how it is loaded.
     device
         Where it goes, unless the configuration names a device. None: where transformers puts it (CPU).
     """
@@ -122,6 +126,11 @@ def open_backbone(config: BackboneConfig, device: torch.device | None = None) ->
 
 def read_model_config(config: BackboneConfig) -> Any:
     """The transformers config of the configured backbone (for an adapter, of the model that it names).
+
+    Parameters
+    ----------
+    config
+        Only ``path``, ``adapter`` and ``trust_remote_code`` are used.
 
     Raises
     ------

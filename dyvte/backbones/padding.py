@@ -58,13 +58,19 @@ def set_image_padding(processor: Any, padding: ImagePadding, model_type: str) ->
 
 
 def image_padding(processor: Any) -> str:
-    """ "square" if the processor pads images to a square as LLaVA-1.5 does, else "none"."""
+    """ "square" if the processor pads images to a square as LLaVA-1.5 does, else "none".
+
+    Parameters
+    ----------
+    processor
+        Of a transformers model; its image processor is looked at.
+    """
     images = getattr(processor, "image_processor", None)
     return "square" if _kind(images) == "LlavaImageProcessor" and images.do_pad else "none"
 
 
 def check_image_padding(trained: str | None, found: str, where: str) -> None:
-    """Raise GateMismatchError if gates were trained with other padding than ``found``; None: not recorded.
+    """See that gates meet images padded as those they were trained on.
 
     Parameters
     ----------
@@ -74,6 +80,11 @@ def check_image_padding(trained: str | None, found: str, where: str) -> None:
         What the processor does now.
     where
         What uses the gates, for the message.
+
+    Raises
+    ------
+    GateMismatchError
+        They were trained with other padding than ``found``.
     """
     if trained not in (None, found):
         raise GateMismatchError(

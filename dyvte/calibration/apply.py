@@ -35,7 +35,19 @@ from dyvte.teacher.trace import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A threshold (two, with a freeze head) and the record that goes into ``gate_config.json`` with it."""
+    """A threshold (two, with a freeze head) and the record that goes into ``gate_config.json`` with it.
+
+    Attributes
+    ----------
+    threshold:
+        Of exiting, a probability in (0, 1]; 1: never.
+    freeze_threshold:
+        Of freezing; None without a freeze head.
+    record:
+        What it was calibrated for and on, JSON-ready; ``kind`` says which way.
+    text:
+        The same for people.
+    """
 
     threshold: float
     freeze_threshold: float | None
@@ -96,9 +108,21 @@ def calibrate_risk(
 
     Parameters
     ----------
+    gates:
+        To be calibrated; their other settings stay.
+    store:
+        Traces of samples that they did not learn from.
+    alpha:
+        Bound on the mean loss, in (0, 1).
+    delta:
+        Chance that the bound fails, over the draw of the calibration images.
     loss:
         "same_answer": 1 - same answer. "risk:C": min(KL, C) / C, with C in nats; alpha is then a bound on
         that.
+    method:
+        How p-values are computed: "betting" or "bentkus".
+    seed:
+        Of the order in which images are bet on.
 
     Raises
     ------

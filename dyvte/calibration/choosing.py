@@ -59,11 +59,23 @@ class Frontier:
         return Frontier(compute_S, np.minimum.accumulate(loss_S))
 
     def loss_at(self, budget: float) -> float:
-        """Least mean loss within a budget of visual compute, by mixing two neighbours."""
+        """Least mean loss within a budget of visual compute, by mixing two neighbours.
+
+        Parameters
+        ----------
+        budget:
+            Share of the full model's visual compute.
+        """
         return mixed(self.loss_S, mixture_at(self.compute_S, budget))
 
     def compute_at(self, max_loss: float) -> float:
-        """Least visual compute within a mean loss; infinite if the path never gets there."""
+        """Least visual compute within a mean loss; infinite if the path never gets there.
+
+        Parameters
+        ----------
+        max_loss:
+            In the unit of ``loss_S``.
+        """
         found = compute_to_reach(self.compute_S, -self.loss_S, -max_loss)
         return float("inf") if np.isnan(found) else found
 

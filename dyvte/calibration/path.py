@@ -76,13 +76,25 @@ class ThresholdPath:
         return self.logits.freeze_layers if isinstance(self.logits, HeadLogits) else ()
 
     def at(self, level: float) -> Schedules:
-        """Where each sample freezes and leaves at a level."""
+        """Where each sample freezes and leaves at a level.
+
+        Parameters
+        ----------
+        level
+            The exit threshold as a logit; that of freezing keeps its distance.
+        """
         return schedules(
             self.logits, threshold_at(level), self.min_layer, freeze_threshold=threshold_at(level + self.gap)
         )
 
     def compute(self, chosen: Schedules) -> float:
-        """Visual compute of these schedules, as a share of the full model's."""
+        """Visual compute of these schedules, as a share of the full model's.
+
+        Parameters
+        ----------
+        chosen
+            Of the B samples of this path; those without an image weigh nothing.
+        """
         if not isinstance(self.logits, HeadLogits):
             return visual_compute(chosen.exit_layers_B, self.num_visual_B, self.num_layers)
         freezes_B, exits_B = chosen.freeze_layers_B.double(), chosen.exit_layers_B.double()
@@ -91,7 +103,13 @@ class ThresholdPath:
         return float((spent_B * visual_B).sum() / visual_B.sum())
 
     def memory(self, chosen: Schedules) -> float:
-        """Bytes of the visual tokens' keys and values, as a share of the full model's."""
+        """Bytes of the visual tokens' keys and values, as a share of the full model's.
+
+        Parameters
+        ----------
+        chosen
+            Of the B samples of this path; freezing saves none.
+        """
         return visual_compute(chosen.exit_layers_B, self.num_visual_B, self.num_layers)
 
     def levels(self) -> Tensor:
@@ -147,7 +165,13 @@ class Labels:
 
 
 def threshold_at(level: float) -> float:
-    """The probability threshold t whose logit, log(t / (1 - t)), is ``level``."""
+    """The probability threshold t whose logit, log(t / (1 - t)), is ``level``.
+
+    Parameters
+    ----------
+    level
+        A logit; the path of thresholds is walked along it.
+    """
     if level >= 0:
         return 1.0 / (1.0 + math.exp(-level))
     return math.exp(level) / (1.0 + math.exp(level))

@@ -15,6 +15,11 @@ SUFFIXES = (".png", ".svg")
 def check_plot(path: str | os.PathLike[str]) -> None:
     """See that a plot can be written to this file, before the work that it will show.
 
+    Parameters
+    ----------
+    path
+        Of the file to be written.
+
     Raises
     ------
     ConfigError

@@ -30,6 +30,8 @@ def measure_profile(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> V
 
     Parameters
     ----------
+    model
+        A supported backbone in eval mode; it is left as it was.
     batches
         Model inputs of prompts; rows without an image are excluded.
 

@@ -30,6 +30,23 @@ class RiskThreshold:
     decisions at ``threshold`` on further images of the same kind is at most ``alpha``. ``certified`` False
     means that no threshold was certified: ``threshold`` is 1.0, never exit, and ``smallest_alpha`` is what
     this number of images could certify at best, with no loss at all among them.
+
+    Attributes
+    ----------
+    threshold:
+        Of exiting; 1 where none was certified.
+    certified:
+        Whether ``threshold`` bounds the loss.
+    alpha, delta, method:
+        As they were asked for.
+    num_images, num_samples:
+        How many images, the unit that is exchangeable, and questions about them.
+    mean_loss:
+        Of decisions at ``threshold`` on the calibration samples.
+    mean_exit_layer, mean_freeze_layer:
+        Of the same decisions, in layers; the second None without a freeze head.
+    smallest_alpha:
+        What so many images could certify at best.
     """
 
     threshold: float
@@ -132,6 +149,10 @@ def certified_threshold(
         example 1 - same answer, or min(KL, c) / c.
     image_ids:
         B ids; equal ids share an image.
+    alpha:
+        Bound on the mean loss, in (0, 1).
+    delta:
+        Chance that the bound fails, in (0, 1).
     method:
         "betting" or "bentkus", see :mod:`dyvte.calibration.pvalues`.
     levels:

@@ -26,8 +26,20 @@ Batch = Mapping[str, Any] | tuple[Mapping[str, Any], Tensor]
 class LayerSearch:
     """Outcome of :func:`search_exit_layer`.
 
-    ``k`` is the first exit layer of ``k_range`` whose mean KL is at most ``eta``, or None if none qualifies;
-    ``kl`` is the whole curve, (L+1,) float64 in nats, column k = exit layer k.
+    Attributes
+    ----------
+    k:
+        First exit layer of ``k_range`` whose mean KL is at most ``eta``; None if none qualifies.
+    kl:
+        (L+1,) float64 in nats, the whole curve; column k = exit layer k.
+    eta:
+        The bound, in nats.
+    k_range:
+        First and last candidate, both included.
+    direction, positions:
+        Which KL, and over which positions.
+    num_samples:
+        Rows with an image that the mean is over.
     """
 
     k: int | None
@@ -39,7 +51,13 @@ class LayerSearch:
     num_samples: int
 
     def within(self, eta: float) -> int | None:
-        """The first exit layer of ``k_range`` whose mean KL is at most ``eta``; None if none is."""
+        """The first exit layer of ``k_range`` whose mean KL is at most ``eta``; None if none is.
+
+        Parameters
+        ----------
+        eta:
+            Another bound than the one searched with, in nats.
+        """
         return first_within(self.kl, eta, self.k_range)
 
 
@@ -80,6 +98,8 @@ def search_exit_layer(
         A supported backbone in eval mode.
     batches:
         Model inputs of prompts, or pairs ``(inputs, answer_mask)``. Rows without an image are excluded.
+    eta:
+        Largest mean KL, in nats.
     k_range:
         First and last candidate, both included; (1, L-1) if None.
     direction:
@@ -87,6 +107,8 @@ def search_exit_layer(
     positions:
         "last_prompt": the position that predicts the first answer token. "answer": the mean over all answer
         positions, which needs the answer mask.
+    exits_per_chunk:
+        As for `trace_exits`.
 
     Raises
     ------

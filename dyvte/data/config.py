@@ -72,6 +72,11 @@ class DataConfig:
 def select_samples(data: DataConfig) -> Selection:
     """The samples that the settings choose, all with an image: a text-only prompt has no visual tokens.
 
+    Parameters
+    ----------
+    data
+        Which data, and which part of it.
+
     Raises
     ------
     DataError

@@ -20,7 +20,19 @@ _OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
 @dataclass(frozen=True, kw_only=True)
 class Defect:
-    """What is wrong with one sample, and where."""
+    """What is wrong with one sample, and where.
+
+    Attributes
+    ----------
+    file
+        Of the data; for messages.
+    sample_id
+        As the file gives it.
+    field
+        Where it is wrong: "image", "conversations", ...
+    problem
+        What was found, and what was expected.
+    """
 
     file: str
     sample_id: str
@@ -151,7 +163,20 @@ def check_text(text: str, where: str) -> None:
 
 
 def check_defects(defects: Sequence[Defect | str], max_bad_samples: int) -> None:
-    """Raise a DataError naming the first defects if there are more than ``max_bad_samples``."""
+    """See that no more samples are unusable than are allowed.
+
+    Parameters
+    ----------
+    defects
+        All that were found so far.
+    max_bad_samples
+        How many are tolerated: excluded and counted.
+
+    Raises
+    ------
+    DataError
+        There are more; the first of them are named.
+    """
     if len(defects) <= max_bad_samples:
         return
     shown = "\n  ".join(str(defect) for defect in defects[:_SHOWN_DEFECTS])

@@ -80,6 +80,11 @@ def check_image_file(folder: Path, path: Path, *, follow_links: bool) -> None:
 def load_image(source: Path | EmbeddedImage) -> Any:
     """An RGB PIL image, as `as_rgb` gives it: EXIF rotation is ignored and alpha dropped, as LLaVA does.
 
+    Parameters
+    ----------
+    source
+        A file, or bytes that came with the data.
+
     Raises
     ------
     DataError

@@ -58,6 +58,8 @@ class Conversations:
         one (``hashed``).
     image_folder
         What image paths are relative to.
+    hashed
+        Whether there is a file whose digest is recorded.
     """
 
     name: str

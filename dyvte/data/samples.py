@@ -11,7 +11,13 @@ Turns = Literal["single", "first", "all"]
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image whose encoded bytes came with the data (a parquet column, a hub dataset)."""
+    """An image whose encoded bytes came with the data (a parquet column, a hub dataset).
+
+    Attributes
+    ----------
+    data
+        The encoded file: PNG, JPEG, ...
+    """
 
     data: bytes = field(repr=False)
     name: str = "embedded image"
@@ -27,8 +33,12 @@ class Sample:
 
     Attributes
     ----------
+    id
+        Unique in its source, or numbered there.
     image
         Where the image is; None for text only.
+    question, answer
+        Plain text; the image placeholder is taken out of the question.
     history
         The earlier exchanges of the conversation as (question, answer): part of the prompt, the image
         placeholder before the first question.

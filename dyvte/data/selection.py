@@ -33,10 +33,14 @@ class Selection:
 
     Attributes
     ----------
+    samples
+        In the order of their source.
     counts
         Number of conversations or samples left or dropped at each step, for the log and the record.
     sha256
         Over the samples' ids, images, questions, answers and earlier exchanges, in order.
+    defects
+        Unusable samples that were tolerated; they are none of ``samples``.
     source, source_sha256
         What was read; the digest of the file, None for datasets.
     rule
@@ -78,6 +82,8 @@ def select(
 
     Parameters
     ----------
+    conversations
+        Read once, from the first to the last record.
     turns
         "single": conversations of one exchange only. "first": the first exchange of any. "all": every
         exchange is a sample, the exchanges before it are part of its prompt.
@@ -149,7 +155,13 @@ def select(
 
 
 def selection_sha256(samples: Iterable[Sample]) -> str:
-    """Digest of the samples' ids, image ids, questions, answers and earlier exchanges, in order."""
+    """Digest of the samples' ids, image ids, questions, answers and earlier exchanges, in order.
+
+    Parameters
+    ----------
+    samples
+        In the order that counts.
+    """
     digest = hashlib.sha256()
     for sample in samples:
         parts: list[Any] = [sample.id, sample.image_id, sample.question, sample.answer]

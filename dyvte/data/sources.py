@@ -74,6 +74,8 @@ def open_hub_conversations(
 
     Parameters
     ----------
+    hub_id
+        Name of the dataset, ``owner/name``.
     image_folder
         For datasets whose image column holds paths.
     subset, split, revision

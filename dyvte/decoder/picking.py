@@ -42,7 +42,15 @@ class Picker:
 
     @staticmethod
     def of(slots: Slots, tokens: int) -> Picker:
-        """Picks the tokens of these slots, of all rows."""
+        """Picks the tokens of these slots, of all rows.
+
+        Parameters
+        ----------
+        slots
+            (B, S) tokens of each row.
+        tokens
+            N, the length of the rows that is picked from.
+        """
         rows_B = torch.arange(len(slots.index), device=slots.index.device)
         return Picker(len(rows_B), tokens, rows_B, slots.index, slots.index.device)
 

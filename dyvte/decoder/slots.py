@@ -31,7 +31,13 @@ class Slots:
 
     @staticmethod
     def of(mask_BN: Tensor) -> Slots:
-        """Slots for the True positions of a mask."""
+        """Slots for the True positions of a mask.
+
+        Parameters
+        ----------
+        mask_BN
+            (B, N) bool; the widest row decides how many slots there are.
+        """
         width = int(mask_BN.sum(1).max()) if mask_BN.numel() else 0
         # Stable: chosen tokens first, in order.
         order_BS = mask_BN.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
@@ -39,7 +45,13 @@ class Slots:
         return Slots(torch.where(valid_BS, order_BS, order_BS[:, :1]), valid_BS)
 
     def take(self, values_BN: Tensor) -> Tensor:
-        """(B, S, ...) entries of a (B, N, ...) tensor; a batch dimension of 1 is expanded."""
+        """(B, S, ...) entries of a (B, N, ...) tensor; a batch dimension of 1 is expanded.
+
+        Parameters
+        ----------
+        values_BN
+            (B, N, ...) or (1, N, ...), on the device of the slots.
+        """
         rows = self.index.shape[0]
         values_BN = values_BN.expand(rows, *values_BN.shape[1:])
         index = self.index.reshape(*self.index.shape, *(1,) * (values_BN.dim() - 2))

@@ -44,7 +44,13 @@ class Window:
         )
 
     def first_needed(self, tokens: int) -> int:
-        """First column that a token after `tokens` columns can still see, whatever the row's padding."""
+        """First column that a token after `tokens` columns can still see, whatever the row's padding.
+
+        Parameters
+        ----------
+        tokens
+            How many columns come before the token, padding included.
+        """
         return max(tokens - self.size + 1, 0) if self.kind == "sliding" else 0
 
 

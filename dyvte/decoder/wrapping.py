@@ -61,6 +61,13 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
     """Give one module another forward; returns what undoes it.
 
     Where another tool has replaced the forward since, its version stays, with a warning.
+
+    Parameters
+    ----------
+    module
+        Its own attribute ``forward`` hides the one of its class.
+    forward
+        Takes what the stock one takes.
     """
     own = module.__dict__.get("forward")
     module.forward = forward
@@ -82,14 +89,26 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The states that a decoder layer returns, alone or first in a tuple."""
+    """The states that a decoder layer returns, alone or first in a tuple.
+
+    Parameters
+    ----------
+    output
+        A tensor (B, N, D), or a tuple that begins with one.
+    """
     return output[0] if isinstance(output, tuple) else output
 
 
 def returns_early(layer: nn.Module) -> bool:
     """May a layer stop after its keys and values? Not under hooks that expect every submodule to return
     (offloading, gathering). Those that transformers leaves on a model that was once asked for attentions or
-    states only note what passes."""
+    states only note what passes.
+
+    Parameters
+    ----------
+    layer
+        Of the decoder, with whatever hooks it has now.
+    """
     inner = [module for module in layer.modules() if module is not layer]
     hooked = any(
         getattr(hook, "__module__", None) != _CAPTURING

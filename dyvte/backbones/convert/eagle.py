@@ -33,6 +33,11 @@ RULES = (
 def convert_eagle_x5(state: Mapping[str, Tensor]) -> Converted:
     """Convert the language side and projector of an Eagle-X5 state dict.
 
+    Parameters
+    ----------
+    state
+        Its tensors by name, as the published checkpoint holds them.
+
     Raises
     ------
     CheckpointError

@@ -39,6 +39,8 @@ def llava_for_features(
         From `convert_eagle_x5` or `convert_vila15`, its vocabulary grown to that of `text_config`.
     text_config
         Of the decoder: a transformers config, or a dict with its ``model_type``.
+    image_token_id
+        Id of the placeholder token, of which a prompt holds T for each image.
     config_options
         Further fields of `LlavaConfig`.
 

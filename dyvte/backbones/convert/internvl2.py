@@ -84,6 +84,8 @@ def convert_internvl2(
 
     Parameters
     ----------
+    state
+        Its tensors by name, as the published checkpoint holds them.
     num_attention_heads, num_key_value_heads
         Of the decoder (``llm_config``): they say how an InternLM2 ``wqkv`` is laid out.
 

@@ -48,6 +48,11 @@ RULES = (
 def convert_llava15(state: Mapping[str, Tensor]) -> Converted:
     """Convert an original LLaVA-1.5 state dict.
 
+    Parameters
+    ----------
+    state
+        Its tensors by name, as ``liuhaotian/llava-v1.5-*`` holds them.
+
     Raises
     ------
     CheckpointError
