@@ -49,6 +49,8 @@ class GateConfig:
         id, model_type and fingerprint of the backbone the gates belong to.
     training, calibration
         Free records of how the weights and the threshold came about.
+    dyvte_version
+        Of the package that made the gates; "" stands for the one in use.
     """
 
     num_layers: int
@@ -136,6 +138,11 @@ class GateConfig:
     @classmethod
     def from_json(cls, text: str) -> GateConfig:
         """Inverse of `to_json`.
+
+        Parameters
+        ----------
+        text
+            Content of a `gate_config.json`, of this version or an earlier one.
 
         Raises
         ------

@@ -16,7 +16,18 @@ DEFAULT_FEATURES = ("mean_prompt", "last_prompt")
 
 
 def check_features(names: Sequence[str]) -> tuple[str, ...]:
-    """``names`` as a tuple; ConfigError unless they are known, different and at least one."""
+    """``names`` as a tuple.
+
+    Parameters
+    ----------
+    names:
+        Of parts that a gate reads, in the order in which it reads them.
+
+    Raises
+    ------
+    ConfigError
+        They are unknown, not all different, or none.
+    """
     names = tuple(names)
     if not names or len(set(names)) != len(names) or not set(names) <= set(FEATURES):
         raise ConfigError(f"gate features {names}: expected one or more of {FEATURES}, each at most once")
@@ -24,7 +35,13 @@ def check_features(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def reads_visual(names: Sequence[str]) -> bool:
-    """Do the features need the states of visual tokens?"""
+    """Do the features need the states of visual tokens?
+
+    Parameters
+    ----------
+    names:
+        Of the parts, as in `GateConfig.features`.
+    """
     return any(name.endswith("_visual") for name in names)
 
 
@@ -47,6 +64,8 @@ def prompt_features(
         Output of a decoder layer.
     prompt_mask_BN, visual_mask_BN:
         Prompt text after the image, and visual tokens (``Spans``); the latter where a name asks for it.
+    names:
+        Which parts, in which order: "mean_prompt", "last_prompt", "mean_visual", "last_visual".
     """
     return FeatureReader(prompt_mask_BN, visual_mask_BN, names)(hidden_BND)
 

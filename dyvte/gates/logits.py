@@ -64,7 +64,13 @@ class HeadLogits:
         return HeadLogits(self.exit_BGL, self.freeze_BL.masked_fill(mask_L, CLOSED), self.freeze_layers)
 
     def rows(self, index: Tensor | slice) -> HeadLogits:
-        """The samples at ``index``."""
+        """The samples at ``index``.
+
+        Parameters
+        ----------
+        index
+            Positions or a bool mask over the B samples, or a slice.
+        """
         return HeadLogits(self.exit_BGL[index], self.freeze_BL[index], self.freeze_layers)
 
     def shifted(self, exit_shift: float, freeze_shift: float) -> HeadLogits:
@@ -83,7 +89,13 @@ class HeadLogits:
 
     @staticmethod
     def cat(parts: Sequence[HeadLogits]) -> HeadLogits:
-        """Several batches as one, in order."""
+        """Several batches as one, in order.
+
+        Parameters
+        ----------
+        parts
+            Of the same freeze layers; at least one.
+        """
         return HeadLogits(
             torch.cat([part.exit_BGL for part in parts]),
             torch.cat([part.freeze_BL for part in parts]),

@@ -45,12 +45,28 @@ def uniform_freeze_offsets(num_layers: int, freezes: Collection[int] | None = No
 
 
 def close_gates(offsets: Sequence[float], exits: Collection[int]) -> tuple[float, ...]:
-    """The offsets, with the gates closed whose layer is not among ``exits``."""
+    """The offsets, with the gates closed whose layer is not among ``exits``.
+
+    Parameters
+    ----------
+    offsets
+        L constants, gate k at k-1; the last, of gate L, stays as it is.
+    exits
+        Layers at which a row may leave.
+    """
     return tuple(x if k in exits or k == len(offsets) else CLOSED for k, x in enumerate(offsets, start=1))
 
 
 def close_freezes(offsets: Sequence[float], freezes: Collection[int]) -> tuple[float, ...]:
-    """The freeze head's offsets, closed at the layers that are not among ``freezes``."""
+    """The freeze head's offsets, closed at the layers that are not among ``freezes``.
+
+    Parameters
+    ----------
+    offsets
+        L constants, entry j of freezing after j layers.
+    freezes
+        Layers after which a row may freeze.
+    """
     return tuple(x if j in freezes else CLOSED for j, x in enumerate(offsets))
 
 

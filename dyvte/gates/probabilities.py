@@ -17,6 +17,11 @@ def exit_probabilities(logits_BL: Tensor) -> Tensor:
     """(B, L) log P_k of leaving at k: h_k times the chance not to have left before; column L-1 is the rest.
 
     h_k = sigmoid(logit_k). The logit of gate L is not read.
+
+    Parameters
+    ----------
+    logits_BL
+        (B, L) exit minus stay, offsets included; half precision is computed in float32.
     """
     logits_BK = logits_BL[:, :-1]
     if logits_BL.dtype not in (torch.float32, torch.float64):
@@ -39,6 +44,11 @@ def schedule_probabilities(logits: HeadLogits) -> Tensor:
         P(f, k) = (1 - e_f) a_f prod_{j < f} (1 - e_j) (1 - a_j)  x  d_k prod_{f < j < k} (1 - d_j)
 
     where nothing leaves before the first layer (e_0 = 0) and L takes the rest (e_L = d_L = 1).
+
+    Parameters
+    ----------
+    logits
+        Of both heads on G = F + 1 streams: F that are frozen, and the plain one last.
     """
     exit_BGK = logits.exit_BGL[..., :-1]  # gates 1..L-1
     stay_BGK, leave_BGK = F.logsigmoid(-exit_BGK), F.logsigmoid(exit_BGK)

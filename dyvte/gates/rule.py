@@ -18,7 +18,13 @@ from dyvte.gates.offsets import CLOSED
 
 
 def logit_threshold(threshold: float) -> float:
-    """log(t / (1 - t)); infinite at the ends."""
+    """log(t / (1 - t)); infinite at the ends.
+
+    Parameters
+    ----------
+    threshold
+        A probability t in 0..1.
+    """
     if threshold >= 1.0:
         return math.inf
     return math.log(threshold / (1.0 - threshold)) if threshold > 0.0 else -math.inf
@@ -32,14 +38,14 @@ def check_rule(
     mode: str = "gates",
     freeze_threshold: float | None = None,
 ) -> None:
-    """Raise ConfigError where the settings of the decision rule make no sense; L may be unknown yet.
+    """See that the settings of the decision rule make sense; L may be unknown yet.
 
     Parameters
     ----------
     num_layers
         L; None: not known yet.
     threshold
-        Of exiting, in (0, 1].
+        Of exiting, in 0..1.
     min_layer
         First layer that may be an exit.
     fallback
@@ -48,6 +54,11 @@ def check_rule(
         "gates" or "fixed".
     freeze_threshold
         Of freezing; None without a freeze head.
+
+    Raises
+    ------
+    ConfigError
+        One of them is out of its range, which is named.
     """
     for name, value in (("threshold", threshold), ("freeze_threshold", freeze_threshold)):
         if value is not None and not 0.0 <= value <= 1.0:
@@ -68,6 +79,13 @@ def follow_threshold(freeze_threshold: float, threshold: float, new: float) -> f
     went together: one path drives both heads, at a constant distance of their logits.
 
     Where the distance is infinite (a threshold of 0 or 1) both are ``new``.
+
+    Parameters
+    ----------
+    freeze_threshold, threshold
+        The pair that was chosen together, probabilities.
+    new
+        Exit threshold that is used instead.
     """
     if new == threshold:
         return freeze_threshold
@@ -86,6 +104,19 @@ class ScheduleRule:
     of the exit threshold, and is frozen there at the latest. A logit that is asked and not finite, of either
     head, makes its row stop asking: it leaves at max(that layer, fallback), without a fallback never, and a
     row that was still updated freezes nowhere before. Exit gates 1..L-1 decide, freeze gates 0..L-1.
+
+    Parameters
+    ----------
+    num_rows, num_layers
+        B and L.
+    threshold
+        Of exiting, a probability; 1: never.
+    min_layer
+        First layer after which a row may leave.
+    fallback
+        Where a row leaves, at the earliest, whose gate output is not finite; None: L.
+    freeze_threshold
+        Of freezing; None: no freeze head, a row is frozen where it leaves.
 
     Attributes
     ----------
@@ -121,11 +152,25 @@ class ScheduleRule:
         self.fallback_B = torch.zeros(num_rows, dtype=torch.bool)
 
     def wants(self, k: int) -> bool:
-        """Does any row still need the heads at k?"""
+        """Does any row still need the heads at k?
+
+        Parameters
+        ----------
+        k
+            Layers behind the features, 0..L-1.
+        """
         return bool(self._exit_asked(k).any() or self._freeze_asked(k).any())
 
     def step(self, k: int, logits: Tensor) -> None:
-        """Take in the logits (on CPU) at k: (B,) of the exit head, or (2, B) of exit and freeze head."""
+        """Take in the logits (on CPU) at k: (B,) of the exit head, or (2, B) of exit and freeze head.
+
+        Parameters
+        ----------
+        k
+            Layers behind the features, 0..L-1, rising from call to call.
+        logits
+            Entries of rows that are not asked at k do not count.
+        """
         exit_B, freeze_B = logits if logits.dim() == 2 else (logits, None)
         leaving_B, freezing_B = self._exit_asked(k), self._freeze_asked(k)
         broken_B = leaving_B & ~torch.isfinite(exit_B)
@@ -167,7 +212,15 @@ class ScheduleRule:
 
 @dataclass(frozen=True)
 class Schedules:
-    """Where each of B rows freezes and leaves, (B,) int64 each."""
+    """Where each of B rows freezes and leaves, (B,) int64 each.
+
+    Attributes
+    ----------
+    freeze_layers_B
+        How many layers update the visual tokens; never above the exit layer.
+    exit_layers_B
+        In how many layers text reads them.
+    """
 
     freeze_layers_B: Tensor
     exit_layers_B: Tensor
@@ -186,6 +239,8 @@ def schedules(
     ----------
     logits
         (B, L) of gates without freeze head, or those of both heads on the traced streams.
+    threshold, min_layer, fallback
+        As `ScheduleRule` takes them.
     freeze_threshold
         Of the freeze head; None: the exit threshold.
 

@@ -6,7 +6,6 @@ Shapes: B rows, L decoder layers, F gate features, h gate width; G streams, M st
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,8 +20,7 @@ from dyvte.gates.config import GateConfig
 from dyvte.gates.files import read_checkpoint, write_checkpoint
 from dyvte.gates.logits import HeadLogits
 from dyvte.gates.offsets import CLOSED
-
-_REFERENCE_KEY = re.compile(r"(?:^|\.)visual_gates_router\.(\d+)\.(w[12])\.weight$")
+from dyvte.gates.reference import reference_tensors
 
 
 class GateStack(nn.Module):
@@ -32,6 +30,11 @@ class GateStack(nn.Module):
     anything. ``freezes`` is the freeze head, None in a stack without one: its gate j = 0..L-1 reads what exit
     gate j reads, gate 0 the same features before the first layer. ``trunk`` is what all gates share, None
     where they share nothing.
+
+    Parameters
+    ----------
+    config
+        Shapes, architecture, features and offsets.
     """
 
     def __init__(self, config: GateConfig) -> None:
@@ -51,7 +54,15 @@ class GateStack(nn.Module):
 
     @staticmethod
     def init(config: GateConfig, seed: int = 0) -> GateStack:
-        """New gates: Xavier uniform weights, as in the DyVTE reference code, and zero biases."""
+        """New gates: Xavier uniform weights, as in the DyVTE reference code, and zero biases.
+
+        Parameters
+        ----------
+        config
+            What they are made of.
+        seed
+            Of the weights; the global generator is left alone.
+        """
         with torch.device("meta"):
             stack = GateStack(config)
         stack = stack.to_empty(device="cpu")
@@ -77,7 +88,20 @@ class GateStack(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters()) - unused
 
     def gate(self, k: int, features_BF: Tensor) -> Tensor:
-        """(B,) float32: exit minus stay logit of gate k (1-based), offset included."""
+        """(B,) float32: exit minus stay logit of gate k (1-based), offset included.
+
+        Parameters
+        ----------
+        k
+            Layers behind the features, 1..L.
+        features_BF
+            (B, F) what the gate reads, in any float dtype.
+
+        Raises
+        ------
+        ConfigError
+            There is no gate k.
+        """
         if not 1 <= k <= self.config.num_layers:
             raise ConfigError(f"gate {k}: expected a layer in 1..{self.config.num_layers}")
         return self._exit(k, self._read(features_BF, k))
@@ -86,6 +110,18 @@ class GateStack(nn.Module):
         """(2, B) float32 exit and freeze logits after layer k = 0..L-1, offsets included.
 
         At k = 0, before the first layer, nothing can leave: `CLOSED` in the exit head's place.
+
+        Parameters
+        ----------
+        k
+            Layers behind the features.
+        features_BF
+            (B, F) what both gates read.
+
+        Raises
+        ------
+        ConfigError
+            The stack has no freeze head, or k does not lie in 0..L-1.
         """
         if self.freezes is None or not 0 <= k < self.config.num_layers:
             raise ConfigError(f"both heads at {k}: expected gates with a freeze head, and a layer below L")
@@ -154,7 +190,13 @@ class GateStack(nn.Module):
         frozen_BMF: Tensor | None = None,
         freeze_layers: Sequence[int] = (),
     ) -> Tensor | HeadLogits:
-        """`forward` as what the rule and the objectives take: (B, L), or `HeadLogits`."""
+        """`forward` as what the rule and the objectives take: (B, L), or `HeadLogits`.
+
+        Parameters
+        ----------
+        features_BLF, embeddings_BF, frozen_BMF, freeze_layers
+            As for `forward`.
+        """
         found = self(features_BLF, embeddings_BF, frozen_BMF, freeze_layers)
         return found if isinstance(found, Tensor) else HeadLogits(*found, tuple(freeze_layers))
 
@@ -167,7 +209,12 @@ class GateStack(nn.Module):
     ) -> None:
         """Let a new stack take in what its architecture must know of the training features; often nothing.
 
-        Parameters as for `forward`: those of all training samples. Call it once, before training.
+        Call it once, before training.
+
+        Parameters
+        ----------
+        features_BLF, embeddings_BF, frozen_BMF, freeze_layers
+            As for `forward`: those of all training samples.
         """
         if self.trunk is None:
             return
@@ -192,7 +239,13 @@ class GateStack(nn.Module):
         return self.freezes[j](read) + self.config.freeze_offsets[j]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `gate_config.json` and `gates.safetensors`; each file appears whole or not at all."""
+        """Write `gate_config.json` and `gates.safetensors`; each file appears whole or not at all.
+
+        Parameters
+        ----------
+        folder
+            Made where it does not exist.
+        """
         write_checkpoint(folder, self.config, self.state_dict())
 
     @classmethod
@@ -201,6 +254,11 @@ class GateStack(nn.Module):
 
         Several trainings of one shape differ by their seeds alone, and their mean decides better than most of
         them.
+
+        Parameters
+        ----------
+        stacks
+            At least one; none of them is changed.
 
         Raises
         ------
@@ -236,6 +294,11 @@ class GateStack(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GateStack:
         """Read a folder written by `save_pretrained`, or such a repository on the hub.
 
+        Parameters
+        ----------
+        folder
+            Of the checkpoint, or its hub id.
+
         Raises
         ------
         CheckpointError
@@ -256,6 +319,13 @@ class GateStack(nn.Module):
         Other keys are ignored, so a whole checkpoint may be given. Offsets are zero and the threshold 0.5:
         the reference's own decision ``logit[1] > logit[0]``.
 
+        Parameters
+        ----------
+        state_dict
+            Tensors by name; the layers are counted from 0 there.
+        config_fields
+            Further fields of `GateConfig`: backbone, features, ...
+
         Raises
         ------
         CheckpointError
@@ -264,38 +334,26 @@ class GateStack(nn.Module):
         """
         if config_fields.get("freeze_head"):
             raise CheckpointError("reference gates have one head: they cannot be read with freeze_head: true")
-        found: dict[tuple[int, str], Tensor] = {}
-        for name, tensor in state_dict.items():
-            if match := _REFERENCE_KEY.search(name):
-                found[int(match[1]), match[2]] = tensor
-        if not found:
-            raise CheckpointError(
-                "no key like 'model.visual_gates_router.0.w1.weight' in this state dict: "
-                "it holds no reference gates"
-            )
-        num_layers = max(i for i, _ in found) + 1
-        missing = [f"{i}.{w}" for i in range(num_layers) for w in ("w1", "w2") if (i, w) not in found]
-        if missing:
-            raise CheckpointError(
-                f"reference gates are incomplete: {missing[:8]} missing of {num_layers} layers"
-            )
-        width, feature_size = found[0, "w1"].shape
-        config = GateConfig(
-            num_layers=num_layers,
-            hidden_size=feature_size // 2,
-            architecture="reference",
-            gate_hidden_size=width,
-            **config_fields,
-        )
+        sizes, tensors = reference_tensors(state_dict)
         with torch.device("meta"):
-            stack = cls(config)
-        tensors = {f"gates.{i}.{w}.weight": t for (i, w), t in found.items()}
+            stack = cls(GateConfig(**sizes, architecture="reference", **config_fields))
         _assign(stack, tensors, "the reference state dict")
         return stack
 
 
 def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, GateStack | None]:
-    """Config and gates of a checkpoint folder or hub id; no gates where it describes a fixed exit."""
+    """Config and gates of a checkpoint folder or hub id; no gates where it describes a fixed exit.
+
+    Parameters
+    ----------
+    folder
+        Of the checkpoint, or its hub id.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing or damaged, or the tensors do not fit the config.
+    """
     config, tensors = read_checkpoint(folder)
     if tensors is None:
         return config, None

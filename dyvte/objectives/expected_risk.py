@@ -28,6 +28,7 @@ class ExpectedRisk(Objective):
     """Expected loss plus a price of visual compute, exactly, over many prices; see :func:`expected_risk`."""
 
     name: Literal["expected_risk"] = "expected_risk"
+    """Chooses this objective."""
     lam: float = 0.1
     """Price, in nats, of the visual tokens in all layers, at threshold 0.5."""
     span: float = 100.0
@@ -90,6 +91,10 @@ def expected_risk(
         the price that threshold 0.5 stands for.
     span:
         1: the objective at ``lam`` alone. Else the range of prices, lam / span to lam * span.
+    points:
+        How many prices are summed over, where there is a span.
+    shift:
+        How far, in logits, a price e times higher moves the threshold.
     memory_price:
         Price of their keys and values in the caches of all layers.
     loss:

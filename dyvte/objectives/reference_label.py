@@ -28,6 +28,7 @@ class ReferenceLabel(Objective):
     """Cross-entropy on the label rule of DyVTE's reference code; see :func:`reference_label`."""
 
     name: Literal["reference_label"] = "reference_label"
+    """Chooses this objective."""
     one_layer_per_step: bool = False
     """Train one random gate per step, as the reference does; else all."""
 
@@ -42,6 +43,11 @@ def reference_labels(trace: Trace) -> Tensor:
     The reference's cross-entropy is on the ground truth, so the trace needs ``label_source="data"`` to
     reproduce it; its defect with token id 0 (in the sum of the loss, not in the count) is not reproduced. A
     full loss of exactly 0 gives label 0 everywhere, there as here.
+
+    Parameters
+    ----------
+    trace:
+        B samples; its ``agreement`` and ``loss`` are read.
     """
     agrees_BL = trace.agreement[:, 1:] > MIN_AGREEMENT
     return agrees_BL & (trace.loss[:, 1:] < LOSS_SCALE * trace.loss[:, -1:])
@@ -57,6 +63,8 @@ def reference_label(logits_BL: Tensor, trace: Trace, *, layer: int | None = None
     ----------
     logits_BL:
         (B, L), or with ``layer`` (B,) or (B, 1): that gate alone, so that no other gate gets a gradient.
+    trace:
+        The same B samples.
     layer:
         1..L-1: only the gate after this layer (the reference's one random layer per step). None: all gates
         at labelled exits, L omitted.

@@ -24,6 +24,7 @@ class SafeLabel(Objective):
     """Cross-entropy on "every later exit is harmless too"; see :func:`safe_label`."""
 
     name: Literal["safe_label"] = "safe_label"
+    """Chooses this objective."""
     epsilon: float = 0.01
     """Risk in nats below which an exit is harmless."""
     balance: bool = True

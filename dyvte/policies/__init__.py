@@ -32,6 +32,11 @@ __all__ = [
 def parse_policy(text: str) -> Policy:
     """A policy from its command line form, such as ``fixed:16``; ``POLICIES.usages()`` are all of them.
 
+    Parameters
+    ----------
+    text
+        ``NAME`` or ``NAME:ARGUMENT``.
+
     Raises
     ------
     ConfigError

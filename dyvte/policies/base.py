@@ -65,7 +65,13 @@ class Plan:
         self.freeze_layers_B = exit_layers_B if freeze_layers_B is None else freeze_layers_B
 
     def asks(self, k: int) -> bool:
-        """Must features be taken after layer k (0..L-1)? 0: before the first layer, from the embeddings."""
+        """Must features be taken after layer k (0..L-1)? 0: before the first layer, from the embeddings.
+
+        Parameters
+        ----------
+        k
+            Layers behind the features.
+        """
         return False
 
     def asking_rows(self) -> Tensor:
@@ -85,7 +91,15 @@ class Plan:
         raise NotImplementedError
 
     def step(self, k: int, logits: Tensor) -> None:
-        """Take in what `logits` gave for all rows after layer k, on the CPU."""
+        """Take in what `logits` gave for all rows after layer k, on the CPU.
+
+        Parameters
+        ----------
+        k
+            Layers behind the features.
+        logits
+            (B,) or (2, B), on the CPU; entries of rows that do not ask are not looked at.
+        """
         raise NotImplementedError
 
     def settle(self, rows_B: Tensor, k: int) -> None:
@@ -122,7 +136,18 @@ class Policy:
 
     @classmethod
     def parse(cls, argument: str) -> Policy:
-        """Make the policy from the text after the colon; ConfigError where it is malformed."""
+        """Make the policy from the text after the colon.
+
+        Parameters
+        ----------
+        argument
+            "" where there is none.
+
+        Raises
+        ------
+        ConfigError
+            It is malformed; the expected form is named.
+        """
         raise NotImplementedError
 
     def check(self, num_layers: int, hidden_size: int) -> None:
@@ -137,10 +162,22 @@ class Policy:
         """
 
     def to(self, device: torch.device) -> None:
-        """Bring weights, if any, to the backbone's device."""
+        """Bring weights, if any, to the backbone's device.
+
+        Parameters
+        ----------
+        device
+            Of the decoder.
+        """
 
     def start(self, rows: Rows) -> Plan:
-        """The plan for one prefill."""
+        """The plan for one prefill.
+
+        Parameters
+        ----------
+        rows
+            Sizes and ids of the rows, before the first layer.
+        """
         raise NotImplementedError
 
 

@@ -11,7 +11,13 @@ from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 
 @POLICIES.register
 class FixedPolicy(Policy):
-    """Every row leaves after layer `exit_layer` (0..L); None means L."""
+    """Every row leaves after the same layer (VTW, arXiv 2405.05803).
+
+    Parameters
+    ----------
+    exit_layer
+        In how many layers text can read the visual tokens, 0..L; None: L.
+    """
 
     name = "fixed"
     usage = "fixed:K"

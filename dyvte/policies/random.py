@@ -14,7 +14,20 @@ from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 
 @POLICIES.register
 class RandomPolicy(Policy):
-    """Uniform in low..high, both included; a function of (seed, sample id), so batches do not matter."""
+    """Uniform in low..high, both included; a function of (seed, sample id), so batches do not matter.
+
+    Parameters
+    ----------
+    low, high
+        First and last exit layer that is drawn.
+    seed
+        Another one draws other layers for the same ids.
+
+    Raises
+    ------
+    ConfigError
+        The range is empty.
+    """
 
     name = "random"
     usage = "random:LOW-HIGH[:SEED]"
@@ -37,7 +50,13 @@ class RandomPolicy(Policy):
         check_rule(num_layers, 0.5, 1, self.high, "fixed")
 
     def draw(self, sample_id: str) -> int:
-        """The exit layer of one sample."""
+        """The exit layer of one sample.
+
+        Parameters
+        ----------
+        sample_id
+            Of the row; equal ids draw alike.
+        """
         digest = hashlib.sha256(f"{self.seed}\0{sample_id}".encode()).digest()
         return self.low + int.from_bytes(digest[:8], "big") % (self.high - self.low + 1)
 

@@ -61,6 +61,11 @@ __all__ = [
 def parse_reduction(text: str) -> Reduction:
     """A reduction from its command line form, such as ``fastv:2:0.5``; ``REDUCTIONS.usages()`` are all.
 
+    Parameters
+    ----------
+    text
+        ``NAME:ARGUMENT``.
+
     Raises
     ------
     ConfigError
@@ -70,7 +75,13 @@ def parse_reduction(text: str) -> Reduction:
 
 
 def parse_reductions(text: str) -> tuple[Reduction, ...]:
-    """Reductions joined by ``+``; an empty text or ``none``: none."""
+    """Reductions joined by ``+``; an empty text or ``none``: none.
+
+    Parameters
+    ----------
+    text
+        As `--reduction` takes it.
+    """
     if text in ("", "none"):
         return ()
     return check_reductions([parse_reduction(part) for part in text.split("+")])
@@ -78,6 +89,11 @@ def parse_reductions(text: str) -> tuple[Reduction, ...]:
 
 def check_reductions(reductions: Sequence[Reduction]) -> tuple[Reduction, ...]:
     """The reductions as a tuple.
+
+    Parameters
+    ----------
+    reductions
+        In the order in which they act.
 
     Raises
     ------

@@ -39,9 +39,14 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """Which visual tokens a visual token attends to: those within `radius` rows and columns on its own image.
+    """Which visual tokens a visual token attends to; to the text before it, it attends as ever.
 
-    `causal` omits those that come later. It attends to the text before it as ever.
+    Attributes
+    ----------
+    radius
+        Rows and columns on its own image within which it sees others.
+    causal
+        Are those that come later omitted?
     """
 
     radius: int
@@ -101,6 +106,11 @@ class VisualWork:
 def merged(works: Sequence[VisualWork]) -> VisualWork:
     """What is left when several reductions omit work of one layer.
 
+    Parameters
+    ----------
+    works
+        One for each reduction.
+
     Raises
     ------
     ConfigError
@@ -147,15 +157,33 @@ class ReductionPlan:
         return hidden_BND, carried_BN
 
     def visual_work(self, k: int) -> VisualWork:
-        """What the k-th layer (1..L) does for visual tokens."""
+        """What the k-th layer (1..L) does for visual tokens.
+
+        Parameters
+        ----------
+        k
+            The layer, counted from 1.
+        """
         return VisualWork()
 
     def drops(self, k: int) -> bool:
-        """Do tokens leave after layer k?"""
+        """Do tokens leave after layer k?
+
+        Parameters
+        ----------
+        k
+            1..L-1; what leaves before the first layer is `enter`'s.
+        """
         return False
 
     def reads_attention(self, k: int) -> bool:
-        """Must `keep` be told whom each row's last prompt token attends to in layer k?"""
+        """Must `keep` be told whom each row's last prompt token attends to in layer k?
+
+        Parameters
+        ----------
+        k
+            The layer, counted from 1.
+        """
         return False
 
     def keep(self, k: int, carried_BN: Tensor, scores_BN: Tensor | None) -> Tensor:
@@ -163,6 +191,8 @@ class ReductionPlan:
 
         Parameters
         ----------
+        k
+            Of those at which it `drops`.
         carried_BN
             (B, N) bool on the CPU: tokens that went through layer k.
         scores_BN
@@ -193,28 +223,71 @@ class Reduction:
 
     @classmethod
     def parse(cls, argument: str) -> Reduction:
-        """Make the reduction from the text after the first colon; ConfigError where it is malformed."""
+        """Make the reduction from the text after the first colon.
+
+        Parameters
+        ----------
+        argument
+            "" where there is none.
+
+        Raises
+        ------
+        ConfigError
+            It is malformed; the expected form is named.
+        """
         raise NotImplementedError
 
     may_freeze = False
     """May visual tokens be read in layers that do not update them?"""
 
     def check(self, num_layers: int) -> None:
-        """Raise where this reduction cannot serve a backbone of L layers."""
+        """Raise where this reduction cannot serve a backbone of L layers.
+
+        Parameters
+        ----------
+        num_layers
+            L.
+        """
 
     def check_backbone(self, backbone: Backbone) -> None:
-        """Raise where this reduction cannot serve this very backbone."""
+        """Raise where this reduction cannot serve this very backbone.
+
+        Parameters
+        ----------
+        backbone
+            As it was found in the model.
+        """
 
     def tokens_left(self, visual_BL: Tensor) -> Tensor:
-        """(B, L) visual tokens that each layer processes, of those that would come to it: for cost alone."""
+        """(B, L) visual tokens that each layer processes, of those that would come to it: for cost alone.
+
+        Parameters
+        ----------
+        visual_BL
+            (B, L) visual tokens that would come to each layer without it.
+        """
         return visual_BL
 
     def selection_flops(self, num_visual: int, hidden_size: int) -> float:
-        """FLOPs (two per multiply-add) of choosing among so many visual tokens before the first layer."""
+        """FLOPs (two per multiply-add) of choosing among so many visual tokens before the first layer.
+
+        Parameters
+        ----------
+        num_visual
+            Visual tokens of one prompt.
+        hidden_size
+            D.
+        """
         return 0.0
 
     def start(self, rows: TokenRows) -> ReductionPlan:
-        """The plan for one prefill."""
+        """The plan for one prefill.
+
+        Parameters
+        ----------
+        rows
+            Which tokens of the batch are what, before the first layer.
+        """
         raise NotImplementedError
 
 

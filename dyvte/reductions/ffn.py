@@ -49,6 +49,11 @@ class SparseFFN(Reduction):
     profile
         Measured importance: the most important neurons are taken. None: the first ones, as the published code
         does (its ratio 2 is share 0.5).
+
+    Raises
+    ------
+    ConfigError
+        The share does not lie in 0..1.
     """
 
     name = "ffn"

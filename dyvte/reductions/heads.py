@@ -36,6 +36,11 @@ class InactiveHeads(Reduction):
     ----------
     active_LH
         (L, H) bool. A layer without an active head leaves its visual tokens to the FFN alone.
+
+    Raises
+    ------
+    ConfigError
+        ``active_LH`` is no (layers, heads) bool tensor.
     """
 
     name = "heads"

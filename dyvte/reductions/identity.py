@@ -12,7 +12,13 @@ NO_REDUCTION = "none"
 
 
 def identity(reductions: Sequence[Reduction]) -> str:
-    """All that reductions do, in one line that can be compared; ``none`` without any."""
+    """All that reductions do, in one line that can be compared; ``none`` without any.
+
+    Parameters
+    ----------
+    reductions
+        In any order: the line is the same.
+    """
     return "+".join(sorted(map(repr, reductions))) or NO_REDUCTION
 
 
@@ -24,6 +30,10 @@ def warn_of_others(config: GateConfig, reductions: Sequence[Reduction], *, as_ca
 
     Parameters
     ----------
+    config
+        Of the gates; its records say which reductions they learned and were calibrated with.
+    reductions
+        In force now.
     as_calibrated
         The threshold in force is the stored one.
     """

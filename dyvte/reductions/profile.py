@@ -40,7 +40,13 @@ class VisualProfile:
     about: dict[str, Any] = field(default_factory=dict)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the two files, each whole or not at all."""
+        """Write the two files, each whole or not at all.
+
+        Parameters
+        ----------
+        folder
+            Made where it does not exist.
+        """
         from safetensors.torch import save
 
         folder = Path(folder)
@@ -52,6 +58,11 @@ class VisualProfile:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VisualProfile:
         """Read a folder.
+
+        Parameters
+        ----------
+        folder
+            Written by `save_pretrained`.
 
         Raises
         ------
@@ -72,7 +83,18 @@ class VisualProfile:
             ) from error
 
     def check(self, backbone: Backbone) -> None:
-        """Raise GateMismatchError where this was measured on another backbone."""
+        """See that this was measured on the backbone in hand.
+
+        Parameters
+        ----------
+        backbone
+            Its architecture and weights are compared with the recorded ones.
+
+        Raises
+        ------
+        GateMismatchError
+            It was measured on another.
+        """
         for name, of in (("fingerprint", fingerprint), ("weights", weights_digest)):
             want, have = self.about.get("backbone", {}).get(name), of(backbone.model)
             if want and have and want != have:

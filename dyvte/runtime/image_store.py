@@ -187,7 +187,13 @@ class ImageStore:
 
     # -- for the runtime -------------------------------------------------------------------------------
     def bind(self, backbone: Backbone) -> None:
-        """Serve this model; forget what another one, or the same with other weights, has seen."""
+        """Serve this model; forget what another one, or the same with other weights, has seen.
+
+        Parameters
+        ----------
+        backbone
+            Of the block that reads and fills the store.
+        """
         weights = _weights_of(backbone.model)
         known = None if self._model is None else self._model()
         if known is not backbone.model or weights != self._weights:
@@ -196,7 +202,17 @@ class ImageStore:
         self._model, self._weights = weakref.ref(backbone.model), weights
 
     def segment(self, content: Content, visual_S: Tensor, before: Segment | None) -> Segment:
-        """The segment of this content behind another one: the one that is kept, or a new one."""
+        """The segment of this content behind another one: the one that is kept, or a new one.
+
+        Parameters
+        ----------
+        content
+            What enters the first layer for these tokens.
+        visual_S
+            (S,) bool: which of its tokens are visual.
+        before
+            The segment that it stands behind; None at the start of a prompt.
+        """
         key = (id(before), len(content), content.probe)
         alike = self._by_probe.setdefault(key, [])
         found = next((one for one in alike if one.before is before and content.is_same(one.content)), None)
@@ -209,14 +225,26 @@ class ImageStore:
         return found
 
     def touch(self, segment: Segment) -> None:
-        """It was used just now, and so was what stands before it."""
+        """It was used just now, and so was what stands before it.
+
+        Parameters
+        ----------
+        segment
+            Kept or not.
+        """
         if id(segment) in self._entries:
             self._entries.move_to_end(id(segment))
         if segment.before is not None:
             self.touch(segment.before)
 
     def features(self, digest: bytes) -> Encoded | None:
-        """What the vision tower made of an image; None if that is not known."""
+        """What the vision tower made of an image; None if that is not known.
+
+        Parameters
+        ----------
+        digest
+            Of the pixels and what else the tower is given.
+        """
         entry = self._entries.get(digest)
         if entry is None:
             return None
@@ -224,11 +252,25 @@ class ImageStore:
         return entry.value
 
     def keep_features(self, digest: bytes, encoded: Encoded) -> None:
-        """Remember what the vision tower made of an image."""
+        """Remember what the vision tower made of an image.
+
+        Parameters
+        ----------
+        digest
+            Of the pixels and what else the tower is given.
+        encoded
+            Its features as the tower gave them; they count against ``max_bytes``.
+        """
         self._entries[digest] = _Entry(encoded, is_image=False, nbytes=encoded.nbytes)
 
     def has_room_for(self, nbytes: int) -> bool:
-        """Would one image of this size fit? Where it would not, that is said once."""
+        """Would one image of this size fit? Where it would not, that is said once.
+
+        Parameters
+        ----------
+        nbytes
+            Of its features, states, keys and values together.
+        """
         if nbytes <= self.max_bytes:
             return True
         if not self._said_small:
@@ -241,7 +283,17 @@ class ImageStore:
         return False
 
     def count(self, shared: int, alone: int, reason: str | None) -> None:
-        """Count the rows of a pass that had an image."""
+        """Count the rows of a pass that had an image.
+
+        Parameters
+        ----------
+        shared
+            Rows that read a stored image.
+        alone
+            Rows whose image was computed as without a store.
+        reason
+            Why; None where there are no such rows.
+        """
         self._counts.rows_shared += shared
         if alone:
             self._counts.rows_alone[reason or "no reason"] += alone

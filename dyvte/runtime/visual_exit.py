@@ -117,7 +117,15 @@ class VisualExit:
 
     @classmethod
     def from_policy(cls, policy: Policy, **options: Any) -> VisualExit:
-        """Exits decided by any policy of `dyvte.policies`."""
+        """Exits decided by any policy of `dyvte.policies`.
+
+        Parameters
+        ----------
+        policy
+            Learned ones bring their gates and thresholds.
+        options
+            As for the class.
+        """
         if isinstance(policy, LearnedPolicy):
             return cls(
                 policy.gates,
@@ -134,7 +142,20 @@ class VisualExit:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> VisualExit:
-        """Exits of a checkpoint folder (or hub id); without `gates.safetensors` it means fixed(fallback)."""
+        """Exits of a checkpoint folder (or hub id); without `gates.safetensors` it means fixed(fallback).
+
+        Parameters
+        ----------
+        folder
+            Written by `dyvte train`, `dyvte calibrate` or ``save_pretrained``.
+        options
+            As for the class; they override what the folder says.
+
+        Raises
+        ------
+        CheckpointError
+            No checkpoint is there, or a damaged one.
+        """
         config, gates = load_checkpoint(folder)
         if gates is not None:
             return cls(gates, **options)

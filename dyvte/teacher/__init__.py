@@ -5,9 +5,10 @@ from __future__ import annotations
 from dyvte.teacher.config import TeacherConfig
 from dyvte.teacher.exits import exit_logits, kl_divergence, trace_exits
 from dyvte.teacher.labels import greedy_answers
+from dyvte.teacher.manifest import Manifest, Shard
 from dyvte.teacher.pipeline import prepared_batches, write_traces
 from dyvte.teacher.schedules import thinned_exits, thinned_freezes
-from dyvte.teacher.store import Manifest, Shard, TraceStore
+from dyvte.teacher.store import TraceStore
 from dyvte.teacher.teacher import Teacher
 from dyvte.teacher.trace import Trace
 

@@ -83,6 +83,11 @@ class TeacherConfig:
     def schedules(self, num_layers: int) -> Schedules:
         """What is labelled on a backbone of L layers.
 
+        Parameters
+        ----------
+        num_layers
+            L.
+
         Raises
         ------
         ConfigError

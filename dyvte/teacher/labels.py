@@ -26,6 +26,8 @@ def greedy_answers(
 
     Parameters
     ----------
+    model:
+        The full model, in eval mode.
     inputs:
         Left-padded prompts, ``attention_mask`` included.
     max_new_tokens:

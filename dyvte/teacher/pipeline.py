@@ -32,6 +32,18 @@ def write_traces(
 
     Parameters
     ----------
+    folder:
+        Of the store; made where it does not exist, else completed.
+    teacher:
+        Traces batch after batch.
+    selection:
+        Its order is that of the store.
+    file:
+        Name of the data, for messages about bad samples.
+    rank, world_size:
+        Which process this is, of how many.
+    max_bad_samples:
+        Samples that may be unusable, those of the selection included.
     progress:
         Called with the number of samples done since the last call, those found on disk included.
 
@@ -76,6 +88,14 @@ def prepared_batches(
 
     Parameters
     ----------
+    teacher:
+        Its settings say how large a batch is.
+    selection:
+        What is read.
+    file:
+        Name of the data, for messages about bad samples.
+    max_bad_samples:
+        Samples that may be unusable, those of the selection included.
     progress:
         Called with the number of samples done since the last call.
 

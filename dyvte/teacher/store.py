@@ -8,103 +8,33 @@ work, ranks never meet, nothing is doubled.
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dyvte.errors import CheckpointError, DataError
 from dyvte.files import write_atomically
-from dyvte.gates import DEFAULT_FEATURES
-from dyvte.teacher.freeze_grid import FreezeGrid, stream_layers
+from dyvte.teacher.freeze_grid import FreezeGrid
+from dyvte.teacher.manifest import ALL_EXITS, FORMAT, NO_FREEZES, Manifest, Shard
 from dyvte.teacher.trace import Trace
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-ALL_EXITS = "all"
-NO_FREEZES = "none"
 GRID = "grid."
 """Before the names of a grid's tensors in a shard."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What the traces of a folder were made from.
-
-    ``fingerprint`` holds one entry per thing a trace depends on (backbone, data, prompt, features, ...); a
-    store is used again only if every one is equal. ``num_samples`` counts the samples of the selection, those
-    dropped during the pass included.
-    """
-
-    fingerprint: dict[str, str]
-    num_samples: int
-    shard_size: int
-    num_layers: int
-    feature_size: int
-    format: int = FORMAT
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """Names of the parts that the features hold."""
-        return tuple(self.fingerprint.get("features", "+".join(DEFAULT_FEATURES)).split("+"))
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """Exit layers that the traces label."""
-        text = self.fingerprint.get("exits", ALL_EXITS)
-        return tuple(range(self.num_layers + 1)) if text == ALL_EXITS else tuple(map(int, text.split(",")))
-
-    @property
-    def freezes(self) -> tuple[int, ...]:
-        """Freeze layers that the traces label; none where they have no grid."""
-        text = self.fingerprint.get("freezes", NO_FREEZES)
-        return () if text == NO_FREEZES else tuple(map(int, text.split(",")))
-
-    @property
-    def kv_share(self) -> float:
-        """Of a frozen visual token's work; see `FreezeGrid`. nan where the traces have no grid."""
-        return float(self.fingerprint.get("kv_share", "nan"))
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shard files."""
-        return -(-self.num_samples // self.shard_size)
-
-    def shard_range(self, shard: int) -> range:
-        """Positions in the selection that a shard holds."""
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.num_samples))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One shard's content: the trace, each sample's image, the dropped samples and notes of the pass."""
-
-    trace: Trace
-    image_ids: tuple[str, ...]
-    dropped: tuple[str, ...] = ()
-    notes: dict[str, int] = field(default_factory=dict)
-
-    @staticmethod
-    def cat(shards: Sequence[Shard]) -> Shard:
-        """Several as one, in order; notes are added up."""
-        notes: Counter[str] = Counter()
-        for shard in shards:
-            notes.update(shard.notes)
-        return Shard(
-            trace=Trace.cat([shard.trace for shard in shards]),
-            image_ids=tuple(one for shard in shards for one in shard.image_ids),
-            dropped=tuple(one for shard in shards for one in shard.dropped),
-            notes=dict(notes),
-        )
-
-
 class TraceStore:
-    """A folder of traces; see :meth:`create` and :meth:`open`."""
+    """A folder of traces; see :meth:`create` and :meth:`open`.
+
+    Parameters
+    ----------
+    folder
+        Where its files are.
+    manifest
+        As the folder holds it.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -139,7 +69,18 @@ class TraceStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> TraceStore:
-        """An existing store; CheckpointError if there is none or its manifest cannot be read."""
+        """An existing store.
+
+        Parameters
+        ----------
+        folder
+            Written by `dyvte trace` or a training.
+
+        Raises
+        ------
+        CheckpointError
+            There is none, its manifest cannot be read, or another version wrote it.
+        """
         path = Path(folder) / MANIFEST
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -157,7 +98,18 @@ class TraceStore:
         return cls(Path(folder), manifest)
 
     def check(self, fingerprint: Mapping[str, str]) -> None:
-        """Raise CheckpointError naming every field in which the store differs from ``fingerprint``."""
+        """See that the store was made as this run would make it.
+
+        Parameters
+        ----------
+        fingerprint
+            Of this run, as `Manifest` has it.
+
+        Raises
+        ------
+        CheckpointError
+            It differs; every field in which it does is named.
+        """
         # Stores from before exits could be thinned label all of them and do not say so; those without a grid
         # say nothing of it either.
         unsaid = {"exits": ALL_EXITS, "freezes": NO_FREEZES}
@@ -222,13 +174,25 @@ class TraceStore:
         _write(self._path(index), save(tensors, metadata=metadata))
 
     def read(self, index: int) -> Shard:
-        """One shard, its tensors memory-mapped."""
+        """One shard, its tensors memory-mapped.
+
+        Parameters
+        ----------
+        index
+            Of the shard, from 0.
+        """
         if index not in self._shards:
             self._shards[index] = self._load(index)
         return self._shards[index]
 
     def shards(self) -> Iterator[Shard]:
-        """All shards in order; CheckpointError if one is missing."""
+        """All shards in order.
+
+        Raises
+        ------
+        CheckpointError
+            One is missing.
+        """
         if missing := self.missing():
             raise CheckpointError(
                 f"{self.folder}: {len(missing)} of {self.manifest.num_shards} trace shards are missing "
@@ -240,8 +204,17 @@ class TraceStore:
     def trace(self, features: Sequence[str] | None = None) -> Trace:
         """All samples as one trace, in the selection's order.
 
-        ``features`` names the parts that are wanted of each feature (None: all that are stored);
-        :class:`~dyvte.errors.ConfigError` if one is not stored.
+        Parameters
+        ----------
+        features
+            Names of the parts that are wanted of each feature; None: all that are stored.
+
+        Raises
+        ------
+        CheckpointError
+            A shard is missing.
+        ConfigError
+            A part is not stored.
         """
         parts = [shard.trace for shard in self.shards() if len(shard.trace)]
         if features is not None:
@@ -302,77 +275,6 @@ class TraceStore:
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, DataError) as error:
             raise CheckpointError(f"{path}: not a readable trace shard ({error})") from error
-
-
-def exits_text(exits: Sequence[int], num_layers: int) -> str:
-    """Labelled exits as a fingerprint holds them.
-
-    Parameters
-    ----------
-    exits
-        That are labelled.
-    num_layers
-        L.
-    """
-    return ALL_EXITS if len(exits) == num_layers + 1 else ",".join(map(str, exits))
-
-
-def grid_fingerprint(freezes: Sequence[int], kv_share: float) -> dict[str, str]:
-    """Entries of a fingerprint for traces with a grid of these freeze layers; none without a grid.
-
-    Parameters
-    ----------
-    freezes
-        Freeze layers of the grid.
-    kv_share
-        FLOPs of a frozen token's keys and values, as a share of its layer's.
-    """
-    return {"freezes": ",".join(map(str, freezes)), "kv_share": repr(kv_share)} if freezes else {}
-
-
-def empty_trace(
-    num_layers: int,
-    feature_size: int,
-    dtype: torch.dtype,
-    exits: tuple[int, ...] = (),
-    freezes: tuple[int, ...] = (),
-    kv_share: float = math.nan,
-) -> Trace:
-    """A trace of no samples, for a shard all of whose samples were dropped; with a grid, if any freezes.
-
-    Parameters
-    ----------
-    num_layers
-        L.
-    feature_size
-        F.
-    dtype
-        Of the features.
-    exits
-        That are labelled.
-    freezes
-        Freeze layers of the grid.
-    kv_share
-        FLOPs of a frozen token's keys and values, as a share of its layer's.
-    """
-    column = torch.zeros(0, num_layers + 1)
-    grid = None
-    if freezes:
-        labels = torch.zeros(0, len(freezes), num_layers + 1)
-        behind = torch.zeros(0, len(stream_layers(freezes, num_layers)), feature_size, dtype=dtype)
-        grid = FreezeGrid(*(labels,) * 5, behind.new_zeros(0, feature_size), behind, freezes, kv_share)
-    return Trace(
-        risk=column,
-        reverse_risk=column,
-        agreement=column,
-        same_answer=column,
-        loss=column,
-        features=torch.zeros(0, num_layers, feature_size, dtype=dtype),
-        sample_ids=(),
-        num_visual=torch.zeros(0, dtype=torch.long),
-        exits=exits,
-        grid=grid,
-    )
 
 
 def _write(path: Path, content: bytes | str) -> None:

@@ -40,9 +40,9 @@ from dyvte.teacher.config import TeacherConfig
 from dyvte.teacher.encoder import Prepared, SampleEncoder
 from dyvte.teacher.exits import positions_before, trace_checked
 from dyvte.teacher.labels import greedy_answers
+from dyvte.teacher.manifest import Manifest, Shard, empty_trace, exits_text, grid_fingerprint
 from dyvte.teacher.plain import predicted_logits
 from dyvte.teacher.reduced import trace_reduced_exits
-from dyvte.teacher.store import Manifest, Shard, empty_trace, exits_text, grid_fingerprint
 from dyvte.teacher.streams import is_sharded
 from dyvte.teacher.trace import Trace
 
@@ -50,7 +50,22 @@ log = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A frozen backbone with its processor, ready to trace samples."""
+    """A frozen backbone with its processor, ready to trace samples.
+
+    Parameters
+    ----------
+    model
+        In eval mode; also a ``PeftModel``.
+    processor
+        Its own.
+    config
+        What is labelled, and how.
+
+    Raises
+    ------
+    ConfigError
+        The settings do not fit the model: layers, reductions, or a reference without an adapter.
+    """
 
     def __init__(self, model: nn.Module, processor: Any, config: TeacherConfig) -> None:
         self.model, self.processor, self.config = model, processor, config
@@ -77,7 +92,13 @@ class Teacher:
             )
 
     def fingerprint(self, selection_sha256: str) -> dict[str, str]:
-        """One entry per thing that the traces depend on."""
+        """One entry per thing that the traces depend on.
+
+        Parameters
+        ----------
+        selection_sha256
+            Digest of the samples.
+        """
         probe = self.template.render("probe", "answer").text
         images = getattr(self.processor, "image_processor", None)
         image_settings = json.dumps(
@@ -108,7 +129,13 @@ class Teacher:
         }
 
     def manifest(self, selection: Selection) -> Manifest:
-        """The manifest of a store that holds these samples."""
+        """The manifest of a store that holds these samples.
+
+        Parameters
+        ----------
+        selection
+            What will be traced.
+        """
         return Manifest(
             fingerprint=self.fingerprint(selection.sha256),
             num_samples=len(selection.samples),
@@ -122,7 +149,13 @@ class Teacher:
         return self.model.disable_adapter() if self.config.reference == "base" else nullcontext()
 
     def answer(self, prompts: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Prompts grown by the full model's greedy answers, as labels are made; see `greedy_answers`."""
+        """Prompts grown by the full model's greedy answers, as labels are made; see `greedy_answers`.
+
+        Parameters
+        ----------
+        prompts
+            Left-padded model inputs.
+        """
         with self.as_reference(), self._each_image_once():
             return greedy_answers(self.model, prompts, self.config.max_new_tokens)
 

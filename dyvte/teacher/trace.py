@@ -109,7 +109,20 @@ class Trace:
         return mask.to(self.risk.device)
 
     def check_labelled(self, layers: Iterable[int], what: str) -> None:
-        """Raise DataError unless all ``layers`` are labelled; ``what`` wants to leave there."""
+        """See that these exit layers are labelled.
+
+        Parameters
+        ----------
+        layers:
+            At which somebody may leave.
+        what:
+            Who, for the message.
+
+        Raises
+        ------
+        DataError
+            One of them is not.
+        """
         if unknown := sorted(set(layers) - set(self.exits)):
             raise DataError(
                 f"{what} can leave after layers {unknown[:8]}, which these traces do not label (they label "
@@ -128,7 +141,10 @@ class Trace:
     def labels(self, name: str) -> Tensor:
         """(B, F+1, L+1) labels of every schedule: frozen at ``freezes[i]``, and the plain exits (f = k) last.
 
-        ``name`` is one of the five measures.
+        Parameters
+        ----------
+        name:
+            "risk", "reverse_risk", "agreement", "same_answer" or "loss".
         """
         plain_B1L1 = getattr(self, name)[:, None]
         return plain_B1L1 if self.grid is None else torch.cat((getattr(self.grid, name), plain_B1L1), 1)
@@ -149,7 +165,15 @@ class Trace:
         }
 
     def select(self, stored: Sequence[str], wanted: Sequence[str]) -> Trace:
-        """The parts ``wanted`` of its ``stored`` features; see `dyvte.gates.select_features`."""
+        """The parts ``wanted`` of its ``stored`` features; see `dyvte.gates.select_features`.
+
+        Parameters
+        ----------
+        stored:
+            Names of the parts that its features consist of.
+        wanted:
+            Of those that stay, in their new order.
+        """
         features = select_features(self.features, stored, wanted)
         grid = None if self.grid is None else self.grid.select(stored, wanted)
         return dataclasses.replace(self, features=features, grid=grid)
@@ -188,13 +212,25 @@ class Trace:
         return dataclasses.replace(self, **labels, exits=tuple(sorted(kept)), grid=grid)
 
     def rows(self, index: Sequence[int] | Tensor) -> Trace:
-        """The samples at ``index``, in that order."""
+        """The samples at ``index``, in that order.
+
+        Parameters
+        ----------
+        index:
+            Positions, from 0; one may come twice.
+        """
         index = torch.as_tensor(index, dtype=torch.long)
         ids = tuple(self.sample_ids[i] for i in index.tolist())
         return self._map(lambda tensor: tensor[index.to(tensor.device)], ids)
 
     def to(self, device: torch.device | str) -> Trace:
-        """The same trace with its tensors on ``device``."""
+        """The same trace with its tensors on ``device``.
+
+        Parameters
+        ----------
+        device:
+            Of all tensors, the grid's included.
+        """
         return self._map(lambda tensor: tensor.to(device), self.sample_ids)
 
     def _map(self, change: Callable[[Tensor], Tensor], ids: tuple[str, ...]) -> Trace:
@@ -204,7 +240,13 @@ class Trace:
 
     @staticmethod
     def cat(traces: Sequence[Trace]) -> Trace:
-        """Several traces of one backbone as one, in order."""
+        """Several traces of one backbone as one, in order.
+
+        Parameters
+        ----------
+        traces:
+            That label the same schedules; at least one.
+        """
         if not traces:
             raise ValueError("there is no trace to put together")
         names = traces[0].tensors()

@@ -22,7 +22,7 @@ from dyvte.data import Defect, Sample, Selection
 from dyvte.distributed import Processes, import_deepspeed
 from dyvte.errors import ConfigError, DataError
 from dyvte.teacher import Teacher
-from dyvte.teacher.store import Manifest, Shard
+from dyvte.teacher.manifest import Manifest, Shard
 from dyvte.tracing.config import TracingConfig
 from dyvte.tracing.zero import backbone_engine, shards_backbone, start_engine
 

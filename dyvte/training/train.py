@@ -99,7 +99,15 @@ class GateSummary(RunSummary):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the gates are and how they fared on the held-out samples."""
+    """Where the gates are and how they fared on the held-out samples.
+
+    Attributes
+    ----------
+    gates
+        Folder of the checkpoint.
+    summary
+        Their metrics on the held-out samples.
+    """
 
     gates: Path
     summary: GateSummary
@@ -115,6 +123,11 @@ def train(cfg: TrainConfig) -> TrainResult:
     """Run a training from its configuration, or go on with it; see the module's text.
 
     Under a launcher every process calls this. A run that is already complete returns its result at once.
+
+    Parameters
+    ----------
+    cfg
+        All settings of the run; ``output_dir`` is where it is kept.
 
     Raises
     ------

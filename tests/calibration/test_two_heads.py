@@ -38,7 +38,7 @@ from dyvte.gates import (
     uniform_offsets,
 )
 from dyvte.teacher import Manifest, Shard, TraceStore
-from dyvte.teacher.store import grid_fingerprint
+from dyvte.teacher.manifest import grid_fingerprint
 from tests.helpers.traces import make_trace
 
 LAYERS, FREEZES, SHARE = 6, (0, 2, 3), 0.2

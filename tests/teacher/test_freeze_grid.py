@@ -13,7 +13,7 @@ from dyvte.errors import CheckpointError, DataError
 from dyvte.gates import FEATURES
 from dyvte.teacher import Manifest, Shard, Trace, TraceStore
 from dyvte.teacher.freeze_grid import LABELS
-from dyvte.teacher.store import empty_trace, grid_fingerprint
+from dyvte.teacher.manifest import empty_trace, grid_fingerprint
 from tests.helpers.traces import make_trace
 
 LAYERS, FREEZES = 5, (0, 2, 4)

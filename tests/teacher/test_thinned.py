@@ -12,7 +12,7 @@ from dyvte.errors import CheckpointError, DataError, GateMismatchError
 from dyvte.gates import CLOSED, GateConfig, GateStack, close_gates, exit_layers, uniform_offsets
 from dyvte.objectives import expected_risk, reference_label, reference_labels, safe_label, safe_labels
 from dyvte.teacher import Manifest, Shard, Trace, TraceStore, thinned_exits, trace_exits
-from dyvte.teacher.store import exits_text
+from dyvte.teacher.manifest import exits_text
 from dyvte.teacher.trace import COLUMNS
 from tests.helpers.models import tiny_llava
 from tests.teacher.test_teacher import batch_of
