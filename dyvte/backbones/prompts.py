@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -220,12 +221,18 @@ def get_template(version: str, processor: Any) -> PromptTemplate:
     chat = ChatTemplate(processor, image_token, eos, special=special)
     try:
         probe = chat.render("probe").text
-        if version == "auto" and "USER:" in probe and "ASSISTANT:" in probe:
+        if version == "auto" and _is_vicuna(probe, image_token):
             return V1Template(image_token, eos, special=special)
         chat.render("probe", "answer")
     except DataError as error:  # with texts as plain as these, it is no sample's fault
         raise ConfigError(str(error)) from error
     return chat
+
+
+def _is_vicuna(probe: str, image_token: str) -> bool:
+    """USER: and ASSISTANT:, and nothing of the template's own around the image (LISA marks its ends)."""
+    image = re.search(rf"USER:\s*{re.escape(image_token)}\s", probe)
+    return image is not None and "ASSISTANT:" in probe
 
 
 def special_texts(processor: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch import Tensor
 from dyvte.backbones import BackboneConfig, PromptTemplate, RenderedPrompt, encode, generate_greedily
 from dyvte.backbones.encode import takes_videos
 from dyvte.backbones.greedy import in_answer
+from dyvte.backbones.segmenter import Segmenter, token_states
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.data.defects import is_of_sample
 from dyvte.errors import ConfigError
 from dyvte.evaluation.checks import defects_alone, open_image, refuse
+from dyvte.evaluation.masks import with_masks
 from dyvte.evaluation.run_log import Answer, pack_layers
 from dyvte.formatting import GIB
 from dyvte.groups import open_group
@@ -78,6 +81,8 @@ class Pipeline:
     """Frames sampled from a video."""
     images: ImageStore | None = None
     """What questions about the same image read it from; None: every question computes its own."""
+    segmenter: Segmenter | None = None
+    """Makes the masks of answers; None: answers are texts."""
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +98,8 @@ class Batch:
     question_ids: tuple[str, ...]
     inputs: dict[str, Tensor]
     num_tokens_B: Tensor
+    images: Sequence[Sequence[Any]] = ()
+    """RGB PIL images of each question."""
 
 
 def plan_batches(
@@ -241,7 +248,7 @@ def encode_rendered(
     """
     inputs, _ = encode(pipeline.processor, rendered, images, padding_side="left", as_videos=as_videos)
     num_tokens_B = inputs["attention_mask"].sum(1)
-    return Batch(index, tuple(question_ids), _place(inputs, pipeline), num_tokens_B)
+    return Batch(index, tuple(question_ids), _place(inputs, pipeline), num_tokens_B, images)
 
 
 def _place(inputs: dict[str, Tensor], pipeline: Pipeline) -> dict[str, Tensor]:
@@ -313,13 +320,16 @@ def answer(
         Arguments of ``generate``.
     """
     settings = {"max_new_tokens": pipeline.max_new_tokens, **(generation or {})}
-    with exits(pipeline.model, images=pipeline.images) as run:
+    asked = nullcontext() if pipeline.segmenter is None else token_states(pipeline.model)
+    with exits(pipeline.model, images=pipeline.images) as run, asked as states:
         run.sample_ids = batch.question_ids
         tokens_BN = generate_greedily(pipeline.model, batch.inputs, **settings)
     new_BA = tokens_BN[:, batch.inputs["input_ids"].shape[1] :].cpu()
     mask_BA = in_answer(new_BA, pipeline.model)
     new_B = [row_A[own_A].tolist() for row_A, own_A in zip(new_BA, mask_BA, strict=True)]
     texts = pipeline.processor.tokenizer.batch_decode(new_B, skip_special_tokens=True)
+    if states is not None:
+        texts = with_masks(pipeline.segmenter, pipeline.model, batch.images, texts, new_BA, states)
     record = run.records[0] if run.records else _record_of_text(pipeline, batch)
     asked_gates = bool(record.gate_logits_BL.isfinite().any())
     asked_freezes = bool(record.freeze_logits_BL.isfinite().any())

@@ -9,6 +9,7 @@ import torch
 
 import dyvte
 from dyvte.backbones import BackboneConfig, decoding_identity, fingerprint, image_padding, weights_digest
+from dyvte.backbones.fingerprint import tensors_digest
 from dyvte.evaluation.generation import Pipeline, questions_digest
 from dyvte.evaluation.settings import NamedPolicy
 from dyvte.tasks.base import Benchmark, Question
@@ -71,6 +72,11 @@ def identity(
         "dtype": str(pipeline.model.dtype),
         "attn_implementation": config.model.attn_implementation,
         **_unusual(config.model),
+        **(
+            {}
+            if pipeline.segmenter is None
+            else {"mask_head": tensors_digest(pipeline.segmenter.parameters())}
+        ),
         "device": pipeline.device.type,
         "dyvte": dyvte.__version__,
         "torch": torch.__version__,

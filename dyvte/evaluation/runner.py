@@ -35,6 +35,7 @@ from dyvte.evaluation.generation import (
 )
 from dyvte.evaluation.identity import identity, identity_of
 from dyvte.evaluation.latency import PLAIN, even_batches, machine, measure_generation
+from dyvte.evaluation.masks import open_segmenter
 from dyvte.evaluation.metrics import cost_metrics, same_answer
 from dyvte.evaluation.run_log import Answer, AnswerLog, texts
 from dyvte.evaluation.scores import FULL_MODEL, TIMED_IMAGES, RunIdentity, RunScores, Timing
@@ -91,6 +92,9 @@ class EvalConfig(GenerationSettings):
     compute each of their images once."""
     overwrite: bool = False
     """Start anew where the output folder holds a run."""
+    mask_head: str | None = None
+    """Folder of what makes masks, for benchmarks whose answers hold one; null: segmentation/ below the
+    model's."""
 
     def __post_init__(self) -> None:
         needed = TASKS.get(self.benchmark).max_new_tokens
@@ -213,6 +217,8 @@ def run_policies(
     processes = processes or Processes()
     where = f"{benchmark.name} ({config.data})"
     check_ids(questions, where)
+    if benchmark.wants_masks and pipeline.segmenter is None:
+        pipeline = replace(pipeline, segmenter=open_segmenter(pipeline.model, config))
     prompts = prompts_of(benchmark, questions, config.question_suffix)
     shown = shown_by(questions)
     if len(policies) == 1 and len(set(shown)) == len(questions):

@@ -66,6 +66,8 @@ class Benchmark(Submissions):
         What :meth:`statistic` gives, and its unit.
     headline_metrics : tuple of str
         Keys of :meth:`score` that the headline consists of.
+    wants_masks : bool
+        Answers hold a mask (:mod:`dyvte.tasks.answers.masks`), which a mask head makes.
     """
 
     name: ClassVar[str] = ""
@@ -81,6 +83,7 @@ class Benchmark(Submissions):
     unit: ClassVar[str] = "image"
     score_name: ClassVar[str] = "accuracy, %"
     headline_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    wants_masks: ClassVar[bool] = False
 
     # --- questions --------------------------------------------------------------------------------------
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dyvte.errors import DataError, ScoreError
+from dyvte.errors import DataError
 from dyvte.readers.files import ImageFolder, find_file, find_folder, is_file, table_images
 from dyvte.readers.rows import Row, read_jsonl, read_rows
 from dyvte.readers.tables import PackedImage
@@ -32,7 +31,7 @@ from dyvte.tasks.answers.boxes import (
 )
 from dyvte.tasks.base import Benchmark, Predictions, Question
 from dyvte.tasks.metrics import breakdown, percent
-from dyvte.tasks.records import ImageSource
+from dyvte.tasks.records import ImageSource, image_size
 from dyvte.tasks.statistics import Statistic, mean_over_parts
 
 REQUEST = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -270,24 +269,12 @@ def _size(question: Question, known: dict[str, Size]) -> Size:
     if stated is not None:
         return stated
     if question.image_id not in known:
-        known[question.image_id] = _size_of(question)
-    return known[question.image_id]
-
-
-def _size_of(question: Question) -> Size:
-    from PIL import Image
-
-    source = question.image
-    if source is None:
-        raise ScoreError(
-            f"question {question.id}: boxes are scored in pixels, and its table states neither the width and "
-            "height of the image nor holds it"
+        known[question.image_id] = image_size(
+            question,
+            "boxes are scored in pixels, and its table states neither the width and height of the image nor "
+            "holds it",
         )
-    try:
-        with Image.open(BytesIO(source.read().data) if isinstance(source, PackedImage) else source) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ScoreError(f"question {question.id}: cannot read the size of its image: {error}") from error
+    return known[question.image_id]
 
 
 def _question(

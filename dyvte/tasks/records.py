@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -69,6 +70,33 @@ class Predictions:
 
     texts: Mapping[str, str]
     converted: bool = False
+
+
+def image_size(question: Question, without: str) -> tuple[int, int]:
+    """Width and height of a question's image, in pixels.
+
+    Parameters
+    ----------
+    question
+        Any.
+    without
+        What the error says where there is no image.
+
+    Raises
+    ------
+    ScoreError
+        No image, or one that cannot be read; the question is named.
+    """
+    from PIL import Image
+
+    source = question.image
+    if source is None or (isinstance(source, Path) and not is_file(source)):
+        raise ScoreError(f"question {question.id}: {without}")
+    try:
+        with Image.open(BytesIO(source.read().data) if isinstance(source, PackedImage) else source) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ScoreError(f"question {question.id}: cannot read the size of its image: {error}") from error
 
 
 def refuse_missing_files(questions: Sequence[Question], root: Path) -> None:

@@ -29,8 +29,7 @@ PROJECTOR_RULES = (
     Rule(r"model\.mm_projector\.0\.(weight|bias)", r"model.multi_modal_projector.linear_1.\1", _PROJECTOR),
     Rule(r"model\.mm_projector\.2\.(weight|bias)", r"model.multi_modal_projector.linear_2.\1", _PROJECTOR),
 )
-RULES = (
-    *PROJECTOR_RULES,
+TOWER_RULES = (
     Rule(
         r"model\.vision_tower\.vision_tower\.vision_model\.embeddings\.position_ids",
         None,
@@ -41,8 +40,8 @@ RULES = (
         r"model.vision_tower.\1",
         f"{_ARCH}, {_TOWER}",
     ),
-    *LLAMA_RULES,
 )
+RULES = (*PROJECTOR_RULES, *TOWER_RULES, *LLAMA_RULES)
 
 
 def convert_llava15(state: Mapping[str, Tensor]) -> Converted:

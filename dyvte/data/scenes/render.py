@@ -82,9 +82,13 @@ def _digit_mask(index: int, size: int, shift: tuple[int, int]) -> np.ndarray:
     return mask
 
 
+def _radius(size: int) -> float:
+    return 5.2 + 0.6 * size
+
+
 @lru_cache(maxsize=4096)
 def _drawn_mask(kind: str, name: str, size: int, shift: tuple[int, int]) -> np.ndarray:
-    radius = 5.2 + 0.6 * size
+    radius = _radius(size)
     if kind == SHAPE:
         return _polygon_mask(_OUTLINES[name], radius, shift)
     return _polygon_mask(_turned(_ARROW_RIGHT, _QUARTER_TURNS[name]), radius + 0.4, shift)
@@ -140,3 +144,11 @@ def item_box(cell: int, item: Item) -> tuple[float, float, float, float]:
     left, top = col * CELL, row * CELL
     corners = (left + cols.min(), top + rows.min(), left + cols.max() + 1, top + rows.max() + 1)
     return tuple(float(v) / IMAGE_SIZE for v in corners)
+
+
+def item_outline(cell: int, item: Item) -> list[tuple[float, float]]:
+    """Corners (x, y), in pixels of the image, of the shape `item` in cell number `cell`."""
+    row, col = divmod(cell, GRID)
+    centre_x, centre_y = (col + 0.5) * CELL + item.shift[1], (row + 0.5) * CELL + item.shift[0]
+    radius = _radius(item.size)
+    return [(centre_x + x * radius, centre_y + y * radius) for x, y in _OUTLINES[item.name]]
