@@ -85,8 +85,24 @@ def _grounding(title: str, refs: str) -> dict[str, Callable[[Path], None]]:
     return {"jsonl": jsonl, "release": release, "parquet": parquet, "tsv": tsv}
 
 
+MEANT = (
+    ("the cup", False, [[2, 2], [9, 2], [9, 9], [2, 9]]),
+    ("Where would one drink from?", True, [[4, 4], [12, 4], [8, 12]]),
+    ("the dark corner", False, [[0, 0], [5, 0], [0, 5]]),
+)
+"""A query, whether it is a sentence, the polygon that it means."""
+
+
+def _reasonseg_release(root: Path) -> None:
+    for n, (text, sentence, points) in enumerate(MEANT):
+        shapes = [{"label": "target", "points": points, "shape_type": "polygon"}]
+        put(root / "val" / f"{n}.json", {"text": [text], "is_sentence": sentence, "shapes": shapes})
+        put(root / "val" / f"{n}.jpg", picture(n))
+
+
 WRITERS: dict[str, dict[str, Callable[[Path], None]]] = {
     "refcoco": _grounding("RefCOCO", "unc"),
     "refcocoplus": _grounding("RefCOCO+", "unc"),
     "refcocog": _grounding("RefCOCOg", "umd"),
+    "reasonseg": {"release": _reasonseg_release},
 }
