@@ -46,8 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "checkpoints/tiny-llava-masks", help="the finished head"
     )
-    parser.add_argument("--scenes", type=int, default=2500, help="up to three questions each")
-    parser.add_argument("--steps", type=int, default=1500, help="batches")
+    parser.add_argument("--scenes", type=int, default=1500, help="up to three questions each")
+    parser.add_argument("--steps", type=int, default=2000, help="batches")
     parser.add_argument("--batch", type=int, default=12, help="scenes of a batch")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -55,12 +55,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def new_head(hidden_size: int) -> Segmenter:
-    """A SAM of 0.3 M parameters on 64 x 64 pixels, random."""
+    """A SAM of 0.3 M parameters on 64 x 64 pixels, random: 8 x 8 embeddings, masks of 32 x 32."""
     from transformers import SamConfig, SamModel
 
     width = 64
     common = {"hidden_size": width, "mlp_dim": 2 * width, "num_attention_heads": 4}
-    image = {"image_size": IMAGE_SIZE, "patch_size": 4}
+    image = {"image_size": IMAGE_SIZE, "patch_size": 8}
     config = SamConfig(
         vision_config={
             **common,
@@ -139,7 +139,9 @@ def all_states(args: argparse.Namespace) -> list[dict[str, Tensor]]:
 
 
 def loss_of(logits_BHW: Tensor, masks_BHW: Tensor) -> Tensor:
-    """LISA's: 2 x binary cross-entropy + 0.5 x dice."""
+    """LISA's, at the image's size: 2 x binary cross-entropy + 0.5 x dice."""
+    size = masks_BHW.shape[1:]
+    logits_BHW = F.interpolate(logits_BHW[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     shares_BP, truth_BP = logits_BHW.sigmoid().flatten(1), masks_BHW.flatten(1)
     dice_B = 1 - 2 * (shares_BP * truth_BP).sum(1) / (shares_BP.sum(1) + truth_BP.sum(1) + 1e-6)
     return 2 * F.binary_cross_entropy_with_logits(logits_BHW, masks_BHW) + 0.5 * dice_B.mean()

@@ -1,4 +1,4 @@
-"""ReasonSeg: masks of polygons and run lengths against OpenCV, COCO's tool and counting by hand; its scores."""
+"""ReasonSeg: polygons and run lengths against OpenCV, COCO's tool and counting by hand; and its scores."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ PAINTED = (
         ";120>0A2>3O1OO0LD1=ND1=OD0;1D0<0C2;4O01O0LEO=0DO<40100O10JF29NY3",
     ),
 )
-"""Polygons on 20 x 26 pixels, and COCO's run lengths of what OpenCV 4.8.1 paints (polylines, fillPoly): a dot,
-lines, a spike, fractions, bow ties, a hole cut in by the way there and back, crossings."""
+"""Polygons on 20 x 26 pixels, and COCO's run lengths of what OpenCV 4.8.1 (polylines, fillPoly) paints: a
+dot, lines, a spike, fractions, bow ties, a hole cut in by the way there and back, crossings."""
 
 
 def slow_runs(mask):
