@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=Path, default=ROOT / "checkpoints/tiny-llava-masks", help="the finished head"
     )
     parser.add_argument("--scenes", type=int, default=1500, help="up to three questions each")
-    parser.add_argument("--steps", type=int, default=2000, help="batches")
+    parser.add_argument("--steps", type=int, default=1200, help="batches")
     parser.add_argument("--batch", type=int, default=12, help="scenes of a batch")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -193,7 +193,7 @@ def main() -> int:
             resume.with_suffix(".tmp").replace(resume)
     writing = args.output.with_name(args.output.name + ".writing")
     writing.mkdir(parents=True, exist_ok=True)
-    head.eval().save(writing)
+    head.eval().half().save(writing)
     publish_folder(writing, args.output)
     print(f"head: {args.output} ({sum(p.numel() for p in head.parameters()):,} parameters)")
     return 0
