@@ -92,9 +92,9 @@ def _scores(areas: np.ndarray, hits: np.ndarray) -> dict[str, float]:
 def table(rows: list[dict], questions: int) -> str:
     """Markdown: every exit, and the published figures."""
     lines = [
-        f"{questions} questions about as many test scenes, a third of each kind; intervals of 95 % over images;",
-        "the targets are the shapes' outlines under ReasonSeg's rule. Same answer: text and mask equal the full",
-        "model's to the last pixel.",
+        f"{questions} questions about as many test scenes, a third of each kind; intervals of 95 % over",
+        "images; the targets are the shapes' outlines under ReasonSeg's rule. Same answer: text and mask",
+        "equal the full model's to the last pixel.",
         "",
         "| exit layer K | visual compute | gIoU | cIoU | "
         + " | ".join(f"cIoU, {TITLES[k]}" for k in KINDS)
