@@ -41,7 +41,7 @@ class Defect:
 
     def __str__(self) -> str:
         text = f"{self.file}: sample {self.sample_id!r}: {self.field}: {self.problem}"
-        return _printable(text)
+        return printable(text)
 
 
 class Unusable(Exception):
@@ -115,7 +115,7 @@ def named(what: str) -> Iterator[None]:
     except Exception as error:
         if not is_of_sample(error):
             raise
-        raise DataError(_printable(f"{what}: {problem_text(error)}")) from error
+        raise DataError(printable(f"{what}: {problem_text(error)}")) from error
 
 
 def is_of_sample(error: Exception) -> bool:
@@ -137,8 +137,8 @@ def problem_text(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_PROBLEM else f"{text[:_LONGEST_PROBLEM]} ..."
 
 
-def _printable(text: str) -> str:
-    """Half a character can be printed nowhere."""
+def printable(text: str) -> str:
+    """The text with each half of a character as its escape: half a character can be printed nowhere."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from dyvte.backbones import PromptTemplate
 from dyvte.backbones.encode import check_prompt
 from dyvte.data import Defect, load_image
-from dyvte.data.defects import check_text, collected
+from dyvte.data.defects import Unusable, check_text, collected
 from dyvte.data.images import check_image
 from dyvte.errors import DataError
 from dyvte.readers.tables import PackedImage
@@ -65,6 +65,8 @@ def text_defects(
     rendered = []
     for question, prompt in zip(questions, prompts, strict=True):
         with collected(defects, file=where, sample_id=question.id, field="text"):
+            if question.damage is not None:
+                raise Unusable(*question.damage)
             for source in question.images:
                 check_text(source.name, "image")
             shown = 1 if question.video is not None else len(question.images)

@@ -149,8 +149,9 @@ def evaluate(config: EvalConfig) -> list[PolicyResult]:
 def load_questions(
     benchmark: Benchmark, root: Path, limit: int | None, max_bad_samples: int
 ) -> list[Question]:
-    """A benchmark's questions, to be asked. A file that is not there ends the run at once; where any are
-    tolerated, it counts as the other things do that keep a question from being asked.
+    """A benchmark's questions, to be asked. An image that is not there, or half a character in a text, ends
+    the run at once; where any are tolerated, it counts as the other things do that keep a question from being
+    asked.
 
     Parameters
     ----------
@@ -163,7 +164,8 @@ def load_questions(
     max_bad_samples
         How many that cannot be asked are tolerated.
     """
-    return benchmark.load(root, limit, images=max_bad_samples == 0)
+    strict = max_bad_samples == 0
+    return benchmark.load(root, limit, images=strict, damaged=not strict)
 
 
 def prompts_of(benchmark: Benchmark, questions: Sequence[Question], suffix: str | None) -> list[str]:

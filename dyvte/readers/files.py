@@ -71,10 +71,11 @@ def fit(name: str, patterns: Sequence[str]) -> int:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; False also for names that no file can have (too long)."""
+    """Whether there is such a file; False also for names that no file can have: too long, or half
+    a character in them."""
     try:
         return path.is_file()
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

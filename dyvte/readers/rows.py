@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +19,18 @@ Pairs: TypeAlias = Callable[[list[tuple[str, Any]]], Any]
 
 _REQUIRED: Any = object()
 _IDS = ("question_id", "questionId", "index", "id")
+_TAKES_HALVES = ContextVar("_TAKES_HALVES", default=False)
+
+
+@contextmanager
+def halves_taken() -> Iterator[None]:
+    """Inside, records give out texts with half a character too (a lone surrogate, as text cut at a fixed
+    length leaves it): for callers that name the record's question themselves, and let the others be."""
+    before = _TAKES_HALVES.set(True)
+    try:
+        yield
+    finally:
+        _TAKES_HALVES.reset(before)
 
 
 class Row(dict[str, Any]):
@@ -70,8 +84,8 @@ class Row(dict[str, Any]):
         Raises
         ------
         DataError
-            Absent without a ``default``, neither text nor number, or a text with half a character (a lone
-            surrogate, which no file and no tokenizer takes).
+            Absent without a ``default``, neither text nor number, or (outside `halves_taken`) a text with
+            half a character (a lone surrogate, which no file and no tokenizer takes).
         """
         value = self.need(*keys) if default is _REQUIRED else self.value(*keys)
         return default if value is None else self._as_text(value, keys)
@@ -126,6 +140,8 @@ class Row(dict[str, Any]):
 
     def _as_text(self, value: Any, keys: Sequence[str]) -> str:
         if isinstance(value, str):
+            if _TAKES_HALVES.get():
+                return value
             try:
                 check_text(value, _named(keys))
             except Unusable as problem:

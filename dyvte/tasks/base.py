@@ -8,6 +8,7 @@ means, and what an answer is worth.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -16,7 +17,7 @@ import numpy as np
 from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
 from dyvte.readers.files import fit, shards_below, tables_below
-from dyvte.readers.rows import Row
+from dyvte.readers.rows import Row, halves_taken
 from dyvte.readers.tables import read_table
 from dyvte.registry import Registry
 from dyvte.tasks.dialects import DIALECTS as DIALECTS
@@ -25,7 +26,7 @@ from dyvte.tasks.metrics import NOT_GRADED, breakdown, percent, ungraded
 from dyvte.tasks.prompts import SHORT_ANSWER_SUFFIX
 from dyvte.tasks.records import Predictions as Predictions
 from dyvte.tasks.records import Question as Question
-from dyvte.tasks.records import count_unknown, refuse_missing_files, require_all, unique_ids
+from dyvte.tasks.records import count_unknown, refuse_missing_files, require_all, unique_ids, with_damage
 from dyvte.tasks.statistics import Statistic, mean_statistic, unit_strata
 from dyvte.tasks.submissions import Submissions
 
@@ -132,7 +133,9 @@ class Benchmark(Submissions):
         """
         raise NotImplementedError
 
-    def load(self, root: Path, limit: int | None = None, *, images: bool = True) -> list[Question]:
+    def load(
+        self, root: Path, limit: int | None = None, *, images: bool = True, damaged: bool = False
+    ) -> list[Question]:
         """Read the questions.
 
         Parameters
@@ -143,6 +146,9 @@ class Benchmark(Submissions):
             Keep about that many questions.
         images
             Check that the images and videos of the questions kept are there; scoring needs none.
+        damaged
+            Keep a question with half a character in a text of it, and say so in its ``damage``; else it is an
+            error of the file.
 
         Raises
         ------
@@ -153,12 +159,12 @@ class Benchmark(Submissions):
         root = Path(root)
         if not root.exists():
             raise self.layout_error(root, "the folder does not exist")
-        for source in self.sources():
-            questions = source(root)
-            if questions is not None:
-                break
-        else:
+        with halves_taken() if damaged else nullcontext():
+            questions = next((q for source in self.sources() if (q := source(root)) is not None), None)
+        if questions is None:
             raise self.layout_error(root, f"no question file of a known format{_other_tables(root)}")
+        if damaged:
+            questions = [with_damage(question) for question in questions]
         if not questions:
             raise self.layout_error(root, "the question file holds no question")
         unique_ids(questions, root)

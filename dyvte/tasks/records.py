@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from dyvte.data.defects import Unusable, check_text, printable
 from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
 from dyvte.readers.files import is_file
@@ -42,6 +43,9 @@ class Question:
     more_images : tuple
         Further images, in the order of the question's placeholders.
     video : Video or None
+    damage : tuple of str, or None
+        Field and problem, where a text of it holds half a character: it cannot be asked. Its texts then show
+        the half as an escape. See :meth:`dyvte.tasks.base.Benchmark.load`.
     """
 
     id: str
@@ -53,6 +57,7 @@ class Question:
     details: Mapping[str, Any] = field(default_factory=dict)
     more_images: tuple[ImageSource, ...] = ()
     video: Video | None = None
+    damage: tuple[str, str] | None = None
 
     @property
     def images(self) -> tuple[ImageSource, ...]:
@@ -124,6 +129,45 @@ def refuse_missing_files(questions: Sequence[Question], root: Path) -> None:
     lost = [video.name for video in videos if not video.path.exists()]
     if lost:
         raise DataError(f"{base} lacks {len(lost)} videos or folders of frames: {name_some(lost)}")
+
+
+def with_damage(question: Question) -> Question:
+    """The question as it is, or with ``damage`` where one of its texts holds half a character.
+
+    Parameters
+    ----------
+    question
+        As a reader made it inside `halves_taken`.
+    """
+    found: list[Unusable] = []
+    # an option stands in the text as well, and says more
+    details = {name: _printable(value, name, found) for name, value in question.details.items()}
+    tidied = {
+        name: _printable(getattr(question, name), name, found)
+        for name in ("id", "image", "more_images", "text", "answer", "image_id", "kind")
+    }
+    if not found:
+        return question
+    first = found[0]
+    return replace(question, **tidied, details=details, damage=(first.field, first.problem))
+
+
+def _printable(value: Any, name: str, found: list[Unusable]) -> Any:
+    """A value without any half of a character, each text that had one added to ``found``."""
+    if isinstance(value, Path):
+        return Path(_printable(str(value), name, found))
+    if isinstance(value, str):
+        try:
+            check_text(value, name)
+        except Unusable as problem:
+            found.append(problem)
+            return printable(value)
+    elif isinstance(value, Mapping):
+        pairs = value.items()
+        return {_printable(key, name, found): _printable(item, name, found) for key, item in pairs}
+    elif isinstance(value, list | tuple):
+        return type(value)(_printable(item, name, found) for item in value)
+    return value
 
 
 def unique_ids(questions: Sequence[Question], where: Path) -> None:
