@@ -166,7 +166,8 @@ def _printable(value: Any, name: str, found: list[Unusable]) -> Any:
         pairs = value.items()
         return {_printable(key, name, found): _printable(item, name, found) for key, item in pairs}
     elif isinstance(value, list | tuple):
-        return type(value)(_printable(item, name, found) for item in value)
+        items = [_printable(item, name, found) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     return value
 
 
