@@ -139,6 +139,11 @@ class ConvertedLisa:
 def convert_lisa(state: Mapping[str, Tensor]) -> ConvertedLisa:
     """Convert a LISA state dict.
 
+    Parameters
+    ----------
+    state
+        Its tensors by name, as the published checkpoint holds them.
+
     Raises
     ------
     CheckpointError
