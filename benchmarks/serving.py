@@ -6,7 +6,8 @@ so that whatever else the machine does meets both. Every answer is compared with
     python benchmarks/serving.py --data data/scenes/instruct/test.json \
         --image_folder data/scenes/instruct/images
     python benchmarks/serving.py --data data/scenes/instruct/test.json \
-        --image_folder data/scenes/instruct/images --minutes 10 --stock 0
+        --image_folder data/scenes/instruct/images --policy gates:checkpoints/tiny-llava-gates \
+        --minutes 10 --plot memory.png
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # both servers: threads that spin take each other's cores
 
 import httpx
 import torch
@@ -60,6 +63,12 @@ class Round:
     latencies: list[float] = field(default_factory=list)
     errors: int = 0
     wrong: int = 0
+    cpu_seconds: float = 0.0
+
+    @property
+    def cpu_ms(self) -> float:
+        """The server's processor time for a request, which other work on the machine hardly changes."""
+        return 1000 * self.cpu_seconds / max(1, len(self.latencies))
 
     @property
     def rate(self) -> float:
@@ -108,8 +117,15 @@ def body_of(asked: Asked, model: str, extra: dict[str, Any]) -> bytes:
     return json.dumps(request).encode()
 
 
-async def load(url: str, bodies: Sequence[bytes], expected: Sequence[str], clients: int) -> Round:
+def load(server: Server, bodies: Sequence[bytes], expected: Sequence[str], clients: int) -> Round:
     """All requests, with so many under way at any time."""
+    before = processor_time(server.pid)
+    found = asyncio.run(_load(server.url, bodies, expected, clients))
+    found.cpu_seconds = processor_time(server.pid) - before
+    return found
+
+
+async def _load(url: str, bodies: Sequence[bytes], expected: Sequence[str], clients: int) -> Round:
     found, waiting = Round(), iter(list(enumerate(bodies)))
     headers = {"content-type": "application/json"}
     limits = httpx.Limits(max_connections=clients)
@@ -133,14 +149,22 @@ async def load(url: str, bodies: Sequence[bytes], expected: Sequence[str], clien
     return found
 
 
+@dataclass(frozen=True)
+class Server:
+    """Where a server listens, and its process."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
-def dyvte_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+def dyvte_server(args: argparse.Namespace) -> Iterator[Server]:
     command = [sys.executable, "-m", "dyvte", "serve", args.model, "--policy", args.policy, "--port", "0"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         for line in running.stdout:
             if found := re.search(r"at (http://\S+)", line):
-                yield found[1], running.pid
+                yield Server(found[1], running.pid)
                 return
         raise SystemExit("dyvte serve has ended")
     finally:
@@ -149,7 +173,7 @@ def dyvte_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def stock_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+def stock_server(args: argparse.Namespace) -> Iterator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = Path(sys.executable).parent / "transformers"
@@ -168,10 +192,42 @@ def stock_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
                         "transformers serve has ended: pip install transformers[serving]"
                     ) from None
                 time.sleep(0.5)
-        yield url, running.pid
+        yield Server(url, running.pid)
     finally:
         running.terminate()
         running.wait(60)
+
+
+class MemoryWatch:
+    """Samples what a process holds, every ``every`` seconds, from entering to leaving.
+
+    ``samples``: (seconds since entering, MB).
+    """
+
+    def __init__(self, pid: int, every: float = 2.0) -> None:
+        self.pid, self.every = pid, every
+        self.samples: list[tuple[float, float]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        begun = time.monotonic()
+        while not self._over.wait(self.every):
+            self.samples.append((time.monotonic() - begun, resident(self.pid)))
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that a process has computed, all threads together."""
+    values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident(pid: int) -> float:
@@ -180,11 +236,41 @@ def resident(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024
 
 
+def growth(samples: Sequence[tuple[float, float]]) -> float:
+    """MB a minute: slope of the least-squares line through the samples."""
+    times, held = zip(*samples, strict=True)
+    return 60 * statistics.linear_regression(times, held).slope
+
+
+def tell_memory(samples: Sequence[tuple[float, float]], plot: Path | None) -> None:
+    """Print what the samples say, without the first minute, in which the allocator settles; plot them all."""
+    settled = [one for one in samples if one[0] >= 60] or list(samples)
+    held = [one for _, one in settled]
+    half = len(held) // 2
+    first, last = statistics.median(held[:half]), statistics.median(held[half:])
+    print(
+        f"memory over {samples[-1][0] / 60:.1f} min, without the first: {min(held):.0f} .. {max(held):.0f} MB"
+    )
+    print(
+        f"median {first:.0f} MB in its first half, {last:.0f} MB in its second, {growth(settled):+.2f} MB/min"
+    )
+    if plot is not None:
+        from dyvte.plotting import COLORS, new_figure, plain_axes
+
+        figure = new_figure(6.4, 2.6)
+        axes = figure.add_subplot()
+        axes.plot([at / 60 for at, _ in samples], [one for _, one in samples], color=COLORS[0], lw=1.2)
+        axes.set(xlabel="minutes under load", ylabel="resident memory (MB)", ylim=(0, None))
+        plain_axes(axes)
+        figure.savefig(plot, dpi=110)
+
+
 def shown(name: str, one: Round) -> str:
     ordered = sorted(one.latencies) or [float("nan")]
     at = {share: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.95)}
     return (
         f"  {name:<12} {one.rate:8.2f} requests/s   median {at[0.5]:.2f} s, 95 % {at[0.95]:.2f} s   "
+        f"{one.cpu_ms:.1f} ms of CPU each   "
         f"errors {one.errors}, other answers {one.wrong}"
     )
 
@@ -205,6 +291,7 @@ def main() -> None:
         "--stock", type=int, default=64, help="requests of a round for transformers serve; 0: none"
     )
     parser.add_argument("--minutes", type=float, default=0.0, help="go on so long, and watch the memory")
+    parser.add_argument("--plot", type=Path, help="image file for the memory over time")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.model = str(Path(args.model).absolute()) if Path(args.model).exists() else args.model
@@ -217,49 +304,57 @@ def main() -> None:
     size = -(-len(asked) // args.rounds)
     parts = [asked[start : start + size] for start in range(0, len(asked), size)]
     kinds = {"dyvte": {}, "own images": {"visual_exit": {"share_images": False}}}
-    found: dict[str, list[Round]] = {name: [] for name in (*kinds, "transformers")}
-    memory: list[float] = []
-    with dyvte_server(args) as (url, pid):
+    found: dict[str, list[Round]] = {name: [] for name in (*kinds, "transformers", "minutes")}
+    memory: list[tuple[float, float]] = []
+    with dyvte_server(args) as own:
         if args.stock:
-            with stock_server(args) as (stock_url, _):
+            with stock_server(args) as stock:
                 warm = [body_of(asked[0], args.model, {})]
-                asyncio.run(load(stock_url, warm, [full[asked[0]]], 1))
+                load(stock, warm, [full[asked[0]]], 1)
                 for part in parts:
                     for name, extra in kinds.items():
                         bodies = [body_of(one, args.model, extra) for one in part]
-                        found[name].append(
-                            asyncio.run(load(url, bodies, [known[one] for one in part], args.clients))
-                        )
+                        found[name].append(load(own, bodies, [known[one] for one in part], args.clients))
                         print(shown(name, found[name][-1]), flush=True)
                     few = part[:: max(1, len(part) // args.stock)][: args.stock]
                     bodies = [body_of(one, args.model, {}) for one in few]
                     found["transformers"].append(
-                        asyncio.run(load(stock_url, bodies, [full[one] for one in few], args.clients))
+                        load(stock, bodies, [full[one] for one in few], args.clients)
                     )
                     print(shown("transformers", found["transformers"][-1]), flush=True)
         elif not args.minutes:
             for part in parts:
                 bodies = [body_of(one, args.model, {}) for one in part]
-                found["dyvte"].append(
-                    asyncio.run(load(url, bodies, [known[one] for one in part], args.clients))
-                )
+                found["dyvte"].append(load(own, bodies, [known[one] for one in part], args.clients))
                 print(shown("dyvte", found["dyvte"][-1]), flush=True)
-        until = time.monotonic() + 60 * args.minutes
-        while args.minutes and time.monotonic() < until:
-            part = parts[len(memory) % len(parts)]
-            bodies = [body_of(one, args.model, {}) for one in part]
-            found["dyvte"].append(asyncio.run(load(url, bodies, [known[one] for one in part], args.clients)))
-            memory.append(resident(pid))
-            print(f"{shown('dyvte', found['dyvte'][-1])}   {memory[-1]:.0f} MB", flush=True)
+        if args.minutes:
+            with MemoryWatch(own.pid) as watch:
+                until, bodies = time.monotonic() + 60 * args.minutes, {}
+                for at in itertools.cycle(range(len(parts))):
+                    wanted = [known[one] for one in parts[at]]
+                    if at not in bodies:
+                        bodies[at] = [body_of(one, args.model, {}) for one in parts[at]]
+                    found["minutes"].append(load(own, bodies[at], wanted, args.clients))
+                    print(f"{shown('dyvte', found['minutes'][-1])}   {resident(own.pid):.0f} MB", flush=True)
+                    if time.monotonic() >= until:
+                        break
+            memory = watch.samples
     for name in kinds:
         pairs = list(zip(found[name], found["transformers"]))
         if pairs:
-            ratios = [one.rate / stock.rate for one, stock in pairs]
-            print(f"{name} / transformers serve: {statistics.median(ratios):.2f} (needed: {NEEDED:g})")
-    if len(memory) > 2:
-        half = len(memory) // 2
-        first, last = statistics.median(memory[:half]), statistics.median(memory[half:])
-        print(f"memory: median {first:.0f} MB in the first half, {last:.0f} MB in the second")
+            ratios = [one.rate / other.rate for one, other in pairs]
+            less = [other.cpu_ms / one.cpu_ms for one, other in pairs]
+            print(
+                f"{name} / transformers serve: {statistics.median(ratios):.2f} (needed: {NEEDED:g})", end=""
+            )
+            print(f"; CPU time of a request of transformers serve / {name}: {statistics.median(less):.2f}")
+    ours = [one for name in (*kinds, "minutes") for one in found[name]]
+    answered, errors, wrong = (
+        sum(map(count, ours)) for count in (lambda r: len(r.latencies), lambda r: r.errors, lambda r: r.wrong)
+    )
+    print(f"dyvte serve: {answered} answers, {errors} errors, {wrong} other than the runtime's own")
+    if len(memory) > 4:
+        tell_memory(memory, args.plot)
     if args.json:
         values = {name: [vars(one) for one in rounds] for name, rounds in found.items()}
         args.json.write_text(json.dumps({"rounds": values, "memory_mb": memory}, indent=1))

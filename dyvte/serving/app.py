@@ -31,7 +31,7 @@ from dyvte.serving.hosts import HostGuard
 from dyvte.serving.images import ImageReader
 from dyvte.serving.jobs import Conversation, Ended, Event, Finished, Job
 from dyvte.serving.metrics import Metrics
-from dyvte.serving.replies import Replies, error_reply, sse, to_json
+from dyvte.serving.replies import Replies, error_reply, exit_header, sse, to_json
 from dyvte.serving.requests import ChatRequest, parse_chat, parse_json
 from dyvte.serving.scheduler import Scheduler
 
@@ -95,7 +95,8 @@ class Service:
             if first is not None and asked.stream:
                 collected.add(first)
                 stream = self._stream(asked, job, events, collected, replies, first)
-                return StreamingResponse(stream, media_type="text/event-stream", headers=_NO_STORE)
+                headers = {**_NO_STORE, **exit_header(first.report)}
+                return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
             event = first
             while event is not None and not isinstance(event, Finished):
                 collected.add(event)
@@ -109,7 +110,7 @@ class Service:
             return Response(status_code=499)
         answer = collected.answer()
         self.metrics.answered(answer)
-        return _json(replies.whole(answer))
+        return _json(replies.whole(answer), headers=exit_header(answer.report))
 
     async def _stream(
         self,

@@ -12,6 +12,12 @@ from dyvte.serving.asking import FullAnswer
 from dyvte.serving.errors import OverloadedError, RequestError, StoppingError
 from dyvte.serving.jobs import Ended, Event, ExitReport, Piece, Started, TokenLogprob
 
+EXIT_HEADER = "X-Visual-Exit"
+_IN_HEADER = (
+    *("schedule", "freeze_layer", "exit_layer", "num_layers"),
+    *("visual_tokens", "visual_compute", "kv_bytes", "threshold"),
+)
+_LONGEST_SCHEDULE = 200
 _LEAST = -9999.0
 """What stands for a log-probability of minus infinity, which JSON cannot hold."""
 
@@ -120,6 +126,13 @@ def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
 def exit_values(report: ExitReport) -> dict[str, Any]:
     """A report as it stands in a reply."""
     return asdict(report)
+
+
+def exit_header(report: ExitReport) -> dict[str, str]:
+    """A report's short form as an HTTP header, for clients that drop fields which OpenAI's replies lack."""
+    values = exit_values(report)
+    values["schedule"] = values["schedule"][:_LONGEST_SCHEDULE]
+    return {EXIT_HEADER: json.dumps({name: values[name] for name in _IN_HEADER})}
 
 
 def error_reply(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
