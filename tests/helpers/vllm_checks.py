@@ -29,6 +29,7 @@ FAMILIES = {
     "llava_next": "<image>",
     "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "internvl": "<IMG_CONTEXT>",
 }
 SMALL_STEPS = {"block_size": 32, "max_num_batched_tokens": 48, "max_num_seqs": 8}

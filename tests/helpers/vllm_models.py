@@ -61,9 +61,10 @@ def write_family(family: str, folder: Path, *, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     processor = getattr(processors, family)()
     if family.startswith("qwen"):
-        from transformers import Qwen2VLVideoProcessor
+        from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
-        processor.video_processor = Qwen2VLVideoProcessor(patch_size=4, merge_size=2, temporal_patch_size=2)
+        kind = Qwen3VLVideoProcessor if family == "qwen3_vl" else Qwen2VLVideoProcessor
+        processor.video_processor = kind(patch_size=4, merge_size=2, temporal_patch_size=2)
     elif family == "internvl":
         from transformers import InternVLVideoProcessor
 

@@ -29,7 +29,7 @@ SMALL = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl")
+FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 POLICIES = ("never", "freeze:1", "fixed:2", "freeze:1:3", "gates:")
 EXACT = [
     *("never", "freeze:0", "freeze:2", "freeze:5", "fixed:0", "fixed:3", "fixed:5", "freeze:2:5"),

@@ -106,6 +106,7 @@ def refuse(vllm_config: Any, policy: Policy, config: EngineConfig, num_layers: i
             getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False)
         ),
         "prompts given as embeddings": bool(getattr(model, "enable_prompt_embeds", False)),
+        "pruned video tokens (video_pruning_rate)": _prunes_videos(model),
         "pooling": model.runner_type != "generate",
         "model runner V2, which has not been seen to work yet (VLLM_USE_V2_MODEL_RUNNER=0)": bool(
             vllm_config.use_v2_model_runner
@@ -159,6 +160,11 @@ def adapt(vllm_config: Any, policy: Policy, config: EngineConfig, num_layers: in
         name = "AsyncTextOnlyScheduler" if scheduler.async_scheduling else "TextOnlyScheduler"
         scheduler.scheduler_cls = f"dyvte.plugins.vllm.text_cache.{name}"
         scheduler.disable_hybrid_kv_cache_manager = False
+
+
+def _prunes_videos(model_config: Any) -> bool:
+    given = getattr(model_config, "multimodal_config", None)
+    return given is not None and bool(given.is_multimodal_pruning_enabled())
 
 
 def _graphs(vllm_config: Any) -> str:

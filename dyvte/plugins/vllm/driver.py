@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,8 +149,20 @@ class Driver:
         self._report(step)
 
     @torch.no_grad()
-    def run(self, step: Step, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """(rows, D) the decoder's output; zeros at rows of visual tokens that did not reach its end."""
+    def run(
+        self, step: Step, positions: Tensor, inputs_embeds: Tensor, behind: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """(rows, D) the decoder's output; zeros at rows of visual tokens that did not reach its end.
+
+        Parameters
+        ----------
+        positions
+            (n,), or (3, n) of M-RoPE.
+        inputs_embeds
+            (n, D).
+        behind
+            For each of the first layers, (n, D) what the model adds behind it (deepstack).
+        """
         stream = _Stream(self, step, positions, inputs_embeds)
         asking = [part for part in step.parts if self._undecided(part)]
         plan = self._plan(asking) if asking else None
@@ -164,6 +176,8 @@ class Driver:
                     part.prompt.decide(freeze, leave)
             stream.enter(index)
             stream.run(index)
+            if index < len(behind):
+                stream.add(behind[index])
         for part in asking:
             if part.prompt.exit_layer is None:
                 part.prompt.decide(self.num_layers, self.num_layers)
@@ -276,6 +290,13 @@ class _Stream:
         positions = self.positions[..., self._tensor(self.rows_R)]
         with override_forward_context(inside):
             self.hidden, self.residual = layer(positions, self.hidden, self.residual)
+
+    def add(self, values_nD: Tensor) -> None:
+        """Add to the states of all rows that are left, frozen ones among them."""
+        self.hidden = self.hidden + values_nD[self._tensor(self.rows_R)]
+        for number, (rows, hidden) in self.frozen.items():
+            self.frozen[number] = (rows, hidden + values_nD[self._tensor(rows)])
+        self._joined = None
 
     def output(self) -> Tensor:
         """The decoder's output, each row in its place."""

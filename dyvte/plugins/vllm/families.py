@@ -5,7 +5,7 @@ vLLM imports this module, by the names in `dyvte.plugins.vllm.names`, where a mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from dyvte.plugins.vllm.driver import Driver
 from dyvte.plugins.vllm.loading import check_identity, make_driver
@@ -46,9 +47,13 @@ class Scheduled(nn.Module):
         if driver is None or step is None:
             return super().forward(*arguments, **kwargs)
         if not driver.in_place(step):
-            return driver.run(step, positions, inputs_embeds)
+            return driver.run(step, positions, inputs_embeds, self.behind_layers(inputs_embeds))
         with driver.metadata(step):
             return super().forward(*arguments, **kwargs)
+
+    def behind_layers(self, inputs_embeds: Tensor) -> Sequence[Tensor]:
+        """What this model adds behind its first layers, one (rows, D) tensor for each of them."""
+        return ()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As vLLM's; then the gates' backbone is compared, while the weights are still there as they are."""
@@ -85,6 +90,23 @@ class DyvteQwen2VLForConditionalGeneration(Scheduled, Qwen2VLForConditionalGener
 
 class DyvteQwen2_5_VLForConditionalGeneration(Scheduled, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""
+
+
+class DyvteQwen3VLForConditionalGeneration(Scheduled, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL: vision features are added again behind the first layers (deepstack), to frozen tokens too."""
+
+    def behind_layers(self, inputs_embeds: Tensor) -> Sequence[Tensor]:
+        """The features that `embed_input_ids` has left for this step; zeros at text."""
+        number = len(inputs_embeds)
+        given = self._get_deepstack_input_embeds(number)
+        if given is None:
+            return ()
+        # copies: what lies there is cleared for the next step
+        found = [
+            given[f"deepstack_input_embeds_{index}"].clone() for index in range(self.deepstack_num_level)
+        ]
+        self._clear_deepstack_input_embeds(number)
+        return found
 
 
 class DyvteInternVLForConditionalGeneration(Scheduled, InternS1ForConditionalGeneration):

@@ -13,6 +13,7 @@ ARCHITECTURES = {
     "DyvteLlavaNextForConditionalGeneration": "LlavaNextForConditionalGeneration",
     "DyvteQwen2VLForConditionalGeneration": "Qwen2VLForConditionalGeneration",
     "DyvteQwen2_5_VLForConditionalGeneration": "Qwen2_5_VLForConditionalGeneration",
+    "DyvteQwen3VLForConditionalGeneration": "Qwen3VLForConditionalGeneration",
     "DyvteInternVLForConditionalGeneration": "InternVLForConditionalGeneration",
 }
 """Ours, by the stock architecture that each one extends."""

@@ -95,6 +95,13 @@ def qwen2_5_vl() -> Any:
     return _qwen(Qwen2_5_VLProcessor)
 
 
+def qwen3_vl() -> Any:
+    """As Qwen2-VL."""
+    from transformers import Qwen3VLProcessor
+
+    return _qwen(Qwen3VLProcessor)
+
+
 def internvl() -> Any:
     """Four tokens a tile."""
     from transformers import InternVLProcessor
