@@ -137,8 +137,9 @@ async def _load(url: str, bodies: Sequence[bytes], expected: Sequence[str], clie
                 try:
                     reply = await http.post(f"{url}/v1/chat/completions", content=body, headers=headers)
                     text = reply.json()["choices"][0]["message"]["content"]
-                except (httpx.HTTPError, KeyError, ValueError):
+                except (httpx.HTTPError, KeyError, ValueError) as error:
                     found.errors += 1
+                    print(f"  {type(error).__name__}: {error}", flush=True)
                     continue
                 found.latencies.append(time.perf_counter() - begun)
                 found.wrong += text.strip() != expected[at]
@@ -299,10 +300,11 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch ", end="")
     print(f"{torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
     print(f"{len(asked)} questions about {args.images} images, {args.clients} clients, policy {args.policy}")
-    known = alone(args.model, args.policy, asked)
-    full = known if args.policy == "never" or not args.stock else alone(args.model, "never", asked)
     size = -(-len(asked) // args.rounds)
     parts = [asked[start : start + size] for start in range(0, len(asked), size)]
+    few = [part[:: max(1, len(part) // args.stock)][: args.stock] if args.stock else [] for part in parts]
+    known = alone(args.model, args.policy, asked)
+    full = known if args.policy == "never" else alone(args.model, "never", [asked[0], *itertools.chain(*few)])
     kinds = {"dyvte": {}, "own images": {"visual_exit": {"share_images": False}}}
     found: dict[str, list[Round]] = {name: [] for name in (*kinds, "transformers", "minutes")}
     memory: list[tuple[float, float]] = []
@@ -311,15 +313,14 @@ def main() -> None:
             with stock_server(args) as stock:
                 warm = [body_of(asked[0], args.model, {})]
                 load(stock, warm, [full[asked[0]]], 1)
-                for part in parts:
+                for part, of_stock in zip(parts, few, strict=True):
                     for name, extra in kinds.items():
                         bodies = [body_of(one, args.model, extra) for one in part]
                         found[name].append(load(own, bodies, [known[one] for one in part], args.clients))
                         print(shown(name, found[name][-1]), flush=True)
-                    few = part[:: max(1, len(part) // args.stock)][: args.stock]
-                    bodies = [body_of(one, args.model, {}) for one in few]
+                    bodies = [body_of(one, args.model, {}) for one in of_stock]
                     found["transformers"].append(
-                        load(stock, bodies, [full[one] for one in few], args.clients)
+                        load(stock, bodies, [full[one] for one in of_stock], args.clients)
                     )
                     print(shown("transformers", found["transformers"][-1]), flush=True)
         elif not args.minutes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from dyvte.errors import ConfigError
 from dyvte.serving.answerer import Answerer
@@ -12,6 +13,13 @@ from dyvte.serving.config import ServeConfig
 from dyvte.serving.hosts import is_loopback
 from dyvte.serving.images import ImageReader
 from dyvte.serving.jobs import Conversation, Decoding
+
+if TYPE_CHECKING:
+    import uvicorn
+
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open. Longer than clients keep theirs (5 seconds in httpx and the openai
+package, as long as uvicorn's own number): who closes first must not be the side that is about to be asked."""
 
 
 def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
@@ -33,7 +41,7 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
     """
     try:
         import prometheus_client  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from dyvte.serving.app import create_app
     except ImportError as error:
@@ -51,13 +59,21 @@ def serve(config: ServeConfig, say: Callable[[str], None] = print) -> None:
         if not is_loopback(config.host):
             say(f"note: {config.host} can be reached from other machines, and there is no password")
         say(f"serving {app.state.service.name} at {where} (policy {answerer.menu.own.text})")
-        settings = uvicorn.Config(
-            app,
-            log_level="warning",
-            timeout_graceful_shutdown=max(1, round(config.stop_seconds)),
-            lifespan="on",
-        )
-        uvicorn.Server(settings).run(sockets=[listening])
+        http_server(app, config).run(sockets=[listening])
+
+
+def http_server(app: Any, config: ServeConfig) -> uvicorn.Server:
+    """What speaks HTTP for an application, not started yet."""
+    import uvicorn
+
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(config.stop_seconds)),
+        lifespan="on",
+    )
+    return uvicorn.Server(settings)
 
 
 def _try_once(answerer: Answerer) -> None:

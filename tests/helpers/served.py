@@ -21,6 +21,7 @@ from dyvte.backbones import BackboneConfig
 from dyvte.serving.answerer import Answerer
 from dyvte.serving.app import Service, create_app
 from dyvte.serving.config import ServeConfig
+from dyvte.serving.server import http_server
 from tests.helpers.models import random_image
 
 
@@ -36,12 +37,10 @@ class Served:
 @contextlib.contextmanager
 def serving(answerer: Answerer, **settings: Any) -> Iterator[Served]:
     """A server with these settings; it has stopped when the block is left."""
-    config = ServeConfig(model=BackboneConfig(path="tiny"), **settings)
+    config = ServeConfig(model=BackboneConfig(path="tiny"), **{"stop_seconds": 5, **settings})
     app = create_app(answerer, config)
     listening = socket.create_server((config.host, 0))
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, lifespan="on")
-    )
+    server = http_server(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import pickle
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from dyvte.plugins.vllm.reports import Reports
 from tests.helpers.models import tiny_llava
 
 LAYERS, HIDDEN = 4, 32
+PRUNES = SimpleNamespace(is_multimodal_pruning_enabled=lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,7 @@ def test_options_keep_the_book_through_a_process(folder):
         ("freeze:2", {"speculative_config": object()}, "speculative decoding"),
         ("freeze:2", {"kv_transfer_config": object()}, "KV connectors"),
         ("freeze:2", {"lora_config": object()}, "LoRA adapters"),
+        ("freeze:2", {"model_config": {"multimodal_config": PRUNES}}, "pruned video tokens"),
         ("freeze:2", {"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ("freeze:2", {"cache_config": {"cache_dtype": "fp8_e4m3"}}, "a quantised KV cache"),
         (
@@ -253,3 +256,23 @@ def test_decisions_are_taken_down(caplog):
     assert (one.tag, one.num_tokens, one.num_visual) == ("mine", 4, 2)
     assert (one.freeze_layer, one.exit_layer, one.visual_compute) == (1, 3, 0.25)
     assert "prompt mine of 4 tokens, 2 visual: updated in layers 1..1, read up to layer 3 of 4" in caplog.text
+
+
+@pytest.mark.parametrize(("child", "shared"), [(True, False), (True, True), (False, False)])
+def test_counters_that_nobody_can_see_are_said_to_be(child, shared, caplog, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object() if child else None)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    if shared:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
+    with caplog.at_level(logging.INFO, logger="vllm.plugins.dyvte"):
+        Reports(4, log=True)
+    assert ("set PROMETHEUS_MULTIPROC_DIR to an empty folder" in caplog.text) == (child and not shared)
+
+
+def test_a_prompt_that_is_never_updated_is_said_to_be(caplog):
+    book = RequestBook([9], 4)
+    book.update([], [(0, [1, 9, 2], None)], [])
+    book.rows[0].decide(0, 4)
+    with caplog.at_level(logging.INFO, logger="vllm.plugins.dyvte"):
+        Reports(4, log=True).add(book.rows[0])
+    assert "prompt of 3 tokens, 1 visual: updated in no layer, read up to layer 4 of 4" in caplog.text

@@ -11,7 +11,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from dyvte.gates import GateConfig, GateStack
 from dyvte.serving.answerer import Answerer
 from tests.helpers.models import random_image
 from tests.helpers.served import serving
@@ -258,6 +260,35 @@ def test_a_server_without_gates(page, pipeline, picture):
         assert turn.locator(".card.own .depth .read").count() == 2
         assert turn.locator("svg.gates").count() == 0
         assert turn.locator(".strip button").count() == 5
+    page.goto("about:blank")
+
+
+def test_gates_that_also_freeze_are_drawn_inside_the_chart(page, pipeline, picture, tmp_path):
+    """A circle in its own column for each layer that may freeze, 0 among them; none for the others."""
+    offsets = (-0.5, -1e30, 0.0, 0.5)
+    config = GateConfig(
+        num_layers=4, hidden_size=32, architecture="compact", freeze_head=True, freeze_offsets=offsets
+    )
+    gates = GateStack.init(config, 0)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in gates.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    gates.save_pretrained(tmp_path / "gates")
+    with serving(Answerer.of(pipeline, f"gates:{tmp_path / 'gates'}")) as running:
+        turn = ask(page, running.url, picture)
+        chart = turn.locator("svg.gates")
+        left = chart.locator("line.grid").first.get_attribute("x1")
+        places = [float(one.get_attribute("cx")) for one in chart.locator("circle.freeze").all()]
+        bars = [
+            float(one.get_attribute("x")) + float(one.get_attribute("width")) / 2
+            for one in chart.locator("rect").all()
+        ]
+        assert len(places) == 3
+        assert places[0] > float(left)
+        assert places[1:] == pytest.approx(bars[1:]), "above the bars of layers 2 and 3"
+        assert chart.locator("text.axis", has_text=re.compile("^0$")).count() == 1
+        assert "freezes" in chart.get_attribute("aria-label")
+        assert "Circles: it freezes" in turn.inner_text()
     page.goto("about:blank")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +15,11 @@ from dyvte.plugins.vllm.names import LOGGER
 
 KEPT = 4096
 """Records that an engine keeps, the last ones."""
+
+COUNTERS = ("dyvte:prompts_total", "dyvte:visual_token_layers_total")
+"""As they are called under ``/metrics``."""
+
+_SHARED_COUNTERS = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,13 @@ class Reports:
     def __init__(self, num_layers: int, log: bool) -> None:
         self.num_layers, self.log = num_layers, log
         self.schedules: deque[Schedule] = deque(maxlen=KEPT)
+        if counts_out_of_sight():
+            logging.getLogger(LOGGER).info(
+                "dyvte: this engine counts in a process of its own, and its counters (%s) do not appear "
+                "under /metrics: set %s to an empty folder before the start",
+                ", ".join(COUNTERS),
+                _SHARED_COUNTERS,
+            )
 
     def add(self, prompt: Prompt) -> None:
         """Take down a prompt that is decided and computed."""
@@ -72,15 +86,21 @@ class Reports:
         self.schedules.append(one)
         if self.log:
             logging.getLogger(LOGGER).info(
-                "prompt%s of %d tokens, %d visual: updated in layers 1..%d, read up to layer %d of %d",
+                "prompt%s of %d tokens, %d visual: updated in %s, read up to layer %d of %d",
                 "" if one.tag is None else f" {one.tag}",
                 one.num_tokens,
                 one.num_visual,
-                one.freeze_layer,
+                f"layers 1..{one.freeze_layer}" if one.freeze_layer else "no layer",
                 one.exit_layer,
                 one.num_layers,
             )
         count(one)
+
+
+def counts_out_of_sight() -> bool:
+    """Is this a process whose counters nobody can see? A server's engine runs in a child of the server, and
+    the Prometheus client library gathers over processes only in a folder that the user names."""
+    return multiprocessing.parent_process() is not None and _SHARED_COUNTERS not in os.environ
 
 
 def count(one: Schedule) -> None:
@@ -106,11 +126,12 @@ def _counters() -> tuple[Any, Any] | None:
         from prometheus_client import Counter
     except ImportError:
         return None
+    names = [name.removesuffix("_total") for name in COUNTERS]
     prompts = Counter(
-        "dyvte:prompts", "Prompts with visual tokens, by their layers.", ["freeze_layer", "exit_layer"]
+        names[0], "Prompts with visual tokens, by their layers.", ["freeze_layer", "exit_layer"]
     )
     layers = Counter(
-        "dyvte:visual_token_layers",
+        names[1],
         "Visual tokens times layers, by what the layers did with them.",
         ["state"],
     )

@@ -77,21 +77,30 @@ dyvte.stepKeys = function (event, list) {
 };
 
 /* What the gates say as bars, on the scale of levels, and a threshold that can be dragged across them.
-   marks: {exits: (L-1) levels, freezes: (L) levels or none, exit, freeze, level, gap}. */
+   marks: {exits: (L-1) levels, freezes: (L) levels or none, exit, freeze, level, gap}.
+   An image may freeze before the first layer: then there is a column 0. */
 dyvte.gateChart = function (marks, change) {
-  const { exits, freezes, exit, freeze, level, gap } = marks;
+  const { exits, exit, freeze, level, gap } = marks;
+  const freezes = marks.freezes.map((value, j) => [j, value]).filter(([, value]) => dyvte.isPossible(value));
+  const first = freezes.length > 0 ? 0 : 1;
+  const columns = exits.length + 1 - first;
   const range = dyvte.chartRange(marks);
-  const [width, height, left, top, tall] = [Math.max(320, 30 * exits.length + 90), 170, 72, 8, 136];
-  const step = (width - left - 8) / Math.max(1, exits.length);
+  const [width, height, left, top, tall] = [Math.max(320, 30 * columns + 90), 170, 72, 8, 136];
+  const step = (width - left - 8) / Math.max(1, columns);
   const clip = (value) => Math.max(range.low, Math.min(range.high, value));
   const y = (value) => top + ((range.high - clip(value)) / (range.high - range.low)) * tall;
-  const x = (layer) => left + (layer - 0.5) * step;
+  const x = (layer) => left + (layer - first + 0.5) * step;
+  const axis = (layer) =>
+    dyvte.svg("text", { class: "axis", x: x(layer), y: height - 12, "text-anchor": "middle" }, String(layer));
   const said = exits.map((value, i) => `${i + 1}: ${dyvte.thresholdText(value)}`).join(", ");
+  const frozen = freezes.map(([j, value]) => `${j}: ${dyvte.thresholdText(value - gap)}`).join(", ");
   const chart = dyvte.svg("svg", {
     class: "gates",
     viewBox: `0 0 ${width} ${height}`,
     role: "img",
-    "aria-label": `Each gate's chance that the image leaves after its layer. ${said}. Threshold ${dyvte.thresholdText(level)}`,
+    "aria-label": `Each gate's chance that the image leaves after its layer. ${said}. ${
+      frozen && `That it freezes, on the same scale: ${frozen}. `
+    }Threshold ${dyvte.thresholdText(level)}`,
   });
   for (const mark of range.ticks) {
     chart.append(
@@ -110,10 +119,13 @@ dyvte.gateChart = function (marks, change) {
         y: y(value),
         height: Math.max(1.5, top + tall - y(value)),
       }),
-      dyvte.svg("text", { class: "axis", x: x(k), y: height - 12, "text-anchor": "middle" }, String(k)),
+      axis(k),
     );
   });
-  freezes.forEach((value, j) => {
+  if (first === 0) {
+    chart.append(axis(0));
+  }
+  freezes.forEach(([j, value]) => {
     const kind = j === freeze && freeze < exit ? "freeze now" : "freeze";
     chart.append(dyvte.svg("circle", { class: kind, cx: x(j), cy: y(value - gap), r: 4 }));
   });
@@ -142,6 +154,9 @@ dyvte.gateChart = function (marks, change) {
   });
   return chart;
 };
+
+/* A freeze head that was never trained for a layer says so by an offset of about -1e30. */
+dyvte.isPossible = (value) => value > -1e20;
 
 /* Levels that a chart and a slider show: all of the gates', and even chances. */
 dyvte.chartRange = function ({ exits, freezes, gap }) {

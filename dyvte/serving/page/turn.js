@@ -139,6 +139,10 @@ dyvte.TurnView = class {
       };
       range = dyvte.chartRange(marks);
       parts.push(dyvte.gateChart(marks, set));
+      if (marks.freezes.some(dyvte.isPossible)) {
+        const said = "Bars: the image leaves after this layer. Circles: it freezes, and is only read from there on.";
+        parts.push(dyvte.make("p", { class: "quiet" }, said));
+      }
     }
     const slider = dyvte.make("input", {
       type: "range",
