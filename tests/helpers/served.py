@@ -37,7 +37,7 @@ class Served:
 @contextlib.contextmanager
 def serving(answerer: Answerer, **settings: Any) -> Iterator[Served]:
     """A server with these settings; it has stopped when the block is left."""
-    config = ServeConfig(model=BackboneConfig(path="tiny"), **{"stop_seconds": 5, **settings})
+    config = ServeConfig(model=BackboneConfig(path="tiny"), **{"stop_seconds": 10, **settings})
     app = create_app(answerer, config)
     listening = socket.create_server((config.host, 0))
     server = http_server(app, config)
