@@ -2,8 +2,8 @@
 
 The registry's torchvision is built for CUDA: beside a CPU torch its library does not load, and then its own
 import fails ("operator torchvision::nms does not exist"). With the two operators declared, its Python part
-loads, which is all that VLMEvalKit and vLLM want of it. ``scripts/test_plugins.sh`` puts this file into their
-environments.
+loads, which is all that VLMEvalKit, vLLM and transformers' processors want of it. ``scripts/test_plugins.sh``
+puts this file into their environments.
 """
 
 from __future__ import annotations

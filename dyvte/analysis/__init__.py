@@ -23,6 +23,7 @@ STUDIES: dict[str, tuple[str, str]] = {
     "gate_inputs": ("DyVTE Tables 4 and 7", "what gates read: trained from one trace"),
     "exits": ("DyVTE Figure 7", "histograms of exit layers"),
     "transfer": ("DyVTE Table 6", "gates of another model of the same shape"),
+    "shift": ("certificates by group, ours", "do these questions look like those calibrated on?"),
     "distance": ("YOPO Figure 2", "attention between visual tokens over their distance"),
     "text_to_vision": ("YOPO Figure 3", "attention of each text token to vision over layers"),
     "head_rho": ("YOPO Figure 5", "rho of each head and layer"),

@@ -5,6 +5,7 @@ Shape letters: B samples, L decoder layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from dyvte.errors import CalibrationError, GateMismatchError
 from dyvte.gates import (
     GateConfig,
     GateStack,
+    GroupFinder,
+    GroupThresholds,
     HeadLogits,
+    Schedules,
     follow_threshold,
     load_checkpoint,
     save_config,
     schedules,
+    write_groups,
 )
 from dyvte.gates.config import CONFIG_FILE
 from dyvte.objectives.losses import answer_loss, is_bounded
@@ -53,6 +58,9 @@ class Calibration:
     freeze_threshold: float | None
     record: dict[str, Any]
     text: str
+    groups: GroupThresholds | None = None
+    """Where thresholds were found by group; `finder` tells the groups."""
+    finder: GroupFinder | None = None
 
 
 def calibrate_compute(
@@ -173,7 +181,8 @@ def follow_path(config: GateConfig, threshold: float) -> float | None:
 
 
 def write_calibration(folder: str | Path, found: Calibration) -> GateConfig:
-    """Store thresholds and record in a checkpoint's ``gate_config.json``; its weights are not touched.
+    """Store thresholds and record in a checkpoint's ``gate_config.json``; its weights are not touched. What
+    tells groups goes into ``groups.safetensors``; without groups there is no such file afterwards.
 
     Parameters
     ----------
@@ -187,6 +196,8 @@ def write_calibration(folder: str | Path, found: Calibration) -> GateConfig:
     config = replace(config, threshold=found.threshold, calibration={**found.record, **kept})
     if found.freeze_threshold is not None:
         config = replace(config, freeze_threshold=found.freeze_threshold)
+    config = replace(config, groups=found.groups)
+    write_groups(folder, found.finder)
     save_config(config, folder)
     return config
 
@@ -310,12 +321,33 @@ def _seen(
     config = gates.config
     path = ThresholdPath.of(logits, trace, config)
     chosen = schedules(logits, threshold, config.min_layer, config.fallback, freeze_threshold)
+    return seen_on(path, chosen, trace, store.image_ids(), store)
+
+
+def seen_on(
+    path: ThresholdPath, chosen: Schedules, trace: Trace, image_ids: Sequence[str], store: TraceStore
+) -> dict[str, Any]:
+    """What schedules do on traced samples, and which samples they are.
+
+    Parameters
+    ----------
+    path
+        Of the gates on these samples.
+    chosen
+        Their schedules.
+    trace
+        Of the samples.
+    image_ids
+        Their images.
+    store
+        That they are of.
+    """
     seen = {
         "data": store.manifest.fingerprint.get("data"),
         "labels": store.manifest.fingerprint.get("labels"),
         "reductions": store.manifest.fingerprint.get("reductions", NO_REDUCTION),
         "num_samples": len(trace),
-        "num_images": len(set(store.image_ids())),
+        "num_images": len(set(image_ids)),
         "visual_compute": path.compute(chosen),
         "mean_exit_layer": float(chosen.exit_layers_B.double().mean()),
     }

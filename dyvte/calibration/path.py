@@ -6,7 +6,7 @@ Shape letters: B samples, L decoder layers, G streams (frozen after each traced 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,9 +83,30 @@ class ThresholdPath:
         level
             The exit threshold as a logit; that of freezing keeps its distance.
         """
-        return schedules(
-            self.logits, threshold_at(level), self.min_layer, freeze_threshold=threshold_at(level + self.gap)
-        )
+        return self.by(threshold_at(level), threshold_at(level + self.gap))
+
+    def by(self, threshold: float, freeze_threshold: float | None = None) -> Schedules:
+        """Where each sample freezes and leaves at these thresholds.
+
+        Parameters
+        ----------
+        threshold
+            Of exiting, a probability.
+        freeze_threshold
+            Of freezing; None: that of exiting.
+        """
+        return schedules(self.logits, threshold, self.min_layer, freeze_threshold=freeze_threshold)
+
+    def rows(self, index: Tensor) -> ThresholdPath:
+        """The path of some of the samples.
+
+        Parameters
+        ----------
+        index
+            (R,) which of them.
+        """
+        logits = self.logits.rows(index) if isinstance(self.logits, HeadLogits) else self.logits[index]
+        return replace(self, logits=logits, num_visual_B=self.num_visual_B[index])
 
     def compute(self, chosen: Schedules) -> float:
         """Visual compute of these schedules, as a share of the full model's.

@@ -23,7 +23,7 @@ dyvte analyze gate_inputs --config configs/eval_embedded.yaml --training configs
 
 NAMES = {"etas": ("eta",), "feature_sets": ("features",)}
 ALL = "all"
-_NEEDS = {"exits": "gates", "transfer": "gates", "gate_inputs": "training"}
+_NEEDS = {"exits": "gates", "transfer": "gates", "shift": "gates", "gate_inputs": "training"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

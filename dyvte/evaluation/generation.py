@@ -28,7 +28,8 @@ from dyvte.evaluation.masks import with_masks
 from dyvte.evaluation.run_log import Answer, pack_layers
 from dyvte.formatting import GIB
 from dyvte.groups import open_group
-from dyvte.readers.videos import read_frames
+from dyvte.readers.videos import SAMPLINGS, read_frames
+from dyvte.registry import unknown
 from dyvte.runtime import ImageStore, VisualExit
 from dyvte.runtime.records import PrefillRecord
 from dyvte.tasks.base import Question
@@ -48,6 +49,9 @@ class GenerationSettings:
     """Longest answer, in tokens."""
     num_frames: int = 8
     """Frames sampled from a video."""
+    frame_sampling: str = "linspace"
+    """How: "linspace", from the first to the last as Video-LLaVA and lmms-eval do, or "transformers", the
+    first of each of equal parts."""
     seed: int = 0
     """Of everything that is drawn at random."""
     max_bad_samples: int = 0
@@ -59,6 +63,8 @@ class GenerationSettings:
         for name in ("batch_size", "max_new_tokens", "num_frames"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.frame_sampling not in SAMPLINGS:
+            raise ConfigError(unknown("frame_sampling", self.frame_sampling, SAMPLINGS))
         if self.max_bad_samples < 0:
             raise ConfigError(f"max_bad_samples must be at least 0, found {self.max_bad_samples}")
         if not 0 <= self.image_store < math.inf:
@@ -79,6 +85,8 @@ class Pipeline:
     max_new_tokens: int = 16
     num_frames: int = 8
     """Frames sampled from a video."""
+    frame_sampling: str = "linspace"
+    """How, see `GenerationSettings`."""
     images: ImageStore | None = None
     """What questions about the same image read it from; None: every question computes its own."""
     segmenter: Segmenter | None = None
@@ -148,7 +156,7 @@ def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         return [count for prompt in prompts for count in _token_counts(tokenizer, [prompt])]
 
 
-def question_images(question: Question, num_frames: int) -> list[Any]:
+def question_images(question: Question, num_frames: int, sampling: str = "linspace") -> list[Any]:
     """RGB PIL images of a question: its images in order, or its video's sampled frames.
 
     Parameters
@@ -157,9 +165,11 @@ def question_images(question: Question, num_frames: int) -> list[Any]:
         As a benchmark gives it.
     num_frames
         Frames sampled from a video.
+    sampling
+        How, see `GenerationSettings`.
     """
     if question.video is not None:
-        return read_frames(question.video, num_frames)
+        return read_frames(question.video, num_frames, sampling)
     return [open_image(source) for source in question.images]
 
 
@@ -208,7 +218,8 @@ def encode_together(
     index
         Of the batch.
     """
-    shown = {(q.images, q.video): question_images(q, pipeline.num_frames) for q in questions}
+    how = (pipeline.num_frames, pipeline.frame_sampling)
+    shown = {(q.images, q.video): question_images(q, *how) for q in questions}
     rows = [shown[q.images, q.video] for q in questions]
     as_videos = all(q.video is not None for q in questions) and takes_videos(pipeline.processor)
     rendered = [

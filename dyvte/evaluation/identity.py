@@ -71,6 +71,7 @@ def identity(
         "seed": config.seed,
         "dtype": str(pipeline.model.dtype),
         "attn_implementation": config.model.attn_implementation,
+        **({} if config.frame_sampling == "linspace" else {"frame_sampling": config.frame_sampling}),
         **_unusual(config.model),
         **(
             {}

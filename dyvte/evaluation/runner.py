@@ -132,7 +132,15 @@ def load_pipeline(config: GenerationSettings, device: torch.device | None = None
     """
     model, processor = open_backbone(config.model, device or own_device())
     template = get_template(config.template, processor)
-    return Pipeline(model, processor, template, config.max_new_tokens, config.num_frames, config.new_store())
+    return Pipeline(
+        model,
+        processor,
+        template,
+        config.max_new_tokens,
+        config.num_frames,
+        config.frame_sampling,
+        config.new_store(),
+    )
 
 
 def evaluate(config: EvalConfig) -> list[PolicyResult]:

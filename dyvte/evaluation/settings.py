@@ -196,6 +196,12 @@ def learned(name: str, policy: LearnedPolicy) -> NamedPolicy:
     }
     if policy.may_freeze:
         identity["freeze_threshold"] = policy.freeze_threshold
+    if policy.by_group and policy.gates.finder is not None:
+        identity["groups"] = repr(policy.gates.config.groups)
+        for key, tensor in sorted(policy.gates.finder.tensors().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().float().numpy().tobytes())
+        identity["groups_sha256"] = digest.hexdigest()
     return NamedPolicy(name, policy, identity)
 
 
@@ -205,7 +211,7 @@ def _gates(argument: str) -> NamedPolicy:
     name = "gates-" + _slug("-".join(Path(path).absolute().parts[-2:]))
     if isinstance(policy, FixedPolicy):
         return NamedPolicy(name, policy, {"policy": f"fixed:{policy.exit_layer}"})
-    return learned(f"{name}-{threshold}" if at else name, policy)
+    return learned(f"{name}-{_slug(threshold)}" if at else name, policy)
 
 
 def _layers_digest(layers: Mapping[str, int]) -> str:

@@ -11,7 +11,15 @@ from dyvte.gates.features import (
     reads_visual,
     select_features,
 )
-from dyvte.gates.files import save_config
+from dyvte.gates.files import save_config, write_groups
+from dyvte.gates.groups import (
+    NOT_ASKED,
+    UNLIKE,
+    FoundGroups,
+    GroupFinder,
+    GroupRule,
+    GroupThresholds,
+)
 from dyvte.gates.logits import HeadLogits
 from dyvte.gates.offsets import (
     CLOSED,
@@ -37,9 +45,15 @@ __all__ = [
     "CLOSED",
     "DEFAULT_FEATURES",
     "FEATURES",
+    "NOT_ASKED",
+    "UNLIKE",
     "FeatureReader",
+    "FoundGroups",
     "GateConfig",
     "GateStack",
+    "GroupFinder",
+    "GroupRule",
+    "GroupThresholds",
     "HeadLogits",
     "ScheduleRule",
     "Schedules",
@@ -60,4 +74,5 @@ __all__ = [
     "select_features",
     "uniform_freeze_offsets",
     "uniform_offsets",
+    "write_groups",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from dyvte.errors import CheckpointError, ConfigError
 from dyvte.gates.architectures import ARCHITECTURES
 from dyvte.gates.features import DEFAULT_FEATURES, check_features
+from dyvte.gates.groups import GroupThresholds
 from dyvte.gates.offsets import is_open
 from dyvte.gates.rule import check_rule
 
@@ -45,6 +46,9 @@ class GateConfig:
         L constants added to its logits, entry j of freezing after j layers; see `uniform_freeze_offsets`.
     freeze_threshold
         Its own threshold in the rule.
+    groups
+        Thresholds by group, where they were calibrated so: they decide then, and ``threshold`` is what one
+        threshold for all would be.
     backbone
         id, model_type and fingerprint of the backbone the gates belong to.
     training, calibration
@@ -66,6 +70,7 @@ class GateConfig:
     freeze_head: bool = False
     freeze_offsets: tuple[float, ...] = ()
     freeze_threshold: float = 0.5
+    groups: GroupThresholds | None = None
     backbone: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +91,8 @@ class GateConfig:
         set_field = object.__setattr__
         if self.freeze_head:
             set_field(self, "freeze_offsets", self._one_per_layer("freeze_offsets"))
+        if self.groups is not None:
+            self.groups.check(self.num_layers, self.freeze_head)
         set_field(self, "features", check_features(self.features))
         set_field(self, "offsets", offsets)
         set_field(self, "gate_hidden_size", self.gate_hidden_size or architecture.width)
@@ -126,11 +133,13 @@ class GateConfig:
         return INITIALISED in self.training
 
     def to_json(self) -> str:
-        """Pretty JSON text with every field; those of the freeze head where there is one.
+        """Pretty JSON text with every field; those of the freeze head and of groups where there are any.
 
-        So a config without freeze head is the text that earlier versions wrote and can read.
+        So a config without them is the text that earlier versions wrote and can read.
         """
         values = dataclasses.asdict(self)
+        if self.groups is None:
+            del values["groups"]
         if not self.freeze_head:
             values = {name: value for name, value in values.items() if name not in FREEZE_FIELDS}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
@@ -160,4 +169,6 @@ class GateConfig:
             raise CheckpointError(
                 f"{CONFIG_FILE} has unknown fields {unknown}: it may come from a newer dyvte, upgrade to read"
             )
+        if values.get("groups") is not None:
+            values["groups"] = GroupThresholds.from_dict(values["groups"])
         return cls(**values)

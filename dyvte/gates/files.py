@@ -1,4 +1,5 @@
-"""A gates checkpoint on disk: `gate_config.json` and `gates.safetensors`; written whole or not at all."""
+"""A gates checkpoint on disk: `gate_config.json`, `gates.safetensors`, and `groups.safetensors` where
+thresholds were calibrated by group; each file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from dyvte.errors import CheckpointError, DyvteError
 from dyvte.files import write_atomically
 from dyvte.gates.config import CONFIG_FILE, GateConfig
+from dyvte.gates.groups import GroupFinder
 
 WEIGHTS_FILE = "gates.safetensors"
+GROUPS_FILE = "groups.safetensors"
 # Layers, or units of a layer, of the largest backbone that a configuration may speak of.
 _LARGEST = 1_000_000
 
@@ -34,13 +37,66 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, dict[st
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
         return config, None
+    return config, _read_tensors(weights)
+
+
+def read_groups(folder: str | os.PathLike[str], config: GateConfig) -> GroupFinder | None:
+    """What tells rows' groups in a checkpoint; None where it has no groups.
+
+    Parameters
+    ----------
+    folder
+        Of the checkpoint, or its repository on the hub.
+    config
+        Of the same checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If it has groups and their file is missing or does not fit.
+    """
+    if config.groups is None:
+        return None
+    path = _local_folder(folder) / GROUPS_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: {CONFIG_FILE} has thresholds by group, but there is no {GROUPS_FILE}: copy it along, "
+            "or calibrate again"
+        )
+    try:
+        return GroupFinder.of(_read_tensors(path), config.feature_size, len(config.groups.names))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def write_groups(folder: str | os.PathLike[str], finder: GroupFinder | None) -> None:
+    """Write `groups.safetensors`, or take away the one that is there.
+
+    Parameters
+    ----------
+    folder
+        Of the checkpoint.
+    finder
+        What tells groups; None: there are none.
+    """
+    from safetensors.torch import save
+
+    path = Path(folder) / GROUPS_FILE
+    if finder is None:
+        path.unlink(missing_ok=True)
+        return
+    plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in finder.tensors().items()}
+    _write(path, save(plain, metadata={"format": "pt"}))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return config, load_file(weights)
+        return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{weights} is not a readable safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _read_config(path: Path) -> GateConfig:
@@ -100,7 +156,7 @@ def _local_folder(folder: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, GROUPS_FILE]))
     except Exception as error:
         raise CheckpointError(
             f"{folder} is neither a local folder nor a repository the hub gave: {error}"

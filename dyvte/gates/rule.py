@@ -140,9 +140,10 @@ class ScheduleRule:
         """``freeze_threshold`` None: no freeze head, a row is frozen where it leaves."""
         check_rule(num_layers, threshold, min_layer, fallback, freeze_threshold=freeze_threshold)
         self.freezes = freeze_threshold is not None
-        self.cut, self.freeze_cut = _cut(threshold), math.inf
+        self.cut: float | Tensor = cut(threshold)
+        self.freeze_cut: float | Tensor = math.inf
         if freeze_threshold is not None:
-            self.freeze_cut = _cut(freeze_threshold)
+            self.freeze_cut = cut(freeze_threshold)
         self.num_layers = num_layers
         self.min_layer = min_layer
         self.fallback = num_layers if fallback is None else fallback
@@ -295,5 +296,12 @@ def _asked(logits: HeadLogits, rule: ScheduleRule, k: int) -> Tensor:
     return torch.stack((exit_B.to(logits.freeze_BL.dtype), logits.freeze_BL[:, k]))
 
 
-def _cut(threshold: float) -> float:
+def cut(threshold: float) -> float:
+    """The level that a logit must exceed at a threshold.
+
+    Parameters
+    ----------
+    threshold
+        A probability; at 1 nothing exceeds it.
+    """
     return max(logit_threshold(threshold), CLOSED / 2)  # at threshold 0 a closed gate stays closed

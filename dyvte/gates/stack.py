@@ -17,7 +17,8 @@ from dyvte.errors import CheckpointError, ConfigError
 from dyvte.gates.architectures import ARCHITECTURES
 from dyvte.gates.architectures.base import Layers
 from dyvte.gates.config import GateConfig
-from dyvte.gates.files import read_checkpoint, write_checkpoint
+from dyvte.gates.files import read_checkpoint, read_groups, write_checkpoint, write_groups
+from dyvte.gates.groups import GroupFinder
 from dyvte.gates.logits import HeadLogits
 from dyvte.gates.offsets import CLOSED
 from dyvte.gates.reference import reference_tensors
@@ -29,7 +30,7 @@ class GateStack(nn.Module):
     ``gates`` is the exit head. Gate L exists only so that reference checkpoints fit; it never decides
     anything. ``freezes`` is the freeze head, None in a stack without one: its gate j = 0..L-1 reads what exit
     gate j reads, gate 0 the same features before the first layer. ``trunk`` is what all gates share, None
-    where they share nothing.
+    where they share nothing. ``finder`` tells rows' groups, where thresholds were calibrated by group.
 
     Parameters
     ----------
@@ -40,6 +41,8 @@ class GateStack(nn.Module):
     def __init__(self, config: GateConfig) -> None:
         super().__init__()
         self.config = config
+        # Made by calibration, not by training: no part of the weights.
+        self.finder: GroupFinder | None = None
         size, width, num_parts = config.feature_size, config.gate_hidden_size, len(config.features)
         architecture = ARCHITECTURES.get(config.architecture)
         self.trunk = architecture.trunk(size, width, num_parts, config.num_layers)
@@ -239,13 +242,15 @@ class GateStack(nn.Module):
         return self.freezes[j](read) + self.config.freeze_offsets[j]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `gate_config.json` and `gates.safetensors`; each file appears whole or not at all.
+        """Write `gate_config.json` and `gates.safetensors`, and `groups.safetensors` where there are groups; each
+        file appears whole or not at all.
 
         Parameters
         ----------
         folder
             Made where it does not exist.
         """
+        write_groups(folder, self.finder)
         write_checkpoint(folder, self.config, self.state_dict())
 
     @classmethod
@@ -266,11 +271,12 @@ class GateStack(nn.Module):
             If they differ in more than weights and threshold, or in what they know of the features' scale.
         """
         first = stacks[0].config
-        unlike = {"training", "calibration", "threshold", "freeze_threshold", "gate_hidden_size"}
+        unlike = {"training", "calibration", "threshold", "freeze_threshold", "gate_hidden_size", "groups"}
         plain = [{n: v for n, v in vars(one.config).items() if n not in unlike} for one in stacks]
         if any(one != plain[0] for one in plain):
             raise ConfigError("only gates of one backbone, architecture and rule can be merged")
-        config = replace(first, gate_hidden_size=sum(one.config.gate_hidden_size for one in stacks))
+        width = sum(one.config.gate_hidden_size for one in stacks)
+        config = replace(first, gate_hidden_size=width, groups=None)
         with torch.device("meta"):
             whole = cls(config)
         constants = {name for name, _ in whole.named_buffers()}
@@ -365,6 +371,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[GateConfig, GateSta
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{folder}: no gates can be made of its configuration: {reason}") from error
     _assign(stack, tensors, str(folder))
+    stack.finder = read_groups(folder, config)
     return config, stack
 
 

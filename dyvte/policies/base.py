@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dyvte.gates import DEFAULT_FEATURES
+from dyvte.gates import DEFAULT_FEATURES, FoundGroups
 from dyvte.registry import Registry
 
 
@@ -55,9 +55,12 @@ class Plan:
         As given; a row that is still undecided holds L.
     features
         What the gates read, by name.
+    found
+        Calibrated groups of the rows, where the plan tells them.
     """
 
     num_fallbacks = 0
+    found: FoundGroups | None = None
     features: tuple[str, ...] = DEFAULT_FEATURES
 
     def __init__(self, exit_layers_B: Tensor, freeze_layers_B: Tensor | None = None) -> None:
@@ -79,7 +82,8 @@ class Plan:
         return torch.zeros_like(self.exit_layers_B, dtype=torch.bool)
 
     def logits(self, k: int, features_BF: Tensor) -> Tensor:
-        """Gate logits on the features' device: (B,) of exiting, or (2, B) of exiting and of freezing.
+        """Gate logits on the features' device: (B,) of exiting, or (2, B) of exiting and of freezing; further
+        rows are the plan's own, for `step`.
 
         Parameters
         ----------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from dyvte.gates import GateStack, ScheduleRule
+from dyvte.gates import CLOSED, FoundGroups, GateStack, GroupRule, ScheduleRule
 from dyvte.policies.base import Plan, Rows
 
 
@@ -23,8 +24,15 @@ class GatePlan(Plan):
         """Rows whose gate output was not finite."""
         return int(self.rule.fallback_B.sum())
 
+    @property
+    def found(self) -> FoundGroups | None:
+        """Groups of the rows, where thresholds are by group."""
+        return self.rule.found if isinstance(self.rule, GroupRule) else None
+
     def asks(self, k: int) -> bool:
-        """Does any row still need the gates after layer k? At 0, before the first: of a freeze head alone."""
+        """Does any row still need the gates after layer k? At 0, before the first: of a freeze head, or for
+        the rows' groups.
+        """
         return self.rule.wants(k)
 
     def asking_rows(self) -> Tensor:
@@ -32,10 +40,31 @@ class GatePlan(Plan):
         return self.rule.asking_B.clone()
 
     def logits(self, k: int, features_BF: Tensor) -> Tensor:
-        """(B,) logits of gate k; with a freeze head (2, B), exit and freeze."""
+        """(B,) logits of gate k; with a freeze head (2, B), exit and freeze. After the layer that tells
+        groups (4 + Z, B): the two, of which one may be nan, and `FoundGroups.packed`.
+        """
         # The same device, unless the backbone is spread over several.
         features_BF = features_BF.to(self.gates.device)
-        return (self.gates.gate if self.gates.freezes is None else self.gates.heads)(k, features_BF)
+        finder = self.gates.finder
+        if not isinstance(self.rule, GroupRule) or finder is None or k != self.rule.thresholds.layer:
+            return self._heads(k, features_BF)
+        heads = self._heads(k, features_BF)
+        if heads.dim() == 1:
+            heads = torch.stack((heads, torch.full_like(heads, torch.nan)))
+        return torch.cat((heads, finder.find(features_BF).packed()))
+
+    def _heads(self, k: int, features_BF: Tensor) -> Tensor:
+        if self.gates.freezes is not None:
+            return self.gates.heads(k, features_BF)
+        if k == 0:  # asked for the groups alone
+            return torch.full((len(features_BF),), CLOSED, device=features_BF.device)
+        return self.gates.gate(k, features_BF)
+
+    def own(self, logits: Tensor) -> Tensor:
+        """What `step` takes of the logits of a plan on the same gates that also tells groups."""
+        if isinstance(self.rule, GroupRule) or len(logits) <= 2 or logits.dim() == 1:
+            return logits
+        return logits[:2] if self.rule.freezes else logits[0]
 
     def step(self, k: int, logits: Tensor) -> None:
         """Freeze and settle the rows whose gates fire after layer k."""

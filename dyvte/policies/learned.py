@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 from dyvte.errors import ConfigError, GateMismatchError
-from dyvte.gates import GateStack, ScheduleRule, check_rule, follow_threshold, load_checkpoint
+from dyvte.gates import (
+    GateConfig,
+    GateStack,
+    GroupRule,
+    ScheduleRule,
+    check_rule,
+    follow_threshold,
+    load_checkpoint,
+)
 from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 from dyvte.policies.fixed import FixedPolicy
 from dyvte.policies.gate_plan import GatePlan
@@ -25,10 +33,13 @@ class LearnedPolicy(Policy):
         The rule's settings.
     freeze_threshold
         Of the freeze head, where there is one; None: as far from ``threshold`` as the gates' config has it.
+    by_group
+        Take the thresholds of each row's group, where the gates were calibrated by group; ``threshold`` is
+        then of no effect.
     """
 
     name = "gates"
-    usage = "gates:FOLDER[@THRESHOLD]"
+    usage = "gates:FOLDER[@THRESHOLD|@GROUP]"
 
     def __init__(
         self,
@@ -37,7 +48,12 @@ class LearnedPolicy(Policy):
         min_layer: int = 1,
         fallback: int | None = None,
         freeze_threshold: float | None = None,
+        *,
+        by_group: bool = False,
     ) -> None:
+        if by_group and (gates.config.groups is None or gates.finder is None):
+            raise ConfigError("these gates were not calibrated by group (dyvte calibrate --groups)")
+        self.by_group = by_group
         self.gates, self.threshold, self.min_layer, self.fallback = gates, threshold, min_layer, fallback
         config = gates.config
         if freeze_threshold is None and config.freeze_head:
@@ -51,12 +67,10 @@ class LearnedPolicy(Policy):
         folder, at, threshold = argument.rpartition("@") if "@" in argument else (argument, "", "")
         config, gates = load_checkpoint(folder)
         if gates is not None and config.mode != "fixed":
-            try:
-                used = float(threshold) if at else config.threshold
-            except ValueError:
-                raise ConfigError(f"threshold {threshold!r}: expected a probability in 0..1") from None
+            used, freeze = _stated(config, threshold) if at else (config.threshold, None)
             check_rule(config.num_layers, used, config.min_layer, config.fallback)
-            return cls(gates, used, config.min_layer, config.fallback)
+            by_group = not at and config.groups is not None
+            return cls(gates, used, config.min_layer, config.fallback, freeze, by_group=by_group)
         if at:
             raise ConfigError(f"{folder} describes a fixed exit: @{threshold} means nothing there")
         return FixedPolicy(config.fallback)
@@ -85,6 +99,20 @@ class LearnedPolicy(Policy):
         return GatePlan(self.gates, self._rule(count, rows.num_layers), rows)
 
     def _rule(self, num_rows: int, num_layers: int) -> ScheduleRule:
+        groups, finder = self.gates.config.groups, self.gates.finder
+        if self.by_group and groups is not None and finder is not None:
+            return GroupRule(num_rows, num_layers, groups, finder.size, self.min_layer, self.fallback)
         return ScheduleRule(
             num_rows, num_layers, self.threshold, self.min_layer, self.fallback, self.freeze_threshold
         )
+
+
+def _stated(config: GateConfig, text: str) -> tuple[float, float | None]:
+    """The thresholds that stand behind the @: a number, or the name of a calibrated group."""
+    try:
+        return float(text), None
+    except ValueError:
+        pass
+    if config.groups is None:
+        raise ConfigError(f"threshold {text!r}: expected a probability in 0..1")
+    return config.groups.of(text)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dyvte.errors import ConfigError
+from dyvte.gates import FoundGroups
 from dyvte.policies.base import Plan, Policy, Rows
 from dyvte.policies.gate_plan import GatePlan
 from dyvte.policies.learned import LearnedPolicy
@@ -94,11 +95,26 @@ class PerRowPlan(Plan):
         self._gates = [(rows_R, plan) for rows_R, plan in self.parts if isinstance(plan, GatePlan)]
         if self._gates:
             self.features = self._gates[0][1].features
+            # The one that also tells groups says all that any of them needs.
+            self._speaker = next((plan for _, plan in self._gates if plan.found), self._gates[0][1])
 
     @property
     def num_fallbacks(self) -> int:  # type: ignore[override]
         """Rows whose gate output was not finite."""
         return sum(plan.num_fallbacks for _, plan in self.parts)
+
+    @property
+    def found(self) -> FoundGroups | None:  # type: ignore[override]
+        """Groups of the rows whose thresholds are by group."""
+        parts = [(rows_R, plan.found) for rows_R, plan in self._gates if plan.found is not None]
+        if not parts:
+            return None
+        whole = FoundGroups.none(len(self.exit_layers_B), parts[0][1].projected_BZ.shape[1])
+        for rows_R, found in parts:
+            whole.groups_B[rows_R] = found.groups_B
+            whole.distances_B[rows_R] = found.distances_B
+            whole.projected_BZ[rows_R] = found.projected_BZ
+        return whole
 
     def asks(self, k: int) -> bool:
         """Does any row still need the gates after layer k?"""
@@ -113,13 +129,13 @@ class PerRowPlan(Plan):
 
     def logits(self, k: int, features_BF: Tensor) -> Tensor:
         """What the one stack of gates says of all rows."""
-        return self._gates[0][1].logits(k, features_BF)
+        return self._speaker.logits(k, features_BF)
 
     def step(self, k: int, logits: Tensor) -> None:
         """Freeze and settle the rows whose gates fire after layer k."""
         for rows_R, plan in self._gates:
             if plan.asks(k):
-                plan.step(k, logits[..., rows_R])
+                plan.step(k, plan.own(logits)[..., rows_R])
                 self._take(rows_R, plan)
 
     def settle(self, rows_B: Tensor, k: int) -> None:

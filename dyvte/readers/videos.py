@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 from dyvte.data import load_image
 from dyvte.data.defects import is_of_sample, problem_text
 from dyvte.errors import ConfigError, DataError
+from dyvte.readers.decoding import GIF_RATE, Choose, with_av, with_decord
 from dyvte.readers.rows import Row, shown
+from dyvte.registry import unknown
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
-FOLDER_RATE, GIF_RATE = 3.0, 25.0
-"""Frames a second that MVBench takes for granted where a folder or a GIF does not say."""
+FOLDER_RATE = 3.0
+"""Frames a second of a folder of frames, as MVBench takes for granted; of a GIF `GIF_RATE`."""
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -81,8 +83,40 @@ def uniform_indices(num_there: int, num_wanted: int) -> list[int]:
     return [i * (num_there - 1) // (num_wanted - 1) for i in range(num_wanted)]
 
 
-def read_frames(video: Video, num_frames: int) -> list[Any]:
+def even_indices(num_there: int, num_wanted: int) -> list[int]:
+    """The first frame of each of ``num_wanted`` equal parts, as transformers' ``default_sample_indices_fn``
+    samples (``arange(wanted) * n // wanted``); all frames where there are fewer, which is an error there.
+
+    Parameters
+    ----------
+    num_there
+        Frames of the video.
+    num_wanted
+        Frames to choose.
+    """
+    if num_there <= num_wanted:
+        return list(range(num_there))
+    return [i * num_there // num_wanted for i in range(num_wanted)]
+
+
+SAMPLINGS: dict[str, Callable[[int, int], list[int]]] = {
+    "linspace": uniform_indices,
+    "transformers": even_indices,
+}
+"""Ways to choose frames, by name."""
+
+
+def read_frames(video: Video, num_frames: int, sampling: str = "linspace") -> list[Any]:
     """RGB PIL images, at most ``num_frames`` of them.
+
+    Parameters
+    ----------
+    video
+        What is read.
+    num_frames
+        Frames to choose.
+    sampling
+        How, by its name in `SAMPLINGS`. It counts frames, also where they are shown for unequal times.
 
     Raises
     ------
@@ -91,12 +125,20 @@ def read_frames(video: Video, num_frames: int) -> list[Any]:
     ConfigError
         A video file, and no decoder is installed.
     """
+    if sampling not in SAMPLINGS:
+        raise ConfigError(unknown("frame sampling", sampling, SAMPLINGS))
+
+    def choose(times: Sequence[float]) -> list[int]:
+        span = video.span
+        meant = [n for n, time in enumerate(times) if span is None or span[0] <= time <= span[1]]
+        return [meant[n] for n in SAMPLINGS[sampling](len(meant), num_frames)]
+
     if video.path.is_dir():
-        frames = _from_folder(video, num_frames)
+        frames = _from_folder(video.path, choose)
     elif video.path.suffix.lower() == ".gif":
-        frames = _from_gif(video, num_frames)
+        frames = _from_gif(video.path, choose)
     else:
-        frames = _from_file(video, num_frames)
+        frames = _from_file(video.path, choose)
     if not frames:
         raise DataError(f"{video.path} holds no frame{_said(video.span)}")
     return frames
@@ -106,43 +148,38 @@ def _said(span: tuple[float, float] | None) -> str:
     return "" if span is None else f" between {span[0]:g} and {span[1]:g} seconds"
 
 
-def _wanted(times: Sequence[float], span: tuple[float, float] | None, num_frames: int) -> list[int]:
-    """Which frames are taken of those that are shown at these times, in seconds."""
-    meant = [n for n, time in enumerate(times) if span is None or span[0] <= time <= span[1]]
-    return [meant[n] for n in uniform_indices(len(meant), num_frames)]
-
-
-def _from_folder(video: Video, num_frames: int) -> list[Any]:
-    files = [path for path in video.path.iterdir() if path.suffix.lower() in FRAME_EXTENSIONS]
+def _from_folder(folder: Path, choose: Choose) -> list[Any]:
+    files = [path for path in folder.iterdir() if path.suffix.lower() in FRAME_EXTENSIONS]
     files.sort(key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.name)])
     times = [n / FOLDER_RATE for n in range(len(files))]
-    return [load_image(files[i]) for i in _wanted(times, video.span, num_frames)]
+    return [load_image(files[i]) for i in choose(times)]
 
 
-def _from_gif(video: Video, num_frames: int) -> list[Any]:
+def _from_gif(path: Path, choose: Choose) -> list[Any]:
     from PIL import Image
 
     try:
-        with Image.open(video.path) as gif:
+        with Image.open(path) as gif:
             frames = []
             times = [n / GIF_RATE for n in range(getattr(gif, "n_frames", 1))]
-            for index in _wanted(times, video.span, num_frames):
+            for index in choose(times):
                 gif.seek(index)
                 frames.append(gif.convert("RGB"))
             return frames
     except Exception as error:  # what a damaged file makes its decoder raise is beyond listing
         if not is_of_sample(error):
             raise
-        raise DataError(f"cannot read {video.path}: {problem_text(error)}") from error
+        raise DataError(f"cannot read {path}: {problem_text(error)}") from error
 
 
-def _from_file(video: Video, num_frames: int) -> list[Any]:
-    path = video.path
-    for decode in (_with_av, _with_decord):
+def _from_file(path: Path, choose: Choose) -> list[Any]:
+    for decode in (with_av, with_decord):
         try:
-            return decode(path, video.span, num_frames)
+            return decode(path, choose)
         except ImportError:
             continue
+        except DataError:
+            raise
         except Exception as error:
             if not is_of_sample(error):
                 raise
@@ -151,27 +188,3 @@ def _from_file(video: Video, num_frames: int) -> list[Any]:
         f"reading {path} needs a video decoder: pip install av (or decord). Or extract frames beforehand "
         f"into a folder of images named {path.stem}/, in the same place"
     )
-
-
-def _with_av(path: Path, span: tuple[float, float] | None, num_frames: int) -> list[Any]:
-    import av
-
-    with av.open(str(path)) as container:
-        times = [frame.time or 0.0 for frame in container.decode(video=0)]
-    wanted = set(_wanted(times, span, num_frames))
-    with av.open(str(path)) as container:
-        return _chosen((frame.to_image() for frame in container.decode(video=0)), wanted)
-
-
-def _chosen(frames: Iterable[Any], wanted: set[int]) -> list[Any]:
-    return [frame for index, frame in enumerate(frames) if index in wanted]
-
-
-def _with_decord(path: Path, span: tuple[float, float] | None, num_frames: int) -> list[Any]:
-    import decord
-    from PIL import Image
-
-    reader = decord.VideoReader(str(path))
-    rate = float(reader.get_avg_fps()) or GIF_RATE
-    indices = _wanted([n / rate for n in range(len(reader))], span, num_frames)
-    return [Image.fromarray(frame) for frame in reader.get_batch(indices).asnumpy()]

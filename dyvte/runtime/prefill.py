@@ -180,6 +180,7 @@ class Prefill:
             frozen_tokens_BL=self.frozen_tokens_BL,
             text_tokens_BL=self.text_tokens_BL,
             score_layers=tuple(self.score_layers),
+            found=plan.found,
         )
 
     def _rows_of(self, index: int) -> LayerRows:
@@ -261,7 +262,7 @@ class Prefill:
         features_BF = reading.reader(hidden_BND[:, reading.span])
         # The one wait for the device of a gated layer.
         logits = self.plan.logits(k, features_BF).float().cpu()
-        exit_B, freeze_B = logits if logits.dim() == 2 else (logits, None)
+        exit_B, freeze_B = logits[:2] if logits.dim() == 2 else (logits, None)
         if k > 0:
             open_B = asking_B & (self.plan.exit_layers_B > k)
             self.logits_BL[open_B, k - 1] = exit_B[open_B]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dyvte.errors import ExitRuntimeError
+from dyvte.gates import FoundGroups
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class PrefillRecord:
     score_layers
         Layers k (1..L) in which the attention of each row's last prompt token was computed apart, for a
         reduction that ranks by it; rows that carried visual tokens there paid for it.
+    found
+        Calibrated groups of the rows, where the gates' thresholds are by group.
     """
 
     exit_layers_B: Tensor
@@ -63,6 +66,7 @@ class PrefillRecord:
     frozen_tokens_BL: Tensor
     text_tokens_BL: Tensor
     score_layers: tuple[int, ...]
+    found: FoundGroups | None = None
 
 
 class Run:

@@ -32,6 +32,9 @@ class VisualExit:
     freeze_threshold
         Of gates with a freeze head: its own threshold; None: as far from `threshold` as the stored two are
         from one another.
+    by_group
+        Decide each row by the thresholds of its calibrated group, and not at all where it is like none of
+        them. None: where the gates were calibrated by group and no threshold is given.
     allow_transfer
         Accept gates trained for another backbone of the same shape; recorded in `Run.transferred`.
     visual_token_ids
@@ -58,6 +61,7 @@ class VisualExit:
         fallback: int | None = None,
         mode: str | None = None,
         freeze_threshold: float | None = None,
+        by_group: bool | None = None,
         allow_transfer: bool = False,
         visual_token_ids: tuple[int, ...] | None = None,
         positions: str = "keep",
@@ -86,8 +90,11 @@ class VisualExit:
         if gates is None or self.mode == "fixed":
             self.policy: Policy = FixedPolicy(self.fallback)
         else:
+            if by_group is None:
+                stated = (threshold, freeze_threshold) != (None, None)
+                by_group = stored is not None and stored.groups is not None and not stated
             self.policy = LearnedPolicy(
-                gates, self.threshold, self.min_layer, self.fallback, freeze_threshold
+                gates, self.threshold, self.min_layer, self.fallback, freeze_threshold, by_group=by_group
             )
 
     @classmethod
@@ -133,6 +140,7 @@ class VisualExit:
                 min_layer=policy.min_layer,
                 fallback=policy.fallback,
                 freeze_threshold=policy.freeze_threshold,
+                by_group=policy.by_group,
                 mode="gates",
                 **options,
             )

@@ -174,7 +174,7 @@ class ScheduleMenu:
     def _gated(self, threshold: float | None, what: str, freeze: float | None = None) -> ServedSchedule:
         stored = self._learned(what)
         policy = stored
-        if threshold is not None and threshold != stored.threshold:
+        if threshold is not None and (stored.by_group or threshold != stored.threshold):
             if freeze is None:
                 freeze = follow_path(stored.gates.config, threshold)
             policy = LearnedPolicy(stored.gates, threshold, stored.min_layer, stored.fallback, freeze)
@@ -209,7 +209,7 @@ class ScheduleMenu:
 
     def _certificate(self, policy: Policy) -> Certificate | None:
         """What was proved of a policy: nothing, unless it is the gates as they were calibrated."""
-        if self.gates is None or not isinstance(policy, LearnedPolicy):
+        if self.gates is None or not isinstance(policy, LearnedPolicy) or policy.by_group:
             return None
         config = policy.gates.config
         if (policy.min_layer, policy.fallback) != (config.min_layer, config.fallback):

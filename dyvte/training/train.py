@@ -234,7 +234,10 @@ def make_gates(
             f"fingerprint {theirs}); this one is {backbone.get('id')}, {backbone.get('fingerprint')}"
         )
     offsets = gates.config.offsets if exits is None else close_gates(gates.config.offsets, exits)
-    gates.config = replace(gates.config, backbone=dict(backbone), calibration={}, offsets=offsets)
+    gates.config = replace(
+        gates.config, backbone=dict(backbone), calibration={}, groups=None, offsets=offsets
+    )
+    gates.finder = None
     if gates.config.freeze_head:
         _check_freezes(cfg, freezes)
         if freezes is not None:
