@@ -49,13 +49,13 @@ class _Looked:
 def study(subject: Subject) -> Findings:
     """Test each checkpoint, and answer with one threshold and with those of the groups."""
     looked, policies, labels = [], [], {"never": "full model"}
-    for label, path in gates_of(subject).items():
-        named = subject.policies(f"gates:{path}")[0]
+    for path, text in gates_of(subject).items():
+        named = subject.policies(text)[0]
         policy = _by_group(named, path)
         looked.append(_look(subject, named, policy, path))
-        one = subject.policies(f"gates:{path}@{policy.threshold!r}")[0]
+        one = subject.policies(f"{text}@{policy.threshold!r}")[0]
         policies += [one, named]
-        labels |= {one.name: f"{label}: one threshold", named.name: f"{label}: by group"}
+        labels |= {one.name: f"{path}: one threshold", named.name: f"{path}: by group"}
     outcomes = outcomes_of(subject, subject.ask(policies), labels)
     rows = [
         {**asdict(one.test), "gates": one.path, "groups": one.shares, "unlike": one.unlike} for one in looked

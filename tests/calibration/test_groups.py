@@ -26,6 +26,7 @@ from dyvte.calibration.finder import Parts, conformal_limit, features_after, fit
 from dyvte.calibration.groups import closed_before, group_schedules
 from dyvte.calibration.pvalues import P_VALUES
 from dyvte.calibration.risk import image_means
+from dyvte.cli import main
 from dyvte.errors import CalibrationError
 from dyvte.gates import GateConfig, GateStack, close_freezes, load_checkpoint, uniform_freeze_offsets
 from dyvte.teacher import Manifest, Shard, TraceStore
@@ -280,3 +281,18 @@ def test_samples_without_a_group_and_layers_without_features_are_named(tmp_path)
         Grouping()
     with pytest.raises(CalibrationError, match="guard"):
         replace(Grouping(clusters=2), guard=1.0)
+
+
+def test_the_command_reads_groups_from_the_records(tmp_path, capsys) -> None:
+    gates_and_store(tmp_path)
+    records = [{"id": name, "kind": group, "image": "x.png"} for name, group in NAMES.items()]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    common = ["calibrate", "--gates", str(tmp_path / "gates"), "--trace", str(tmp_path / "trace")]
+    asked = ["--groups", f"{tmp_path / 'records.json'}:kind"]
+    assert main([*common, *asked, "--budget", "0.5"]) == 2
+    assert "--groups bounds a risk" in capsys.readouterr().err
+    assert main([*common, *asked, "--alpha", "0.5", "--loss", "risk:1", "--joint", "--guard", "0.05"]) == 0
+    assert "2 of 2 groups certified at alpha 0.5" in capsys.readouterr().out
+    record = load_checkpoint(tmp_path / "gates")[0].calibration
+    assert (record["joint"], record["guard"], record["groups_of"]) == (True, 0.05, "named")
+    assert [one["name"] for one in record["groups"]] == ["even", "odd"]

@@ -66,6 +66,7 @@ def positions_of(model, ids_BN: Tensor, valid_BN: Tensor, inputs: dict) -> Tenso
         ids_BN,
         _grown(inputs["mm_token_type_ids"], ids_BN.shape[1]),
         image_grid_thw=inputs.get("image_grid_thw"),
+        video_grid_thw=inputs.get("video_grid_thw"),
         attention_mask=valid_BN,
     )
     return torch.cat([text_BN[None], axes_3BN])
