@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.helpers.zoo.common import CLIP, END, IMAGE, START
+from tests.helpers.zoo.common import CLIP
 from tests.helpers.zoo.processors import _CHATML, tokenizer
 
 SIDE = CLIP["image_size"]
@@ -66,13 +66,28 @@ def qwen2_5_vl() -> Any:
 
 def internvl() -> Any:
     """Four tokens a tile."""
-    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        PreTrainedTokenizerFast,
+    )
 
-    words = tokenizer("<IMG_CONTEXT>", start="<img>", end="</img>", video="<video>", eos="<|im_end|>")
-    for name, token in (("start_image", START), ("end_image", END), ("context_image", IMAGE)):
-        setattr(words, f"{name}_token", words.convert_ids_to_tokens(token))
-        setattr(words, f"{name}_token_id", token)
-    words.video_token = "<video>"
+    names = {
+        "start_image": "<img>",
+        "end_image": "</img>",
+        "context_image": "<IMG_CONTEXT>",
+        "video": "<video>",
+    }
+    plain = tokenizer("<IMG_CONTEXT>", start="<img>", end="</img>", video="<video>", eos="<|im_end|>")
+    # As the checkpoints have it: the tokenizer itself knows these by name, and keeps them in its folder.
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        **{f"{name}_token": getattr(plain, f"{name}_token") for name in ("bos", "eos", "pad", "unk")},
+        extra_special_tokens={f"{name}_token": token for name, token in names.items()},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
     size = {"size": {"height": SIDE, "width": SIDE}}
     return InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(**size, crop_to_patches=True, min_patches=1, max_patches=3),
