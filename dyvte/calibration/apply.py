@@ -52,6 +52,8 @@ class Calibration:
         What it was calibrated for and on, JSON-ready; ``kind`` says which way.
     text:
         The same for people.
+    groups, finder:
+        Thresholds by group and what tells the groups, where they were found so.
     """
 
     threshold: float
@@ -59,7 +61,6 @@ class Calibration:
     record: dict[str, Any]
     text: str
     groups: GroupThresholds | None = None
-    """Where thresholds were found by group; `finder` tells the groups."""
     finder: GroupFinder | None = None
 
 

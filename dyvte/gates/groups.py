@@ -74,6 +74,11 @@ class GroupThresholds:
             L.
         freeze_head
             Have the gates one?
+
+        Raises
+        ------
+        ConfigError
+            If the layer is none of theirs, or freeze thresholds are there without a head, or missing.
         """
         if self.layer >= num_layers:
             raise ConfigError(f"groups are found after layer {self.layer}: expected 0..{num_layers - 1}")
@@ -82,6 +87,11 @@ class GroupThresholds:
 
     def of(self, name: str) -> tuple[float, float | None]:
         """Exit and freeze threshold of a group by its name.
+
+        Parameters
+        ----------
+        name
+            Of the group.
 
         Raises
         ------
@@ -96,6 +106,11 @@ class GroupThresholds:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> GroupThresholds:
         """Inverse of `dataclasses.asdict`.
+
+        Parameters
+        ----------
+        values
+            Of all fields, by name.
 
         Raises
         ------
@@ -132,7 +147,13 @@ class FoundGroups:
 
     @staticmethod
     def unpacked(packed: Tensor) -> FoundGroups:
-        """Inverse of `packed`."""
+        """Inverse of `packed`.
+
+        Parameters
+        ----------
+        packed
+            (2 + Z, B).
+        """
         return FoundGroups(
             groups_B=packed[0].nan_to_num(nan=UNLIKE).long(),
             distances_B=packed[1],
@@ -141,7 +162,15 @@ class FoundGroups:
 
     @staticmethod
     def none(num_rows: int, size: int) -> FoundGroups:
-        """Of rows that nobody asked."""
+        """Of rows that nobody asked.
+
+        Parameters
+        ----------
+        num_rows
+            B.
+        size
+            Z.
+        """
         return FoundGroups(
             groups_B=torch.full((num_rows,), NOT_ASKED, dtype=torch.int64),
             distances_B=torch.full((num_rows,), torch.nan),
@@ -179,7 +208,13 @@ class GroupFinder:
         return self.projection_FZ.shape[1]
 
     def find(self, features_BF: Tensor) -> FoundGroups:
-        """Groups of rows; a row with a feature that is not finite is like none."""
+        """Groups of rows; a row with a feature that is not finite is like none.
+
+        Parameters
+        ----------
+        features_BF
+            What the gates read after the groups' layer.
+        """
         self._to(features_BF.device)
         projected_BZ = (features_BF.float() - self.mean_F) @ self.projection_FZ
         distances_BG = (projected_BZ[:, None] - self.centers_GZ).square().sum(-1)
@@ -242,6 +277,17 @@ class GroupRule(ScheduleRule):
 
     Nothing is decided before the layer that tells the group. A row of a group without certificate, or of
     none, stops asking there: its visual tokens never freeze and never leave.
+
+    Parameters
+    ----------
+    num_rows, num_layers
+        B and L.
+    thresholds
+        Of the groups.
+    size
+        Z of the finder.
+    min_layer, fallback
+        As for `ScheduleRule`.
 
     Attributes
     ----------

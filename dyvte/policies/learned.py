@@ -36,6 +36,11 @@ class LearnedPolicy(Policy):
     by_group
         Take the thresholds of each row's group, where the gates were calibrated by group; ``threshold`` is
         then of no effect.
+
+    Raises
+    ------
+    ConfigError
+        If it is asked for by group and the gates were not calibrated so.
     """
 
     name = "gates"
