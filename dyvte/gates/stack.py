@@ -242,8 +242,9 @@ class GateStack(nn.Module):
         return self.freezes[j](read) + self.config.freeze_offsets[j]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `gate_config.json`, `gates.safetensors` and, with groups, `groups.safetensors`; each file appears
-        whole or not at all.
+        """Write `gate_config.json`, `gates.safetensors` and, with groups, `groups.safetensors`.
+
+        Each file appears whole or not at all.
 
         Parameters
         ----------
