@@ -82,6 +82,7 @@ def encode(
         shown = {"videos": [list(row) for row in images]}
     else:
         shown = {"images": [image for row in images for image in row] or None}
+    has_answers = any(prompt.answer_start is not None for prompt in rendered)
     batch = processor(
         text=texts,
         **shown,
@@ -89,17 +90,21 @@ def encode(
         padding=True,
         padding_side=padding_side,
         add_special_tokens=not _writes_bos(tokenizer, texts),
-        return_offsets_mapping=True,
+        # To make a tensor of them takes long: they are asked for where something is read from them.
+        return_offsets_mapping=has_answers,
     )
     inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    inputs["offset_mapping"] = torch.as_tensor(batch["offset_mapping"])
+    if has_answers:
+        inputs["offset_mapping"] = torch.as_tensor(batch["offset_mapping"])
     inputs = _without_closing(inputs, tokenizer, texts)
-    offsets_BN2 = inputs.pop("offset_mapping")
+    offsets_BN2 = inputs.pop("offset_mapping", None)
     valid_BN = inputs["attention_mask"].bool()
     lengths = valid_BN.sum(1).tolist()
     if max_length is not None and max(lengths) > max_length:
         rows = [row for row, n in enumerate(lengths) if n > max_length]
         raise DataError(f"rows {rows} have up to {max(lengths)} tokens, more than max_length {max_length}")
+    if offsets_BN2 is None:
+        return inputs, torch.zeros_like(valid_BN)
     return inputs, _answer_mask(rendered, offsets_BN2, valid_BN)
 
 

@@ -10,13 +10,14 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyvte.backbones import Backbone
+from dyvte.decoder.row_by_row import products_of, row_by_row
 
 _METHOD = "get_image_features"
 # What the models read of an encoded batch; in each, images come one after the other.
@@ -81,9 +82,7 @@ def each_image_once(backbone: Backbone, memory: Memory | None = None) -> Iterato
     memory
         Of earlier calls.
     """
-    # The innermost alone: others call it.
-    modules = [module for module in backbone.path if callable(getattr(module, _METHOD, None))]
-    inner = modules[-1:] if modules and _METHOD not in modules[-1].__dict__ else []
+    inner = [module for module in _encoding(backbone) if _METHOD not in module.__dict__]
     for module in inner:
         object.__setattr__(module, _METHOD, _once(getattr(module, _METHOD), backbone, memory))
     try:
@@ -91,6 +90,29 @@ def each_image_once(backbone: Backbone, memory: Memory | None = None) -> Iterato
     finally:
         for module in inner:
             module.__dict__.pop(_METHOD, None)
+
+
+def repeats_images(backbone: Backbone, inputs: Mapping[str, Any]) -> bool:
+    """Do rows of a batch hold equal images? False also where that cannot be told.
+
+    Parameters
+    ----------
+    backbone
+        Whose vision side takes them.
+    inputs
+        As the processor made them.
+    """
+    for module in _encoding(backbone):
+        names = inspect.signature(getattr(module, _METHOD)).parameters
+        images = _images({name: inputs[name] for name in names if name in inputs})
+        if images is not None:
+            return len(_numbered(images)[1]) < len(images)
+    return False
+
+
+def _encoding(backbone: Backbone) -> list[Any]:
+    """The module whose method encodes images, if there is one: the innermost alone, others call it."""
+    return [module for module in backbone.path if callable(getattr(module, _METHOD, None))][-1:]
 
 
 def _once(stock: Callable[..., Any], backbone: Backbone, memory: Memory | None) -> Callable[..., Any]:
@@ -105,7 +127,7 @@ def _once(stock: Callable[..., Any], backbone: Backbone, memory: Memory | None) 
         which_I, first_U = _numbered(images)
         if memory is not None:
             memory.bind(backbone)
-            output = _remembered(stock, memory, given, images, which_I, first_U)
+            output = _remembered(stock, backbone, memory, given, images, which_I, first_U)
             return stock(*args, **kwargs) if output is None else output
         if len(first_U) == len(which_I):
             return stock(*args, **kwargs)
@@ -120,29 +142,81 @@ def _once(stock: Callable[..., Any], backbone: Backbone, memory: Memory | None) 
 
 def _remembered(
     stock: Callable[..., Any],
+    backbone: Backbone,
     memory: Memory,
     given: Mapping[str, Any],
     images: list[Any],
     which_I: Sequence[int],
     first_U: Sequence[int],
 ) -> Any:
-    """An output of what is known of the images; others are encoded, each by itself, so that its features do
-    not depend on which are new beside it. None where images cannot be told apart in the output."""
+    """An output of what is known of the images, and of the others, encoded. None where images cannot be told
+    apart in the output."""
     if _has_empty_images(given):
         return None
-    known_U: list[Encoded] = []
-    for first in first_U:
-        digest = _digest(images[first], given)
-        encoded = memory.features(digest)
-        if encoded is None:
-            found = _encoded(stock(**{**given, **_chosen(given, images, [first])}), 1)
-            if found is None:
-                return None
-            (encoded,) = found
+    digests = [_digest(images[first], given) for first in first_U]
+    known_U = [memory.features(digest) for digest in digests]
+    new = [number for number, encoded in enumerate(known_U) if encoded is None]
+    if new:
+        found = _each_alone(stock, backbone, given, images, [first_U[number] for number in new])
+        if found is None:
+            return None
+        for number, encoded in zip(new, found, strict=True):
+            known_U[number] = encoded
             if not encoded.features.requires_grad:
-                memory.keep_features(digest, encoded)
-        known_U.append(encoded)
+                memory.keep_features(digests[number], encoded)
     return _filled(known_U[0].output(), [known_U[number] for number in which_I])
+
+
+def _each_alone(
+    stock: Callable[..., Any],
+    backbone: Backbone,
+    given: Mapping[str, Any],
+    images: list[Any],
+    chosen: Sequence[int],
+) -> list[Encoded] | None:
+    """Images encoded such that the features of none depend on which others are new beside it: in one call,
+    where every product can be taken image by image, else in as many calls."""
+
+    def encoded(some: list[int]) -> list[Encoded] | None:
+        return _encoded(stock(**{**given, **_chosen(given, images, some)}), len(some))
+
+    tower = _encoding(backbone)[0]
+    if len(chosen) > 1 and type(tower) not in _MIXING:
+        products = _products(tower, backbone.decoder)
+        if products is not None:
+            with row_by_row(products, len(chosen)) as watch:
+                together = encoded(list(chosen))
+            if watch.apart and together is not None:
+                return [_own(one) for one in together]
+            _MIXING.add(type(tower))
+    found = []
+    for one in chosen:
+        alone = encoded([one])
+        if alone is None:
+            return None
+        found += alone
+    return found
+
+
+# Kinds of models whose vision side takes products of several images in one; found out once.
+_MIXING: set[type] = set()
+
+
+def _products(tower: nn.Module, decoder: nn.Module) -> list[nn.Module] | None:
+    """What multiplies by a matrix on the vision side; None where that is not known to be all, or where
+    attention could mix images."""
+    inside = {id(module) for module in decoder.modules()}
+    modules = [module for module in tower.modules() if id(module) not in inside and module is not tower]
+    attends = {str(getattr(getattr(one, "config", None), "_attn_implementation", "sdpa")) for one in modules}
+    if attends != {"sdpa"} or any(hasattr(one, "_hf_hook") for one in modules):
+        return None
+    return products_of(modules)
+
+
+def _own(encoded: Encoded) -> Encoded:
+    """The same in memory of its own: one image may be forgotten before others."""
+    by_layer = None if encoded.by_layer is None else tuple(one.clone() for one in encoded.by_layer)
+    return replace(encoded, features=encoded.features.clone(), by_layer=by_layer)
 
 
 def _images(given: Mapping[str, Any]) -> list[tuple[Tensor, ...]] | None:

@@ -117,8 +117,6 @@ class Engine:
             reason = "with reductions"
         elif self.stack.rearranges:
             reason = "with positions='rearrange'"
-        elif self.policy.may_freeze:
-            reason = "with a policy that may freeze it"
         elif any(self.stack.windows):
             reason = "in a model with sliding windows"
         elif not plain:

@@ -10,7 +10,7 @@ Shapes: B rows, N tokens of the padded batch, R rows, T text tokens and K tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,23 +97,44 @@ class FrozenCall:
                 **{**visual, "attention_mask": None},
             )
             cache = Interleaved(keys, values, self.stream.order)
-            with ExitStack() as undo:
-                if self.implementation not in _TAKE_MASKS:
-                    undo.callback(use_attention(self._attention(), _attend))
+            with taking_masks(self.layer, self.implementation):
                 output = self.forward(
                     self.stream.text.gather(hidden_BND), attention_mask=mask, past_key_values=cache, **text
                 )
         return output, cache
 
-    def _attention(self) -> nn.Module:
-        module = attention_of(self.layer)
-        if module is None:
-            raise UnsupportedBackboneError(
-                f"visual tokens cannot be frozen under '{self.implementation}': "
-                f"{type(self.layer).__name__} has no attention module `self_attn` with a config; "
-                "load the model with attn_implementation='sdpa' or 'eager'"
-            )
-        return module
+
+@contextmanager
+def taking_masks(layer: nn.Module, implementation: str) -> Iterator[None]:
+    """Inside, a layer's attention takes any mask, whatever the model's implementation does.
+
+    Parameters
+    ----------
+    layer
+        A decoder layer.
+    implementation
+        The model's attention implementation.
+
+    Raises
+    ------
+    UnsupportedBackboneError
+        If the layer's attention cannot be replaced.
+    """
+    if implementation in _TAKE_MASKS:
+        yield
+        return
+    module = attention_of(layer)
+    if module is None:
+        raise UnsupportedBackboneError(
+            f"visual tokens cannot be frozen under '{implementation}': "
+            f"{type(layer).__name__} has no attention module `self_attn` with a config; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    undo = use_attention(module, _attend)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def text_mask(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,6 +156,8 @@ class ImageStore:
         self._weights: Any = None
         self._counts = _Counts()
         self._said_small = False
+        # Segments that may have grown since the last trim.
+        self._touched: dict[int, Segment] = {}
 
     @property
     def nbytes(self) -> int:
@@ -170,6 +172,7 @@ class ImageStore:
         """Forget all images. To be called where weights were written to through ``.data``, which no tensor
         tells; other changes are noticed."""
         self._entries.clear()
+        self._touched.clear()
         self._by_probe.clear()
 
     def report(self) -> StoreReport:
@@ -232,6 +235,7 @@ class ImageStore:
         segment
             Kept or not.
         """
+        self._touched[id(segment)] = segment
         if id(segment) in self._entries:
             self._entries.move_to_end(id(segment))
         if segment.before is not None:
@@ -300,9 +304,10 @@ class ImageStore:
 
     def trim(self) -> None:
         """Keep to the budget: what was used longest ago leaves."""
-        for entry in self._entries.values():
-            if isinstance(entry.value, Segment):
-                entry.nbytes = entry.value.nbytes
+        for key, segment in self._touched.items():
+            if key in self._entries:
+                self._entries[key].nbytes = segment.nbytes
+        self._touched.clear()
         total = self.nbytes
         while total > self.max_bytes and self._entries:
             _, entry = self._entries.popitem(last=False)
@@ -327,8 +332,22 @@ def _nbytes(tensors: list[Any]) -> int:
 
 def _weights_of(model: nn.Module) -> tuple[Any, ...]:
     """What tells that weights changed: tensors replaced or written to, adapters switched."""
-    versions = tuple(
-        (id(one), one.data_ptr(), -1 if one.is_inference() else one._version) for one in model.parameters()
-    )
-    active = tuple((name, scale) for name, _, scale in adapter_parameters(model, active=True))
-    return (versions, active)
+    versions, has_adapters = [], False
+    for module in _modules(model):
+        has_adapters |= hasattr(module, "adapter_layer_names")
+        versions += [
+            (id(one), one.data_ptr(), -1 if one.is_inference() else one._version)
+            for one in module._parameters.values()
+            if one is not None
+        ]
+    if not has_adapters:
+        return (versions, ())
+    return (versions, tuple((name, scale) for name, _, scale in adapter_parameters(model, active=True)))
+
+
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules; `nn.Module.modules` also makes names, and this is asked for in every pass."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _modules(child)

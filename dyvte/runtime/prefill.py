@@ -120,7 +120,7 @@ class Prefill:
             return self._around(index, stream, hidden_BND.device, scores)
 
         if self.turn is not None and self.active:
-            output = self.turn.run(index, forward, hidden_BND, kwargs, rows.in_text_B)
+            output = self.turn.run(index, forward, hidden_BND, kwargs, rows.in_text_B, rows.frozen_B)
         elif partition is None:
             whole = self._whole(hidden_BND.device)
             with contextlib.nullcontext() if whole is None else around(whole):

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyvte.decoder import Layout, hidden_of, returns_early
+from dyvte.decoder import Layout, hidden_of
 from dyvte.decoder.caches import KeysValues
 from dyvte.runtime.image_store import ImageStore
+from dyvte.runtime.shared_apart import ApartLayers, Piece
 from dyvte.runtime.shared_groups import Borrowed, Call, Group, Lane, places
 from dyvte.runtime.stack import Stack
 from dyvte.runtime.streams import Source, Stream
@@ -81,7 +82,8 @@ class SharedRows:
         self.is_shared_B = torch.zeros(layout.batch, dtype=torch.bool)
         self.is_shared_B[[one.row for one in self.rows]] = True
         self.image_BN = up_to_image(spans) & ~spans.prefix_BN & self.is_shared_B[:, None]
-        self._groups: dict[int, Group] = {}
+        self._apart = ApartLayers(stack, layout)
+        self._before = {id(one.image.lane): one.before for one in rows if one.row == one.image.lane.row}
         every = [one for of in self.rows for one in (of.before, of.image) if one is not None]
         self._lanes = list({id(one.lane): one.lane for one in every}.values())
         self._reading = {one.row for one in self.rows}
@@ -142,50 +144,46 @@ class SharedRows:
 
     def deepen(self, call: Call, lanes: Sequence[Lane], ends: Callable[[Lane], bool]) -> None:
         """Make the keys and values that this layer lacks of some lanes, and states where they go on."""
-        can_stop = returns_early(self.stack.backbone.layers[call.index])
+        whole, cut = [], []
         for lane in lanes:
-            known = lane.segment.depth > call.index
             if lane.must_run(call.index, ends=ends(lane), wanted=self.wanted):
-                self._run(call, lane, cut=False)
-            elif not known:
-                self._run(call, lane, cut=can_stop)
+                whole.append(self._all_of(lane, call))
+            elif lane.segment.depth <= call.index:
+                cut.append(self._all_of(lane, call))
+        if cut and not self._apart.may_stop(call.index):
+            whole, cut = [*whole, *cut], []
+        for alone, chosen in ((False, whole), (True, cut)):
+            for one, (states_SD, known) in zip(
+                chosen, self._apart.run(call, chosen, alone=alone), strict=True
+            ):
+                one.lane.take(call.index, known, states_SD)
 
-    def freeze(self, call: Call, borrowed: Borrowed) -> None:
+    def freeze(self, call: Call, frozen: Sequence[Borrowed]) -> None:
         """Keys and values that this layer makes of frozen visual tokens, where they are not known yet."""
-        lane, f = borrowed.lane, borrowed.frozen_at
-        known = lane.segment.frozen.setdefault(f, {})
-        if call.index in known:
+        missing = []
+        for borrowed in frozen:
+            if call.index not in borrowed.lane.segment.frozen.setdefault(borrowed.frozen_at, {}):
+                missing.append(borrowed)
+        if not missing:
             return
-        visual_BN = torch.zeros_like(self.text_BN)
-        visual_BN[lane.row, places([Borrowed(lane, lane.first, f)])] = True
-        group = Group(self.stack, self.layout, [lane.row], visual_BN, [()], call.hidden_BND.device)
+        chosen = [self._frozen(one, call) for one in missing]
+        made = self._apart.run(call, chosen, alone=self._apart.may_stop(call.index))
+        for borrowed, (_, known) in zip(missing, made, strict=True):
+            borrowed.lane.segment.frozen[borrowed.frozen_at][call.index] = known
+
+    def _all_of(self, lane: Lane, call: Call) -> Piece:
+        states_SD = lane.states_at(call.index).to(call.hidden_BND.device)
+        return Piece(lane, torch.arange(len(lane.segment)), self._before.get(id(lane)), states_SD)
+
+    def _frozen(self, borrowed: Borrowed, call: Call) -> Piece:
+        """The visual tokens as they were frozen, and what the decoder added since."""
+        lane, f = borrowed.lane, borrowed.frozen_at
         states_SD = lane.states_at(f).to(call.hidden_BND.device)
         for index, added_SD in lane.added.items():
             if f < index <= call.index:
                 states_SD = states_SD + added_SD.to(states_SD.device)
-        states = states_SD[lane.segment.visual_S.to(states_SD.device)][None]
-        if returns_early(self.stack.backbone.layers[call.index]):
-            known[call.index] = group.keys_alone(call, states)
-        else:
-            known[call.index] = group.run(call, states)[1]
-
-    def _run(self, call: Call, lane: Lane, *, cut: bool) -> None:
-        """The layer on one lane's tokens, by itself: what an image becomes must not depend on which others
-        are new in the same pass, or a run that goes on after a kill would end otherwise."""
-        device, size = call.hidden_BND.device, len(lane.segment)
-        if id(lane) not in self._groups:
-            own_BN = torch.zeros_like(self.text_BN)
-            own_BN[lane.row, lane.first : lane.first + size] = True
-            before = next(
-                (one.before for one in self.rows if one.row == lane.row and one.image.lane is lane), None
-            )
-            self._groups[id(lane)] = Group(self.stack, self.layout, [lane.row], own_BN, [(before,)], device)
-        group, states = self._groups[id(lane)], lane.states_at(call.index).to(device)[None]
-        if cut:
-            lane.take(call.index, group.keys_alone(call, states), None)
-        else:
-            output, known = group.run(call, states)
-            lane.take(call.index, known, hidden_of(output)[0])
+        visual_S = lane.segment.visual_S
+        return Piece(lane, visual_S.nonzero().flatten(), None, states_SD[visual_S.to(states_SD.device)])
 
 
 class SharedPart:
@@ -242,9 +240,7 @@ class SharedPart:
         # An image reads the text before it.
         self.rows.deepen(call, [lane for lane in lanes if not lane.segment.is_image], lambda _: is_last)
         self.rows.deepen(call, [lane for lane in lanes if lane.segment.is_image], ends)
-        for one in self._borrowed:
-            if one.frozen_at is not None:
-                self.rows.freeze(call, one)
+        self.rows.freeze(call, [one for one in self._borrowed if one.frozen_at is not None])
         output, own = None, []
         for group in self.groups:
             output, known = group.run(call, self._states(group, call))

@@ -28,6 +28,8 @@ class Stack:
         Parts of weights that layers with less visual work need, cut once per block.
     keys_alone
         Makes the keys and values of frozen tokens.
+    mixes_rows
+        Kinds of layers that take products of several rows in one.
 
     Raises
     ------
@@ -44,6 +46,7 @@ class Stack:
         if self.rearranges:
             check_rearrange(backbone, self.windows)
         self.weights, self.keys_alone = Weights(), KeysAlone()
+        self.mixes_rows: set[type] = set()
 
     def without_jumps(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Layer arguments of a text stream such that no attention function takes it for packed sequences."""

@@ -31,10 +31,11 @@ from dyvte.backbones.greedy import end_tokens
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.costs.schedules import kv_share
 from dyvte.data import Defect, Sample, Selection
-from dyvte.decoder.vision import each_image_once
+from dyvte.decoder.vision import each_image_once, repeats_images
 from dyvte.errors import ConfigError, MemoryBudgetError
 from dyvte.formatting import GIB
 from dyvte.reductions import identity, parse_reductions
+from dyvte.runtime import ImageStore, VisualExit
 from dyvte.runtime.frozen import check_can_freeze
 from dyvte.teacher.config import TeacherConfig
 from dyvte.teacher.encoder import Prepared, SampleEncoder
@@ -151,13 +152,23 @@ class Teacher:
     def answer(self, prompts: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Prompts grown by the full model's greedy answers, as labels are made; see `greedy_answers`.
 
+        Rows that ask about the same image read one prefill of it.
+
         Parameters
         ----------
         prompts
             Left-padded model inputs.
         """
-        with self.as_reference(), self._each_image_once():
+        with self.as_reference(), self._sharing(prompts):
             return greedy_answers(self.model, prompts, self.config.max_new_tokens)
+
+    def _sharing(self, prompts: dict[str, Tensor]) -> AbstractContextManager[Any]:
+        # Processes that share one model's weights must run the same passes, whatever images they have.
+        if not self.config.share_images or is_sharded(self.model):
+            return self._each_image_once()
+        if not repeats_images(self.backbone, prompts):
+            return nullcontext()
+        return VisualExit()(self.model, images=ImageStore())
 
     def _each_image_once(self) -> AbstractContextManager[Any]:
         return each_image_once(self.backbone) if self.config.share_images else nullcontext()

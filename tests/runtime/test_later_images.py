@@ -8,12 +8,13 @@ import torch
 import dyvte
 from dyvte.errors import ExitRuntimeError
 from dyvte.policies import OraclePolicy
+from dyvte.reductions import FastV
 from tests.helpers.families import build
 from tests.helpers.reference import positions_of
 
 
-def oracle(exits):
-    return dyvte.VisualExit.from_policy(OraclePolicy(exits))
+def oracle(exits, freezes=None):
+    return dyvte.VisualExit.from_policy(OraclePolicy(exits, freezes))
 
 
 def hidden_keys(model, ids_BN, visual_ids, turns, exits):
@@ -42,11 +43,43 @@ def hidden_keys(model, ids_BN, visual_ids, turns, exits):
     return handles, now
 
 
+def frozen_states(model, ids_BN, visual_ids, turns, freezes):
+    """By hooks: visual tokens of each turn enter every layer behind their freeze as they entered that one."""
+    visual_BN = torch.isin(ids_BN, torch.tensor(list(visual_ids)))
+    column_N = torch.arange(ids_BN.shape[1])
+    kept = {}
+
+    def hook(module, args, kwargs, index):
+        hidden_BND = (args[0] if args else kwargs["hidden_states"]).clone()
+        for turn, ((start, stop), freezes_B) in enumerate(zip(turns, freezes, strict=True)):
+            for row, f in enumerate(freezes_B):
+                own_N = visual_BN[row] & (column_N >= start) & (column_N < stop)
+                if index == f:
+                    kept[turn, row] = hidden_BND[row, own_N]
+                elif 0 <= f < index:
+                    hidden_BND[row, own_N] = kept[turn, row]
+        if args:
+            return (hidden_BND, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden_BND}
+
+    return [
+        layer.register_forward_pre_hook(
+            lambda *given, index=index: hook(*given, index=index), with_kwargs=True
+        )
+        for index, layer in enumerate(model.get_decoder().layers)
+    ]
+
+
 EXITS = {
     "later, deeper": ([1, -1, 3], [3, -1, 2]),
     "later, first": ([4, -1, 4], [0, -1, 1]),
     "never again": ([2, -1, 0], [4, -1, 4]),
     "both": ([0, -1, 2], [2, -1, 0]),
+}
+FROZEN = {
+    "the later one": (([2, -1, 4], [3, -1, 4]), (None, [1, -1, 0])),
+    "both": (([3, -1, 4], [4, -1, 3]), ([1, -1, 2], [2, -1, 3])),
+    "the first alone": (([4, -1, 2], [1, -1, 4]), ([0, -1, 1], None)),
 }
 
 
@@ -54,6 +87,18 @@ EXITS = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llava", "internvl"])
 def test_two_turns_with_images_equal_brute_force(family, attention, exits):
+    check_two_turns(family, attention, exits, (None, None))
+
+
+@pytest.mark.parametrize(("exits", "freezes"), FROZEN.values(), ids=FROZEN.keys())
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llava", "sdpa"), ("llava", "eager"), ("internvl", "sdpa")]
+)
+def test_an_image_of_a_later_turn_may_freeze(family, attention, exits, freezes):
+    check_two_turns(family, attention, exits, freezes)
+
+
+def check_two_turns(family, attention, exits, freezes):
     model, inputs, visual_ids = build(family, attention)
     ids, valid = inputs["input_ids"], inputs["attention_mask"]
     images = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
@@ -69,6 +114,8 @@ def test_two_turns_with_images_equal_brute_force(family, attention, exits):
         all_ids = torch.cat([both, more], 1)
         all_valid = torch.cat([both_valid, torch.ones_like(more)], 1)
         handles, now = hidden_keys(model, all_ids, visual_ids, turns, exits)
+        states = [one or exits[turn] for turn, one in enumerate(freezes)]
+        handles += frozen_states(model, all_ids, visual_ids, turns, states)
         now["valid"] = all_valid.bool()
         try:
             twice = {k: torch.cat([v, v]) for k, v in images.items()}
@@ -85,7 +132,7 @@ def test_two_turns_with_images_equal_brute_force(family, attention, exits):
         finally:
             for handle in handles:
                 handle.remove()
-        first, second = (oracle(one) for one in exits)
+        first, second = map(oracle, exits, freezes)
         with first(model):
             cache = model(**inputs, position_ids=position(ids, valid)).past_key_values
         with second(model) as run:
@@ -103,6 +150,7 @@ def test_two_turns_with_images_equal_brute_force(family, attention, exits):
                 past_key_values=out.past_key_values,
             ).logits
     assert run.exit_layers.tolist() == exits[1]
+    assert run.freeze_layers.tolist() == (freezes[1] or exits[1])
     torch.testing.assert_close(out.logits[:, -1], expected[:, 2 * length - 1], rtol=0, atol=1e-4)
     torch.testing.assert_close(last[:, -1], expected[:, -1], rtol=0, atol=1e-4)
     assert cache.get_seq_length() == 2 * length + 1
@@ -120,7 +168,7 @@ def test_what_a_later_image_cannot_have_is_refused_by_name():
         cache = model(**inputs).past_key_values
     again = {**inputs, "attention_mask": mask, "past_key_values": cache}
     for exits, reason in (
-        (dyvte.VisualExit.fixed(3, freeze_layer=1), "a policy that may freeze"),
+        (dyvte.VisualExit(reductions=[FastV(2, 0.5)]), "reductions"),
         (dyvte.VisualExit.fixed(3, positions="rearrange"), "positions='rearrange'"),
     ):
         with torch.no_grad(), exits(model), pytest.raises(ExitRuntimeError, match=reason):
