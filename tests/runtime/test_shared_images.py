@@ -10,7 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyvte
+from dyvte.decoder import vision
 from dyvte.gates import GateConfig, GateStack
+from dyvte.runtime import shared_apart
 from tests.helpers.batches import VISUAL_ID, llava
 from tests.helpers.exits import oracle, run_of
 from tests.helpers.families import FAMILIES
@@ -83,6 +85,42 @@ def test_a_run_again_ends_in_the_same_bits():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(logits, ends[0]) for logits in ends)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_new_images_of_one_pass_have_the_bits_that_each_has_alone(threads, monkeypatch):
+    model, processor = llava()
+    inputs, before = asked(processor, [1, 2, 3, 2, 1, 3]), torch.get_num_threads()
+    kept = []
+    torch.set_num_threads(threads)
+    try:
+        for apart in (False, True):
+            if apart:
+                monkeypatch.setattr(shared_apart.ApartLayers, "_products_of", lambda *_: None)
+                monkeypatch.setattr(vision, "_products", lambda *_: None)
+            store = dyvte.ImageStore()
+            logits, _, _ = run_of(model, inputs, [3, 4, 2, 4, 1, 4], store, [1, 2, 0, 4, 1, 3])
+            kept.append((logits, tensors_of(store)))
+    finally:
+        torch.set_num_threads(before)
+    (one, together), (other, alone) = kept
+    assert torch.equal(one, other)
+    assert len(together) == len(alone) > 30
+    assert all(map(torch.equal, together, alone))
+
+
+def tensors_of(store):
+    """All that a store holds of its images, in an order that does not depend on the run."""
+    found = []
+    for entry in store._entries.values():
+        if hasattr(entry.value, "features"):
+            found.append(entry.value.features)
+            continue
+        found += [part for known in entry.value.keys_values for part in known]
+        found += [states for _, states in sorted(entry.value.states.items())]
+        for _, by_layer in sorted(entry.value.frozen.items()):
+            found += [part for _, known in sorted(by_layer.items()) for part in known]
+    return found
 
 
 @pytest.fixture

@@ -75,6 +75,31 @@ def test_shared_and_separate_images_give_the_same_store(backbone, selection, lab
     assert notes["visual_streams"] <= 4 * passes
 
 
+def test_answers_are_generated_with_one_prefill_of_each_image(backbone, selection) -> None:
+    model, _ = backbone
+    mlp, found, seen = model.get_decoder().layers[0].mlp, [], []
+    forward = mlp.forward
+
+    def noting(states):
+        seen.append(states.shape[:2].numel())
+        return forward(states)
+
+    for shares in (True, False):
+        teacher = teacher_of(backbone, share_images=shares)
+        prompts = teacher.prepare(selection.samples).inputs
+        visual_ids = torch.tensor(teacher.backbone.visual_token_ids)
+        num_visual = int(torch.isin(prompts["input_ids"], visual_ids).sum())
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mlp, "forward", noting)
+            found.append((*teacher.answer(prompts), sum(seen)))
+    (shared, shared_BN, some), (apart, apart_BN, all_of_them) = found
+    assert torch.equal(shared["input_ids"], apart["input_ids"])
+    assert torch.equal(shared_BN, apart_BN)
+    # four images in place of twelve, and no padding more
+    assert some <= all_of_them - num_visual * 8 // 12
+
+
 def test_what_the_image_holds_decides_not_its_path_or_id(backbone, selection, tmp_path: Path) -> None:
     teacher = teacher_of(backbone, label_source="data", batch_size=12)
     before, _ = teacher.trace(selection.samples)
