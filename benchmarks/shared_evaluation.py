@@ -3,7 +3,8 @@
 What ``dyvte eval`` does after loading and before timing: batches of questions about the same images, and
 every policy in turn on each of them. Rounds alternate; each starts with an empty store. Processor seconds are
 printed too: they say what is left when other work runs beside. The answers must be the same; a changed one
-ends the script with an error.
+ends the script with an error. Logits differ by rounding: rows with a gate within 1e-5 of a threshold, which
+could differ, are counted.
 
     python benchmarks/shared_evaluation.py                                 # mini-GQA, four policies
     python benchmarks/shared_evaluation.py --benchmark mme --data data/scenes/mini_mme
@@ -12,6 +13,7 @@ ends the script with an error.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -25,8 +27,10 @@ from common import Report, arguments, interleaved, ratio, setting_of
 
 from dyvte.backbones import get_template, load_backbone
 from dyvte.evaluation.generation import Pipeline, answer, encoded_batches, plan_batches, shown_by
+from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import prompts_of
 from dyvte.evaluation.settings import NamedPolicy, parse_named
+from dyvte.policies import LearnedPolicy
 from dyvte.runtime import ImageStore
 from dyvte.tasks.base import Question, get_benchmark
 
@@ -44,7 +48,7 @@ class Way:
     policies: Sequence[NamedPolicy]
     batch_size: int
     shares: bool
-    answers: dict[tuple[str, str], str] = field(default_factory=dict)
+    answers: dict[tuple[str, str], Answer] = field(default_factory=dict)
     processor: list[float] = field(default_factory=list)
 
     def seconds(self) -> float:
@@ -56,9 +60,25 @@ class Way:
         for batch in encoded_batches(pipeline, self.questions, self.prompts, plan, range(len(plan))):
             for name, one in exits:
                 given = answer(pipeline, batch, one)
-                self.answers.update({(name, found.question_id): found.prediction for found in given})
+                self.answers.update({(name, found.question_id): found for found in given})
         self.processor.append(time.process_time() - start_processor)
         return time.perf_counter() - start
+
+
+def layers_of(given: Answer) -> tuple[int, int | None]:
+    """After which layers the image left and was frozen."""
+    return given.exit_layer, given.freeze_layer
+
+
+def is_close(given: Answer, policy: LearnedPolicy) -> bool:
+    """Does some gate of a row state a probability within 1e-5 of its threshold?"""
+    heads = ((given.gate_logits, policy.threshold), (given.freeze_logits, policy.freeze_threshold))
+    return any(
+        abs(1 / (1 + math.exp(-logit)) - threshold) <= 1e-5
+        for logits, threshold in heads
+        for logit in logits
+        if logit is not None
+    )
 
 
 def main() -> None:
@@ -87,8 +107,15 @@ def main() -> None:
     times = interleaved({"alone": alone.seconds, "shared": shared.seconds}, args.rounds)
     # The first round warms up.
     processor_times = {"alone": alone.processor[1:], "shared": shared.processor[1:]}
-    changed = [key for key, text in alone.answers.items() if shared.answers[key] != text]
-    print(f"answers that sharing changed: {len(changed)} of {len(alone.answers)}\n")
+    pairs = {key: (one, shared.answers[key]) for key, one in alone.answers.items()}
+    changed = [key for key, (one, other) in pairs.items() if one.prediction != other.prediction]
+    moved = sum(layers_of(one) != layers_of(other) for one, other in pairs.values())
+    thresholds = {named.name: named.policy for named in policies if isinstance(named.policy, LearnedPolicy)}
+    close = sum(
+        is_close(one, thresholds[name]) for (name, _), one in alone.answers.items() if name in thresholds
+    )
+    print(f"answers that sharing changed: {len(changed)} of {len(pairs)}; schedules: {moved}")
+    print(f"rows with a gate within 1e-5 of its threshold: {close}\n")
     report.add(
         times,
         {

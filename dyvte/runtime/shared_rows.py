@@ -87,6 +87,9 @@ class SharedRows:
         every = [one for of in self.rows for one in (of.before, of.image) if one is not None]
         self._lanes = list({id(one.lane): one.lane for one in every}.values())
         self._reading = {one.row for one in self.rows}
+        # What the last layer handed on; nobody else holds it, unless hooks take note of what layers return.
+        self._handed: Tensor | None = None
+        self._watched = any(layer._forward_hooks for layer in stack.backbone.layers)
 
     def part(
         self, in_text_B: Tensor, frozen_B: Tensor, freeze_layers_B: Tensor, device: torch.device
@@ -120,10 +123,16 @@ class SharedRows:
         Padding is masked, not omitted: it has to be finite, so no memory is left as it was found.
         """
         tells = self.store.adds_features is not False
+        if alone and not tells and hidden_BND is self._handed and not self._watched:
+            return hidden_BND  # this pass's own, of the layer before: its text is read before it is written
         if alone:
-            return torch.zeros_like(hidden_BND)
-        out_BND = hidden_BND.clone(memory_format=torch.contiguous_format)
-        return out_BND.masked_fill_(self.image_BN.to(out_BND.device)[..., None], 0) if tells else out_BND
+            out_BND = torch.zeros_like(hidden_BND)
+        else:
+            out_BND = hidden_BND.clone(memory_format=torch.contiguous_format)
+            if tells:
+                out_BND.masked_fill_(self.image_BN.to(out_BND.device)[..., None], 0)
+        self._handed = out_BND
+        return out_BND
 
     def enter(self, call: Call) -> None:
         """The decoder has come to a layer."""
