@@ -74,7 +74,7 @@ def is_close(given: Answer, policy: LearnedPolicy) -> bool:
     """Does some gate of a row state a probability within 1e-5 of its threshold?"""
     heads = ((given.gate_logits, policy.threshold), (given.freeze_logits, policy.freeze_threshold))
     return any(
-        abs(1 / (1 + math.exp(-logit)) - threshold) <= 1e-5
+        abs(0.5 + 0.5 * math.tanh(logit / 2) - threshold) <= 1e-5
         for logits, threshold in heads
         for logit in logits
         if logit is not None
