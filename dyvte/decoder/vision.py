@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dyvte.backbones import Backbone
-from dyvte.decoder.row_by_row import products_of, row_by_row
+from dyvte.decoder.row_by_row import row_by_row, taken_by_row
 
 _METHOD = "get_image_features"
 # What the models read of an encoded batch; in each, images come one after the other.
@@ -210,7 +210,7 @@ def _products(tower: nn.Module, decoder: nn.Module) -> list[nn.Module] | None:
     attends = {str(getattr(getattr(one, "config", None), "_attn_implementation", "sdpa")) for one in modules}
     if attends != {"sdpa"} or any(hasattr(one, "_hf_hook") for one in modules):
         return None
-    return products_of(modules)
+    return taken_by_row(modules)
 
 
 def _own(encoded: Encoded) -> Encoded:

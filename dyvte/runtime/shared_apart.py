@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyvte.decoder import Layout, hidden_of, returns_early
 from dyvte.decoder.caches import KeysValues
-from dyvte.decoder.row_by_row import products_of, row_by_row
+from dyvte.decoder.row_by_row import row_by_row, taken_by_row
 from dyvte.runtime.shared_groups import Borrowed, Call, Group, Lane
 from dyvte.runtime.stack import Stack
 
@@ -138,6 +138,6 @@ class ApartLayers:
             is_known = str(self.stack.config._attn_implementation) == "sdpa"
             # Hooks that move weights would move them for every row.
             if is_known and not any(hasattr(one, "_hf_hook") for one in modules):
-                found = None if type(layer) in self.stack.mixes_rows else products_of(modules)
+                found = None if type(layer) in self.stack.mixes_rows else taken_by_row(modules)
             self._products[index] = found
         return self._products[index]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dyvte.decoder.row_by_row import products_of, row_by_row
+from dyvte.decoder.row_by_row import row_by_row, taken_by_row
 
 
 def test_rows_have_the_bits_that_they_have_alone():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(96, 200), nn.SiLU(), nn.LayerNorm(200), nn.Linear(200, 96))
     states = torch.randn(5, 37, 96)
-    products = products_of(module.modules())
-    assert products == [module[0], module[3]]
+    products = taken_by_row(module.modules())
+    assert products == [module[0], module[1], module[3]]
     for rows in (2, 5):
         with torch.no_grad(), row_by_row(products, rows) as watch:
             together = module(states[:rows])
@@ -26,10 +26,10 @@ def test_rows_have_the_bits_that_they_have_alone():
 
 def test_products_that_mix_rows_are_told():
     module = nn.Sequential(nn.Linear(8, 8))
-    with torch.no_grad(), row_by_row(products_of(module.modules()), 2) as watch:
+    with torch.no_grad(), row_by_row(taken_by_row(module.modules()), 2) as watch:
         module(torch.randn(2, 8))
     assert not watch.apart
-    with torch.no_grad(), row_by_row(products_of(module.modules()), 2) as watch:
+    with torch.no_grad(), row_by_row(taken_by_row(module.modules()), 2) as watch:
         module(torch.randn(3, 4, 8))
     assert not watch.apart
 
@@ -40,6 +40,6 @@ def test_modules_that_multiply_in_another_way_are_not_served():
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(2, 3, 4))
 
-    assert products_of(nn.Sequential(nn.Linear(4, 4), Own()).modules()) is None
+    assert taken_by_row(nn.Sequential(nn.Linear(4, 4), Own()).modules()) is None
     # what they look up is no product
-    assert products_of([nn.Embedding(3, 4), nn.LayerNorm(4)]) == []
+    assert taken_by_row([nn.Embedding(3, 4), nn.LayerNorm(4)]) == []
