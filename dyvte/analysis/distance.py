@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import Subject
-from dyvte.analysis.watching import Watched, watch
+from dyvte.analysis.watching import Watched, Watcher, watch
 from dyvte.plotting import COLORS, plain_axes
 
 DEFINITION = (
@@ -25,7 +25,7 @@ DEFINITION = (
 )
 
 
-class Distances:
+class Distances(Watcher):
     """Sums over pairs of visual tokens, by layer and distance."""
 
     def __init__(self, num_layers: int) -> None:
@@ -34,17 +34,7 @@ class Distances:
         self.pairs_LD = torch.zeros(num_layers, 0, dtype=torch.float64)
 
     def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
-        """Add a layer of a batch.
-
-        Parameters
-        ----------
-        batch
-            The prompts, and where their visual tokens sit.
-        index
-            Of the layer, from 0.
-        weights_BNN
-            (B, queries, keys) attention, mean over heads.
-        """
+        """Add a layer of a batch."""
         for row, visual_N in enumerate(batch.spans.visual_BN):
             at_V = visual_N.nonzero().flatten()
             places_V3 = batch.places_BN3[row, at_V]

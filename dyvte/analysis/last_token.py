@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import Subject
-from dyvte.analysis.watching import KINDS, Watched, watch
+from dyvte.analysis.watching import KINDS, Watched, Watcher, watch
 from dyvte.plotting import COLORS, plain_axes
 from dyvte.teacher.exits import positions_before
 
@@ -25,7 +25,7 @@ DEFINITION = (
 )
 
 
-class LastToken:
+class LastToken(Watcher):
     """Sums over questions: (L, T, 4) shares, and (T,) how many questions have a t-th output token."""
 
     def __init__(self, num_layers: int, max_outputs: int) -> None:
@@ -34,17 +34,7 @@ class LastToken:
         self.tokens_4 = torch.zeros(len(KINDS), dtype=torch.float64)
 
     def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
-        """Add a layer of a batch.
-
-        Parameters
-        ----------
-        batch
-            The prompts, and where their visual tokens sit.
-        index
-            Of the layer, from 0.
-        weights_BNN
-            (B, queries, keys) attention, mean over heads.
-        """
+        """Add a layer of a batch."""
         answer_BN = batch.spans.answer_BN
         predict_BN = positions_before(answer_BN, batch.question_ids)
         # The n-th predicting position of a row predicts its n-th output token.

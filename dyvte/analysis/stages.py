@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import Subject
-from dyvte.analysis.watching import Watched, watch
+from dyvte.analysis.watching import Watched, Watcher, watch
 from dyvte.plotting import COLORS, plain_axes
 
 FLOWS = ("text to image", "text to text", "text to first token", "image to image", "image to text")
@@ -32,7 +32,7 @@ DEFINITION = (
 )
 
 
-class Flows:
+class Flows(Watcher):
     """Sums over queries: (L, 5) shares in the order of FLOWS."""
 
     def __init__(self, num_layers: int) -> None:
@@ -40,17 +40,7 @@ class Flows:
         self.queries_5 = torch.zeros(len(FLOWS), dtype=torch.float64)
 
     def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
-        """Add a layer of a batch.
-
-        Parameters
-        ----------
-        batch
-            The prompts, and where their visual tokens sit.
-        index
-            Of the layer, from 0.
-        weights_BNN
-            (B, queries, keys) attention, mean over heads.
-        """
+        """Add a layer of a batch."""
         spans = batch.spans
         text_keys_BN = spans.valid_BN & ~spans.visual_BN & ~batch.first_BN
         keys_BN3 = torch.stack([spans.visual_BN, text_keys_BN, batch.first_BN], -1).float()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyvte.analysis.findings import Findings, Table
 from dyvte.analysis.subject import Subject
-from dyvte.analysis.watching import Watched, watch
+from dyvte.analysis.watching import Watched, Watcher, watch
 from dyvte.plotting import COLORS, plain_axes
 
 DEFINITION = (
@@ -23,7 +23,7 @@ DEFINITION = (
 _MOST_LINES = 60
 
 
-class TextToVision:
+class TextToVision(Watcher):
     """Per layer, one (T,) tensor of mean weights for each row, in the order seen."""
 
     def __init__(self, num_layers: int) -> None:
@@ -31,17 +31,7 @@ class TextToVision:
         self.rows: list[tuple[str, list[int], int]] = []
 
     def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
-        """Add a layer of a batch.
-
-        Parameters
-        ----------
-        batch
-            The prompts, and where their visual tokens sit.
-        index
-            Of the layer, from 0.
-        weights_BNN
-            (B, queries, keys) attention, mean over heads.
-        """
+        """Add a layer of a batch."""
         spans = batch.spans
         visual_BN1 = spans.visual_BN.float()[..., None]
         to_vision_BN = torch.bmm(weights_BNN, visual_BN1)[..., 0] / visual_BN1.sum(1)

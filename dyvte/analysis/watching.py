@@ -5,6 +5,7 @@ Shape letters: B rows, N tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +67,24 @@ class Watched:
 
 
 See = Callable[[Watched, int, Tensor], None]
+
+
+class Watcher(ABC):
+    """What a study adds up while it watches; `see` is what `watch` calls."""
+
+    @abstractmethod
+    def see(self, batch: Watched, index: int, weights_BNN: Tensor) -> None:
+        """Add a layer of a batch.
+
+        Parameters
+        ----------
+        batch
+            The prompts, and where their visual tokens sit.
+        index
+            Of the layer, from 0.
+        weights_BNN
+            (B, queries, keys) attention, mean over heads.
+        """
 
 
 @torch.no_grad()

@@ -138,6 +138,22 @@ def table_images(row: Row, base: Path) -> list[PackedImage | Path]:
     return [_path_image(row, name, base) for name in names if name is not None]
 
 
+def table_image(row: Row, base: Path, unnamed: str) -> tuple[PackedImage | Path | None, str]:
+    """The image of a table's row, the first where there are several, and its name.
+
+    Parameters
+    ----------
+    row
+        Of the table.
+    base
+        As for `table_images`.
+    unnamed
+        The name where there is no image.
+    """
+    images = table_images(row, base)
+    return (images[0], images[0].name) if images else (None, unnamed)
+
+
 def _path_image(row: Row, name: str, base: Path) -> Path:
     candidates = [ImageFolder(folder).of(row, name) for folder in (base, base / "images")]
     return next((path for path in candidates if is_file(path)), candidates[0])

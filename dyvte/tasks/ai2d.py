@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dyvte.readers.files import ImageFolder, find_folder, table_images
+from dyvte.readers.files import ImageFolder, find_folder, table_image
 from dyvte.readers.rows import Row, read_json, read_text, rows_of
 from dyvte.tasks.answers.choices import Options, lmms_exact, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Question
@@ -69,9 +69,8 @@ class AI2D(ChoiceBenchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """Parquet lists the options and the index of the right one, the TSV has columns and a letter."""
-        images = table_images(row, base)
         identity = row.identity("index", "id", default=str(number - 1))
-        return _question(row, identity, images[0] if images else None, images[0].name if images else identity)
+        return _question(row, identity, *table_image(row, base, identity))
 
     def read(self, text: str, question: Question, dialect: str) -> str | None:
         """See :func:`read_answer`."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_image
 from dyvte.readers.rows import Row, read_rows
 from dyvte.tasks.answers.relaxed import relaxed_match
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
@@ -68,11 +68,10 @@ class ChartQA(Benchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """Of the halves, which parquet names by ``type`` or ``human_or_machine``, the TSV by ``split``."""
-        images = table_images(row, base)
         split = row.identity("type", "human_or_machine", "split", default="")
         identity = row.identity("index", "id", default=str(number - 1))
-        image_id = row.identity("imgname", "image_path", default=images[0].name if images else identity)
-        image = images[0] if images else None
+        image, name = table_image(row, base, identity)
+        image_id = row.identity("imgname", "image_path", default=name)
         return _question(row, identity, image, image_id, _AS_SPLIT.get(split, split))
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:

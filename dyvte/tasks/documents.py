@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_image
 from dyvte.readers.rows import Row, read_rows
 from dyvte.tasks.answers.anls import anls
 from dyvte.tasks.base import Benchmark, Predictions, Question
@@ -59,12 +59,11 @@ class DocumentBenchmark(Benchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """Parquet lists the answers, the TSV holds the text of the list."""
-        images = table_images(row, base)
         identity = row.identity("questionId", "question_id", "index", default=str(number))
         page = [row.identity(key, default="") for key in ("ucsf_document_id", "ucsf_document_page_no")]
         named = "_".join(page) if all(page) else row.identity("image_url", "image_path", default="")
-        image_id = named or (images[0].name if images else identity)
-        return self._question(row, identity, images[0] if images else None, image_id)
+        image, name = table_image(row, base, identity)
+        return self._question(row, identity, image, named or name)
 
     def _question(self, row: Row, identity: str, image: ImageSource | None, image_id: str) -> Question:
         given = row.several("answers", "answer") if row.value("answers", "answer") is not None else []

@@ -20,7 +20,7 @@ from dyvte.readers.files import (
     find_file,
     find_folder,
     shards_below,
-    table_images,
+    table_image,
 )
 from dyvte.readers.rows import Row, read_entries, read_jsonl
 from dyvte.readers.tables import read_table
@@ -78,11 +78,10 @@ class GQA(Benchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """The TSV has no types; its images are its own."""
-        images = table_images(row, base)
         identity = row.identity("index", default=str(number))
-        name = images[0].name if images else identity
+        image, name = table_image(row, base, identity)
         entry = Row({**row, "imageId": name, "types": None}, row.where)
-        return _question(identity, entry, images[0] if images else None)
+        return _question(identity, entry, image)
 
     def _release(self, root: Path) -> list[Question] | None:
         path = find_file(root, *(f"{folder}/{QUESTIONS_FILE}" for folder in _QUESTION_FOLDERS))

@@ -14,7 +14,7 @@ from typing import Any
 
 from dyvte.errors import ScoreError
 from dyvte.formatting import name_some
-from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_image
 from dyvte.readers.rows import Row, read_entries, read_jsonl, shown
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.metrics import percent, ungraded
@@ -76,10 +76,9 @@ class MMVet(Benchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """Abilities stand in one cell, separated by commas."""
-        images = table_images(row, base)
         own = row.identity("question_id", "index", default=str(number - 1))
         identity = own if own.startswith("v1_") else f"v1_{own}"
-        return _question(row, identity, images[0] if images else None, images[0].name if images else identity)
+        return _question(row, identity, *table_image(row, base, identity))
 
     def correct(
         self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_image
 from dyvte.readers.rows import Row, read_rows
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
 from dyvte.tasks.metrics import breakdown, percent
@@ -71,10 +71,8 @@ class OCRBench(Benchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """Parquet names the data set, the TSV the kind alone."""
-        images = table_images(row, base)
         identity = row.identity("index", "id", default=str(number - 1))
-        image_id = images[0].name if images else identity
-        return _question(row, identity, images[0] if images else None, image_id)
+        return _question(row, identity, *table_image(row, base, identity))
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
         """Contains a gold answer."""

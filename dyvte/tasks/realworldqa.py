@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dyvte.errors import DataError
-from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_image
 from dyvte.readers.rows import Row, is_blank, read_rows
 from dyvte.tasks.answers.choices import cut_options, lmms_letter, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Question
@@ -68,10 +68,9 @@ class RealWorldQA(ChoiceBenchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """Parquet states the options in the question, the TSV in columns."""
-        images = table_images(row, base)
         identity = row.identity("index", "id", default=str(number - 1))
-        image_id = row.identity("image_path", default=images[0].name if images else identity)
-        return _question(row, identity, images[0] if images else None, image_id)
+        image, name = table_image(row, base, identity)
+        return _question(row, identity, image, row.identity("image_path", default=name))
 
     def prompt(self, question: Question, suffix: str | None = None) -> str:
         """With the request that the question carries, unless another is given."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dyvte.errors import DataError
-from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_image
 from dyvte.readers.rows import Row, read_json, read_jsonl, read_rows, shown
 from dyvte.tasks.answers.choices import LETTERS, Options, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Predictions, Question
@@ -67,11 +67,11 @@ class SEED(ChoiceBenchmark):
         """Parquet has the fields of the release, the TSV has columns A to D."""
         if row.value("data_type") not in (None, "image"):
             return None
-        images = table_images(row, base)
         identity = row.identity("question_id", "index", default=str(number - 1))
-        image_id = row.identity("data_id", default=images[0].name if images else identity)
+        image, name = table_image(row, base, identity)
+        image_id = row.identity("data_id", default=name)
         kind = row.identity("category", "question_type_id", default="")
-        return _question(row, identity, images[0] if images else None, image_id, kind)
+        return _question(row, identity, image, image_id, kind)
 
     def read(self, text: str, question: Question, dialect: str) -> str | None:
         """See :func:`read_answer`."""

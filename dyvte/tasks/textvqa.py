@@ -17,7 +17,7 @@ from typing import Any
 
 from dyvte.errors import DataError, ScoreError
 from dyvte.formatting import name_some
-from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_image
 from dyvte.readers.rows import Row, read_jsonl, read_rows
 from dyvte.tasks.answers.vqa import evalai_answer, official_answer, remembering, soft_accuracy
 from dyvte.tasks.base import TASKS, Benchmark, Predictions, Question
@@ -78,11 +78,11 @@ class TextVQA(Benchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """Parquet lists the answers, the TSV holds the text of the list."""
-        images = table_images(row, base)
         identity = row.identity("question_id", "index", default=str(number))
-        image_id = row.identity("image_id", "image_path", default=images[0].name if images else identity)
+        image, name = table_image(row, base, identity)
+        image_id = row.identity("image_id", "image_path", default=name)
         named = Row({**row, "question_id": identity}, row.where)
-        return _question(named, images[0] if images else None, image_id, row.text("question"))
+        return _question(named, image, image_id, row.text("question"))
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[float]:
         """Soft accuracy in [0, 1]."""

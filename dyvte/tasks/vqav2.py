@@ -17,7 +17,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
-from dyvte.readers.files import ImageFolder, find_file, find_folder, table_images
+from dyvte.readers.files import ImageFolder, find_file, find_folder, table_image
 from dyvte.readers.rows import Row, read_jsonl, read_rows, shown
 from dyvte.tasks.answers.vqa import (
     evalai_answer,
@@ -110,11 +110,11 @@ class VQAv2(Benchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """As the release joins question and annotation."""
-        images = table_images(row, base)
         identity = row.identity("question_id")
-        image_id = row.identity("image_id", default=images[0].name if images else identity)
+        image, name = table_image(row, base, identity)
+        image_id = row.identity("image_id", default=name)
         gold = _gold(row) if row.value("answers") else None
-        return _question(identity, images[0] if images else None, image_id, row.text("question"), gold)
+        return _question(identity, image, image_id, row.text("question"), gold)
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[float]:
         """Soft accuracy in [0, 1]."""

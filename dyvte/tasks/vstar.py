@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dyvte.readers.files import ImageFolder, find_file, table_images
+from dyvte.readers.files import ImageFolder, find_file, table_image
 from dyvte.readers.rows import Row, read_jsonl
 from dyvte.tasks.answers.choices import cut_options, vlmevalkit_letter, with_options
 from dyvte.tasks.base import TASKS, Question
@@ -65,10 +65,8 @@ class VStar(ChoiceBenchmark):
 
     def table_question(self, row: Row, number: int, base: Path) -> Question:
         """Parquet has the fields of the release, the TSV has columns A to D."""
-        images = table_images(row, base)
         identity = row.identity("question_id", "index", default=str(number - 1))
-        image_id = images[0].name if images else identity
-        return _question(row, identity, images[0] if images else None, image_id)
+        return _question(row, identity, *table_image(row, base, identity))
 
     def read(self, text: str, question: Question, dialect: str) -> str | None:
         """See :func:`read_answer`."""
