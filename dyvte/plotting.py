@@ -40,3 +40,17 @@ def plain_axes(axes: Any) -> None:
     """A light grid, no frame above and on the right."""
     axes.grid(alpha=0.25, lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def log_axis_with_zero(axes: Any, smallest: float) -> None:
+    """Let the y axis be logarithmic above a value, and linear from 0 to it: a risk is often exactly 0.
+
+    Parameters
+    ----------
+    axes
+        Of matplotlib.
+    smallest
+        The value, in the axis's unit.
+    """
+    axes.set_yscale("symlog", linthresh=smallest)
+    axes.set_ylim(bottom=0)

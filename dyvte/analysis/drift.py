@@ -19,7 +19,7 @@ from dyvte.backbones import generate_greedily
 from dyvte.backbones.greedy import in_answer
 from dyvte.evaluation.settings import NamedPolicy
 from dyvte.formatting import percentage
-from dyvte.plotting import COLORS, plain_axes
+from dyvte.plotting import COLORS, log_axis_with_zero, plain_axes
 from dyvte.teacher.labels import append_answers
 from dyvte.teacher.reduced import Turn, continued_logits
 
@@ -202,8 +202,7 @@ def _paint(figure: Any, drifts: dict[str, Drift]) -> None:
         positions = range(1, len(drift.kl_A) + 1)
         left.plot(positions, drift.mean_kl(), lw=1, color=color, label=name)
         right.plot(positions, [100 * drift.survives(p) for p in positions], lw=1.2, color=color, label=name)
-    left.set_yscale("symlog", linthresh=1e-4)
-    left.set_ylim(bottom=0)
+    log_axis_with_zero(left, 1e-4)
     left.set_ylabel("KL(full || schedule), nats")
     right.set_ylabel("questions without a differing token, %")
     right.set_ylim(0, 101)

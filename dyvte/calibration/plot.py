@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dyvte.calibration.vtw import LayerSearch
 from dyvte.errors import ConfigError
-from dyvte.plotting import new_figure
+from dyvte.plotting import log_axis_with_zero, new_figure
 
 SUFFIXES = (".png", ".svg")
 
@@ -52,9 +52,7 @@ def plot_search(found: LayerSearch, path: str | os.PathLike[str]) -> None:
     axes.axhline(found.eta, color="#d62728", lw=1, ls="--", label=f"eta = {found.eta:g}")
     if found.k is not None:
         axes.plot(found.k, kl[found.k], "*", ms=13, color="#d62728", label=f"K = {found.k}")
-    # K = L is exactly 0, which a logarithmic axis cannot show.
-    axes.set_yscale("symlog", linthresh=max(found.eta / 10, 1e-6))
-    axes.set_ylim(bottom=0)
+    log_axis_with_zero(axes, max(found.eta / 10, 1e-6))
     axes.set_xlabel("K: decoder layers that see the image")
     axes.set_ylabel("nats")
     title = "none qualifies" if found.k is None else f"K = {found.k} of {len(kl) - 1}"

@@ -11,7 +11,7 @@ import numpy as np
 from dyvte.comparison.budgets import MARGIN, BudgetComparison
 from dyvte.comparison.records import Curve
 from dyvte.formatting import difference_text, markdown_table, spread_text
-from dyvte.plotting import COLORS, new_figure, plain_axes
+from dyvte.plotting import COLORS, log_axis_with_zero, new_figure, plain_axes
 
 _BOUND_COLORS = {"oracle": "#2ca02c", "schedule oracle": "#98df8a"}
 _RULE_COLORS = [c for c in (*COLORS, "#e377c2", "#bcbd22") if c not in _BOUND_COLORS.values()]
@@ -129,8 +129,7 @@ def plot_budgets(found: BudgetComparison, path: Path) -> None:
         axes.set_xlim(0 if "schedule oracle" in found.curves else 8, 101)
         plain_axes(axes)
         if metric == "risk":
-            axes.set_yscale("symlog", linthresh=1e-3)
-            axes.set_ylim(bottom=0)
+            log_axis_with_zero(axes, 1e-3)
         else:
             axes.set_ylim(40, 100.5)
             axes.axhline(99, color="#999999", lw=0.6, ls=":")

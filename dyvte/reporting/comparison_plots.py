@@ -12,7 +12,7 @@ import numpy as np
 from dyvte.calibration.operating_points import lower_hull
 from dyvte.comparison.compare import Comparison
 from dyvte.comparison.records import Curve, RuleCurves
-from dyvte.plotting import new_figure, plain_axes
+from dyvte.plotting import log_axis_with_zero, new_figure, plain_axes
 from dyvte.reporting.states import MOST_KINDS, paint_states
 
 RULE_COLORS = {
@@ -176,8 +176,7 @@ def _paint(axes: Any, panel: Panel) -> None:
     axes.set_xlim(0, 102)
     plain_axes(axes)
     if panel.less_is_better:
-        axes.set_yscale("symlog", linthresh=1e-3)
-        axes.set_ylim(bottom=0)
+        log_axis_with_zero(axes, 1e-3)
 
 
 def _columns(curve: Curve, panel: Panel) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from dyvte.calibration.frozen_sets import RULES, Effect
 from dyvte.costs.visual import frozen_share
 from dyvte.files import write_atomically
 from dyvte.formatting import markdown_table, percentage
-from dyvte.plotting import COLORS, new_figure, plain_axes
+from dyvte.plotting import COLORS, log_axis_with_zero, new_figure, plain_axes
 from dyvte.reductions import FrozenLayers
 from dyvte.tracing.frozen_search import RECORD_FILE, FoundSets
 
@@ -130,8 +130,7 @@ def plot_frozen_sets(found: FoundSets, path: Path) -> None:
             x = [1.0, *(frozen_share(found.shape, one.layers) for one in effects)]
             y = [0.0, *(one.risk if name == "risk" else 100 * (1 - one.same_answer) for one in effects)]
             axes.plot(x, y, "o-", ms=3, lw=1.4, color=_COLOR[rule], label=RULES[rule])
-        axes.set_yscale("symlog", linthresh=1e-3 if name == "risk" else 1.0)
-        axes.set_ylim(bottom=0)
+        log_axis_with_zero(axes, 1e-3 if name == "risk" else 1.0)
         axes.set_xlabel("visual compute, share of the full model's")
         axes.set_ylabel("risk, nats" if name == "risk" else "answers that change, %")
         plain_axes(axes)

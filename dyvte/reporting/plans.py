@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dyvte.comparison.plan_compare import CHOSEN, SINGLE_METHODS, PlanComparison
 from dyvte.comparison.plan_search import PLANS_FILE, PlanSearch
 from dyvte.comparison.plans import JudgedPlan, choose, front
 from dyvte.files import write_atomically
 from dyvte.formatting import difference_text, markdown_table, percentage
-from dyvte.plotting import COLORS, new_figure, plain_axes
+from dyvte.plotting import COLORS, log_axis_with_zero, new_figure, plain_axes
 
 _GREY = "#999999"
 
@@ -72,16 +74,19 @@ def plot_search(found: PlanSearch, path: Path) -> None:
         best = front(plans)
         axes.step([p.compute for p in best], [p.risk for p in best], where="post", color=color, lw=1.4)
         axes.plot([], [], color=color, label=f"front, {name}")
-    for budget in found.budgets:
-        axes.axvline(budget, color=_GREY, lw=0.6, ls=":")
-    axes.set_yscale("symlog", linthresh=1e-3)
-    axes.set_ylim(bottom=0)
+    log_axis_with_zero(axes, 1e-3)
     axes.set_xlabel("visual compute, share of the full model's")
     axes.set_ylabel("risk, nats")
-    axes.set_title(f"{len(found.judged)} plans on {found.num_samples} calibration samples", fontsize=10)
+    _finish(axes, found.budgets, f"{len(found.judged)} plans on {found.num_samples} calibration samples")
+    figure.savefig(path, dpi=150)
+
+
+def _finish(axes: Any, budgets: Sequence[float], title: str) -> None:
+    for budget in budgets:
+        axes.axvline(budget, color=_GREY, lw=0.6, ls=":")
+    axes.set_title(title, fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     plain_axes(axes)
-    figure.savefig(path, dpi=150)
 
 
 def plan_table(found: PlanComparison) -> str:
@@ -130,14 +135,9 @@ def plot_plans(found: PlanComparison, path: Path) -> None:
         strong = method == CHOSEN
         x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, label=method, lw=2.2 if strong else 1.2, color=COLORS[0] if strong else None)
-    for budget in found.budgets:
-        axes.axvline(budget, color=_GREY, lw=0.6, ls=":")
-    axes.set_yscale("symlog", linthresh=1e-2)
-    axes.set_ylim(bottom=0)
+    log_axis_with_zero(axes, 1e-2)
     axes.set_xlabel("visual compute on held-out samples, share of the full model's")
     axes.set_ylabel("risk on held-out samples, nats")
     title = f"{found.num_test} held-out samples about {found.num_images} images, {found.num_seeds} seeds"
-    axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    plain_axes(axes)
+    _finish(axes, found.budgets, title)
     figure.savefig(path, dpi=150)
