@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +17,6 @@ from dyvte.costs.schedules import kv_share
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.evaluation import generation as asking
-from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.run_log import Answer, AnswerLog, read_answers, unpack_layers
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.scores import RunScores
@@ -32,48 +30,7 @@ from dyvte.gates import (
     uniform_offsets,
 )
 from dyvte.tasks.base import get_benchmark
-from tests.helpers.fixtures import write_mini_gqa, write_mini_mme
-from tests.helpers.models import tiny_llava
-
-LAYERS = 4
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    from dyvte.backbones import get_template
-
-    model, processor = tiny_llava(LAYERS)
-    return Pipeline(model, processor, get_template("chat", processor), max_new_tokens=4)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_mini_gqa(root / "gqa")
-    write_mini_mme(root / "mme")
-    return root
-
-
-@pytest.fixture(scope="module")
-def gates_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gates")
-    config = GateConfig(num_layers=LAYERS, hidden_size=32, offsets=uniform_offsets(LAYERS), threshold=0.4)
-    GateStack.init(config, seed=1).save_pretrained(folder)
-    return folder
-
-
-def _config(data, output, benchmark="gqa", **changes):
-    settings = EvalConfig(
-        model=BackboneConfig(path="tiny"),
-        benchmark=benchmark,
-        data=data / benchmark,
-        output=output,
-        question_suffix="",
-        batch_size=5,
-        max_new_tokens=4,
-        timing_batches=0,
-    )
-    return dataclasses.replace(settings, **changes)
+from tests.helpers.evaluations import LAYERS, small_run
 
 
 def _run(pipeline, config, policies):
@@ -99,7 +56,7 @@ def _plain_answer(pipeline, question) -> str:
 
 
 def test_never_gives_the_stock_models_answers_one_by_one(pipeline, data, tmp_path):
-    questions, results = _run(pipeline, _config(data, tmp_path), ["never"])
+    questions, results = _run(pipeline, small_run(data, tmp_path), ["never"])
     answers = [a.prediction for a in results["never"].answers]
     assert answers == [_plain_answer(pipeline, q) for q in questions]
     assert len(set(answers)) > 1
@@ -109,7 +66,7 @@ def test_costs_of_fixed_and_given_exits(pipeline, data, tmp_path):
     questions = get_benchmark("gqa").load(data / "gqa")
     given = {q.id: n % (LAYERS + 1) for n, q in enumerate(questions)}
     policies = [*parse_policies(["never", "fixed:1"]), given_exits("mixed", given)]
-    _, results = _run(pipeline, _config(data, tmp_path), policies)
+    _, results = _run(pipeline, small_run(data, tmp_path), policies)
     never, fixed, mixed = (results[name].scores for name in ("never", "fixed-1", "mixed"))
     assert (never.cost.mean_exit_layer, never.cost.visual_compute, never.same_answer_as_never) == (
         LAYERS,
@@ -131,7 +88,7 @@ def test_costs_of_fixed_and_given_exits(pipeline, data, tmp_path):
 
 def test_gate_logits_on_disk_explain_the_exits(pipeline, data, tmp_path, gates_folder):
     # at threshold 1 every gate is asked and none fires
-    _, results = _run(pipeline, _config(data, tmp_path), [f"gates:{gates_folder}@1"])
+    _, results = _run(pipeline, small_run(data, tmp_path), [f"gates:{gates_folder}@1"])
     complete = [a.gate_logits for a in next(iter(results.values())).answers]
     assert all(None not in row[: LAYERS - 1] for row in complete)
     assert {a.exit_layer for a in next(iter(results.values())).answers} == {LAYERS}
@@ -140,7 +97,7 @@ def test_gate_logits_on_disk_explain_the_exits(pipeline, data, tmp_path, gates_f
     # in the widest gap: near one row's own value, rounding would decide
     gap = first.diff().argmax()
     threshold = first[gap : gap + 2].mean().item()
-    _, results = _run(pipeline, _config(data, tmp_path), [f"gates:{gates_folder}@{threshold}"])
+    _, results = _run(pipeline, small_run(data, tmp_path), [f"gates:{gates_folder}@{threshold}"])
     folder = next(iter(results.values())).folder
     rows = [json.loads(line) for line in (folder / "exits.jsonl").read_text().splitlines()]
     assert len({row["exit_layer"] for row in rows}) > 1
@@ -152,8 +109,8 @@ def test_gate_logits_on_disk_explain_the_exits(pipeline, data, tmp_path, gates_f
 
 
 def test_random_exits_do_not_depend_on_batches(pipeline, data, tmp_path):
-    _, one = _run(pipeline, _config(data, tmp_path / "a"), ["random:1-4"])
-    _, two = _run(pipeline, _config(data, tmp_path / "b", batch_size=7), ["random:1-4"])
+    _, one = _run(pipeline, small_run(data, tmp_path / "a"), ["random:1-4"])
+    _, two = _run(pipeline, small_run(data, tmp_path / "b", batch_size=7), ["random:1-4"])
     a, b = (next(iter(r.values())).answers for r in (one, two))
     assert [x.exit_layer for x in a] == [x.exit_layer for x in b]
     assert [x.prediction for x in a] == [x.prediction for x in b]
@@ -162,7 +119,7 @@ def test_random_exits_do_not_depend_on_batches(pipeline, data, tmp_path):
 
 @pytest.mark.parametrize("cut", [0.0, 0.35, 0.8])
 def test_a_killed_run_ends_with_identical_files(pipeline, data, tmp_path, cut, monkeypatch):
-    config = _config(data, tmp_path / "whole")
+    config = small_run(data, tmp_path / "whole")
     _run(pipeline, config, ["never", "fixed:2"])
     # reproduce the state at the kill: answers of the batches asked so far, the last line torn
     killed = tmp_path / "killed"
@@ -177,12 +134,12 @@ def test_a_killed_run_ends_with_identical_files(pipeline, data, tmp_path, cut, m
 
     monkeypatch.setattr("dyvte.evaluation.runner.answer", answer_until)
     with pytest.raises(KeyboardInterrupt):
-        _run(pipeline, _config(data, killed), ["never", "fixed:2"])
+        _run(pipeline, small_run(data, killed), ["never", "fixed:2"])
     partial = killed / "never" / "answers.partial.jsonl"
     content = partial.read_bytes()
     partial.write_bytes(content[: int(len(content) * cut)] if cut else content)
     monkeypatch.setattr("dyvte.evaluation.runner.answer", original)
-    _run(pipeline, _config(data, killed), ["never", "fixed:2"])
+    _run(pipeline, small_run(data, killed), ["never", "fixed:2"])
     for name in ("never", "fixed-2"):
         for file in ("predictions.jsonl", "exits.jsonl", "testdev_balanced_predictions.json"):
             assert (killed / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
@@ -190,7 +147,7 @@ def test_a_killed_run_ends_with_identical_files(pipeline, data, tmp_path, cut, m
 
 
 def test_a_finished_run_is_not_asked_again(pipeline, data, tmp_path, monkeypatch):
-    config = _config(data, tmp_path)
+    config = small_run(data, tmp_path)
     _, first = _run(pipeline, config, ["fixed:2"])
     monkeypatch.setattr("dyvte.evaluation.runner.answer", lambda *args: pytest.fail("asked again"))
     _, second = _run(pipeline, config, ["fixed:2"])
@@ -199,14 +156,14 @@ def test_a_finished_run_is_not_asked_again(pipeline, data, tmp_path, monkeypatch
 
 
 def test_another_run_in_the_folder_is_refused_by_field(pipeline, data, tmp_path):
-    _run(pipeline, _config(data, tmp_path), ["never"])
+    _run(pipeline, small_run(data, tmp_path), ["never"])
     with pytest.raises(ConfigError, match=r"another batch_size: 5, now 6.*--overwrite"):
-        _run(pipeline, _config(data, tmp_path, batch_size=6), ["never"])
-    _run(pipeline, _config(data, tmp_path, batch_size=6, overwrite=True), ["never"])
+        _run(pipeline, small_run(data, tmp_path, batch_size=6), ["never"])
+    _run(pipeline, small_run(data, tmp_path, batch_size=6, overwrite=True), ["never"])
 
 
 def test_mme_end_to_end_and_submission(pipeline, data, tmp_path):
-    questions, results = _run(pipeline, _config(data, tmp_path, "mme"), ["never", "fixed:2"])
+    questions, results = _run(pipeline, small_run(data, tmp_path, "mme"), ["never", "fixed:2"])
     scores = results["fixed-2"].scores.scores
     assert scores["perception_subtasks"] == ["color"]
     assert scores["cognition_subtasks"] == ["code_reasoning"]
@@ -216,7 +173,7 @@ def test_mme_end_to_end_and_submission(pipeline, data, tmp_path):
 
 
 def test_timing_covers_every_policy(pipeline, data, tmp_path):
-    config = _config(data, tmp_path, timing_batches=1, timing_repeats=1)
+    config = small_run(data, tmp_path, timing_batches=1, timing_repeats=1)
     _, results = _run(pipeline, config, ["never", "fixed:1"])
     for result in results.values():
         timing = result.scores.timing
@@ -261,17 +218,17 @@ def test_gates_trained_with_another_image_padding_are_refused(pipeline, data, tm
     config["backbone"]["image_padding"] = "square"
     (copy / "gate_config.json").write_text(json.dumps(config))
     with pytest.raises(GateMismatchError, match=r"image padding is 'none', but .* trained with 'square'"):
-        _run(pipeline, _config(data, tmp_path / "out"), [f"gates:{copy}"])
+        _run(pipeline, small_run(data, tmp_path / "out"), [f"gates:{copy}"])
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_settings(data, tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'gqa'"):
-        _config(data, tmp_path, "gqq")
+        small_run(data, tmp_path, "gqq")
     with pytest.raises(ConfigError, match="batch_size must be at least 1"):
-        _config(data, tmp_path, batch_size=0)
+        small_run(data, tmp_path, batch_size=0)
     with pytest.raises(ConfigError, match="max_new_tokens must be at least 1"):
-        _config(data, tmp_path, max_new_tokens=0)
+        small_run(data, tmp_path, max_new_tokens=0)
 
 
 def test_answers_are_as_long_as_the_benchmark_says():
@@ -282,7 +239,7 @@ def test_answers_are_as_long_as_the_benchmark_says():
 
 
 def test_probe_notes_what_the_gates_would_say(pipeline, data, tmp_path, gates_folder):
-    questions, results = _run(pipeline, _config(data, tmp_path), [f"gates:{gates_folder}@1"])
+    questions, results = _run(pipeline, small_run(data, tmp_path), [f"gates:{gates_folder}@1"])
     answers = next(iter(results.values())).answers
     stacks = [
         GateStack.from_pretrained(gates_folder),
@@ -313,7 +270,9 @@ def test_costs_of_frozen_and_given_schedules(pipeline, data, tmp_path):
     file = tmp_path / "given.json"
     file.write_text(json.dumps(pairs))
     _, results = _run(
-        pipeline, _config(data, tmp_path), ["never", "freeze:1:3", "freeze:2:2", "fixed:2", f"oracle:{file}"]
+        pipeline,
+        small_run(data, tmp_path),
+        ["never", "freeze:1:3", "freeze:2:2", "fixed:2", f"oracle:{file}"],
     )
     oracle = next(name for name in results if name.startswith("oracle"))
     frozen, given = results["freeze-1-3"], results[oracle]
@@ -347,7 +306,7 @@ def test_logits_of_both_heads_on_disk_explain_the_schedules(pipeline, data, tmp_
     )
     GateStack.init(config, seed=3).save_pretrained(tmp_path / "gates")
     policies = ["never", f"gates:{tmp_path / 'gates'}@0.3"]
-    _, results = _run(pipeline, _config(data, tmp_path / "out"), policies)
+    _, results = _run(pipeline, small_run(data, tmp_path / "out"), policies)
     gated = next(result for name, result in results.items() if name != "never")
     assert len({(a.updated_layers, a.exit_layer) for a in gated.answers}) > 2
     cut = logit_threshold(0.3)

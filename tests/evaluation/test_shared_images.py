@@ -10,25 +10,23 @@ import pytest
 import torch
 
 import dyvte
-from dyvte.backbones import BackboneConfig, get_template
+from dyvte.backbones import BackboneConfig
 from dyvte.errors import ConfigError
 from dyvte.evaluation import generation, latency
-from dyvte.evaluation.generation import Pipeline, plan_batches, shown_by
+from dyvte.evaluation.generation import plan_batches, shown_by
 from dyvte.evaluation.runner import EvalConfig, load_pipeline, run_policies
 from dyvte.evaluation.settings import parse_policies
-from dyvte.gates import GateConfig, GateStack, uniform_offsets
 from dyvte.tasks.base import get_benchmark
-from tests.helpers.fixtures import write_mini_gqa, write_mini_mme
+from tests.helpers.evaluations import LAYERS, small_run
+from tests.helpers.fixtures import write_mini_gqa
 from tests.helpers.models import random_image, tiny_llava
 
-LAYERS = 4
 GATES_READ = 1e-5
 
 
 @pytest.fixture(scope="module")
-def alone():
-    model, processor = tiny_llava(LAYERS)
-    return Pipeline(model, processor, get_template("chat", processor), max_new_tokens=4)
+def alone(pipeline):
+    return pipeline
 
 
 def sharing(pipeline, **how):
@@ -36,32 +34,12 @@ def sharing(pipeline, **how):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_mini_gqa(root / "gqa")
-    write_mini_mme(root / "mme")
-    return root
-
-
-@pytest.fixture(scope="module")
-def policies(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gates")
-    config = GateConfig(num_layers=LAYERS, hidden_size=32, offsets=uniform_offsets(LAYERS), threshold=0.4)
-    GateStack.init(config, seed=1).save_pretrained(folder)
-    return parse_policies(["never", "fixed:2", "freeze:1:3", f"gates:{folder}"])
+def policies(gates_folder):
+    return parse_policies(["never", "fixed:2", "freeze:1:3", f"gates:{gates_folder}"])
 
 
 def run(pipeline, data, output, policies, benchmark="gqa", questions=None, **changes):
-    config = EvalConfig(
-        model=BackboneConfig(path="tiny"),
-        benchmark=benchmark,
-        data=data / benchmark,
-        output=output,
-        question_suffix="",
-        batch_size=5,
-        max_new_tokens=4,
-        **{"timing_batches": 0, **changes},
-    )
+    config = small_run(data, output, benchmark, **changes)
     task = get_benchmark(benchmark)
     questions = task.load(config.data) if questions is None else questions
     found = run_policies(pipeline, task, questions, policies, config)
