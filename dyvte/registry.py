@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
@@ -108,10 +107,6 @@ class Registry(Generic[Item]):
     def usages(self) -> tuple[str, ...]:
         """The whole command line form of each, such as ``fixed:K``; the name where there is no more to it."""
         return tuple(getattr(self._items[name], "usage", "") or name for name in self.names())
-
-    def summaries(self) -> dict[str, str]:
-        """Name to the first line of the class's docstring."""
-        return {name: (inspect.getdoc(self._items[name]) or "").split("\n")[0] for name in self.names()}
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -37,7 +37,7 @@ FLOORS = {
     "comparison": ["records", "router", "tuned_gates", "tuned_router", "traces", "runs", "table", "compare"],
     "costs": ["layers", "prefill", "visual", "reductions"],
     "data": ["samples", "images", "llava", "sources", "scenes"],
-    "evaluation": ["scores", "run_log", "checks", "generation", "askable", "identity", "runner"],
+    "evaluation": ["questions", "scores", "run_log", "checks", "generation", "askable", "identity", "runner"],
     "gates": ["features", "architectures", "config", "files", "reference", "stack"],
     "policies": ["base", "never"],
     "reductions": ["base", "profile", "fastv"],

@@ -57,7 +57,6 @@ def test_files_of_the_package_are_found_without_being_listed(toys):
     assert "ball" not in toys
     assert toys.get("zebra").__name__ == "Zebra"
     assert toys.usages() == ("blue_ball", "zebra:STRIPES")
-    assert toys.summaries() == {"blue_ball": "Rolls.", "zebra": "Runs."}
     assert toys.parse("zebra:3:4") == ("zebra", "3:4")
     assert toys.parse("blue_ball") == ("blue_ball", "")
 

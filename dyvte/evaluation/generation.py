@@ -5,7 +5,6 @@ Shape letters: B rows, N tokens, L decoder layers.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -400,22 +399,3 @@ def _frozen_before(record: PrefillRecord, row: int) -> int | None:
 
 def _logits(logits_L: Tensor) -> tuple[float | None, ...]:
     return tuple(round(x, 6) if math.isfinite(x) else None for x in logits_L.tolist())
-
-
-def questions_digest(questions: Sequence[Question], prompts: Sequence[str]) -> str:
-    """sha256 over ids, prompts and image names: what a resumed run must share.
-
-    Parameters
-    ----------
-    questions, prompts
-        All, in one order.
-    """
-    digest = hashlib.sha256()
-    for question, prompt in zip(questions, prompts, strict=True):
-        shown = question.images if question.video is None else (question.video,)
-        digest.update(
-            "\0".join((question.id, prompt, *(one.name for one in shown), "\n")).encode(
-                "utf-8", "surrogatepass"
-            )
-        )
-    return digest.hexdigest()

@@ -10,7 +10,8 @@ import torch
 import dyvte
 from dyvte.backbones import BackboneConfig, decoding_identity, fingerprint, image_padding, weights_digest
 from dyvte.backbones.fingerprint import tensors_digest
-from dyvte.evaluation.generation import Pipeline, questions_digest
+from dyvte.evaluation.generation import Pipeline
+from dyvte.evaluation.questions import questions_digest
 from dyvte.evaluation.settings import NamedPolicy
 from dyvte.tasks.base import Benchmark, Question
 

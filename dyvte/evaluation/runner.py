@@ -37,6 +37,7 @@ from dyvte.evaluation.identity import identity, identity_of
 from dyvte.evaluation.latency import PLAIN, even_batches, machine, measure_generation
 from dyvte.evaluation.masks import open_segmenter
 from dyvte.evaluation.metrics import cost_metrics, same_answer
+from dyvte.evaluation.questions import load_questions, prompts_of
 from dyvte.evaluation.run_log import Answer, AnswerLog, texts
 from dyvte.evaluation.scores import FULL_MODEL, TIMED_IMAGES, RunIdentity, RunScores, Timing
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
@@ -152,44 +153,6 @@ def evaluate(config: EvalConfig) -> list[PolicyResult]:
     with join_processes() as processes:
         pipeline = load_pipeline(config, processes.device)
         return run_policies(pipeline, benchmark, questions, policies, config, processes=processes)
-
-
-def load_questions(
-    benchmark: Benchmark, root: Path, limit: int | None, max_bad_samples: int
-) -> list[Question]:
-    """A benchmark's questions, to be asked. An image that is not there, or half a character in a text, ends
-    the run at once; where any are tolerated, it counts as the other things do that keep a question from being
-    asked.
-
-    Parameters
-    ----------
-    benchmark
-        Reads them.
-    root
-        Its data, in any known format.
-    limit
-        About this many; None: all.
-    max_bad_samples
-        How many that cannot be asked are tolerated.
-    """
-    strict = max_bad_samples == 0
-    return benchmark.load(root, limit, images=strict, damaged=not strict)
-
-
-def prompts_of(benchmark: Benchmark, questions: Sequence[Question], suffix: str | None) -> list[str]:
-    """Prompt text of every question.
-
-    Parameters
-    ----------
-    benchmark
-        Whose way of asking it is.
-    questions
-        All.
-    suffix
-        Appended; None: what the benchmark appends.
-    """
-    extra = {} if suffix is None else {"suffix": suffix}
-    return [benchmark.prompt(question, **extra) for question in questions]
 
 
 def run_policies(

@@ -48,7 +48,7 @@ class Objective:
             part: there is nothing left to leave. With `one_layer_per_step` also
             ``(logits_B, trace, layer=k)``: gate k alone.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `prepared`")
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", "dyvte.objectives")

@@ -92,7 +92,7 @@ class Plan:
         features_BF
             What the gates read.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `logits`")
 
     def step(self, k: int, logits: Tensor) -> None:
         """Take in what `logits` gave for all rows after layer k, on the CPU.
@@ -104,7 +104,7 @@ class Plan:
         logits
             (B,) or (2, B), on the CPU; entries of rows that do not ask are not looked at.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `step`")
 
     def settle(self, rows_B: Tensor, k: int) -> None:
         """Rows that have no visual token behind layer k, whoever took the last: they left there.
@@ -152,7 +152,7 @@ class Policy:
         ConfigError
             It is malformed; the expected form is named.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} defines no `parse`")
 
     def check(self, num_layers: int, hidden_size: int) -> None:
         """Raise where this policy cannot serve a backbone of this shape.
@@ -182,7 +182,7 @@ class Policy:
         rows
             Sizes and ids of the rows, before the first layer.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `start`")
 
 
 POLICIES: Registry[type[Policy]] = Registry("policy", "dyvte.policies")

@@ -235,7 +235,7 @@ class Reduction:
         ConfigError
             It is malformed; the expected form is named.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} defines no `parse`")
 
     may_freeze = False
     """May visual tokens be read in layers that do not update them?"""
@@ -288,7 +288,7 @@ class Reduction:
         rows
             Which tokens of the batch are what, before the first layer.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `start`")
 
 
 REDUCTIONS: Registry[type[Reduction]] = Registry("reduction", "dyvte.reductions")

@@ -18,8 +18,8 @@ from dyvte.comparison.bootstrap import PairedDifference
 from dyvte.comparison.significance import graded, score_difference, score_value
 from dyvte.config import load_config
 from dyvte.errors import DataError
-from dyvte.evaluation.generation import questions_digest
 from dyvte.evaluation.metrics import same_answer
+from dyvte.evaluation.questions import questions_digest
 from dyvte.evaluation.run_log import RUN_FILE, Answer, read_answers
 from dyvte.evaluation.runner import CONFIG_FILE, EvalConfig, load_questions, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL, SCORES_FILE, RunScores
@@ -218,10 +218,6 @@ def _section(
     if section.full is not None:
         section.against.update((run.name, _against(section, run, num_draws, seed)) for run in runs)
     return section
-
-
-def _dialect(run: ReportedRun) -> str:
-    return run.scores.scores.get("dialect", "original")
 
 
 def _questions(benchmark: Benchmark, config: EvalConfig, run: ReportedRun) -> list[Question]:

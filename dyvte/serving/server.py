@@ -81,8 +81,8 @@ def _try_once(answerer: Answerer) -> None:
     is no part of the first request's time."""
     from PIL import Image
 
-    picture = Image.new("RGB", (64, 64), "white")
-    ask(answerer, Conversation("What is this?", [[picture]]), decoding=Decoding(max_tokens=2))
+    image = Image.new("RGB", (64, 64), "white")
+    ask(answerer, Conversation("What is this?", [[image]]), decoding=Decoding(max_tokens=2))
     if answerer.images is not None:
         answerer.images.clear()
 

@@ -131,7 +131,7 @@ class Benchmark(Submissions):
         base
             Folder of the table.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `table_question`")
 
     def load(
         self, root: Path, limit: int | None = None, *, images: bool = True, damaged: bool = False
@@ -220,7 +220,7 @@ class Benchmark(Submissions):
         dialect
             One of ``dialects``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `hits`")
 
     def correct(
         self, questions: Sequence[Question], predictions: Predictions, dialect: str = "original"

@@ -28,7 +28,7 @@ class ChoiceBenchmark(Benchmark):
         dialect
             Whose rule.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `read`")
 
     def hits(self, questions: Sequence[Question], predictions: Predictions, dialect: str) -> list[bool]:
         """Read letter equals gold."""

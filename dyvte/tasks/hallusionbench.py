@@ -6,7 +6,7 @@ here is by rule: exactly one of the words yes and no (``original`` and ``vlmeval
 ``lmms_eval/tasks/hallusion_bench/evaluate_hb.py``). Questions that are put without an image are excluded,
 as both tools do.
 
-Three figures: questions right (aAcc), figures with all their questions right (fAcc), and questions right
+Three metrics: questions right (aAcc), figures with all their questions right (fAcc), and questions right
 about all figures of their set (qAcc).
 """
 
@@ -88,20 +88,20 @@ class HallusionBench(Benchmark):
     def metrics(
         self, questions: Sequence[Question], hits: Sequence[bool], predictions: Predictions, dialect: str
     ) -> dict[str, Any]:
-        """The three figures in percent, their mean, and questions by category and subcategory."""
+        """The three metrics in percent, their mean, and questions by category and subcategory."""
         both = {name: percent(_together(questions, hits, part, dialect)) for name, part in _PARTS.items()}
-        figures = {"aAcc": percent(hits), **both}
+        shares = {"aAcc": percent(hits), **both}
         texts = [predictions.texts[q.id] for q in questions]
         return {
-            **figures,
-            "mean": sum(figures.values()) / 3,
+            **shares,
+            "mean": sum(shares.values()) / 3,
             "num_neither_yes_nor_no": sum(read_answer(text, dialect) == "other" for text in texts),
             "per_category": breakdown([q.kind for q in questions], hits),
             "per_subcategory": breakdown([q.details["subcategory"] for q in questions], hits),
         }
 
     def statistic(self, questions: Sequence[Question], hits: Sequence[float]) -> Statistic:
-        """The mean of the three figures; a set is drawn with all its questions and figures."""
+        """The mean of the three metrics; a set is drawn with all its questions and figures."""
         parts = [mean_statistic([q.image_id for q in questions], hits)]
         for part in _PARTS.values():
             groups = _groups(questions, part, "original")

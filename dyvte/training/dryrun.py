@@ -89,7 +89,7 @@ class PlannedRun:
 
     def lines(self) -> list[tuple[str, str]]:
         """What each line is about, and its text."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `lines`")
 
     def data_text(self) -> str:
         """Counts and digest of the selection."""

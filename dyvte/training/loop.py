@@ -83,7 +83,7 @@ class Training:
 
     def micro_step(self, step: int, micro: int) -> AbstractContextManager[tuple[Tensor, Sequence[str]]]:
         """Loss and sample ids of this process's micro-step; the backward pass runs inside the block."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `micro_step`")
 
     def before_update(self, step: int) -> None:
         """Called when the gradients of a step are complete."""

@@ -16,7 +16,7 @@ from dyvte.comparison.question_features import TextStates
 from dyvte.costs.schedules import kv_share
 from dyvte.data import load_image
 from dyvte.errors import ConfigError, GateMismatchError
-from dyvte.evaluation import generation as asking
+from dyvte.evaluation import generation
 from dyvte.evaluation.run_log import Answer, AnswerLog, read_answers, unpack_layers
 from dyvte.evaluation.runner import EvalConfig, run_policies
 from dyvte.evaluation.scores import RunScores
@@ -124,7 +124,7 @@ def test_a_killed_run_ends_with_identical_files(pipeline, data, tmp_path, cut, m
     # reproduce the state at the kill: answers of the batches asked so far, the last line torn
     killed = tmp_path / "killed"
     calls = []
-    original = asking.answer
+    original = generation.answer
 
     def answer_until(*args):
         if len(calls) == 6:

@@ -19,7 +19,7 @@ class Trunk(nn.Module):
     def forward(self, features: Tensor, layers: Layers) -> Tensor:
         """``layers`` is the layer after which the features were taken, 0 before the first: one for all of
         them, or (N,) for those of (B, N, F)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `forward`")
 
     def fit(self, layer: int, features_NF: Tensor) -> None:
         """Take in what must be known of all training features after a layer; most need nothing."""
@@ -69,7 +69,7 @@ class Architecture:
         num_parts
             Of equal size that the features consist of.
         """
-        raise NotImplementedError
+        raise NotImplementedError("this architecture defines no `gate`")
 
 
 ARCHITECTURES: Registry[type[Architecture]] = Registry("gate architecture", "dyvte.gates.architectures")
