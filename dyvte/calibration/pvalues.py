@@ -87,6 +87,34 @@ def smallest_alpha(num_images: int, delta: float, p_value: PValue) -> float:
     return high
 
 
+def images_needed(alpha: float, delta: float, p_value: PValue, most: int = 100_000) -> int | None:
+    """Fewest images that certify ``alpha`` where none has any loss; None if more than ``most``.
+
+    Parameters
+    ----------
+    alpha
+        The bound.
+    delta
+        Chance of being wrong.
+    p_value
+        `bentkus` or `betting`.
+    most
+        Where to stop looking.
+    """
+
+    def certify(num_images: int) -> bool:
+        clean_I1 = torch.zeros(num_images, 1, dtype=torch.float64)
+        return float(p_value(clean_I1, alpha, delta)) <= delta
+
+    if not certify(most):
+        return None
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if certify(middle) else (middle, high)
+    return high
+
+
 def _binomial_cdf(n: int, probability: float) -> Tensor:
     """(n+1,) float64 P(X <= m)."""
     successes = torch.arange(n + 1, dtype=torch.float64)

@@ -7,6 +7,7 @@ from typing import Any
 
 from dyvte.backbones import Backbone
 from dyvte.calibration.apply import follow_path
+from dyvte.calibration.pvalues import betting, images_needed
 from dyvte.errors import ConfigError, DyvteError
 from dyvte.gates import GateConfig
 from dyvte.policies import (
@@ -19,6 +20,9 @@ from dyvte.policies import (
 )
 from dyvte.runtime.frozen import check_can_freeze
 from dyvte.serving.errors import RequestError
+
+_DELTA = 0.1
+"""The chance that a bound fails, as ``dyvte calibrate`` has it where nothing else is said."""
 
 WISHES = ("policy", "threshold", "max_risk", "budget")
 
@@ -185,7 +189,7 @@ class ScheduleMenu:
         kept = [one for one in self.certificates if one.alpha <= bound]
         if not kept:
             raise RequestError(
-                f"visual_exit.max_risk {bound:g}: {_not_certified(stored.gates.config)}",
+                f"visual_exit.max_risk {bound:g}: {_not_certified(stored.gates.config, bound)}",
                 param="visual_exit.max_risk",
                 code="not_certified",
             )
@@ -241,7 +245,7 @@ def _budgets_of(config: GateConfig) -> list[dict[str, Any]]:
     return sorted(known, key=lambda one: one["budget"])
 
 
-def _not_certified(config: GateConfig) -> str:
+def _not_certified(config: GateConfig, bound: float) -> str:
     record: dict[str, Any] = config.calibration
     if known := certificates_of(config):
         shown = ", ".join(f"{one.alpha:g}" for one in known)
@@ -250,7 +254,12 @@ def _not_certified(config: GateConfig) -> str:
             "no less, or calibrate them with a smaller --alpha"
         )
     if record.get("kind") != "risk":
-        return "these gates have no certificate (dyvte calibrate --alpha makes one)"
+        needed = images_needed(bound, _DELTA, betting)
+        images = "more than 100000" if needed is None else f"at least {needed}"
+        return (
+            f"these gates have no certificate; dyvte calibrate --alpha {bound:g} makes one where it is shown "
+            f"{images} images and no answer changes (delta {_DELTA:g}); more images where some do"
+        )
     return (
         f"no threshold of these gates is certified at {record['alpha']:g}; {record.get('num_images')} images "
         f"could certify {record.get('smallest_alpha'):.4g} at best"

@@ -13,7 +13,7 @@ import torch
 from dyvte.calibration import at_exit, visual_compute
 from dyvte.calibration.compute import threshold_for_compute
 from dyvte.calibration.path import threshold_at
-from dyvte.calibration.pvalues import P_VALUES, bentkus, betting, smallest_alpha
+from dyvte.calibration.pvalues import P_VALUES, bentkus, betting, images_needed, smallest_alpha
 from dyvte.calibration.risk import DEFAULT_LEVELS, fixed_sequence, image_means, threshold_for_risk
 from dyvte.errors import CalibrationError
 from dyvte.gates import exit_layers
@@ -89,6 +89,14 @@ def test_smallest_alpha_is_what_clean_images_certify() -> None:
     # Bentkus, no loss: e (1 - alpha)^n = delta.
     assert smallest_alpha(100, 0.1, bentkus) == pytest.approx(1 - (0.1 / math.e) ** (1 / 100), rel=1e-6)
     assert smallest_alpha(1, 0.1, bentkus) > 0.9
+
+
+def test_images_needed_are_the_fewest() -> None:
+    for alpha in (0.2, 0.05, 0.01):
+        assert images_needed(alpha, 0.1, bentkus) == math.ceil(math.log(0.1 / math.e) / math.log(1 - alpha))
+        needed = images_needed(alpha, 0.1, betting)
+        assert smallest_alpha(needed, 0.1, betting) <= alpha < smallest_alpha(needed - 1, 0.1, betting)
+    assert images_needed(1e-7, 0.1, bentkus) is None
 
 
 def test_fixed_sequence_stops_at_the_first_failure() -> None:

@@ -92,3 +92,12 @@ def _oracle(folder):
     path = folder / "oracle.json"
     path.write_text('{"a": 1}')
     return path
+
+
+@pytest.mark.parametrize(("bound", "said"), [(0.05, "at least 48 images"), (1e-7, "more than 100000 images")])
+def test_gates_without_a_certificate_say_what_one_takes(pipeline, tmp_path, bound, said):
+    GateStack.init(GateConfig(num_layers=4, hidden_size=32)).save_pretrained(tmp_path)
+    with pytest.raises(
+        RequestError, match=f"dyvte calibrate --alpha {bound:g} makes one where it is shown {said}"
+    ):
+        chosen(Answerer.of(pipeline, f"gates:{tmp_path}"), max_risk=bound)
