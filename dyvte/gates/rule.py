@@ -255,7 +255,7 @@ def schedules(
     num_layers = given.num_layers if isinstance(given, HeadLogits) else given.shape[1]
     freezes = (threshold if freeze_threshold is None else freeze_threshold) if both else None
     rule = ScheduleRule(len(given), num_layers, threshold, min_layer, fallback, freezes)
-    for k in range(num_layers):
+    for k in _layers_to_ask(given):
         if rule.wants(k):
             rule.step(k, _asked(given, rule, k) if isinstance(given, HeadLogits) else given[:, k - 1])
     return Schedules(rule.freeze_layers_B, rule.exit_layers_B)
@@ -278,6 +278,19 @@ def exit_layers(
         Exit layer of a row whose gates fail; None: L.
     """
     return schedules(logits_BL, threshold, min_layer, fallback).exit_layers_B
+
+
+def _layers_to_ask(logits: Tensor | HeadLogits) -> list[int]:
+    """The layers 0..L-1 at which any head may decide; at the others every logit is that of a closed gate."""
+
+    def speaks(values: Tensor) -> Tensor:
+        return ((values > CLOSED / 2) | ~values.isfinite()).flatten(0, -2).any(0)
+
+    if not isinstance(logits, HeadLogits):
+        return [0, *(speaks(logits)[:-1].nonzero().flatten() + 1).tolist()]
+    speaks_L = speaks(logits.freeze_BL)
+    speaks_L[1:] |= speaks(logits.exit_BGL)[:-1]
+    return speaks_L.nonzero().flatten().tolist()
 
 
 def _asked(logits: HeadLogits, rule: ScheduleRule, k: int) -> Tensor:

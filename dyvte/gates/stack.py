@@ -164,10 +164,15 @@ class GateStack(nn.Module):
                 f"features have shape {tuple(features_BLF.shape)}, expected (B, L, F) with "
                 f"L = {self.config.num_layers} and F = {self.config.feature_size}"
             )
-        num_layers = self.config.num_layers
-        layers_L = torch.arange(1, num_layers + 1, device=features_BLF.device)
-        read = self._read(features_BLF, layers_L)
-        plain_BL = torch.stack([self._exit(k, read[:, k - 1]) for k in range(1, num_layers + 1)], 1)
+        # A closed gate says CLOSED whatever it reads: where traces label a fifth of the exits, most of a
+        # training's work would be for nothing. Gate L never decides, but its weights are part of the stack.
+        num_layers, freezes = self.config.num_layers, self.config.open_freezes
+        exits = [*self.config.open_gates, num_layers]
+        asked = sorted({*exits, *(j for j in freezes if j)})
+        read = self._read_at(features_BLF, [k - 1 for k in asked], asked)
+        said = {k: self._exit(k, read[:, asked.index(k)]) for k in exits}
+        closed_B = torch.full((len(features_BLF),), CLOSED, device=features_BLF.device)
+        plain_BL = torch.stack([said.get(k, closed_B) for k in range(1, num_layers + 1)], 1)
         if self.freezes is None:
             return plain_BL
         if embeddings_BF is None or frozen_BMF is None or not freeze_layers:
@@ -175,16 +180,23 @@ class GateStack(nn.Module):
                 "these gates have a freeze head, but the traces hold no freeze layers: trace with a grid of "
                 "freeze layers"
             )
-        inputs = (self._read(embeddings_BF, 0), *(read[:, j - 1] for j in range(1, num_layers)))
-        freeze_BL = torch.stack([self._freeze(j, one) for j, one in enumerate(inputs)], 1)
-        layers_M = torch.cat([layers_L[f:] for f in freeze_layers])
-        frozen, column, streams = self._read(frozen_BMF, layers_M), 0, []
+        frozen = {j: self._freeze(j, read[:, asked.index(j)]) for j in freezes if j}
+        if 0 in freezes:
+            frozen[0] = self._freeze(0, self._read(embeddings_BF, 0))
+        freeze_BL = torch.stack([frozen.get(j, closed_B) for j in range(num_layers)], 1)
+        column, streams = 0, []
         for f in freeze_layers:
-            behind = range(f + 1, num_layers + 1)
-            own = [self._exit(k, frozen[:, column + i]) for i, k in enumerate(behind)]
-            streams.append(torch.cat((plain_BL[:, :f], torch.stack(own, 1)), 1))
-            column += len(behind)
+            behind = [k for k in exits if k > f]
+            own = self._read_at(frozen_BMF, [column + k - f - 1 for k in behind], behind)
+            said = {k: self._exit(k, own[:, i]) for i, k in enumerate(behind)}
+            later = [said.get(k, closed_B) for k in range(f + 1, num_layers + 1)]
+            streams.append(torch.cat((plain_BL[:, :f], torch.stack(later, 1)), 1))
+            column += num_layers - f
         return torch.stack((*streams, plain_BL), 1), freeze_BL
+
+    def _read_at(self, features_BMF: Tensor, columns: list[int], layers: list[int]) -> Tensor:
+        read = features_BMF if columns == list(range(features_BMF.shape[1])) else features_BMF[:, columns]
+        return self._read(read, torch.tensor(layers, device=read.device))
 
     def logits(
         self,

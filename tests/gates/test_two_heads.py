@@ -382,3 +382,21 @@ def test_a_merged_stack_says_the_mean_of_its_members(tmp_path, architecture):
         members[1].fit_inputs(**make_trace(30, 4, seed=1, features=6, freezes=(0, 2)).gate_inputs())
         with pytest.raises(ConfigError, match=r"other samples: their trunk\.mean"):
             GateStack.merged(members)
+
+
+def test_closed_gates_say_so_without_being_asked():
+    config = GateConfig(num_layers=4, hidden_size=6, architecture="scaled", freeze_head=True)
+    whole = GateStack.init(config, seed=3)
+    features, embeddings = torch.randn(5, 4, 12), torch.randn(5, 12)
+    frozen, freezes = torch.randn(5, 6, 12), (0, 2)
+    whole.fit_inputs(features, embeddings, frozen, freezes)
+    some = GateStack.init(
+        replace(config, offsets=(CLOSED, 0.0, CLOSED, 0.0), freeze_offsets=(0.0, CLOSED, 0.0, CLOSED)), seed=3
+    )
+    some.fit_inputs(features, embeddings, frozen, freezes)
+    exits, freeze = whole(features, embeddings, frozen, freezes)
+    open_exits, open_freeze = some(features, embeddings, frozen, freezes)
+    torch.testing.assert_close(open_exits[..., [1, 3]], exits[..., [1, 3]])
+    torch.testing.assert_close(open_freeze[:, [0, 2]], freeze[:, [0, 2]])
+    assert (open_exits[..., [0, 2]] == CLOSED).all()
+    assert (open_freeze[:, [1, 3]] == CLOSED).all()
