@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from workbench import Workbench, arguments, mean_risk
+import torch
+from workbench import BUDGETS, Workbench, arguments
 
 from dyvte.calibration.operating_points import compute_to_reach
 from dyvte.calibration.path import Labels
@@ -55,7 +56,7 @@ def judged(
         What they are wanted for.
     """
     found = {}
-    same = Labels.of(test.trace, "same_answer")
+    same, risk = (Labels.of(test.trace, metric) for metric in ("same_answer", "risk"))
     for name, seeds in folders.items():
         columns: dict[str, list[float]] = {key: [] for key in ("measure", *map(str, TARGETS), "risk")}
         for folder in seeds:
@@ -64,7 +65,8 @@ def judged(
             columns["measure"].append(value_of(tuned.gates, test.trace, target))
             for share in TARGETS:
                 columns[str(share)].append(compute_to_reach(points.compute_S, points.means_S(same), share))
-            columns["risk"].append(mean_risk([tuned], test))
+            at_budgets = [points.mixed_values(risk, points.at_compute(budget)) for budget in BUDGETS]
+            columns["risk"].append(float(torch.stack(at_budgets).mean()))
         found[name] = {key: Spread.of(values) for key, values in columns.items()}
     return found
 
