@@ -142,8 +142,6 @@ def compare(config: CompareConfig) -> Comparison:
             (config.traces_test, config.data_test),
         )
     )
-    for scenes in (train, calibration, test):
-        scenes.trace.check_labelled(range(scenes.num_layers + 1), "the comparison's baselines")
     pairs = make_pairs(config, pipeline, train, calibration)
     _say(f"{len(pairs)} gates and their routers ready; comparing on {len(test.questions)} test samples")
     on_traces = compare_on_traces(calibration, test, pairs, num_draws=config.num_draws, seed=config.seed)
@@ -212,6 +210,8 @@ def make_pairs(
             "some of the gates have a freeze head and some do not: compare one kind, and give the other as "
             "--baseline NAME=FOLDER with --budgets"
         )
+    if freezes == {False}:
+        train.trace.check_labelled(range(train.num_layers + 1), "a question-only router of exits alone")
     tuned = [training_settings(one.gates, len(train.questions), lam=config.lam) for one in stacks]
     steps = len(features) * sum(router_steps(len(train.questions), settings) for settings in tuned)
     steps *= len(SCHEDULE_RULES) if freezes == {True} else 1

@@ -336,12 +336,13 @@ def _over_seeds(judged: Sequence[_OneSeed], num_draws: int, seed: int) -> OverSe
 
 
 def _every_layer(test: TracedScenes) -> Curve:
-    """Every fixed K, hull or not."""
-    layers = range(test.num_layers + 1)
+    """Every traced fixed K, hull or not."""
+    layers = list(test.trace.exits)
+    means = {metric: getattr(test.trace, metric)[:, layers].double().mean(0).tolist() for metric in METRICS}
     return Curve(
         tuple(map(float, layers)),
         tuple(k / test.num_layers for k in layers),
-        {metric: tuple(getattr(test.trace, metric).double().mean(0).tolist()) for metric in METRICS},
+        {metric: tuple(values) for metric, values in means.items()},
     )
 
 
@@ -349,6 +350,7 @@ def _every_schedule(test: TracedScenes) -> Curve:
     """Every traced static schedule, hull or not, the best of those that cost the same; its settings are the
     freeze layers."""
     pairs, share = traced_pairs(test.num_layers, test.trace.freezes), test.trace.grid.kv_share
+    pairs = [pair for pair in pairs if pair[1] in test.trace.exits]
     costs = [round(float(schedule_compute(f, k, test.num_layers, share)), 9) for f, k in pairs]
     compute, metrics = sorted(set(costs)), {}
     for metric, less in METRICS.items():
