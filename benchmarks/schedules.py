@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import Report, interleaved, prefill_pass, ratio, timed
+from common import Report, interleaved, ratio, timed
+from passes import prefill_pass
 
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import load_config
