@@ -38,7 +38,7 @@ def run(python: str, *command: str) -> str:
 @pytest.mark.full
 @pytest.mark.parametrize("path", TESTS)
 def test_what_wants_torchvision_or_a_decoder_passes_there(python: str, path: str) -> None:
-    said = run(python, "-m", "pytest", path, "-q", "-rs")
+    said = run(python, "-m", "pytest", path, "-rs")
     assert "passed" in said
     assert "skipped" not in said
 
