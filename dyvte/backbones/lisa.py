@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dyvte.backbones.convert import convert_lisa, grow_vocabulary
+from dyvte.backbones.convert.renaming import EMBEDDING
 from dyvte.backbones.segmenter import FOLDER, Segmenter
 from dyvte.errors import CheckpointError
 
@@ -91,13 +92,19 @@ def save_lisa(
     if absent:
         raise CheckpointError(f"the tokenizer of {source} lacks {', '.join(absent)}: is it LISA's?")
     parts = convert_lisa(read_weights(source))
+    rows = len(parts.language.state.get(EMBEDDING, ()))
+    if rows < len(tokenizer):
+        raise CheckpointError(
+            f"{source} holds the embeddings of {rows} tokens, its tokenizer has {len(tokenizer)}: where are "
+            f"those of {SEG}?"
+        )
     tokenizer.add_tokens([IMAGE], special_tokens=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
     clip = transformers.CLIPVisionModel.from_pretrained(tower)
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(
             **{name: settings[name] for name in _TEXT if name in settings},
-            vocab_size=len(tokenizer),
+            vocab_size=max(rows, len(tokenizer)),
             pad_token_id=tokenizer.pad_token_id,
         ),
         vision_config=clip.config,
@@ -106,7 +113,7 @@ def save_lisa(
         vision_feature_layer=settings.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="default",
     )
-    language = grow_vocabulary(parts.language, len(tokenizer)).state
+    language = grow_vocabulary(parts.language, config.text_config.vocab_size).state
     if parts.language.missing:
         own = clip.state_dict()
         language |= {f"model.vision_tower.{key.removeprefix('vision_model.')}": t for key, t in own.items()}

@@ -253,6 +253,9 @@ def test_another_tokenizer_and_other_shapes_are_named(tmp_path, llava, state):
     source, tower = published(tmp_path, llava, state)
     with pytest.raises(CheckpointError, match=r"(?s)SAM in .* do not fit: .*iou_prediction_head"):
         save_lisa(source, tower, tmp_path / "out", sam_config(iou_head_hidden_dim=7))
+    torch.save({"model.embed_tokens.weight": torch.zeros(60, D)}, source / "pytorch_model-00003-of-00002.bin")
+    with pytest.raises(CheckpointError, match=r"embeddings of 60 tokens, its tokenizer has 64"):
+        save_lisa(source, tower, tmp_path / "out", sam_config())
     text = (source / "tokenizer.json").read_text()
     (source / "tokenizer.json").write_text(text.replace("[SEG]", "[SAW]"))
     with pytest.raises(CheckpointError, match=r"lacks \[SEG\]"):
