@@ -25,7 +25,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         save_lisa(args.source, args.tower, args.output)
-    except DyvteError as error:
+    except (DyvteError, OSError) as error:  # transformers' own, where the tower is not one
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

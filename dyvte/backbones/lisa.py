@@ -85,7 +85,10 @@ def save_lisa(
     import transformers
 
     source, output = Path(source), Path(output)
-    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    try:
+        settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the configuration of {source}: {error}") from error
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (SEG, _START, _END)}
     absent = [token for token, number in ids.items() if number in (None, tokenizer.unk_token_id)]
