@@ -148,7 +148,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "mask-exits")
     parser.add_argument("--head", type=Path, default=ROOT / "checkpoints" / "tiny-llava-masks")
     parser.add_argument("--gates", type=Path, default=ROOT / "checkpoints" / "tiny-llava-gates")
-    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--questions", type=int, default=240)
     parser.add_argument("--docs", type=Path, help="rewrite segmentation.md and mask_exits.png there")
     args = parser.parse_args()
     args.work = args.work.resolve()
