@@ -136,7 +136,7 @@ def plot(rows: list[dict], gates: dict, path: Path) -> None:
     axes.plot([0.5, 1], [94, 94], "s", color="grey", label="published: LISA-7B, VTW K = 16 and full")
     axes.plot([0.5, 1], [97, 97], "D", color="grey", label="published: LISA-13B, VTW K = 20 and full")
     axes.set(xlabel="share of decoder layers that read the image (K / L)", ylabel="cIoU, %", ylim=(0, 100))
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.95))
     plain_axes(axes)
     figure.savefig(path, dpi=120)
 
