@@ -30,6 +30,7 @@ from tests.helpers.models import random_image
 from tests.helpers.world import World
 
 LAYERS, HIDDEN, LAM = 6, 16, 0.2
+ROUTER_STEPS = 200
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -70,13 +71,6 @@ def _trained_gates(train: TracedScenes, seed: int = 0) -> GateStack:
         expected_risk(gates(train.trace.features), train.trace, lam=LAM).backward()
         optimizer.step()
     return gates
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_routers():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dyvte.comparison.tuned_router.ROUTER_MIN_STEPS", 200)
-        yield
 
 
 @pytest.fixture(scope="module")
