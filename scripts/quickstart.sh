@@ -65,7 +65,7 @@ step 2 "synthetic scenes in the formats people have: LLaVA json, GQA, MME"
 step 3 "set up gates: one head for when visual tokens freeze, one for when they leave"
 start=()
 if [ ! -f "$OUT/init/gate_config.json" ]; then
-    start=(init --model "$model" --output "$OUT/init" --architecture scaled --gate-hidden-size "$width" --freeze-head)
+    start=(dyvte init --model "$model" --output "$OUT/init" --architecture scaled --gate-hidden-size "$width" --freeze-head)
     start+=(--then)
 fi
 
@@ -91,7 +91,7 @@ add() { [ ${#words[@]} -eq 0 ] && words=("$@") || words+=(--then "$@"); }
 
 step 4 "one teacher pass over each split"
 add_trace() { # SPLIT [MORE...]
-    add trace "${common[@]}" --data_path "$instruct/$1.json" --output "$OUT/trace-$1" "${@:2}"
+    add dyvte trace "${common[@]}" --data_path "$instruct/$1.json" --output "$OUT/trace-$1" "${@:2}"
 }
 add_trace calibration --set data.limit=null
 add_trace test --set data.limit=null
@@ -106,8 +106,8 @@ add_seed() {
     # as scripts/finetune_visual_gate.sh starts it; seed 0 starts from the gates of step 3, others draw their own
     local from=()
     [ "$1" -ne 0 ] || from=(--gates "$OUT/init")
-    add train "${common[@]}" "${from[@]}" --seed "$1" --trace_dir "$OUT/trace-train" --output_dir "$OUT/seed$1"
-    add calibrate --gates "$OUT/seed$1/gates" --trace "$OUT/trace-calibration" --alpha "$alpha" --delta 0.1
+    add dyvte train "${common[@]}" "${from[@]}" --seed "$1" --trace_dir "$OUT/trace-train" --output_dir "$OUT/seed$1"
+    add dyvte calibrate --gates "$OUT/seed$1/gates" --trace "$OUT/trace-calibration" --alpha "$alpha" --delta 0.1
 }
 search_k() { # VTW's K by KL. 3 says that no K keeps the KL below eta: a finding, not a failure.
     dyvte search-k "${common[@]}" --data_path "$instruct/calibration.json" --json "$OUT/search-k.json" \

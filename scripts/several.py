@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Run several dyvte commands in one process, one after the other: what they import is imported once.
 
-python scripts/several.py trace ARGUMENTS --then train ARGUMENTS --then calibrate ARGUMENTS
+python scripts/several.py dyvte trace ARGUMENTS --then dyvte train ARGUMENTS --then dyvte calibrate ARGUMENTS
 
 Ends at the first that fails, with its exit code.
 """
@@ -25,17 +25,17 @@ def run(words: Sequence[str]) -> int:
     Parameters
     ----------
     words
-        Commands with their arguments, ``--then`` between them.
+        Commands as they are typed, ``--then`` between them.
     """
     command: list[str] = []
     for word in [*words, BETWEEN]:
         if word != BETWEEN:
             command.append(word)
             continue
-        if not command:
+        if len(command) < 2 or command[0] != "dyvte":
             print(f"error: expected a dyvte command before and behind each {BETWEEN}", file=sys.stderr)
             return 2
-        if code := main(command):
+        if code := main(command[1:]):
             return code
         command = []
     return 0

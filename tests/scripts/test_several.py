@@ -27,14 +27,14 @@ def several(monkeypatch):
 
 def test_commands_run_in_order_until_one_fails(several):
     module, calls = several
-    assert module.run(["trace", "--a", "1", "--then", "calibrate"]) == 0
+    assert module.run(["dyvte", "trace", "--a", "1", "--then", "dyvte", "calibrate"]) == 0
     assert calls == [["trace", "--a", "1"], ["calibrate"]]
     calls.clear()
-    assert module.run(["search-k", "--then", "trace"]) == 3
+    assert module.run(["dyvte", "search-k", "--then", "dyvte", "trace"]) == 3
     assert calls == [["search-k"]]
 
 
-@pytest.mark.parametrize("words", [[], ["--then", "trace"], ["trace", "--then"]])
+@pytest.mark.parametrize("words", [[], ["--then", "dyvte", "trace"], ["dyvte", "trace", "--then"], ["trace"]])
 def test_a_command_that_is_missing_is_named(several, words, capsys):
     module, _ = several
     assert module.run(words) == 2
