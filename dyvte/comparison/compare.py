@@ -22,7 +22,7 @@ from dyvte.comparison.oracle import oracle_points, schedule_oracle_points
 from dyvte.comparison.plan_compare import PlanComparison, compare_searches, shared_reductions
 from dyvte.comparison.question_features import router_features
 from dyvte.comparison.records import plain
-from dyvte.comparison.router import router_steps
+from dyvte.comparison.router_training import router_steps
 from dyvte.comparison.runs import (
     BenchmarkComparison,
     BenchmarkRuns,

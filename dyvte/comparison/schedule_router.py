@@ -4,25 +4,32 @@ Two kinds, trained on the gates' own labels and loss. "heads": logits of both he
 gates' objective over a range of prices and their rule. "table": the loss of every schedule, of which the rule
 takes the cheapest at a price.
 
-Shape letters: B samples, L decoder layers, G streams, M schedules, F features, S settings.
+Shape letters: B samples, U distinct questions, L decoder layers, G streams, M schedules, F features,
+C routers, O outputs, S settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dyvte.calibration.operating_points import OperatingPoints
 from dyvte.calibration.path import Labels, ThresholdPath
 from dyvte.comparison.oracle import ORACLE_LAMS, at_pairs, cheapest_at_prices, traced_pairs
-from dyvte.comparison.router import NEVER, RouterSettings, router_steps
+from dyvte.comparison.router import NEVER
+from dyvte.comparison.router_training import (
+    RouterNetwork,
+    RouterSettings,
+    fit_together,
+    hidden_units,
+    standardisation,
+)
 from dyvte.comparison.tuned_gates import levels_of_both
 from dyvte.errors import DataError
 from dyvte.gates import (
@@ -33,7 +40,7 @@ from dyvte.gates import (
     uniform_freeze_offsets,
     uniform_offsets,
 )
-from dyvte.objectives import answer_loss, expected_risk
+from dyvte.objectives import ScheduleCosts, answer_loss
 from dyvte.objectives.losses import is_bounded
 from dyvte.teacher.trace import Trace
 
@@ -42,40 +49,27 @@ KINDS: tuple[Kind, ...] = ("heads", "table")
 CURVE_LEVELS = 80
 
 
-class ScheduleRouter(nn.Module):
-    """MLP from question features to what a kind of router says; ``width`` hidden units."""
+class ScheduleRouter(RouterNetwork):
+    """MLP from question features to what a kind of router says; no fewer parameters than asked for."""
 
-    def __init__(self, kind: Kind, mean_F: Tensor, scale_F: Tensor, trace: Trace, width: int) -> None:
-        super().__init__()
-        self.kind, self.freeze_layers, self.num_layers = kind, trace.freezes, trace.num_layers
+    def __init__(
+        self, kind: Kind, mean_F: Tensor, scale_F: Tensor, trace: Trace, min_parameters: int
+    ) -> None:
+        num_layers = trace.num_layers
         # schedules that thinned traces do not label are no choice
-        self.pairs = [p for p in traced_pairs(trace.num_layers, trace.freezes) if p[1] in trace.exits]
-        streams = len(trace.freezes) + 1
-        outputs = len(self.pairs) if kind == "table" else (streams + 1) * trace.num_layers
-        exits = torch.tensor(uniform_offsets(trace.num_layers, trace.exits))
-        freezes = torch.tensor(
-            close_freezes(uniform_freeze_offsets(trace.num_layers, trace.freezes), trace.freezes)
-        )
-        self.register_buffer("exit_offsets_L", exits)
-        self.register_buffer("freeze_offsets_L", freezes)
-        self.register_buffer("mean_F", mean_F)
-        self.register_buffer("scale_F", scale_F)
-        self.layers = nn.Sequential(nn.Linear(len(mean_F), width), nn.GELU(), nn.Linear(width, outputs))
-
-    def forward(self, features_BF: Tensor) -> Tensor:
-        """The outputs as they are."""
-        return self.layers((features_BF - self.mean_F) / self.scale_F)
+        pairs = [pair for pair in traced_pairs(num_layers, trace.freezes) if pair[1] in trace.exits]
+        outputs = len(pairs) if kind == "table" else (len(trace.freezes) + 2) * num_layers
+        super().__init__(mean_F, scale_F, hidden_units(len(mean_F), outputs, min_parameters), outputs)
+        self.kind, self.freeze_layers, self.num_layers, self.pairs = kind, trace.freezes, num_layers, pairs
+        freezes = close_freezes(uniform_freeze_offsets(num_layers, trace.freezes), trace.freezes)
+        self.register_buffer("exit_offsets_L", torch.tensor(uniform_offsets(num_layers, trace.exits)))
+        self.register_buffer("freeze_offsets_L", torch.tensor(freezes))
 
     def heads(self, outputs: Tensor) -> HeadLogits:
         """Outputs of a router of heads as logits, offsets included."""
         both = outputs.unflatten(-1, (-1, self.num_layers))
         exits = both[:, :-1] + self.exit_offsets_L
         return HeadLogits(exits, both[:, -1] + self.freeze_offsets_L, self.freeze_layers)
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the router."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
 
 def train_schedule_routers(
@@ -105,80 +99,49 @@ def train_schedule_routers(
             f"{len(features_BF)} questions, {len(trace)} traced samples, freeze layers {trace.freezes}: "
             "expected one sample for each question, and traces with freeze layers"
         )
-    first, mean_F = settings_C[0], features_BF.mean(0)
-    scale_F = features_BF.std(0, correction=0)
-    scale_F = torch.where(scale_F > 1e-6, scale_F, torch.ones_like(scale_F))
-    outputs = (len(trace.freezes) + 2) * trace.num_layers
-    width = max(32, math.ceil(first.min_parameters / (features_BF.shape[1] + outputs + 1)))
+    first, (mean_F, scale_F) = settings_C[0], standardisation(features_BF)
+    if len({(s.lam, s.span, s.memory_price, s.loss) for s in settings_C}) != 1:
+        raise DataError("routers of schedules trained together need the same prices and loss")
     with torch.random.fork_rng(devices=[]):
         routers = []
         for _ in settings_C:
             torch.manual_seed(first.seed)
-            routers.append(ScheduleRouter(kind, mean_F, scale_F, trace, width))
-        _fit((features_BF - mean_F) / scale_F, trace, routers, settings_C, advance)
-    return [router.eval().requires_grad_(False) for router in routers]
+            routers.append(ScheduleRouter(kind, mean_F, scale_F, trace, first.min_parameters))
+        if kind == "table":
+            labels = Labels(answer_loss(trace, first.loss), trace.freezes)
+            labels_BM, objective = (
+                at_pairs(labels, routers[0].pairs).float(),
+                partial(_table_loss, first.loss),
+            )
+        else:
+            costs = ScheduleCosts.of(trace, first.loss, freezes=True)
+            labels_BM, objective = costs.loss_BM, partial(_heads_loss, routers[0], costs, first)
+        return fit_together(routers, features_BF, labels_BM, settings_C, objective, advance)
 
 
-def _fit(
-    normed_BF: Tensor,
-    trace: Trace,
-    routers: Sequence[ScheduleRouter],
-    settings_C: Sequence[RouterSettings],
-    advance: Callable[[int], object] | None,
-) -> None:
-    first = settings_C[0]
-    lean, loss_BM = without_features(trace), None
-    if routers[0].kind == "table":
-        labels = Labels(answer_loss(trace, first.loss), trace.freezes)
-        loss_BM = at_pairs(labels, routers[0].pairs).float()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(router.parameters()), "lr": s.learning_rate, "weight_decay": s.weight_decay}
-            for router, s in zip(routers, settings_C, strict=True)
-        ]
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, max(1, router_steps(len(normed_BF), first))
-    )
-    for _ in range(first.epochs):
-        for rows in torch.randperm(len(normed_BF)).split(first.batch_size):
-            given = [router.layers(normed_BF[rows]) for router in routers]
-            if loss_BM is not None:
-                parts = [_table_loss(one, loss_BM[rows], first.loss) for one in given]
-            else:
-                batch = lean.rows(rows)
-                parts = [
-                    expected_risk(
-                        router.heads(one),
-                        batch,
-                        lam=s.lam,
-                        span=s.span,
-                        memory_price=s.memory_price,
-                        loss=s.loss,
-                    )
-                    for router, one, s in zip(routers, given, settings_C, strict=True)
-                ]
-            optimizer.zero_grad()
-            torch.stack(parts).sum().backward()
-            optimizer.step()
-            schedule.step()
-            if advance is not None:
-                advance(1)
+def _heads_loss(
+    router: ScheduleRouter,
+    costs: ScheduleCosts,
+    settings: RouterSettings,
+    outputs_CUO: Tensor,
+    loss_UM: Tensor,
+    share_U: Tensor,
+) -> Tensor:
+    """The gates' objective, of all routers at once: one more sample each, of the same labels."""
+    count = len(outputs_CUO)
+    costs = dataclasses.replace(costs, loss_BM=loss_UM.repeat(count, 1), weight_B=share_U.repeat(count))
+    prices = {"lam": settings.lam, "span": settings.span, "memory_price": settings.memory_price}
+    return costs.expected(router.heads(outputs_CUO.flatten(0, 1)), **prices)
 
 
-def _table_loss(given_BM: Tensor, loss_BM: Tensor, loss: str) -> Tensor:
+def _table_loss(loss: str, outputs_CUM: Tensor, loss_UM: Tensor, share_U: Tensor) -> Tensor:
     """Cross-entropy where the loss lies in [0, 1], else squared error."""
+    loss_CUM = loss_UM.expand_as(outputs_CUM)
     if is_bounded(loss):
-        return F.binary_cross_entropy_with_logits(given_BM, loss_BM.clamp(0, 1))
-    return F.mse_loss(given_BM, loss_BM)
-
-
-def without_features(trace: Trace) -> Trace:
-    """The labels alone: picking rows of the features would be most of a training's work."""
-    grid = trace.grid
-    if grid is not None:
-        grid = dataclasses.replace(grid, features=grid.features[..., :0], embeddings=grid.embeddings[..., :0])
-    return dataclasses.replace(trace, features=trace.features[..., :0], grid=grid)
+        parts = F.binary_cross_entropy_with_logits(outputs_CUM, loss_CUM.clamp(0, 1), reduction="none")
+    else:
+        parts = F.mse_loss(outputs_CUM, loss_CUM, reduction="none")
+    return (parts.mean(2) @ share_U).sum()
 
 
 @torch.no_grad()

@@ -22,11 +22,11 @@ from dyvte.comparison.question_features import Featurise
 from dyvte.comparison.router import (
     NEVER,
     QuestionRouter,
-    RouterSettings,
     router_points,
     router_threshold,
     train_routers,
 )
+from dyvte.comparison.router_training import RouterSettings
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.schedule_router import KINDS as SCHEDULE_RULES
 from dyvte.comparison.schedule_router import ScheduleRouter, schedule_curve, train_schedule_routers

@@ -105,56 +105,111 @@ def expected_risk(
     ConfigError
         If logits of two heads meet a trace without their freeze layers.
     """
-    _check(lam, span, memory_price)
-    log_x_S = torch.linspace(-math.log(span), math.log(span), points if span > 1 else 1, dtype=torch.float64)
-    log_x_S = log_x_S.to(trace.risk.device)
-    log_probability_SBM = _chances(logits, trace, shift * log_x_S)
-    loss_BM, compute_M, kv_M = _costs(logits, trace, loss)
-    price_SM = lam * log_x_S.exp()[:, None] * compute_M
-    if memory_price:
-        price_SM = price_SM + memory_price * log_x_S.exp()[:, None] * kv_M
-    cost_SBM = loss_BM.to(log_probability_SBM) + price_SM.to(log_probability_SBM)[:, None]
-    objective_S = (log_probability_SBM.exp() * cost_SBM).sum(2).mean(1)
-    return (objective_S * (-log_x_S / 2).exp().to(objective_S)).mean()
+    costs = ScheduleCosts.of(trace, loss, freezes=isinstance(logits, HeadLogits))
+    prices = {"lam": lam, "span": span, "memory_price": memory_price}
+    return costs.expected(logits, points=points, shift=shift, **prices)
 
 
-def _chances(logits: Tensor | HeadLogits, trace: Trace, shift_S: Tensor) -> Tensor:
-    """(S, B, M) log P of M schedules, with each shift added to every logit; nobody leaves or freezes where no
-    label is known."""
-    closed_L = None if trace.complete else ~trace.labelled[1:].to(trace.risk.device)
-    if isinstance(logits, Tensor):
-        shifted_SBL = logits + shift_S.to(logits)[:, None, None]
+@dataclass(frozen=True)
+class ScheduleCosts:
+    """What `expected_risk` knows of a trace, apart from any logits: made once where training asks often.
+
+    Attributes
+    ----------
+    loss_BM
+        Of every schedule, as `dyvte.gates.schedule_probabilities` orders them, or of exits 1..L; 0 where no
+        label is known.
+    compute_M, kv_M
+        Visual compute, and share of the full model's cache.
+    freeze_layers
+        Of the streams; None where the schedules are exits alone.
+    closed_L
+        Exits 1..L without a label; None: all have one.
+    weight_B
+        How much each sample counts; None: 1 / B.
+    """
+
+    loss_BM: Tensor
+    compute_M: Tensor
+    kv_M: Tensor
+    freeze_layers: tuple[int, ...] | None
+    closed_L: Tensor | None = None
+    weight_B: Tensor | None = None
+
+    @staticmethod
+    def of(trace: Trace, loss: str, *, freezes: bool) -> ScheduleCosts:
+        """Those of a trace's samples.
+
+        Parameters
+        ----------
+        trace
+            B samples.
+        loss
+            See :func:`dyvte.objectives.losses.answer_loss`.
+        freezes
+            Of every traced schedule; else of exits alone, whether or not freeze layers were traced.
+        """
+        num_layers, device = trace.num_layers, trace.risk.device
+        exits_L = torch.arange(1, num_layers + 1, device=device).double()
+        loss_BGL = answer_loss(trace, loss)[..., 1:].nan_to_num(nan=0.0)
+        closed_L = None if trace.complete else ~trace.labelled[1:].to(device)
+        share_L = exits_L / num_layers
+        if not freezes:
+            return ScheduleCosts(loss_BGL[:, -1], share_L, share_L, None, closed_L)
+        compute_GL = share_L[None]
+        if trace.grid is not None:
+            freezes_F1 = torch.tensor(trace.freezes, device=device).double()[:, None]
+            frozen_FL = schedule_compute(freezes_F1, exits_L, num_layers, trace.grid.kv_share)
+            compute_GL = torch.cat((frozen_FL, compute_GL))
+        kv_M = share_L.expand_as(compute_GL).flatten()
+        return ScheduleCosts(loss_BGL.flatten(1), compute_GL.flatten(), kv_M, trace.freezes, closed_L)
+
+    def expected(
+        self,
+        logits: Tensor | HeadLogits,
+        *,
+        lam: float,
+        span: float = 1.0,
+        points: int = 7,
+        shift: float = 4.0,
+        memory_price: float = 0.0,
+    ) -> Tensor:
+        """`expected_risk` of logits of the same samples; parameters as there."""
+        _check(lam, span, memory_price)
+        num_points = points if span > 1 else 1
+        log_x_S = torch.linspace(-math.log(span), math.log(span), num_points, dtype=torch.float64)
+        log_x_S = log_x_S.to(self.loss_BM.device)
+        log_probability_SBM = self._chances(logits, shift * log_x_S)
+        price_SM = lam * log_x_S.exp()[:, None] * self.compute_M
+        if memory_price:
+            price_SM = price_SM + memory_price * log_x_S.exp()[:, None] * self.kv_M
+        cost_SBM = self.loss_BM.to(log_probability_SBM) + price_SM.to(log_probability_SBM)[:, None]
+        objective_SB = (log_probability_SBM.exp() * cost_SBM).sum(2)
+        objective_S = objective_SB.mean(1) if self.weight_B is None else objective_SB @ self.weight_B
+        return (objective_S * (-log_x_S / 2).exp().to(objective_S)).mean()
+
+    def _chances(self, logits: Tensor | HeadLogits, shift_S: Tensor) -> Tensor:
+        """(S, B, M) log P of M schedules, with each shift added to every logit; nobody leaves or freezes
+        where no label is known."""
+        closed_L = self.closed_L
+        if isinstance(logits, Tensor):
+            shifted_SBL = logits + shift_S.to(logits)[:, None, None]
+            if closed_L is not None:
+                shifted_SBL = shifted_SBL.masked_fill(closed_L, CLOSED)
+            return exit_probabilities(shifted_SBL.flatten(0, 1)).unflatten(0, shifted_SBL.shape[:2])
+        if logits.freeze_layers != self.freeze_layers:
+            raise ConfigError(
+                f"logits of streams frozen after {logits.freeze_layers}, labels of {self.freeze_layers}: "
+                "expected both from one trace"
+            )
+        exit_BGL = logits.exit_BGL
+        exit_SBGL = exit_BGL + shift_S.to(exit_BGL)[:, None, None, None]
+        freeze_SBL = logits.freeze_BL + shift_S.to(logits.freeze_BL)[:, None, None]
         if closed_L is not None:
-            shifted_SBL = shifted_SBL.masked_fill(closed_L, CLOSED)
-        return exit_probabilities(shifted_SBL.flatten(0, 1)).unflatten(0, shifted_SBL.shape[:2])
-    if logits.freeze_layers != trace.freezes:
-        raise ConfigError(
-            f"logits of streams frozen after {logits.freeze_layers}, labels of {trace.freezes}: expected "
-            "both from one trace"
-        )
-    exit_BGL = logits.exit_BGL
-    exit_SBGL = exit_BGL + shift_S.to(exit_BGL)[:, None, None, None]
-    freeze_SBL = logits.freeze_BL + shift_S.to(logits.freeze_BL)[:, None, None]
-    if closed_L is not None:
-        exit_SBGL = exit_SBGL.masked_fill(closed_L, CLOSED)
-    shifted = HeadLogits(exit_SBGL.flatten(0, 1), freeze_SBL.flatten(0, 1), logits.freeze_layers)
-    log_p = schedule_probabilities(shifted.closed_elsewhere())
-    return log_p.flatten(1).unflatten(0, exit_SBGL.shape[:2])
-
-
-def _costs(logits: Tensor | HeadLogits, trace: Trace, loss: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, M) loss, (M,) compute and (M,) share of the cache of the schedules of `_chances`; 0 where no label
-    is known."""
-    num_layers = trace.num_layers
-    exits_L = torch.arange(1, num_layers + 1, device=trace.risk.device).double()
-    loss_BGL = answer_loss(trace, loss)[..., 1:].nan_to_num(nan=0.0)
-    if isinstance(logits, Tensor) or trace.grid is None:
-        return loss_BGL[:, -1], exits_L / num_layers, exits_L / num_layers
-    freezes_F1 = torch.tensor(trace.freezes, device=exits_L.device).double()[:, None]
-    frozen_FL = schedule_compute(freezes_F1, exits_L, num_layers, trace.grid.kv_share)
-    compute_GL = torch.cat((frozen_FL, exits_L[None] / num_layers))
-    kv_GL = (exits_L / num_layers).expand_as(compute_GL)
-    return loss_BGL.flatten(1), compute_GL.flatten(), kv_GL.flatten()
+            exit_SBGL = exit_SBGL.masked_fill(closed_L, CLOSED)
+        shifted = HeadLogits(exit_SBGL.flatten(0, 1), freeze_SBL.flatten(0, 1), logits.freeze_layers)
+        log_p = schedule_probabilities(shifted.closed_elsewhere())
+        return log_p.flatten(1).unflatten(0, exit_SBGL.shape[:2])
 
 
 def _check(lam: float, span: float, memory_price: float) -> None:

@@ -11,14 +11,13 @@ import torch
 from dyvte.comparison.question_features import BagOfWords
 from dyvte.comparison.router import (
     QuestionRouter,
-    RouterSettings,
     router_exits,
     router_points,
-    router_steps,
     router_threshold,
     train_router,
     train_routers,
 )
+from dyvte.comparison.router_training import RouterSettings, router_steps
 from dyvte.costs.visual import visual_compute
 from dyvte.errors import DataError
 from dyvte.gates import exit_layers
