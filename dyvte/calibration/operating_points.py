@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyvte.calibration.path import Labels
+from dyvte.calibration.path import Labels, at_pairs, traced_pairs
 from dyvte.costs.schedules import schedule_compute
 from dyvte.costs.visual import visual_compute
 from dyvte.errors import DataError
@@ -278,22 +278,24 @@ def chosen_by_id(sample_ids: Sequence[str], share: float, seed: int) -> np.ndarr
 
 
 def lower_hull(compute_S: Sequence[float] | np.ndarray, values_S: Sequence[float] | np.ndarray) -> list[int]:
-    """Corners of the lower convex hull of points (compute, value), as indices; both ends are corners.
+    """Corners of the lower convex hull of points (compute, value), as indices, cheapest first.
 
     A mixture of two neighbouring corners is the least mean value that any mixture of the points reaches at
-    its compute.
+    its compute. The one place where static rules are mixed: fixed K, static schedules and plans.
 
     Parameters
     ----------
-    compute_S : strictly rising.
+    compute_S : in any order; of points that cost the same, the best counts.
     values_S : what should be small. Points without a value (nan: an exit that thinned traces do not label)
         are passed over.
     """
+    cost_S = [round(float(compute), 12) for compute in compute_S]
+    known = [index for index, value in enumerate(values_S) if not math.isnan(value)]
     corners: list[int] = []
-    for index in range(len(values_S)):
-        if math.isnan(values_S[index]):
+    for index in sorted(known, key=lambda index: (cost_S[index], values_S[index])):
+        if corners and cost_S[corners[-1]] == cost_S[index]:
             continue
-        while len(corners) >= 2 and _above_chord(compute_S, values_S, *corners[-2:], index):
+        while len(corners) >= 2 and _above_chord(cost_S, values_S, *corners[-2:], index):
             corners.pop()
         corners.append(index)
     return corners
@@ -349,20 +351,11 @@ def static_points(
     OperatingPoints
         Its settings are the freeze layers.
     """
-    means_GL1 = calibration.values_BGL1.double().mean(0)
-    num_layers, sign = means_GL1.shape[1] - 1, 1.0 if smaller_is_better else -1.0
-    tried = [(k, k) for k in range(num_layers + 1)]
-    tried += [(f, k) for f in calibration.freeze_layers for k in range(f + 1, num_layers + 1)]
-    cheapest: dict[float, tuple[float, tuple[int, int]]] = {}  # of equal costs the best
-    for f, k in tried:
-        stream = calibration.freeze_layers.index(f) if f < k else -1
-        entry = (sign * float(means_GL1[stream, k]), (f, k))
-        compute = float(schedule_compute(f, k, num_layers, kv_share))
-        if not math.isnan(entry[0]):
-            cheapest[compute] = min(cheapest.get(compute, entry), entry)
-    compute_S = sorted(cheapest)
-    corners = lower_hull(compute_S, [cheapest[compute][0] for compute in compute_S])
-    pairs = [cheapest[compute_S[corner]][1] for corner in corners]
+    num_layers = calibration.values_BGL1.shape[2] - 1
+    pairs = [(0, 0), *traced_pairs(num_layers, calibration.freeze_layers)]
+    means_M = at_pairs(calibration, pairs).mean(0).numpy() * (1 if smaller_is_better else -1)
+    compute_M = [float(schedule_compute(f, k, num_layers, kv_share)) for f, k in pairs]
+    pairs = [pairs[corner] for corner in lower_hull(compute_M, means_M)]
     whole_B = torch.ones_like(num_visual_B)
     chosen_S = [Schedules(f * whole_B, k * whole_B) for f, k in pairs]
     settings_S = tuple(float(f) for f, _ in pairs)

@@ -1,11 +1,13 @@
 """One path of thresholds: a single number, from careful to early, that drives every head of a stack.
 
-Shape letters: B samples, L decoder layers, G streams (frozen after each traced layer, and the plain one).
+Shape letters: B samples, L decoder layers, G streams (frozen after each traced layer, and the plain one), M
+schedules.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -229,3 +231,31 @@ def at_schedule(values_BGL1: Tensor, freeze_layers: tuple[int, ...], chosen: Sch
     rows_B = torch.arange(len(exits_B), device=values_BGL1.device)
     values_B = values_BGL1[rows_B, streams_B, exits_B.clamp(min=0)]
     return values_B.masked_fill(exits_B < 0, math.nan)
+
+
+def traced_pairs(num_layers: int, freeze_layers: Sequence[int]) -> list[tuple[int, int]]:
+    """(f, k) of the M traced schedules that read the visual tokens in some layer: f = k first.
+
+    Parameters
+    ----------
+    num_layers
+        L.
+    freeze_layers
+        That were traced.
+    """
+    frozen = [(f, k) for f in freeze_layers for k in range(f + 1, num_layers + 1)]
+    return [*((k, k) for k in range(1, num_layers + 1)), *frozen]
+
+
+def at_pairs(labels: Labels, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """(B, M) float64 entries at the pairs.
+
+    Parameters
+    ----------
+    labels
+        Of every traced schedule.
+    pairs
+        (f, k) each.
+    """
+    streams = [labels.freeze_layers.index(f) if f < k else len(labels.freeze_layers) for f, k in pairs]
+    return labels.values_BGL1[:, streams, [k for _, k in pairs]].double()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dyvte.calibration.operating_points import OperatingPoints
-from dyvte.calibration.path import Labels
+from dyvte.calibration.path import Labels, at_pairs, traced_pairs
 from dyvte.costs.schedules import schedule_compute
 from dyvte.gates import Schedules
 
@@ -98,34 +98,6 @@ def first_safe_schedule(same_answer: Labels, kv_share: float) -> Schedules:
     later_MM = (pairs_M2[None] >= pairs_M2[:, None]).all(-1)
     unsafe_BM = (~right_BM).float() @ later_MM.float().T
     return cheapest_at_prices(unsafe_BM.sign().double(), pairs, num_layers, kv_share, [0.5])[0]
-
-
-def traced_pairs(num_layers: int, freeze_layers: Sequence[int]) -> list[tuple[int, int]]:
-    """(f, k) of the M traced schedules that read the visual tokens in some layer: f = k first.
-
-    Parameters
-    ----------
-    num_layers
-        L.
-    freeze_layers
-        That were traced.
-    """
-    frozen = [(f, k) for f in freeze_layers for k in range(f + 1, num_layers + 1)]
-    return [*((k, k) for k in range(1, num_layers + 1)), *frozen]
-
-
-def at_pairs(labels: Labels, pairs: Sequence[tuple[int, int]]) -> Tensor:
-    """(B, M) float64 entries at the pairs.
-
-    Parameters
-    ----------
-    labels
-        Of every traced schedule.
-    pairs
-        (f, k) each.
-    """
-    streams = [labels.freeze_layers.index(f) if f < k else len(labels.freeze_layers) for f, k in pairs]
-    return labels.values_BGL1[:, streams, [k for _, k in pairs]].double()
 
 
 def cheapest_at_prices(

@@ -20,7 +20,7 @@ from torch import Tensor
 from dyvte.backbones import Backbone
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
 from dyvte.calibration import ThresholdPath, gate_logits
-from dyvte.calibration.path import Labels
+from dyvte.calibration.path import Labels, traced_pairs
 from dyvte.costs.reductions import frozen_by, tokens_left, visual_factors
 from dyvte.costs.visual import visual_share
 from dyvte.errors import CalibrationError
@@ -175,12 +175,12 @@ class PlanJudge:
 
     def fixed(self) -> list[JudgedPlan]:
         """Every labelled static schedule: fixed layers, the last of them "never", then those that freeze."""
-        full, exits = self.trace.num_layers, [k for k in self.trace.exits if k > 0]
-        schedules = [(None, k) for k in exits] + [(f, k) for f in self.trace.freezes for k in exits if f < k]
-        return [
-            self.judge(PolicyAndReduction(self.text, k if k < full else None, freeze_layer=f))
-            for f, k in schedules
-        ]
+        full, found = self.trace.num_layers, []
+        for f, k in traced_pairs(full, self.trace.freezes):
+            if k in self.trace.exits:
+                where = {"exit_layer": k if k < full else None, "freeze_layer": f if f < k else None}
+                found.append(self.judge(PolicyAndReduction(self.text, **where)))
+        return found
 
     def learned(self, count: int = 80) -> list[JudgedPlan]:
         """Thresholds spread over what the gates say on these samples; none without gates."""

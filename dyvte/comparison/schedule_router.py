@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dyvte.calibration.operating_points import OperatingPoints
-from dyvte.calibration.path import Labels, ThresholdPath
-from dyvte.comparison.oracle import ORACLE_LAMS, at_pairs, cheapest_at_prices, traced_pairs
+from dyvte.calibration.path import Labels, ThresholdPath, at_pairs, traced_pairs
+from dyvte.comparison.oracle import ORACLE_LAMS, cheapest_at_prices
 from dyvte.comparison.router import NEVER
 from dyvte.comparison.router_training import (
     RouterNetwork,

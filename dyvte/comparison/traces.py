@@ -19,16 +19,14 @@ from dyvte.calibration.operating_points import (
     fixed_points,
     static_points,
 )
-from dyvte.calibration.path import Labels
+from dyvte.calibration.path import Labels, at_pairs, traced_pairs
 from dyvte.comparison.bootstrap import PairedDifference, paired_bootstrap
 from dyvte.comparison.oracle import (
-    at_pairs,
     first_safe_layer,
     first_safe_schedule,
     oracle_exits,
     oracle_points,
     schedule_oracle_points,
-    traced_pairs,
     within_wording_share,
 )
 from dyvte.comparison.records import METRICS, Curve, RuleCurves, Spread, on_every_metric, plain
@@ -347,20 +345,16 @@ def _every_layer(test: TracedScenes) -> Curve:
 
 
 def _every_schedule(test: TracedScenes) -> Curve:
-    """Every traced static schedule, hull or not, the best of those that cost the same; its settings are the
-    freeze layers."""
+    """Every traced static schedule, hull or not, cheapest first; its settings are the freeze layers."""
     pairs, share = traced_pairs(test.num_layers, test.trace.freezes), test.trace.grid.kv_share
     pairs = [pair for pair in pairs if pair[1] in test.trace.exits]
-    costs = [round(float(schedule_compute(f, k, test.num_layers, share)), 9) for f, k in pairs]
-    compute, metrics = sorted(set(costs)), {}
-    for metric, less in METRICS.items():
-        means = at_pairs(Labels.of(test.trace, metric), pairs).mean(0).tolist()
-        best = min if less else max
-        metrics[metric] = tuple(
-            best(mean for mean, own in zip(means, costs, strict=True) if own == cost) for cost in compute
-        )
-    settings = tuple(float(pairs[costs.index(cost)][0]) for cost in compute)
-    return Curve(settings, tuple(compute), metrics)
+    pairs.sort(key=lambda pair: schedule_compute(*pair, test.num_layers, share))
+    means = {metric: at_pairs(Labels.of(test.trace, metric), pairs).mean(0).tolist() for metric in METRICS}
+    return Curve(
+        tuple(float(f) for f, _ in pairs),
+        tuple(float(schedule_compute(f, k, test.num_layers, share)) for f, k in pairs),
+        {metric: tuple(values) for metric, values in means.items()},
+    )
 
 
 def _wording_shares(test: TracedScenes, pairs: Sequence[Pair]) -> dict[str, float]:

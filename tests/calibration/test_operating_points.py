@@ -113,6 +113,12 @@ def test_corners_over_uneven_compute_bound_every_mixture(seed):
         assert np.all(chord >= hull[low : high + 1] - 1e-12)
 
 
+def test_corners_do_not_depend_on_the_order_and_the_best_of_equal_costs_counts():
+    compute, values = [0.5, 0.1 + 0.2, 1.0, 0.3, 0.1], [0.4, 0.6, 0.0, 0.2, 0.9]
+    assert lower_hull(compute, values) == [4, 3, 2]
+    assert lower_hull([0.3, 0.3], [0.2, 0.1]) == [1]
+
+
 def test_at_exit_reads_each_rows_own_column():
     values = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0], [6.0, 7.0, 8.0]])
     assert at_exit(values, torch.tensor([2, 0, 1])).tolist() == [2.0, 3.0, 7.0]

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dyvte.calibration.path import Labels
-from dyvte.comparison.oracle import at_pairs
+from dyvte.calibration.path import Labels, at_pairs
 from dyvte.comparison.question_features import BagOfWords
 from dyvte.comparison.router_training import RouterSettings
 from dyvte.comparison.scenes import TracedScenes

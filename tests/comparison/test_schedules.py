@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from dyvte.backbones.sizes import DecoderShape
 from dyvte.calibration import gate_logits
 from dyvte.calibration.operating_points import OperatingPoints, static_points
 from dyvte.calibration.path import Labels
 from dyvte.comparison.compare import make_pairs
 from dyvte.comparison.oracle import first_safe_schedule, schedule_oracle_points
+from dyvte.comparison.plan_compare import mixture_for
+from dyvte.comparison.plans import PlanJudge
 from dyvte.comparison.question_features import BagOfWords
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.schedule_router import ScheduleRouter
@@ -62,6 +65,24 @@ def test_static_hull_is_the_best_mixture_of_two_schedules(seed):
         mixture = points.at_compute(float(budget))
         assert points.mixed_compute(mixture) == pytest.approx(budget)
         assert float(points.mixed_values(labels, mixture).mean()) == pytest.approx(best, abs=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plans_of_static_schedules_mix_as_static_schedules_do(seed):
+    shape = DecoderShape(32, 8, 2, 4, (64,) * LAYERS, 100)
+    share, trace = kv_share(shape), make_trace(30, LAYERS, seed=seed, freezes=FREEZES)
+    trace = dataclasses.replace(trace, grid=dataclasses.replace(trace.grid, kv_share=share))
+    labels = Labels.of(trace, "risk")
+    points = static_points(labels, trace.num_visual, share)
+    judge = PlanJudge("none", [], trace, shape)
+    plans = judge.fixed()
+    least = min(one.compute for one in plans)
+    for budget in np.linspace(least, 1, 17):
+        mixed = mixture_for(plans, float(budget)).judged(judge.judge)
+        assert mixed.compute == pytest.approx(budget, abs=1e-9)
+        if budget >= points.compute_S[1]:  # below it the mixture holds k = 0, which is no plan
+            expected = points.mixed_values(labels, points.at_compute(float(budget)))
+            torch.testing.assert_close(mixed.risk_B.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_the_schedule_oracle_equals_enumeration():
