@@ -8,7 +8,7 @@ before a static exit, the static layer chosen on calibration scenes for every bu
 prefill FLOPs at equal fidelity, and answers by their length. Run again it goes on where it stopped.
 
     python -m dyvte.data.scenes --output data/scenes --test 2400
-    python experiments/freezing.py --plot docs/freezing.png --json docs/freezing.json
+    python experiments/freezing.py --sets --plot docs/freezing.png --json docs/freezing.json
 
 The options below say the layers, which are those of the embedded 10-layer backbone unless given.
 """
@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from freezing_costs import at_target, prefill_ratios, sets_at_target, text_tokens
+from freezing_tables import certified_table, hulls_table, lengths_table, target_table
 from torch import Tensor
 from workbench import Workbench, arguments
 
@@ -35,21 +36,23 @@ from dyvte.calibration.operating_points import (
 )
 from dyvte.calibration.path import Labels
 from dyvte.comparison.bootstrap import paired_bootstrap
-from dyvte.comparison.budgets import TARGET, Rule, compare_at_budgets
+from dyvte.comparison.budgets import Rule, compare_at_budgets
 from dyvte.comparison.compare import make_pairs, router_rule
 from dyvte.comparison.config import parse_budgets
 from dyvte.comparison.oracle import oracle_points, schedule_oracle_points
 from dyvte.comparison.records import Spread, plain
 from dyvte.comparison.scenes import TracedScenes
-from dyvte.comparison.static_sets import compare_sets, read_static_sets
+from dyvte.comparison.static_sets import (
+    compare_hulls,
+    compare_sets,
+    read_static_sets,
+)
 from dyvte.comparison.tuned_gates import TunedGates, load_gates
-from dyvte.costs.prefill import prefill_flops
 from dyvte.data import DataConfig
 from dyvte.evaluation.generation import GenerationSettings, Pipeline
 from dyvte.evaluation.latency import machine
 from dyvte.evaluation.runner import load_pipeline
 from dyvte.files import write_atomically
-from dyvte.formatting import difference_text, markdown_table, percentage, spread_text
 from dyvte.gates import CLOSED, GateConfig, GateStack, uniform_freeze_offsets, uniform_offsets
 from dyvte.reporting.budgets import budget_markdown, plot_budgets
 from dyvte.reporting.comparison import sets_table
@@ -58,7 +61,7 @@ from dyvte.teacher import TraceStore
 from dyvte.tracing.frozen_search import search_frozen
 
 FREEZES = (0, 1, 2, 3, 4, 5)
-STATIC_FREEZES, STATIC_EXITS = (2, 3), (9, 10)
+STATIC_FREEZES, STATIC_EXITS = (1, 2, 3, 4), (9, 10)
 DELTA = 0.1
 ALWAYS = -CLOSED
 """An offset with which a gate always fires."""
@@ -107,7 +110,9 @@ def with_static_freeze(bench: Workbench, f: int, calibration: TracedScenes) -> l
     """Gates for the exit, of rows that all freeze after layer f."""
     num_layers = calibration.num_layers
     offsets = tuple(ALWAYS if j == f else CLOSED for j in range(num_layers))
-    return _from(bench, f"static-freeze-{f}", {"freeze_offsets": offsets}, calibration)
+    only = f"teacher.freeze_layers=[{f}]"  # no row is on another stream
+    trace = bench.thinned("train", [f])
+    return _from(bench, f"static-freeze-{f}", {"freeze_offsets": offsets}, calibration, only, trace=trace)
 
 
 def with_static_exit(bench: Workbench, k: int, calibration: TracedScenes) -> list[TunedGates]:
@@ -118,11 +123,17 @@ def with_static_exit(bench: Workbench, k: int, calibration: TracedScenes) -> lis
 
 
 def _from(
-    bench: Workbench, name: str, offsets: Mapping[str, tuple[float, ...]], calibration: TracedScenes
+    bench: Workbench,
+    name: str,
+    offsets: Mapping[str, tuple[float, ...]],
+    calibration: TracedScenes,
+    *overrides: str,
+    trace: str = "train",
 ) -> list[TunedGates]:
     start = pinned(bench, name, offsets)
     # one training: those that a target would try beside it start from gates of their own
-    folders = bench.gates(name, f"gates.init_from={start}", "target.alpha=null", "target.budget=null")
+    alone = (f"gates.init_from={start}", "target.alpha=null", "target.budget=null")
+    folders = bench.gates(name, *alone, *overrides, trace=trace)
     return [load_gates(folder, f"{name} {seed}", calibration) for folder, seed in zip(folders, bench.seeds)]
 
 
@@ -190,45 +201,6 @@ def certified(
         flops.append(float(prefill_ratios(points, test, num_text_B, pipeline)[0]))
     values = {"compute": compute, "same_answer": same, "prefill": flops, "updated": freezes, "read": exits}
     return {name: Spread.of(column) for name, column in values.items()}
-
-
-def text_tokens(pipeline: Pipeline, questions: Sequence[str]) -> Tensor:
-    """(B,) text tokens of the prompts."""
-    tokenizer, known = pipeline.processor.tokenizer, {}
-    for question in questions:
-        if question not in known:
-            text = pipeline.template.render(question).text
-            known[question] = len(tokenizer(text, add_special_tokens=False).input_ids) - 1  # one placeholder
-    return torch.tensor([known[question] for question in questions])
-
-
-def prefill_ratios(
-    points: OperatingPoints, test: TracedScenes, num_text_B: Tensor, pipeline: Pipeline
-) -> Tensor:
-    """(S,) prefill FLOPs of all tokens over the full model's, by VTW's convention."""
-    shape = decoder_shape(pipeline.model.config)
-    visual_B = test.trace.num_visual
-    full = prefill_flops(shape, num_text_B, visual_B, torch.full_like(visual_B, shape.num_layers)).sum()
-    found = []
-    for setting in range(len(points.settings_S)):
-        chosen = points.schedules(setting)
-        layers = (chosen.exit_layers_B, "vtw", chosen.freeze_layers_B)
-        found.append(prefill_flops(shape, num_text_B, visual_B, *layers).sum() / full)
-    return torch.stack(found)
-
-
-def at_target(rule: Rule, test: TracedScenes, num_text_B: Tensor, pipeline: Pipeline) -> dict[str, Spread]:
-    """Prefill FLOPs where each seed of a rule first keeps 99 % of the answers, between two settings."""
-    flops = []
-    for points_at in rule.for_target or rule.seeds:
-        points = points_at(TARGET)
-        needed = compute_to_reach(
-            points.compute_S, points.means_S(Labels.of(test.trace, "same_answer")), TARGET
-        )
-        ratios_S, mixture = prefill_ratios(points, test, num_text_B, pipeline), points.at_compute(needed)
-        low, high = ratios_S[mixture.lower], ratios_S[mixture.upper]
-        flops.append(float(low + mixture.weight * (high - low)))
-    return {"prefill": Spread.of(flops)}
 
 
 def answer_lengths(scenes: Path, test: TracedScenes) -> list[str]:
@@ -331,14 +303,16 @@ def main() -> None:
     }
     at_99 = {rule.name: at_target(rule, test, num_text_B, pipeline) for rule in (ours, *others)}
     lengths = by_length(ours, others[:4], test, answer_lengths(bench.scenes, test), args.length_budget)
-    sets = ()
+    sets, hulls, at_99_of_sets = (), (), {}
     if args.sets:
-        sets = compare_sets(
-            frozen_sets(bench, pipeline, test),
-            lambda metric, compute: ours.values_RB(Labels.of(test.trace, metric), compute),
-            test.image_ids,
-            num_draws=args.draws,
-        )
+        known = frozen_sets(bench, pipeline, test)
+
+        def ours_at(metric: str, compute: float) -> Tensor:
+            return ours.values_RB(Labels.of(test.trace, metric), compute)
+
+        sets = compare_sets(known, ours_at, test.image_ids, num_draws=args.draws)
+        hulls = compare_hulls(known, ours_at, test.image_ids, args.budgets, num_draws=args.draws)
+        at_99_of_sets = sets_at_target(known, test, num_text_B, pipeline)
     print(f"\n{machine()}\n\n{budget_markdown(found)}\n")
     print(
         certified_table(certificates, args.alpha),
@@ -347,11 +321,12 @@ def main() -> None:
         sep="\n\n",
     )
     if sets:
-        print(f"\n{sets_table(sets)}")
+        print(sets_table(sets), hulls_table(hulls, at_99_of_sets), sep="\n\n")
     plot_budgets(found, args.plot or args.work / "freezing.png")
     content = {
         "machine": machine(), "exits": exits.label, "budgets": found, "certified": certificates,
-        "at_target": at_99, "by_length": lengths, "sets": sets,
+        "at_target": at_99, "by_length": lengths, "sets": sets, "set_mixtures": hulls,
+        "sets_at_target": at_99_of_sets,
     }  # fmt: skip
     write_atomically(args.json or args.work / "freezing.json", json.dumps(plain(content), indent=2) + "\n")
 
@@ -367,58 +342,6 @@ def frozen_sets(bench: Workbench, pipeline: Pipeline, test: TracedScenes) -> lis
     manifest = TraceStore.open(bench.work / "trace-test").manifest
     shape = decoder_shape(pipeline.model.config)
     return read_static_sets(folder, shape, len(test.trace), manifest.fingerprint)
-
-
-def certified_table(found: Mapping[str, Mapping[str, Spread]], alpha: float) -> str:
-    """What is spent and kept at the certified thresholds."""
-    rows = [
-        [
-            name,
-            *(
-                f"{spread_text(one[part], 1, scale=100.0)} %"
-                for part in ("same_answer", "compute", "prefill")
-            ),
-            spread_text(one["updated"]),
-            spread_text(one["read"]),
-        ]
-        for name, one in found.items()
-    ]
-    head = ["gates", "same answer", "visual compute", "prefill FLOPs", "layers updated", "layers read"]
-    return f"Certified at {1 - alpha:.0%} same answer:\n\n{markdown_table(head, rows)}"
-
-
-def target_table(found: Any, at_99: Mapping[str, Mapping[str, Spread]]) -> str:
-    """Visual compute and prefill FLOPs at equal fidelity."""
-    spent = found.compute_at_same_answer.rules
-    rows = [
-        [
-            name,
-            f"{spread_text(spent[name], 1, scale=100.0)} %",
-            f"{spread_text(one['prefill'], 1, scale=100.0)} %",
-        ]
-        for name, one in at_99.items()
-    ]
-    return (
-        f"At {TARGET:.0%} same answer:\n\n{markdown_table(['rule', 'visual compute', 'prefill FLOPs'], rows)}"
-    )
-
-
-def lengths_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Same answer by length."""
-    names = list(rows[0]["same_answer"])
-    head = ["words in the answer", "samples", *names, *(f"minus {name}" for name in rows[0]["minus"])]
-    return markdown_table(
-        head,
-        [
-            [
-                row["words"],
-                str(row["samples"]),
-                *(percentage(row["same_answer"][name].mean) for name in names),
-                *(difference_text(one, 1, scale=100.0) for one in row["minus"].values()),
-            ]
-            for row in rows
-        ],
-    )
 
 
 if __name__ == "__main__":

@@ -76,6 +76,19 @@ class Workbench:
         folder = self.traces(split, *overrides)
         return load_scenes(folder, self.scenes / f"{split}.json", self.scenes / "images")
 
+    def thinned(self, split: str, freezes: Sequence[int]) -> str:
+        """Name of a split's traces as a pass over fewer freeze layers would have made them: gates that use no
+        other learn the same from them, sooner."""
+        store = TraceStore.open(self.work / f"trace-{split}")
+        name = f"{split}-freezes-{'-'.join(map(str, freezes))}"
+        fingerprint = {**store.manifest.fingerprint, "freezes": ",".join(map(str, freezes))}
+        manifest = dataclasses.replace(store.manifest, fingerprint=fingerprint)
+        thin = TraceStore.create(self.work / f"trace-{name}", manifest)
+        for index in thin.missing():
+            shard = store.read(index)
+            thin.write(index, dataclasses.replace(shard, trace=shard.trace.thinned(freezes=freezes)))
+        return name
+
     def gates(self, name: str, *overrides: str, trace: str = "train") -> Iterator[Path]:
         """Trained gates of every seed; those that are there already are not trained again."""
         for seed in self.seeds:
