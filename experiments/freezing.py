@@ -332,13 +332,14 @@ def main() -> None:
 
 
 def frozen_sets(bench: Workbench, pipeline: Pipeline, test: TracedScenes) -> list[Any]:
-    """Sets found on calibration scenes, by ShortV's rule and by the effect on the answer; on test scenes."""
+    """Sets found on calibration scenes by ShortV's rule, on test scenes."""
     calibration = bench.settings(
         f"data.path={bench.scenes / 'calibration.json'}", "data.limit=100", "teacher.freeze_layers=[]"
     )
     held_out = DataConfig(path=bench.scenes / "test.json", image_folder=bench.scenes / "images")
     folder = bench.work / "frozen-sets"
-    write_frozen_sets(search_frozen(calibration, folder, largest=9, held_out=held_out), folder, [0.99])
+    found = search_frozen(calibration, folder, largest=9, held_out=held_out, judged=["shortv"])
+    write_frozen_sets(found, folder, [0.99])
     manifest = TraceStore.open(bench.work / "trace-test").manifest
     shape = decoder_shape(pipeline.model.config)
     return read_static_sets(folder, shape, len(test.trace), manifest.fingerprint)

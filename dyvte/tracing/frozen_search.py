@@ -14,6 +14,7 @@ from torch import Tensor
 from dyvte.backbones import open_backbone, read_model_config
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
 from dyvte.calibration.frozen_sets import (
+    RULES,
     Effect,
     Effects,
     FrozenSets,
@@ -51,7 +52,8 @@ class FoundSets:
     search
         What was found.
     held_out
-        Rule to the effects of the same sets on held-out samples; None where none were given.
+        Rule to the effects of the same sets on held-out samples, of the rules that were judged there; None where
+        no samples were given.
     shape
         Sizes of the decoder.
     """
@@ -96,6 +98,7 @@ def search_frozen(
     largest: int | None = None,
     objective: Objective = "risk",
     held_out: DataConfig | None = None,
+    judged: Sequence[str] = tuple(RULES),
 ) -> FoundSets:
     """Sets of frozen layers for the configured backbone and data.
 
@@ -111,6 +114,8 @@ def search_frozen(
         See `dyvte.calibration.frozen_sets.search_frozen_sets`.
     held_out
         Samples on which the sets found are judged as well.
+    judged
+        Rules whose sets are judged there: each set costs a pass over all of these samples.
 
     Raises
     ------
@@ -130,12 +135,12 @@ def search_frozen(
         found = search_frozen_sets(effects, shape.num_layers, num_visual_B, largest, objective)
     if held_out is None:
         return FoundSets(found, None, shape)
-    sets = {rule: [one.layers for one in of] for rule, of in found.sets.items()}
+    sets = {rule: [one.layers for one in of] for rule, of in found.sets.items() if rule in judged}
     together = sorted({layers for of in sets.values() for layers in of})
     with _effects(teacher, held_out, folder / HELD_OUT_FILE, len(together), "held out") as (effects, _):
         effects(together)
-        judged = {rule: effects(of) for rule, of in sets.items()}
-    return FoundSets(found, judged, shape)
+        on_held_out = {rule: effects(of) for rule, of in sets.items()}
+    return FoundSets(found, on_held_out, shape)
 
 
 def estimate_search(
