@@ -15,6 +15,7 @@ The options below say the layers, which are those of the embedded 10-layer backb
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,7 @@ from dyvte.comparison.oracle import oracle_points, schedule_oracle_points
 from dyvte.comparison.records import Spread, plain
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.static_sets import (
+    StaticSet,
     compare_hulls,
     compare_sets,
     read_static_sets,
@@ -303,32 +305,44 @@ def main() -> None:
     }
     at_99 = {rule.name: at_target(rule, test, num_text_B, pipeline) for rule in (ours, *others)}
     lengths = by_length(ours, others[:4], test, answer_lengths(bench.scenes, test), args.length_budget)
-    sets, hulls, at_99_of_sets = (), (), {}
-    if args.sets:
-        known = frozen_sets(bench, pipeline, test)
-
-        def ours_at(metric: str, compute: float) -> Tensor:
-            return ours.values_RB(Labels.of(test.trace, metric), compute)
-
-        sets = compare_sets(known, ours_at, test.image_ids, num_draws=args.draws)
-        hulls = compare_hulls(known, ours_at, test.image_ids, args.budgets, num_draws=args.draws)
-        at_99_of_sets = sets_at_target(known, test, num_text_B, pipeline)
     print(f"\n{machine()}\n\n{budget_markdown(found)}\n")
     print(
         certified_table(certificates, args.alpha),
         target_table(found, at_99),
         lengths_table(lengths),
+        flush=True,
         sep="\n\n",
     )
-    if sets:
-        print(sets_table(sets), hulls_table(hulls, at_99_of_sets), sep="\n\n")
     plot_budgets(found, args.plot or args.work / "freezing.png")
     content = {
         "machine": machine(), "exits": exits.label, "budgets": found, "certified": certificates,
-        "at_target": at_99, "by_length": lengths, "sets": sets, "set_mixtures": hulls,
-        "sets_at_target": at_99_of_sets,
+        "at_target": at_99, "by_length": lengths,
     }  # fmt: skip
-    write_atomically(args.json or args.work / "freezing.json", json.dumps(plain(content), indent=2) + "\n")
+    path = args.json or args.work / "freezing.json"
+    write_atomically(path, json.dumps(plain(content), indent=2) + "\n")
+    if args.sets:
+        content |= beside_sets(frozen_sets(bench, pipeline, test), ours, test, args, num_text_B, pipeline)
+        write_atomically(path, json.dumps(plain(content), indent=2) + "\n")
+
+
+def beside_sets(
+    sets: Sequence[StaticSet],
+    ours: Rule,
+    test: TracedScenes,
+    args: argparse.Namespace,
+    num_text_B: Tensor,
+    pipeline: Pipeline,
+) -> dict[str, Any]:
+    """Sets of frozen layers beside the gates: each at its cost, and mixed to spend each budget."""
+
+    def ours_at(metric: str, compute: float) -> Tensor:
+        return ours.values_RB(Labels.of(test.trace, metric), compute)
+
+    alone = compare_sets(sets, ours_at, test.image_ids, num_draws=args.draws)
+    mixed = compare_hulls(sets, ours_at, test.image_ids, args.budgets, num_draws=args.draws)
+    prefill = sets_at_target(sets, test, num_text_B, pipeline)
+    print(sets_table(alone), hulls_table(mixed, prefill), sep="\n\n", flush=True)
+    return {"sets": alone, "set_mixtures": mixed, "sets_at_target": prefill}
 
 
 def frozen_sets(bench: Workbench, pipeline: Pipeline, test: TracedScenes) -> list[Any]:

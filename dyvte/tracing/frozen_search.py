@@ -52,8 +52,8 @@ class FoundSets:
     search
         What was found.
     held_out
-        Rule to the effects of the same sets on held-out samples, of the rules that were judged there; None where
-        no samples were given.
+        Rule to the effects of the same sets on held-out samples, of the rules that were judged there; None
+        where no samples were given.
     shape
         Sizes of the decoder.
     """
