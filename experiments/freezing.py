@@ -352,7 +352,7 @@ def frozen_sets(bench: Workbench, pipeline: Pipeline, test: TracedScenes) -> lis
     )
     held_out = DataConfig(path=bench.scenes / "test.json", image_folder=bench.scenes / "images")
     folder = bench.work / "frozen-sets"
-    found = search_frozen(calibration, folder, largest=9, held_out=held_out, judged=["shortv"])
+    found = search_frozen(calibration, folder, largest=9, held_out=held_out, rules=["shortv"])
     write_frozen_sets(found, folder, [0.99])
     manifest = TraceStore.open(bench.work / "trace-test").manifest
     shape = decoder_shape(pipeline.model.config)

@@ -8,7 +8,7 @@ Shape letters: B samples, N tokens, A answer positions, R those of all samples, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -330,8 +330,9 @@ def search_frozen_sets(
     num_visual_B: Tensor,
     largest: int | None = None,
     objective: Objective = "risk",
+    rules: Collection[str] = tuple(RULES),
 ) -> FrozenSets:
-    """Sets of every size by every rule of `RULES`.
+    """Sets of every size by each rule.
 
     Parameters
     ----------
@@ -345,20 +346,22 @@ def search_frozen_sets(
         Size of the largest set, 1..L; None: L.
     objective
         See `greedy_sets`.
+    rules
+        Those wanted, of `RULES`; the greedy choice measures most sets.
 
     Raises
     ------
     ConfigError
         If ``largest`` is out of range.
     """
-    largest = check_largest(largest, num_layers)
-    chosen = greedy_sets(effects, num_layers, largest, objective)
+    largest, by_rule = check_largest(largest, num_layers), {}
+    if "answer" in rules:
+        by_rule["answer"] = greedy_sets(effects, num_layers, largest, objective)
     contributions = layer_contributions(effects, num_layers)
-    by_rule = {
-        "answer": chosen,
-        "shortv": effects(contribution_sets(contributions, largest)),
-        "last": effects(last_sets(num_layers, largest)),
-    }
+    if "shortv" in rules:
+        by_rule["shortv"] = effects(contribution_sets(contributions, largest))
+    if "last" in rules:
+        by_rule["last"] = effects(last_sets(num_layers, largest))
     return FrozenSets(num_layers, objective, tuple(contributions), by_rule, num_visual_B)
 
 

@@ -96,8 +96,7 @@ def read_static_sets(
         chosen = [
             (rule, parse_layers(row["reduction"].removeprefix("frozen:")), float(row["risk"]))
             for rule in RULES
-            if rule != "last"
-            and rule in record["held_out"]  # the last layers: static schedules, among others
+            if rule != "last" and rule in record["sets"]  # the last layers: static schedules, among others
             for row in record["sets"][rule]
         ]
         found = [

@@ -75,14 +75,14 @@ def frozen_table(found: FoundSets) -> str:
     for rule in found.search.sets:
         head += [f"{_short(rule)}: layers"] if rule != "last" else []
         head += [f"{_short(rule)}: risk, same answer"]
-        head += ["held out"] if rule in (found.held_out or {}) else []
+        head += ["held out"] if found.held_out is not None else []
     rows = []
-    for index, first in enumerate(found.search.sets["answer"]):
+    for index, first in enumerate(next(iter(found.search.sets.values()))):
         row = [str(len(first.layers)), percentage(frozen_share(found.shape, first.layers))]
         for rule, effects in found.search.sets.items():
             one = effects[index]
             row += [reduction_of(one).partition(":")[2]] if rule != "last" else []
-            shown = [one, found.held_out[rule][index]] if rule in (found.held_out or {}) else [one]
+            shown = [one] if found.held_out is None else [one, found.held_out[rule][index]]
             row += [f"{each.risk:.4f}, {percentage(each.same_answer)}" for each in shown]
         rows.append(row)
     return markdown_table(head, rows)
@@ -103,8 +103,7 @@ def choices_table(found: FoundSets, keep: Iterable[float]) -> str:
             row = [percentage(share), RULES[rule], percentage(frozen_share(found.shape, one.layers))]
             row += [percentage(one.same_answer)]
             if held_out is not None:
-                at = list(effects).index(one)
-                row += [percentage(held_out[rule][at].same_answer) if rule in held_out else ""]
+                row += [percentage(held_out[rule][list(effects).index(one)].same_answer)]
             rows.append([*row, f"`{reduction_of(one)}`"])
     return markdown_table(head, rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +52,7 @@ class FoundSets:
     search
         What was found.
     held_out
-        Rule to the effects of the same sets on held-out samples, of the rules that were judged there; None
-        where no samples were given.
+        Rule to the effects of the same sets on held-out samples; None where none were given.
     shape
         Sizes of the decoder.
     """
@@ -98,7 +97,7 @@ def search_frozen(
     largest: int | None = None,
     objective: Objective = "risk",
     held_out: DataConfig | None = None,
-    judged: Sequence[str] = tuple(RULES),
+    rules: Collection[str] = tuple(RULES),
 ) -> FoundSets:
     """Sets of frozen layers for the configured backbone and data.
 
@@ -114,8 +113,8 @@ def search_frozen(
         See `dyvte.calibration.frozen_sets.search_frozen_sets`.
     held_out
         Samples on which the sets found are judged as well.
-    judged
-        Rules whose sets are judged there: each set costs a pass over all of these samples.
+    rules
+        Whose sets are wanted.
 
     Raises
     ------
@@ -132,15 +131,15 @@ def search_frozen(
     teacher = Teacher(model, processor, cfg.teacher)
     count = count_sets(shape.num_layers, check_largest(largest, shape.num_layers))
     with _effects(teacher, cfg.data, folder / EFFECTS_FILE, count, "frozen sets") as (effects, num_visual_B):
-        found = search_frozen_sets(effects, shape.num_layers, num_visual_B, largest, objective)
+        found = search_frozen_sets(effects, shape.num_layers, num_visual_B, largest, objective, rules)
     if held_out is None:
         return FoundSets(found, None, shape)
-    sets = {rule: [one.layers for one in of] for rule, of in found.sets.items() if rule in judged}
+    sets = {rule: [one.layers for one in of] for rule, of in found.sets.items()}
     together = sorted({layers for of in sets.values() for layers in of})
     with _effects(teacher, held_out, folder / HELD_OUT_FILE, len(together), "held out") as (effects, _):
         effects(together)
-        on_held_out = {rule: effects(of) for rule, of in sets.items()}
-    return FoundSets(found, on_held_out, shape)
+        judged = {rule: effects(of) for rule, of in sets.items()}
+    return FoundSets(found, judged, shape)
 
 
 def estimate_search(
