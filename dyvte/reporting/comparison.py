@@ -114,6 +114,9 @@ def sets_table(sets: Sequence[SetComparison]) -> str:
         "same answer, %",
         "gates",
         "gates minus set, points",
+        "risk, nats",
+        "gates",
+        "gates minus set",
     ]
     rows = [
         [
