@@ -23,6 +23,7 @@ from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.schedule_router import ScheduleRouter
 from dyvte.comparison.traces import compare_on_traces
 from dyvte.comparison.tuned_gates import load_gates
+from dyvte.costs.schedules import kv_share
 from dyvte.errors import ConfigError
 from dyvte.gates import GateConfig, GateStack, Schedules, uniform_freeze_offsets, uniform_offsets
 from dyvte.objectives import expected_risk
