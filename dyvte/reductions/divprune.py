@@ -53,6 +53,9 @@ def most_diverse(states_VD: Tensor, count: int) -> Tensor:
         return torch.arange(len(states_VD), device=states_VD.device)
     unit_VD = functional.normalize(states_VD.detach().float(), dim=1)
     far_VV = 1 - unit_VD @ unit_VD.T
+    # Two states that are each other's nearest tie for the first choice. The product's two halves may differ
+    # in the last bit, which must not decide: the first of them wins.
+    far_VV = torch.minimum(far_VV, far_VV.T)
     least_V = far_VV.clone().fill_diagonal_(torch.inf).amin(1)
     taken_V = torch.zeros(len(far_VV), dtype=torch.bool, device=far_VV.device)
     chosen: list[Tensor] = []

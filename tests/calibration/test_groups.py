@@ -30,7 +30,7 @@ from dyvte.cli import main
 from dyvte.errors import CalibrationError
 from dyvte.gates import GateConfig, GateStack, close_freezes, load_checkpoint, uniform_freeze_offsets
 from dyvte.teacher import Manifest, Shard, TraceStore
-from dyvte.teacher.store import grid_fingerprint
+from dyvte.teacher.manifest import grid_fingerprint
 from tests.helpers.traces import make_trace
 
 # --- a finite population of three groups whose risks are known exactly ---

@@ -53,6 +53,22 @@ def test_windows_are_those_of_a_loop(height, width, side):
         assert len({int(window_V[at]) for at in members}) == 1
 
 
+def test_of_two_states_nearest_to_each_other_the_first_is_taken():
+    """Their distances to the nearest are one number, whatever the last bits of a product are."""
+    mutual = 0
+    for seed in range(300):
+        states_VD = torch.randn(2 + seed % 4, 48, generator=torch.Generator().manual_seed(seed))
+        unit_VD = torch.nn.functional.normalize(states_VD.double(), dim=1)
+        far_VV = (1 - unit_VD @ unit_VD.T).fill_diagonal_(torch.inf)
+        nearest_V = far_VV.argmin(1)
+        first = int(most_diverse(states_VD, 1)[0])
+        other = int(nearest_V[first])
+        if int(nearest_V[other]) == first:
+            mutual += 1
+            assert first < other
+    assert mutual > 0
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 24, 30])
 def test_the_most_diverse_are_those_of_the_published_rule(count):
     """As its authors wrote it down: distances to those chosen so far, and the largest of the least."""
