@@ -174,7 +174,20 @@ class ScheduleCosts:
         shift: float = 4.0,
         memory_price: float = 0.0,
     ) -> Tensor:
-        """`expected_risk` of logits of the same samples; parameters as there."""
+        """`expected_risk` of logits of the same samples.
+
+        Parameters
+        ----------
+        logits
+            (B, L), or those of both heads where the schedules are a grid.
+        lam, span, points, shift, memory_price
+            As for `expected_risk`.
+
+        Raises
+        ------
+        ValueError
+            If a price is negative, or the span below 1.
+        """
         _check(lam, span, memory_price)
         num_points = points if span > 1 else 1
         log_x_S = torch.linspace(-math.log(span), math.log(span), num_points, dtype=torch.float64)
