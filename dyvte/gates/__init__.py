@@ -19,6 +19,7 @@ from dyvte.gates.groups import (
     GroupFinder,
     GroupRule,
     GroupThresholds,
+    thresholds_named,
 )
 from dyvte.gates.logits import HeadLogits
 from dyvte.gates.offsets import (
@@ -72,6 +73,7 @@ __all__ = [
     "schedule_probabilities",
     "schedules",
     "select_features",
+    "thresholds_named",
     "uniform_freeze_offsets",
     "uniform_offsets",
     "write_groups",

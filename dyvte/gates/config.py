@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from dyvte.errors import CheckpointError, ConfigError
+from dyvte.errors import CheckpointError, ConfigError, GateMismatchError
 from dyvte.gates.architectures import ARCHITECTURES
 from dyvte.gates.features import DEFAULT_FEATURES, check_features
 from dyvte.gates.groups import GroupThresholds
@@ -143,6 +143,26 @@ class GateConfig:
         if not self.freeze_head:
             values = {name: value for name, value in values.items() if name not in FREEZE_FIELDS}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def check_shape(self, num_layers: int, hidden_size: int) -> None:
+        """Raise where these are no gates for a backbone of this shape.
+
+        Parameters
+        ----------
+        num_layers, hidden_size
+            L and D of the backbone.
+
+        Raises
+        ------
+        GateMismatchError
+            Naming both shapes.
+        """
+        if (self.num_layers, self.hidden_size) != (num_layers, hidden_size):
+            raise GateMismatchError(
+                f"these gates are for {self.num_layers} layers of hidden size {self.hidden_size}, "
+                f"the backbone has {num_layers} layers of hidden size {hidden_size}: "
+                "use the gates trained for this backbone"
+            )
 
     @classmethod
     def from_json(cls, text: str) -> GateConfig:

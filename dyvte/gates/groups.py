@@ -339,3 +339,27 @@ class GroupRule(ScheduleRule):
 def _cuts(thresholds: tuple[float, ...]) -> Tensor:
     """(G + 1,) float32 levels that a logit must exceed; the last one, of no group, is infinite."""
     return torch.tensor([cut(one) for one in (*thresholds, NEVER)])
+
+
+def thresholds_named(groups: GroupThresholds | None, text: str) -> tuple[float, float | None]:
+    """The thresholds of leaving and of freezing (None: not stated) that a text asks for.
+
+    Parameters
+    ----------
+    groups
+        Of gates that were calibrated by group; else None.
+    text
+        A probability, or the name of one of the groups.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither.
+    """
+    try:
+        return float(text), None
+    except ValueError:
+        pass
+    if groups is None:
+        raise ConfigError(f"threshold {text!r}: expected a probability in 0..1")
+    return groups.of(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyvte.gates import CLOSED, FoundGroups, GateStack, GroupRule, ScheduleRule
+from dyvte.gates import CLOSED, FoundGroups, GateStack, GroupRule, GroupThresholds, ScheduleRule
 from dyvte.policies.base import Plan, Rows
 
 
@@ -73,3 +73,30 @@ class GatePlan(Plan):
     def settle(self, rows_B: Tensor, k: int) -> None:
         """Rows that have no visual token behind layer k: there is nothing left to decide."""
         self.rule.settle(rows_B, k)
+
+
+def decision_rule(
+    gates: GateStack,
+    num_rows: int,
+    num_layers: int,
+    min_layer: int,
+    fallback: int | None,
+    thresholds: GroupThresholds | tuple[float, float | None],
+) -> ScheduleRule:
+    """The rule of a prefill.
+
+    Parameters
+    ----------
+    gates
+        That decide.
+    num_rows, num_layers
+        Of the prefill.
+    min_layer, fallback
+        See `ScheduleRule`.
+    thresholds
+        Of leaving and of freezing, for all rows; or those of each row's group.
+    """
+    if isinstance(thresholds, GroupThresholds):
+        return GroupRule(num_rows, num_layers, thresholds, gates.finder.size, min_layer, fallback)
+    leaving, freezing = thresholds
+    return ScheduleRule(num_rows, num_layers, leaving, min_layer, fallback, freezing)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from dyvte.errors import ConfigError, GateMismatchError
+from dyvte.errors import ConfigError
 from dyvte.gates import (
-    GateConfig,
     GateStack,
-    GroupRule,
     ScheduleRule,
     check_rule,
     follow_threshold,
     load_checkpoint,
+    thresholds_named,
 )
 from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 from dyvte.policies.fixed import FixedPolicy
-from dyvte.policies.gate_plan import GatePlan
+from dyvte.policies.gate_plan import GatePlan, decision_rule
 
 
 @POLICIES.register
@@ -58,13 +57,11 @@ class LearnedPolicy(Policy):
     ) -> None:
         if by_group and (gates.config.groups is None or gates.finder is None):
             raise ConfigError("these gates were not calibrated by group (dyvte calibrate --groups)")
-        self.by_group = by_group
-        self.gates, self.threshold, self.min_layer, self.fallback = gates, threshold, min_layer, fallback
-        config = gates.config
+        self.gates, self.by_group, config = gates, by_group, gates.config
+        self.threshold, self.min_layer, self.fallback = threshold, min_layer, fallback
         if freeze_threshold is None and config.freeze_head:
             freeze_threshold = follow_threshold(config.freeze_threshold, config.threshold, threshold)
-        self.freeze_threshold = freeze_threshold
-        self.may_freeze = config.freeze_head
+        self.freeze_threshold, self.may_freeze = freeze_threshold, config.freeze_head
 
     @classmethod
     def parse(cls, argument: str) -> Policy:
@@ -72,7 +69,7 @@ class LearnedPolicy(Policy):
         folder, at, threshold = argument.rpartition("@") if "@" in argument else (argument, "", "")
         config, gates = load_checkpoint(folder)
         if gates is not None and config.mode != "fixed":
-            used, freeze = _stated(config, threshold) if at else (config.threshold, None)
+            used, freeze = thresholds_named(config.groups, threshold) if at else (config.threshold, None)
             check_rule(config.num_layers, used, config.min_layer, config.fallback)
             by_group = not at and config.groups is not None
             return cls(gates, used, config.min_layer, config.fallback, freeze, by_group=by_group)
@@ -82,14 +79,8 @@ class LearnedPolicy(Policy):
 
     def check(self, num_layers: int, hidden_size: int) -> None:
         """Raise where a layer number or shape does not fit the backbone."""
-        config = self.gates.config
-        if (config.num_layers, config.hidden_size) != (num_layers, hidden_size):
-            raise GateMismatchError(
-                f"these gates are for {config.num_layers} layers of hidden size {config.hidden_size}, "
-                f"the backbone has {num_layers} layers of hidden size {hidden_size}: "
-                "use the gates trained for this backbone"
-            )
-        if self.freeze_threshold is not None and not config.freeze_head:
+        self.gates.config.check_shape(num_layers, hidden_size)
+        if self.freeze_threshold is not None and not self.may_freeze:
             raise ConfigError("freeze_threshold is of gates with a freeze head; these have none")
         self._rule(0, num_layers)
 
@@ -100,24 +91,9 @@ class LearnedPolicy(Policy):
 
     def start(self, rows: Rows) -> Plan:
         """The plan for one prefill."""
-        count = len(rows.num_visual_B)
-        return GatePlan(self.gates, self._rule(count, rows.num_layers), rows)
+        return GatePlan(self.gates, self._rule(len(rows.num_visual_B), rows.num_layers), rows)
 
     def _rule(self, num_rows: int, num_layers: int) -> ScheduleRule:
-        groups, finder = self.gates.config.groups, self.gates.finder
-        if self.by_group and groups is not None and finder is not None:
-            return GroupRule(num_rows, num_layers, groups, finder.size, self.min_layer, self.fallback)
-        return ScheduleRule(
-            num_rows, num_layers, self.threshold, self.min_layer, self.fallback, self.freeze_threshold
-        )
-
-
-def _stated(config: GateConfig, text: str) -> tuple[float, float | None]:
-    """The thresholds that stand behind the @: a number, or the name of a calibrated group."""
-    try:
-        return float(text), None
-    except ValueError:
-        pass
-    if config.groups is None:
-        raise ConfigError(f"threshold {text!r}: expected a probability in 0..1")
-    return config.groups.of(text)
+        stated = (self.threshold, self.freeze_threshold)
+        thresholds = self.gates.config.groups if self.by_group else stated
+        return decision_rule(self.gates, num_rows, num_layers, self.min_layer, self.fallback, thresholds)

@@ -7,7 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from dyvte.tasks.answers.masks import mask_text
 from dyvte.tasks.base import TASKS, Predictions, get_benchmark
+from dyvte.tasks.reasonseg import true_mask
 from tests.helpers.benchmark_files import WRITERS, write_benchmark
 
 SCORES = {
@@ -16,11 +18,15 @@ SCORES = {
     "chair": lambda scores: 100 - scores["chair_s"],
     "docvqa": lambda scores: scores["anls"],
     "infovqa": lambda scores: scores["anls"],
+    "reasonseg": lambda scores: scores["giou"],
     "mme": lambda scores: scores["perception"] + scores["cognition"],
     "tgifqa": lambda scores: scores["exact_match"],
     "videomme": lambda scores: scores["accuracy_of_all"],
 }
 """The figure that the statistic is, where it is not ``accuracy``."""
+
+ANSWERS = {"reasonseg": lambda question: mask_text(true_mask(question) == 1)}
+"""The right answer, where it is not ``Question.answer``."""
 
 GRADED = [name for name in TASKS if name != "mmvet"]
 
@@ -43,7 +49,8 @@ def _copy(question, number):
 def test_the_statistic_equals_scoring_repeated_units(tmp_path, name):
     benchmark = get_benchmark(name)
     questions = benchmark.load(write_benchmark(tmp_path, name, next(iter(WRITERS[name]))))
-    texts = {q.id: q.answer if n % 3 else "Z" for n, q in enumerate(questions)}
+    right = ANSWERS.get(name, lambda question: question.answer)
+    texts = {q.id: right(q) if n % 3 else "Z" for n, q in enumerate(questions)}
     hits = benchmark.correct(questions, Predictions(texts))
     statistic = benchmark.statistic(questions, hits)
     units = list(dict.fromkeys(q.image_id for q in questions))
