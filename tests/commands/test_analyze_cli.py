@@ -86,7 +86,7 @@ def test_all_omits_by_name_what_lacks_its_option(world, tmp_path, capsys, monkey
     monkeypatch.setattr(analysis, "get_study", pretend)
     assert main(["analyze", "all", *_options(world, tmp_path)]) == 0
     printed = capsys.readouterr().out
-    without = {"exits", "transfer", "gate_inputs"}
+    without = {"exits", "transfer", "gate_inputs", "shift"}
     assert done == [name for name in STUDIES if name not in without]
     assert all(f"omitted: {name} needs --" in printed for name in without)
 
