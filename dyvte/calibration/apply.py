@@ -198,8 +198,12 @@ def write_calibration(folder: str | Path, found: Calibration) -> GateConfig:
     if found.freeze_threshold is not None:
         config = replace(config, freeze_threshold=found.freeze_threshold)
     config = replace(config, groups=found.groups)
-    write_groups(folder, found.finder)
+    # A config is never there before the file that it names, nor after it.
+    if found.finder is not None:
+        write_groups(folder, found.finder)
     save_config(config, folder)
+    if found.finder is None:
+        write_groups(folder, None)
     return config
 
 

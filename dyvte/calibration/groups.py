@@ -139,6 +139,7 @@ def calibrate_groups(
         )
         if gates.config.freeze_head
         else (),
+        finder=finder.digest(),
     )
     chosen = group_schedules(held, found, thresholds)
     record = {

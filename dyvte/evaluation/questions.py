@@ -6,10 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from dyvte.tasks.base import (
-    Benchmark,
-    Question,
-)
+from dyvte.tasks.base import Benchmark, Question
 
 
 def load_questions(

@@ -198,10 +198,7 @@ def learned(name: str, policy: LearnedPolicy) -> NamedPolicy:
         identity["freeze_threshold"] = policy.freeze_threshold
     if policy.by_group and policy.gates.finder is not None:
         identity["groups"] = repr(policy.gates.config.groups)
-        for key, tensor in sorted(policy.gates.finder.tensors().items()):
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().float().numpy().tobytes())
-        identity["groups_sha256"] = digest.hexdigest()
+        identity["groups_sha256"] = policy.gates.finder.digest()
     return NamedPolicy(name, policy, identity)
 
 

@@ -53,7 +53,7 @@ def read_groups(folder: str | os.PathLike[str], config: GateConfig) -> GroupFind
     Raises
     ------
     CheckpointError
-        If it has groups and their file is missing or does not fit.
+        If it has groups and their file is missing, does not fit, or is of another calibration.
     """
     if config.groups is None:
         return None
@@ -64,9 +64,15 @@ def read_groups(folder: str | os.PathLike[str], config: GateConfig) -> GroupFind
             "or calibrate again"
         )
     try:
-        return GroupFinder.of(_read_tensors(path), config.feature_size, len(config.groups.names))
+        finder = GroupFinder.of(_read_tensors(path), config.feature_size, len(config.groups.names))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if config.groups.finder and config.groups.finder != finder.digest():
+        raise CheckpointError(
+            f"{path} is not what the thresholds of {CONFIG_FILE} were certified with: one of the two is of "
+            "another calibration, or one was stopped half-way; calibrate again"
+        )
+    return finder
 
 
 def write_groups(folder: str | os.PathLike[str], finder: GroupFinder | None) -> None:

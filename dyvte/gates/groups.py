@@ -10,6 +10,7 @@ Shapes: B rows, F gate features, Z projected dimensions, G groups, I calibration
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +43,15 @@ class GroupThresholds:
         Of exiting, one for each group; 1 is never, for a group without a certificate.
     freeze_thresholds
         Of freezing, one for each; empty without a freeze head.
+    finder
+        `GroupFinder.digest` of what tells these groups; empty: not known.
     """
 
     layer: int
     names: tuple[str, ...]
     thresholds: tuple[float, ...]
     freeze_thresholds: tuple[float, ...] = ()
+    finder: str = ""
 
     def __post_init__(self) -> None:
         for name in ("names", "thresholds", "freeze_thresholds"):
@@ -230,6 +234,14 @@ class GroupFinder:
         """All of it by name."""
         return {name: getattr(self, name) for name in self.NAMES}
 
+    def digest(self) -> str:
+        """sha256 over all of it: thresholds hold for the groups that this very finder tells."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], feature_size: int, num_groups: int) -> GroupFinder:
         """From tensors by name.
@@ -250,7 +262,8 @@ class GroupFinder:
         """
         if sorted(tensors) != sorted(cls.NAMES):
             raise CheckpointError(f"the finder of groups has tensors {sorted(tensors)}, not {cls.NAMES}")
-        found = {name: tensor.float() for name, tensor in tensors.items()}
+        # Copies, as those read from a file may lie unaligned, which changes the last bits of a product.
+        found = {name: tensor.float().clone() for name, tensor in tensors.items()}
         size = found["projection_FZ"].shape[-1]
         wanted = {
             "mean_F": (feature_size,),

@@ -248,6 +248,7 @@ def test_what_is_written_is_what_decides_and_goes_when_calibrated_otherwise(tmp_
     assert again.groups == config.groups == found.groups
     assert (again.threshold, again.freeze_threshold) == (found.threshold, found.freeze_threshold)
     assert torch.equal(stack.finder.reference_IZ, found.finder.reference_IZ)
+    assert again.groups.finder == stack.finder.digest()
     assert (folder / "gates.safetensors").read_bytes() == weights
     assert json.loads((folder / "gate_config.json").read_text())["calibration"]["kind"] == "risk by group"
     write_calibration(folder, calibrate_risk(gates, store, 0.9, 0.1))

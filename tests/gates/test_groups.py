@@ -21,6 +21,7 @@ from dyvte.gates import (
     exit_layers,
     load_checkpoint,
     save_config,
+    write_groups,
 )
 
 LAYERS, ROWS = 6, 40
@@ -142,6 +143,12 @@ def test_groups_lie_beside_the_weights_and_must_be_there(tmp_path) -> None:
     _, again = load_checkpoint(tmp_path)
     features = torch.randn(7, 4)
     assert torch.equal(again.finder.find(features).groups_B, gates.finder.find(features).groups_B)
+    told_by = replace(given, finder=gates.finder.digest())
+    save_config(config(groups=told_by), tmp_path)
+    assert load_checkpoint(tmp_path)[0].groups == told_by
+    write_groups(tmp_path, finder(limit=5.0))
+    with pytest.raises(CheckpointError, match="another calibration, or one was stopped half-way"):
+        load_checkpoint(tmp_path)
     save_config(config(groups=replace(given, names=("a", "b", "c"), thresholds=(0.5,) * 3)), tmp_path)
     with pytest.raises(CheckpointError, match=r"centers_GZ has shape \(2, 2\), expected \(3, 2\)"):
         load_checkpoint(tmp_path)
