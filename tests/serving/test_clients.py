@@ -77,7 +77,9 @@ def test_a_camera_page_finds_the_server_and_asks_about_frame_after_frame(served)
 
     replies = asyncio.run(watch())
     for reply in replies:
-        assert reply.choices[0].message.content.strip()
+        choice = reply.choices[0]  # drawn, so its first token may end it; one that was cut has its words
+        assert choice.message.content.strip() or choice.finish_reason == "stop"
+        assert choice.finish_reason in ("stop", "length")
         dumped = reply.model_dump()  # its page shows the whole reply
         assert dumped["visual_exit"]["visual_tokens"] == 16
         assert dumped["usage"]["completion_tokens"] <= 12
