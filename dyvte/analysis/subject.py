@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dyvte.backbones import Backbone, describe, fingerprint, weights_digest
 from dyvte.calibration import LayerSearch, search_exit_layer
 from dyvte.errors import ConfigError, UnsupportedBackboneError
 from dyvte.evaluation.askable import without_unaskable
+from dyvte.evaluation.fitting import check_named
 from dyvte.evaluation.generation import Batch, Pipeline, encoded_batches, plan_batches, shown_by
 from dyvte.evaluation.runner import (
     EvalConfig,
@@ -184,7 +185,7 @@ class Subject:
         texts
             Such as ``fixed:16``; random ones without a seed take the configured one.
         """
-        return parse_policies(texts, self.config.seed)
+        return _policies(texts, self.config.seed)
 
     def servable(self, policies: Sequence[NamedPolicy]) -> tuple[list[NamedPolicy], list[str]]:
         """Those that can serve the backbone, and why the others cannot.
@@ -197,7 +198,7 @@ class Subject:
         good, notes = [], []
         for named in policies:
             try:
-                named.check(self.num_layers, self.backbone.hidden_size)
+                check_named(self.pipeline.model, self.pipeline.processor, [named])
                 with named.exits()(self.pipeline.model):
                     pass
                 good.append(named)
@@ -267,7 +268,7 @@ class Subject:
         }
 
 
-def open_subject(config: AnalysisConfig) -> Subject:
+def open_subject(config: AnalysisConfig, *, transfers: bool = False) -> Subject:
     """Load questions and backbone; questions that cannot be asked are excluded, with all about their images,
     where ``max_bad_samples`` allows for them.
 
@@ -275,9 +276,13 @@ def open_subject(config: AnalysisConfig) -> Subject:
     ----------
     config
         Backbone, benchmark and limits.
+    transfers
+        Will gates of other backbones be looked at? Without, they are refused before weights are read.
 
     Raises
     ------
+    GateMismatchError
+        Gates are another backbone's.
     DataError
         The questions cannot be read, or more of them than ``max_bad_samples`` cannot be asked.
     UnsupportedBackboneError
@@ -285,7 +290,11 @@ def open_subject(config: AnalysisConfig) -> Subject:
     """
     benchmark = get_benchmark(config.benchmark)
     questions = load_questions(benchmark, config.data, config.limit, config.max_bad_samples)
-    pipeline = load_pipeline(config)
+    parse_policies(config.schedules, config.seed)  # malformed ones are found now; a study says which fit
+    policies = _policies([f"gates:{path}" for path in config.gates], config.seed)
+    if transfers:
+        policies = [replace(one, options={"allow_transfer": True}) for one in policies]
+    pipeline = load_pipeline(config, policies=policies)
     kept, unaskable = without_unaskable(
         pipeline,
         questions,
@@ -294,6 +303,13 @@ def open_subject(config: AnalysisConfig) -> Subject:
         config.max_bad_samples,
     )
     return Subject(config, pipeline, benchmark, kept, unaskable)
+
+
+def _policies(texts: Sequence[str], seed: int) -> list[NamedPolicy]:
+    """Policies of studies: gates are named by a setting of their own."""
+    named = parse_policies(texts, seed)
+    own = (text.partition("gates:")[2] for text in texts)
+    return [replace(one, setting=f"gates {path}") if path else one for one, path in zip(named, own)]
 
 
 def gates_of(subject: Subject) -> Mapping[str, str]:

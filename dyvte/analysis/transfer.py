@@ -23,7 +23,6 @@ def study(subject: Subject) -> Findings:
     rows: dict[str, dict[str, Any]] = {FULL_MODEL: {}}
     for path, named in zip(paths, subject.policies(*paths.values()), strict=True):
         allowed = with_options(named, "transfer", allow_transfer=True)
-        allowed.check(subject.num_layers, subject.backbone.hidden_size)
         with allowed.exits()(subject.pipeline.model) as run:
             transferred = run.transferred
         used = allowed if transferred else named

@@ -76,6 +76,18 @@ def _whole(path: str | os.PathLike[str]) -> str:
     return str(built_folder(path) if is_recipe(path) else path)
 
 
+def check_adapter(adapter: str | os.PathLike[str]) -> None:
+    """Raise UnsupportedBackboneError where PEFT is not installed, or an adapter's files are not there."""
+    folder = Path(adapter)
+    if folder.is_dir():
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / name).is_file():
+                raise UnsupportedBackboneError(f"{adapter} has no {name}: give the folder of a PEFT adapter")
+    elif str(adapter).count("/") > 1 or str(adapter).startswith((".", "/", "~")):
+        raise UnsupportedBackboneError(f"no adapter folder at {adapter}: check the path")
+    import_peft()
+
+
 def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> Any:
     """``model`` inside a ``PeftModel`` that holds the adapter, not merged, for inference.
 
@@ -85,13 +97,7 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> Any:
         If PEFT is not installed, or the adapter is not whole, adds tokens of its own, or belongs to a model
         of another shape.
     """
-    folder = Path(adapter)
-    if folder.is_dir():
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            if not (folder / name).is_file():
-                raise UnsupportedBackboneError(f"{adapter} has no {name}: give the folder of a PEFT adapter")
-    elif str(adapter).count("/") > 1 or str(adapter).startswith((".", "/", "~")):
-        raise UnsupportedBackboneError(f"no adapter folder at {adapter}: check the path")
+    check_adapter(adapter)
     peft = import_peft()
     with wrapping_quietly(), warnings.catch_warnings():
         # PEFT leaves what it does not find at its initial value and only warns.

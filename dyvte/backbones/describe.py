@@ -24,6 +24,7 @@ VISUAL_ID_FIELDS = (
 )
 # Families whose config field does not identify all of their visual tokens.
 _NEEDS_EXPLICIT_IDS = {"molmo2"}
+_GIVEN_IDS = "load it in Python and pass visual_token_ids to VisualExit; no command serves it"
 _CROSS_ATTENTION = {"mllama", "idefics"}
 _OTHER_DECODING = {"diffusion_gemma": "it denoises blocks of tokens instead of decoding one after the other"}
 # Layer types whose K/V live in a plain per-layer attention cache.
@@ -280,7 +281,7 @@ def _visual_token_ids(config: Any, given: Iterable[int] | None) -> tuple[int, ..
         ids = tuple(dict.fromkeys(int(i) for i in given))
     elif config.model_type in _NEEDS_EXPLICIT_IDS:
         raise UnsupportedBackboneError(
-            f"the config of {config.model_type} does not name all of its visual tokens: pass visual_token_ids"
+            f"the config of {config.model_type} does not name all of its visual tokens: {_GIVEN_IDS}"
         )
     else:
         found = [getattr(config, name, None) for name in VISUAL_ID_FIELDS]
@@ -288,8 +289,8 @@ def _visual_token_ids(config: Any, given: Iterable[int] | None) -> tuple[int, ..
     if not ids:
         raise UnsupportedBackboneError(
             f"no visual token is named in the config of {config.model_type} "
-            f"(looked for {', '.join(VISUAL_ID_FIELDS)}): "
-            "pass visual_token_ids if its vision features overwrite placeholder tokens"
+            f"(looked for {', '.join(VISUAL_ID_FIELDS)}); "
+            f"if its vision features overwrite placeholder tokens, {_GIVEN_IDS}"
         )
     return ids
 

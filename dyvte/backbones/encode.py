@@ -145,8 +145,9 @@ def _usable_tokenizer(processor: Any) -> Any:
         raise ConfigError("the tokenizer gives no character offsets: a fast (tokenizers) version is needed")
     if tokenizer.pad_token is None:
         raise ConfigError(
-            "the tokenizer has no pad token, so no batch can be made: set processor.tokenizer.pad_token, to "
-            "its eos_token if there is no other (what is padded is masked)"
+            "the tokenizer has no pad token, so no batch can be made: name one as pad_token in "
+            "tokenizer_config.json beside the model (in Python: processor.tokenizer.pad_token), its "
+            "eos_token if there is no other (what is padded is masked)"
         )
     return tokenizer
 

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
-from dyvte.backbones.adapter import load_adapter, resolve_adapter
+from dyvte.backbones.adapter import check_adapter, load_adapter, resolve_adapter
 from dyvte.backbones.built import built_folder, is_recipe
 from dyvte.backbones.config import BackboneConfig
-from dyvte.backbones.describe import check_path, hub_advice, read_config
+from dyvte.backbones.describe import (
+    check_path,
+    describe,
+    describe_config,
+    hub_advice,
+    model_without_weights,
+    read_config,
+)
 from dyvte.backbones.given_features import FeaturesProcessor, put_stand_in, takes_features
 from dyvte.backbones.padding import ImagePadding, set_image_padding
 from dyvte.backbones.processor_check import check_processor, complete_processor
 from dyvte.backbones.quantize import quantized_arguments
 from dyvte.errors import UnsupportedBackboneError
+
+log = logging.getLogger(__name__)
+BeforeWeights = Callable[[nn.Module, Any], None]
+"""Looks at a model on the meta device, and at its processor; raises where something does not fit them."""
 
 
 def load_backbone(
@@ -29,6 +43,7 @@ def load_backbone(
     quantization: str = "none",
     image_padding: ImagePadding = "auto",
     image_features: str | None = None,
+    before_weights: BeforeWeights | None = None,
 ) -> tuple[Any, Any]:
     """A frozen model in eval mode, and its processor.
 
@@ -55,6 +70,9 @@ def load_backbone(
         What the processor does to images that are not square; see `set_image_padding`.
     image_features
         ``module:function``, for a folder without a vision tower; see `given_features`.
+    before_weights
+        Is given the model without weights, on the meta device, and the processor, before weights are read:
+        what it raises is found early. Not called for a model that cannot be built without its weights.
 
     Raises
     ------
@@ -67,15 +85,20 @@ def load_backbone(
     """
     from transformers import AutoModelForImageTextToText
 
-    from dyvte.backbones.describe import describe
-
     path, adapter = resolve_adapter(path, adapter)
     check_path(path)
     _check_attention(attn_implementation)
     dtype = _dtype(dtype, device)
     packed = quantized_arguments(quantization, dtype, device)
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    describe_config(config)
+    if adapter is not None:
+        check_adapter(adapter)
     processor = _read_processor(path, trust_remote_code, image_features)
-    checked = complete_processor(processor, read_config(path, trust_remote_code=trust_remote_code), path)
+    checked = complete_processor(processor, config, path)
+    set_image_padding(processor, image_padding, config.model_type)
+    if before_weights is not None and (shell := _shell(path, config, trust_remote_code)) is not None:
+        before_weights(shell, processor)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -91,7 +114,6 @@ def load_backbone(
     if takes_features(path):
         put_stand_in(model, path)
     describe(model)
-    set_image_padding(processor, image_padding, model.config.model_type)
     if adapter is not None:
         model = load_adapter(model, adapter)
     model.requires_grad_(False).eval()
@@ -101,7 +123,12 @@ def load_backbone(
     return model, processor
 
 
-def open_backbone(config: BackboneConfig, device: torch.device | None = None) -> tuple[Any, Any]:
+def open_backbone(
+    config: BackboneConfig,
+    device: torch.device | None = None,
+    *,
+    before_weights: BeforeWeights | None = None,
+) -> tuple[Any, Any]:
     """The configured model, frozen and in eval mode, and its processor: `load_backbone` of its settings.
 
     Parameters
@@ -110,6 +137,8 @@ def open_backbone(config: BackboneConfig, device: torch.device | None = None) ->
         Which model, and how it is loaded.
     device
         Where it goes, unless the configuration names a device. None: where transformers puts it (CPU).
+    before_weights
+        As for `load_backbone`.
     """
     return load_backbone(
         config.path,
@@ -121,6 +150,7 @@ def open_backbone(config: BackboneConfig, device: torch.device | None = None) ->
         quantization=config.quantization,
         image_padding=config.image_padding,
         image_features=config.image_features,
+        before_weights=before_weights,
     )
 
 
@@ -168,6 +198,18 @@ def load_processor(
     processor = _read_processor(path, trust_remote_code, image_features)
     complete_processor(processor, read_config(path, trust_remote_code=trust_remote_code), path)
     return processor
+
+
+def _shell(path: str, config: Any, trust_remote_code: bool) -> nn.Module | None:
+    """The model on the meta device; None where it cannot be built so."""
+    try:
+        shell = model_without_weights(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a model's class raises: it is built once more, with its weights
+        log.debug("no model without weights: %s", error)
+        return None
+    if takes_features(path):
+        put_stand_in(shell, path)
+    return shell
 
 
 def _read_processor(path: str | os.PathLike[str], trust_remote_code: bool, image_features: str | None) -> Any:

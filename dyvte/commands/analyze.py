@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             check_study(name)
     config = config_from(AnalysisConfig, args)
     names = chosen(args.studies, config)
-    subject = open_subject(config)
+    subject = open_subject(config, transfers="transfer" in names)
     for name in names:
         source = STUDIES[name][0]
         found = get_study(name)(subject)

@@ -39,7 +39,7 @@ from dyvte.comparison.score_curves import score_curves
 from dyvte.comparison.static_sets import SetComparison, StaticSet, compare_sets, read_static_sets
 from dyvte.comparison.table import PolicyRow, table_rows
 from dyvte.comparison.traces import Pair, TraceComparison, compare_on_traces
-from dyvte.comparison.tuned_gates import TunedGates, load_gates
+from dyvte.comparison.tuned_gates import TunedGates, load_gates, read_gates
 from dyvte.comparison.tuned_router import (
     TunedRouter,
     best_router,
@@ -51,10 +51,13 @@ from dyvte.comparison.vtw import VtwChoice, choose_vtw
 from dyvte.config import dump_config
 from dyvte.errors import ConfigError
 from dyvte.evaluation.askable import without_unaskable
+from dyvte.evaluation.fitting import check_named
 from dyvte.evaluation.generation import Pipeline, encoded_batches, plan_batches
 from dyvte.evaluation.latency import PrefillTimes, even_batches, machine, measure_prefill
 from dyvte.evaluation.runner import load_pipeline, load_questions, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL, Machine
+from dyvte.evaluation.settings import NamedPolicy, parse_policies, with_reductions
+from dyvte.policies import LearnedPolicy
 from dyvte.progress import progress
 from dyvte.tasks.base import get_benchmark
 from dyvte.teacher import TraceStore
@@ -132,7 +135,9 @@ def compare(config: CompareConfig) -> Comparison:
     dump_config(config, config.output / CONFIG_FILE)
     if config.plans is not None:  # before hours of work, not after
         shared_reductions(*_searches(config))
-    pipeline = load_pipeline(config)
+    policies = _policies(config)
+    pipeline = load_pipeline(config, policies=policies)
+    check_named(pipeline.model, pipeline.processor, policies)
     sets = _static_sets(config, pipeline) if config.frozen_sets is not None else []
     train, calibration, test = (
         load_scenes(traces, data, config.image_folder)
@@ -168,6 +173,18 @@ def compare(config: CompareConfig) -> Comparison:
         plans=plans,
         sets=_at_their_cost(config, test, pairs, sets),
     )
+
+
+def _policies(config: CompareConfig) -> list[NamedPolicy]:
+    """Every policy that is given, to be held against the backbone before its weights are read."""
+    folders = {f"gates {folder}": folder for folder in config.gates}
+    for name, given in config.baseline_gates.items():
+        folders |= {f"baseline {name}={folder}": folder for folder in given}
+    gates = [
+        NamedPolicy(setting, LearnedPolicy(read_gates(folder)), {}, setting=setting)
+        for setting, folder in folders.items()
+    ]
+    return [*gates, *with_reductions(parse_policies([FULL_MODEL]), config.controls)]
 
 
 def _static_sets(config: CompareConfig, pipeline: Pipeline) -> list[StaticSet]:

@@ -111,6 +111,14 @@ def budget_grid(num_layers: int) -> list[float]:
     return [float(b) for b in np.linspace(1 / num_layers, 1.0, 4 * (num_layers - 1) + 1)]
 
 
+def read_gates(folder: str | Path) -> GateStack:
+    """Trained gates of a checkpoint folder; ConfigError where it describes a fixed exit."""
+    config, gates = load_checkpoint(folder)
+    if gates is None or config.mode == "fixed":
+        raise ConfigError(f"{folder} describes a fixed exit; a comparison needs trained gates")
+    return gates
+
+
 def load_gates(folder: str | Path, name: str, calibration: TracedScenes) -> TunedGates:
     """Gates of a checkpoint folder; the thresholds of their curve come from the calibration scenes.
 
@@ -128,9 +136,8 @@ def load_gates(folder: str | Path, name: str, calibration: TracedScenes) -> Tune
     ConfigError
         The folder holds no gates, or they do not fit the traces.
     """
-    config, gates = load_checkpoint(folder)
-    if gates is None or config.mode == "fixed":
-        raise ConfigError(f"{folder} describes a fixed exit; a comparison needs trained gates")
+    gates = read_gates(folder)
+    config = gates.config
     if config.num_layers != calibration.num_layers:
         raise ConfigError(
             f"{folder}: gates for {config.num_layers} layers, traces of {calibration.num_layers} layers"

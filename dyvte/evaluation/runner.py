@@ -11,19 +11,14 @@ from pathlib import Path
 
 import torch
 
-from dyvte.backbones import (
-    check_image_padding,
-    describe,
-    get_template,
-    image_padding,
-    open_backbone,
-)
+from dyvte.backbones import get_template, open_backbone
 from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import dump_config, to_dict
 from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.askable import unaskable
 from dyvte.evaluation.checks import check_ids, defects_of, refuse
+from dyvte.evaluation.fitting import before_weights, check_named
 from dyvte.evaluation.generation import (
     Batch,
     GenerationSettings,
@@ -121,7 +116,9 @@ class PolicyResult:
     scores: RunScores
 
 
-def load_pipeline(config: GenerationSettings, device: torch.device | None = None) -> Pipeline:
+def load_pipeline(
+    config: GenerationSettings, device: torch.device | None = None, policies: Sequence[NamedPolicy] = ()
+) -> Pipeline:
     """The backbone of a configuration, ready to be asked; on ``device`` unless it names one.
 
     Parameters
@@ -130,8 +127,11 @@ def load_pipeline(config: GenerationSettings, device: torch.device | None = None
         Of the backbone.
     device
         None: the process's own.
+    policies
+        That it will be asked with; one that cannot serve it is found before weights are read.
     """
-    model, processor = open_backbone(config.model, device or own_device())
+    check = before_weights(policies, config.template)
+    model, processor = open_backbone(config.model, device or own_device(), before_weights=check)
     template = get_template(config.template, processor)
     return Pipeline(
         model,
@@ -151,7 +151,7 @@ def evaluate(config: EvalConfig) -> list[PolicyResult]:
     policies = with_reductions(parse_policies(config.policies, config.seed), config.reductions)
     questions = load_questions(benchmark, config.data, config.limit, config.max_bad_samples)
     with join_processes() as processes:
-        pipeline = load_pipeline(config, processes.device)
+        pipeline = load_pipeline(config, processes.device, policies)
         return run_policies(pipeline, benchmark, questions, policies, config, processes=processes)
 
 
@@ -197,7 +197,7 @@ def run_policies(
     if len(policies) == 1 and len(set(shown)) == len(questions):
         pipeline = replace(pipeline, images=None)  # no image would be met again
     plan = plan_batches(pipeline, prompts, config.batch_size, shown)
-    check_policies(pipeline, policies)
+    check_named(pipeline.model, pipeline.processor, policies)
     answers_depend_on = identity(pipeline, benchmark, questions, prompts, config)
     ids = [[questions[i].id for i in rows] for rows in plan]
 
@@ -260,26 +260,6 @@ def run_policies(
         return results
 
     return processes.first_alone(conclude) or []
-
-
-def check_policies(pipeline: Pipeline, policies: Sequence[NamedPolicy]) -> None:
-    """Raise where one of them cannot serve the backbone, before anything is asked.
-
-    Parameters
-    ----------
-    pipeline
-        The backbone and how it answers.
-    policies
-        With their reductions.
-    """
-    backbone = describe(pipeline.model)
-    for named in policies:
-        named.check(backbone.num_layers, backbone.hidden_size)
-        for reduction in named.reductions:
-            reduction.check_backbone(backbone)
-        gates = getattr(named.policy, "gates", None)
-        trained = None if gates is None else gates.config.backbone.get("image_padding")
-        check_image_padding(trained, image_padding(pipeline.processor), f"policy {named.name}")
 
 
 @dataclass(frozen=True)

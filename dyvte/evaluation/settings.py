@@ -28,6 +28,8 @@ class NamedPolicy:
     reductions: tuple[Reduction, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `VisualExit`: positions, allow_transfer."""
+    setting: str = ""
+    """The setting that names it and its value, for messages; empty: it was made by none."""
 
     @property
     def reduction(self) -> str:
@@ -37,20 +39,6 @@ class NamedPolicy:
     def exits(self) -> VisualExit:
         """What runs it."""
         return VisualExit.from_policy(self.policy, reductions=self.reductions, **self.options)
-
-    def check(self, num_layers: int, hidden_size: int) -> None:
-        """Raise where the policy or a reduction cannot serve a backbone of that shape.
-
-        Parameters
-        ----------
-        num_layers
-            L.
-        hidden_size
-            D.
-        """
-        self.policy.check(num_layers, hidden_size)
-        for reduction in self.reductions:
-            reduction.check(num_layers)
 
 
 def parse_policies(texts: Sequence[str], seed: int = 0) -> list[NamedPolicy]:
@@ -77,7 +65,7 @@ def parse_policies(texts: Sequence[str], seed: int = 0) -> list[NamedPolicy]:
         name, number = one.name, 2
         while name in taken:
             name, number = f"{one.name}-{number}", number + 1
-        named.append(NamedPolicy(name, one.policy, one.identity))
+        named.append(replace(one, name=name, setting=f"policy {text}"))
     return named
 
 

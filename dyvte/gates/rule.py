@@ -65,7 +65,7 @@ def check_rule(
             raise ConfigError(f"{name} {value}: expected a probability in 0..1")
     if min_layer < 1:
         raise ConfigError(
-            f"min_layer {min_layer}: the first gate is gate 1; for exits before any layer use fixed(0)"
+            f"min_layer {min_layer}: the first gate is gate 1; before any layer leaves the policy fixed:0"
         )
     if mode not in ("gates", "fixed"):
         raise ConfigError(f"mode {mode!r}: expected 'gates' or 'fixed'")

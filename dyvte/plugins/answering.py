@@ -20,9 +20,10 @@ from dyvte.data.defects import Defect, Unusable, check_text, is_of_sample, probl
 from dyvte.distributed import own_device
 from dyvte.errors import ConfigError
 from dyvte.evaluation.checks import defects_alone, refuse
+from dyvte.evaluation.fitting import check_named
 from dyvte.evaluation.generation import Batch, GenerationSettings, Pipeline, answer, encode_rendered
 from dyvte.evaluation.run_log import Answer
-from dyvte.evaluation.runner import check_policies, load_pipeline
+from dyvte.evaluation.runner import load_pipeline
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
 from dyvte.runtime import VisualExit
 
@@ -123,8 +124,8 @@ class Answering:
         self.policy: NamedPolicy = with_reductions(
             parse_policies((config.policy,), config.seed), (config.reduction,)
         )[0]
-        self.pipeline: Pipeline = load_pipeline(config, own_device(local_rank))
-        check_policies(self.pipeline, (self.policy,))
+        self.pipeline: Pipeline = load_pipeline(config, own_device(local_rank), (self.policy,))
+        check_named(self.pipeline.model, self.pipeline.processor, (self.policy,))
 
     @cached_property
     def _exits(self) -> VisualExit:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dyvte.gates import DEFAULT_FEATURES, FoundGroups
+from dyvte.gates import DEFAULT_FEATURES, FoundGroups, GateConfig
 from dyvte.registry import Registry
 
 
@@ -132,11 +132,15 @@ class Policy:
     may_freeze
         May visual tokens be read longer than they are updated? Backbones that cannot do that are then refused
         on entering.
+    made_for
+        Configuration of the checkpoint that it was read from, which says for what backbone; None: it was
+        read from none.
     """
 
     name = ""
     usage = ""
     may_freeze = False
+    made_for: GateConfig | None = None
 
     @classmethod
     def parse(cls, argument: str) -> Policy:

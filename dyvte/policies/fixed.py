@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dyvte.errors import ConfigError
-from dyvte.gates import check_rule
+from dyvte.gates import GateConfig, check_rule
 from dyvte.policies.base import POLICIES, Plan, Policy, Rows
 
 
@@ -17,13 +17,15 @@ class FixedPolicy(Policy):
     ----------
     exit_layer
         In how many layers text can read the visual tokens, 0..L; None: L.
+    made_for
+        Of a layer that was found for a backbone and lies in a checkpoint: its configuration.
     """
 
     name = "fixed"
     usage = "fixed:K"
 
-    def __init__(self, exit_layer: int | None) -> None:
-        self.exit_layer = exit_layer
+    def __init__(self, exit_layer: int | None, made_for: GateConfig | None = None) -> None:
+        self.exit_layer, self.made_for = exit_layer, made_for
 
     @classmethod
     def parse(cls, argument: str) -> FixedPolicy:
@@ -34,6 +36,8 @@ class FixedPolicy(Policy):
 
     def check(self, num_layers: int, hidden_size: int) -> None:
         """Raise where a layer number or shape does not fit the backbone."""
+        if self.made_for is not None:
+            self.made_for.check_shape(num_layers, hidden_size)
         check_rule(num_layers, 0.5, 1, self.exit_layer, "fixed")
 
     def start(self, rows: Rows) -> Plan:

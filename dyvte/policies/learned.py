@@ -58,6 +58,7 @@ class LearnedPolicy(Policy):
         if by_group and (gates.config.groups is None or gates.finder is None):
             raise ConfigError("these gates were not calibrated by group (dyvte calibrate --groups)")
         self.gates, self.by_group, config = gates, by_group, gates.config
+        self.made_for = config
         self.threshold, self.min_layer, self.fallback = threshold, min_layer, fallback
         if freeze_threshold is None and config.freeze_head:
             freeze_threshold = follow_threshold(config.freeze_threshold, config.threshold, threshold)
@@ -75,7 +76,7 @@ class LearnedPolicy(Policy):
             return cls(gates, used, config.min_layer, config.fallback, freeze, by_group=by_group)
         if at:
             raise ConfigError(f"{folder} describes a fixed exit: @{threshold} means nothing there")
-        return FixedPolicy(config.fallback)
+        return FixedPolicy(config.fallback, config)
 
     def check(self, num_layers: int, hidden_size: int) -> None:
         """Raise where a layer number or shape does not fit the backbone."""

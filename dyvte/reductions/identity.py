@@ -48,7 +48,7 @@ def warn_of_others(config: GateConfig, reductions: Sequence[Reduction], *, as_ca
         return
     if not as_calibrated or "kind" not in config.calibration:
         return
-    calibrated = _same_order(config.calibration.get("reductions", NO_REDUCTION))
+    calibrated = calibrated_with(config)
     if calibrated != have:
         warnings.warn(
             f"the threshold of these gates was calibrated with reductions: {calibrated}, and is used with "
@@ -56,6 +56,17 @@ def warn_of_others(config: GateConfig, reductions: Sequence[Reduction], *, as_ca
             "reductions (dyvte trace --reduction), or choose a threshold with dyvte search-plan",
             stacklevel=3,
         )
+
+
+def calibrated_with(config: GateConfig) -> str:
+    """The reductions that gates were calibrated with, as `identity` has them.
+
+    Parameters
+    ----------
+    config
+        Of the gates.
+    """
+    return _same_order(config.calibration.get("reductions", NO_REDUCTION))
 
 
 def _same_order(text: str) -> str:

@@ -281,7 +281,8 @@ class ImageStore:
             self._said_small = True
             warnings.warn(
                 f"an image of this model takes up to {nbytes} bytes, the image store may hold "
-                f"{self.max_bytes}: such images are not shared (give the store more bytes)",
+                f"{self.max_bytes}: such images are not shared (more: image_store of dyvte eval, "
+                "image_store_mb of dyvte serve, ask and chat, or ImageStore(BYTES))",
                 stacklevel=2,
             )
         return False

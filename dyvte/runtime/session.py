@@ -20,9 +20,13 @@ from dyvte.errors import ConfigError, ExitRuntimeError, NoVisualTokensError
 from dyvte.reductions import warn_of_others
 from dyvte.runtime.arguments import PassArguments
 from dyvte.runtime.cache import check_cache, holds_exits
-from dyvte.runtime.checks import check_backbone, check_decode_mask, warn_short_prompts
+from dyvte.runtime.checks import (
+    check_decode_mask,
+    check_policy,
+    check_reductions_of,
+    warn_short_prompts,
+)
 from dyvte.runtime.engine import Engine
-from dyvte.runtime.frozen import check_can_freeze
 from dyvte.runtime.image_store import ImageStore
 from dyvte.runtime.later_turn import LaterTurn
 from dyvte.runtime.prompt_memory import Decided, PromptMemory, Prompts, tensors_in
@@ -56,13 +60,13 @@ class ExitSession:
         if self._undo:
             raise ExitRuntimeError("this block is already active: call exits(model) again for a new one")
         backbone = describe(self.model, self.exits.visual_token_ids)
-        self.exits.policy.check(backbone.num_layers, backbone.hidden_size)
-        for reduction in self.exits.reductions:
-            reduction.check(backbone.num_layers)
-            reduction.check_backbone(backbone)
-        if self.exits.policy.may_freeze or any(one.may_freeze for one in self.exits.reductions):
-            check_can_freeze(backbone)
-        transferred = check_backbone(self.exits.config, backbone, self.exits.allow_transfer)
+        check_reductions_of(self.exits.reductions, backbone)
+        transferred = check_policy(
+            self.exits.policy,
+            backbone,
+            allow_transfer=self.exits.allow_transfer,
+            advice=", or pass allow_transfer=True",
+        )
         if self.exits.gates is not None and self.exits.mode == "gates":
             stored = self.exits.gates.config
             as_calibrated = self.exits.threshold == stored.threshold

@@ -88,7 +88,7 @@ class VisualExit:
         # Set where many exits of the same inputs are asked for, one after the other.
         self.replay: Replay | None = None
         if gates is None or self.mode == "fixed":
-            self.policy: Policy = FixedPolicy(self.fallback)
+            self.policy: Policy = FixedPolicy(self.fallback, stored)
         else:
             if by_group is None:
                 stated = (threshold, freeze_threshold) != (None, None)
@@ -168,7 +168,7 @@ class VisualExit:
         if gates is not None:
             return cls(gates, **options)
         exits = cls(fallback=config.fallback, mode="fixed", **options)
-        exits.config = config
+        exits.config, exits.policy = config, FixedPolicy(exits.fallback, config)
         return exits
 
     def __call__(self, model: nn.Module, *, images: ImageStore | None = None) -> ExitSession:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from dyvte.backbones import Backbone, describe, get_template, open_backbone
 from dyvte.backbones.greedy import end_tokens
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
@@ -13,7 +15,7 @@ from dyvte.data.defects import is_of_sample, problem_text
 from dyvte.distributed import own_device
 from dyvte.evaluation.generation import Batch, Pipeline, encode_rendered
 from dyvte.policies.per_row import PerRowPolicy
-from dyvte.reductions import Reduction, parse_reductions
+from dyvte.reductions import NO_REDUCTION, Reduction
 from dyvte.runtime import VisualExit
 from dyvte.runtime.image_store import ImageStore
 from dyvte.serving.config import MEGABYTE, AnswerConfig
@@ -62,11 +64,17 @@ class Answerer:
         DyvteError
             If the backbone cannot be loaded, or policy, gates or reductions are not for it.
         """
-        model, processor = open_backbone(config.model, own_device())
+        menu = ScheduleMenu(config.policy, _text(config.gates), config.reduction)
+
+        def check(model: nn.Module, processor: Any) -> None:
+            get_template(config.template, processor)
+            menu.bind(model, processor)
+
+        model, processor = open_backbone(config.model, own_device(), before_weights=check)
         template = get_template(config.template, processor)
         pipeline = Pipeline(model, processor, template, config.max_new_tokens)
         images = ImageStore(int(config.image_store_mb * MEGABYTE)) if config.image_store_mb else None
-        return cls.of(pipeline, config.policy, config.gates, config.reduction, images)
+        return cls._of(pipeline, menu, images)
 
     @classmethod
     def of(
@@ -74,22 +82,25 @@ class Answerer:
         pipeline: Pipeline,
         policy: str = "never",
         gates: Any = None,
-        reduction: str = "none",
+        reduction: str = NO_REDUCTION,
         images: ImageStore | None = None,
     ) -> Answerer:
         """As `open`, for a backbone that is loaded already."""
-        backbone = describe(pipeline.model)
-        menu = ScheduleMenu(policy, None if gates is None else str(gates), backbone)
-        reductions = parse_reductions(reduction)
-        # Entering once tells whether the gates are this backbone's, before anybody waits for an answer.
+        return cls._of(pipeline, ScheduleMenu(policy, _text(gates), reduction), images)
+
+    @classmethod
+    def _of(cls, pipeline: Pipeline, menu: ScheduleMenu, images: ImageStore | None) -> Answerer:
+        menu.bind(pipeline.model, pipeline.processor)
+        # Entering once says what is to be warned of before anybody waits for an answer.
         for one in {id(p): p for p in (menu.own.policy, menu.gates) if p is not None}.values():
-            with VisualExit.from_policy(one, reductions=reductions)(pipeline.model):
+            with VisualExit.from_policy(one, reductions=menu.reductions)(pipeline.model):
                 pass
+        backbone = describe(pipeline.model)
         text = backbone.model.config.get_text_config()
         return cls(
             pipeline=pipeline,
             menu=menu,
-            reductions=reductions,
+            reductions=menu.reductions,
             backbone=backbone,
             shape=decoder_shape(backbone.model.config),
             context=getattr(text, "max_position_embeddings", None),
@@ -186,3 +197,7 @@ class Answerer:
         """What lets each row follow its own schedule."""
         policy = PerRowPolicy([schedule.policy for schedule in schedules])
         return VisualExit.from_policy(policy, reductions=self.reductions)
+
+
+def _text(folder: Any) -> str | None:
+    return None if folder is None else str(folder)

@@ -180,7 +180,8 @@ class Service:
                 "min_layer": stored.min_layer,
                 "fallback": stored.fallback,
                 "freezes": stored.may_freeze,
-                "certificates": [asdict(one) for one in menu.certificates],
+                "certificates": [asdict(one) for one in menu.proofs.certificates],
+                "groups": menu.groups,
             }
         return _json(
             {

@@ -96,9 +96,13 @@ class ExitReport:
     freeze_probabilities
         (L,) likewise of freezing, entry j after layer j; empty without a freeze head.
     threshold
-        What a gate's probability must exceed; None where no gates decide.
+        What a gate's probability must exceed; None where no gates decide. Of gates that decide by group,
+        that of the question's group.
     certified
-        alpha, delta and loss of the bound that holds for this schedule; None without one.
+        alpha, delta and loss of the bound that holds for this schedule, and the group that it is of, if any;
+        None without one.
+    not_certified
+        Where gates decided and nothing is certified of it: why.
     """
 
     schedule: str
@@ -112,6 +116,7 @@ class ExitReport:
     freeze_probabilities: tuple[float | None, ...]
     threshold: float | None
     certified: dict[str, Any] | None
+    not_certified: str | None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dyvte.costs.reductions import visual_factors
 from dyvte.costs.visual import visual_share
+from dyvte.gates.groups import NEVER
 from dyvte.policies import LearnedPolicy
 from dyvte.runtime.records import PrefillRecord
 from dyvte.serving.answerer import Answerer
@@ -49,8 +50,11 @@ def report_row(
             freeze_probabilities=(),
             threshold=None,
             certified=None,
+            not_certified=None,
         )
-    policy, certificate = schedule.policy, schedule.certificate
+    policy = schedule.policy
+    group = int(record.found.groups_B[row]) if record.found is not None else None
+    proof = schedule.proof_of(group)
     kept_L = (record.visual_tokens_BL + record.frozen_tokens_BL + record.text_tokens_BL)[row]
     is_learned = isinstance(policy, LearnedPolicy)
     return ExitReport(
@@ -65,9 +69,17 @@ def report_row(
         freeze_probabilities=_probabilities(record.freeze_logits_BL[row])
         if is_learned and policy.may_freeze
         else (),
-        threshold=policy.threshold if is_learned else None,
-        certified=None if certificate is None else asdict(certificate),
+        threshold=_threshold(policy, group) if is_learned else None,
+        certified=None if proof.certificate is None else asdict(proof.certificate),
+        not_certified=proof.reason,
     )
+
+
+def _threshold(policy: LearnedPolicy, group: int | None) -> float:
+    """That of a row; of gates that decide by group, its group's."""
+    if not policy.by_group:
+        return policy.threshold
+    return policy.gates.config.groups.thresholds[group] if group is not None and group >= 0 else NEVER
 
 
 def _compute(answerer: Answerer, record: PrefillRecord, row: int) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dyvte.backbones import Backbone
+from torch import nn
+
+from dyvte.backbones import Backbone, describe
 from dyvte.calibration.apply import follow_path
-from dyvte.calibration.pvalues import betting, images_needed
 from dyvte.errors import ConfigError, DyvteError
+from dyvte.evaluation.fitting import check_fit
 from dyvte.gates import GateConfig
 from dyvte.policies import (
     POLICIES,
@@ -18,25 +20,12 @@ from dyvte.policies import (
     Policy,
     parse_policy,
 )
-from dyvte.runtime.frozen import check_can_freeze
+from dyvte.reductions import NO_REDUCTION, parse_reductions
+from dyvte.runtime.checks import check_policy
+from dyvte.serving.certificates import BY_GROUP, Certificate, Proof, Proofs
 from dyvte.serving.errors import RequestError
 
-_DELTA = 0.1
-"""The chance that a bound fails, as ``dyvte calibrate`` has it where nothing else is said."""
-
 WISHES = ("policy", "threshold", "max_risk", "budget")
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """A bound on the risk that calibration proved: mean loss at most ``alpha`` with probability 1 - ``delta``
-    over the draw of the calibration images, for gates at these thresholds."""
-
-    alpha: float
-    delta: float
-    loss: str
-    threshold: float
-    freeze_threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,11 +61,31 @@ class ScheduleWish:
 
 @dataclass(frozen=True)
 class ServedSchedule:
-    """A policy, its short name, and what was proved of it."""
+    """A policy, its short name, and what was proved of it.
+
+    Attributes
+    ----------
+    policy, text
+        Policy and name.
+    proof
+        Of all questions; of gates that decide by group, see `proof_of`.
+    proofs
+        Of the gates, where they decide by group.
+    """
 
     policy: Policy
     text: str
-    certificate: Certificate | None = None
+    proof: Proof = field(default_factory=Proof)
+    proofs: Proofs | None = None
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """That of all questions, if there is one."""
+        return self.proof.certificate
+
+    def proof_of(self, group: int | None) -> Proof:
+        """What was proved of a question's answers; ``group`` is its calibrated group, where it has one."""
+        return self.proof if self.proofs is None or group is None else self.proofs.of_group(group)
 
 
 class ScheduleMenu:
@@ -88,17 +97,18 @@ class ScheduleMenu:
         Command line form of the one that answers where a request says nothing.
     gates
         Folder of gates that requests may ask for where ``policy`` is another.
-    backbone
-        The model that answers.
+    reduction
+        What is spent on visual tokens before they leave, in its command line form.
 
     Raises
     ------
     DyvteError
-        If a policy or the gates do not fit the backbone, or cannot be used by requests.
+        If one of them is malformed, or cannot be used by requests.
     """
 
-    def __init__(self, policy: str, gates: str | None, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, policy: str, gates: str | None = None, reduction: str = NO_REDUCTION) -> None:
+        self._backbone: Backbone | None = None
+        self.reductions = parse_reductions(reduction)
         own = parse_policy(policy)
         if isinstance(own, OraclePolicy):
             raise ConfigError(
@@ -113,17 +123,40 @@ class ScheduleMenu:
             if not isinstance(named, LearnedPolicy):
                 raise ConfigError(f"{gates} describes a fixed exit, and holds no gates: use it as --policy")
             self.gates = named
-        for one in (own, self.gates):
-            if one is not None:
-                self._check(one)
-        text = policy if self.gates is not own else _gates_text(self.gates.threshold)
-        self.own = ServedSchedule(own, text, self._certificate(own))
+        self._given: dict[str, Policy] = {f"policy {policy}": own}
+        if gates is not None:
+            self._given[f"gates {gates}"] = self.gates
+        self.proofs = None if self.gates is None else Proofs(self.gates.gates.config, self.reductions)
+        self.own = ServedSchedule(own, policy) if self.gates is not own else self._served(own)
         self._made: dict[ScheduleWish, ServedSchedule] = {ScheduleWish(): self.own}
 
+    def bind(self, model: nn.Module, processor: Any) -> None:
+        """Hold all of it against the model that answers; it may come without weights first.
+
+        Parameters
+        ----------
+        model, processor
+            As `dyvte.backbones.load_backbone` gives them, or has them before it reads weights.
+
+        Raises
+        ------
+        DyvteError
+            If a policy, the gates or a reduction do not fit, or were made for another model.
+        """
+        check_fit(model, processor, self._given, self.reductions)
+        self._backbone = describe(model)
+
     @property
-    def certificates(self) -> tuple[Certificate, ...]:
-        """What calibration proved of the gates, the strictest bound first."""
-        return () if self.gates is None else certificates_of(self.gates.gates.config)
+    def groups(self) -> list[dict[str, Any]] | None:
+        """Of gates that decide by group: each group's name, threshold and proof; None of others."""
+        if self.gates is None or not self.gates.by_group:
+            return None
+        known = self.gates.gates.config.groups
+        pairs = zip(known.names, known.thresholds, strict=True)
+        return [
+            {"name": name, "threshold": threshold, **asdict(self.proofs.of_group(at))}
+            for at, (name, threshold) in enumerate(pairs)
+        ]
 
     def choose(self, wish: ScheduleWish) -> ServedSchedule:
         """The schedule that a request asks for; equal wishes get one and the same.
@@ -155,15 +188,10 @@ class ScheduleMenu:
             )
         try:
             policy = parse_policy(text)
-            self._check(policy)
+            check_policy(policy, self._backbone)
         except DyvteError as error:
             raise RequestError(f"visual_exit.policy: {error}", param="visual_exit.policy") from error
         return ServedSchedule(policy, text)
-
-    def _check(self, policy: Policy) -> None:
-        policy.check(self.backbone.num_layers, self.backbone.hidden_size)
-        if policy.may_freeze:
-            check_can_freeze(self.backbone)
 
     def _learned(self, what: str) -> LearnedPolicy:
         if self.gates is None:
@@ -182,14 +210,17 @@ class ScheduleMenu:
             if freeze is None:
                 freeze = follow_path(stored.gates.config, threshold)
             policy = LearnedPolicy(stored.gates, threshold, stored.min_layer, stored.fallback, freeze)
-        return ServedSchedule(policy, _gates_text(policy.threshold), self._certificate(policy))
+        return self._served(policy)
 
     def _at_risk(self, bound: float) -> ServedSchedule:
         stored = self._learned("max_risk")
-        kept = [one for one in self.certificates if one.alpha <= bound]
+        by_group = self.proofs.group_alpha
+        if stored.by_group and by_group is not None and by_group <= bound:
+            return self._served(stored)
+        kept = [one for one in self.proofs.certificates if one.alpha <= bound]
         if not kept:
             raise RequestError(
-                f"visual_exit.max_risk {bound:g}: {_not_certified(stored.gates.config, bound)}",
+                f"visual_exit.max_risk {bound:g}: {self.proofs.refusal(bound)}",
                 param="visual_exit.max_risk",
                 code="not_certified",
             )
@@ -199,6 +230,10 @@ class ScheduleMenu:
         stored = self._learned("budget")
         if budget >= 1:
             return ServedSchedule(NeverPolicy(), NeverPolicy.name)
+        record = stored.gates.config.calibration
+        is_by_group = record.get("kind") == BY_GROUP
+        if is_by_group and stored.by_group and record["visual_compute"] <= budget:
+            return self._served(stored)
         known = _budgets_of(stored.gates.config)
         kept = [one for one in known if one["budget"] <= budget]
         if not kept:
@@ -211,60 +246,19 @@ class ScheduleMenu:
             )
         return self._gated(kept[-1]["threshold"], "budget", kept[-1].get("freeze_threshold"))
 
-    def _certificate(self, policy: Policy) -> Certificate | None:
-        """What was proved of a policy: nothing, unless it is the gates as they were calibrated."""
-        if self.gates is None or not isinstance(policy, LearnedPolicy) or policy.by_group:
-            return None
-        config = policy.gates.config
-        if (policy.min_layer, policy.fallback) != (config.min_layer, config.fallback):
-            return None
-        used = (policy.threshold, policy.freeze_threshold)
-        found = [one for one in self.certificates if (one.threshold, one.freeze_threshold) == used]
-        return found[0] if found else None
-
-
-def certificates_of(config: GateConfig) -> tuple[Certificate, ...]:
-    """What calibration proved of gates, the strictest bound first."""
-    record = config.calibration
-    found = [Certificate(**one) for one in record.get("bounds", ())]
-    if record.get("kind") == "risk" and record.get("certified"):
-        own = (record["alpha"], record["delta"], str(record.get("loss")))
-        found.append(Certificate(*own, config.threshold, config.rule_freeze_threshold))
-    by_alpha = {one.alpha: one for one in found}
-    return tuple(by_alpha[alpha] for alpha in sorted(by_alpha))
+    def _served(self, policy: LearnedPolicy) -> ServedSchedule:
+        if policy.by_group:
+            return ServedSchedule(policy, LearnedPolicy.name, proofs=self.proofs)
+        return ServedSchedule(policy, f"{LearnedPolicy.name}@{policy.threshold:g}", self.proofs.of(policy))
 
 
 def _budgets_of(config: GateConfig) -> list[dict[str, Any]]:
     """Budgets that thresholds are known for, the smallest first."""
     known = [dict(one) for one in config.calibration.get("budgets", ())]
-    if (compute := config.calibration.get("visual_compute")) is not None:
+    compute = config.calibration.get("visual_compute")
+    if compute is not None and config.calibration.get("kind") != BY_GROUP:  # there it is of all thresholds
         own = {"budget": compute, "threshold": config.threshold}
         if config.freeze_head:
             own["freeze_threshold"] = config.freeze_threshold
         known.append(own)
     return sorted(known, key=lambda one: one["budget"])
-
-
-def _not_certified(config: GateConfig, bound: float) -> str:
-    record: dict[str, Any] = config.calibration
-    if known := certificates_of(config):
-        shown = ", ".join(f"{one.alpha:g}" for one in known)
-        return (
-            f"these gates are certified at {shown} (loss {known[0].loss}, delta {known[0].delta:g}); ask for "
-            "no less, or calibrate them with a smaller --alpha"
-        )
-    if record.get("kind") != "risk":
-        needed = images_needed(bound, _DELTA, betting)
-        images = "more than 100000" if needed is None else f"at least {needed}"
-        return (
-            f"these gates have no certificate; dyvte calibrate --alpha {bound:g} makes one where it is shown "
-            f"{images} images and no answer changes (delta {_DELTA:g}); more images where some do"
-        )
-    return (
-        f"no threshold of these gates is certified at {record['alpha']:g}; {record.get('num_images')} images "
-        f"could certify {record.get('smallest_alpha'):.4g} at best"
-    )
-
-
-def _gates_text(threshold: float) -> str:
-    return f"gates@{threshold:g}"

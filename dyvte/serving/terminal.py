@@ -34,5 +34,8 @@ def layers_line(answer: FullAnswer) -> str:
     parts += [f"KV {report.kv_bytes / 1024:.0f} KiB", f"first token {1000 * answer.first_token:.0f} ms"]
     if report.certified is not None:
         alpha, delta = report.certified["alpha"], report.certified["delta"]
-        parts.append(f"certified: mean {report.certified['loss']} loss <= {alpha:g} (delta {delta:g})")
+        whose = "" if report.certified["group"] is None else f"group {report.certified['group']}, "
+        parts.append(f"certified: {whose}mean {report.certified['loss']} loss <= {alpha:g} (delta {delta:g})")
+    elif report.not_certified is not None:
+        parts.append(f"not certified: {report.not_certified}")
     return " | ".join(parts)

@@ -8,8 +8,9 @@ from dyvte.errors import ConfigError, GateMismatchError
 from dyvte.gates import GateConfig, GateStack
 from dyvte.policies import FixedPolicy, FreezePolicy, LearnedPolicy, NeverPolicy
 from dyvte.serving.answerer import Answerer
+from dyvte.serving.certificates import certificates_of
 from dyvte.serving.errors import RequestError
-from dyvte.serving.schedules import ScheduleWish, certificates_of
+from dyvte.serving.schedules import ScheduleWish
 
 
 def chosen(answerer, **wish):

@@ -68,9 +68,9 @@ def findings(model: str, policy: str | None = None, *, allow_transfer: bool = Fa
     return found
 
 
-def command_line(model: str, policy: str) -> str:
-    """What starts a server with the policy."""
-    arguments = engine_arguments(model, policy)
+def command_line(model: str, policy: str, **options: Any) -> str:
+    """What starts a server with the policy and other settings of `EngineConfig`."""
+    arguments = engine_arguments(model, policy, **options)
     overrides, extra = (json.dumps(arguments[name]) for name in ("hf_overrides", "additional_config"))
     return f"vllm serve {model} --hf-overrides '{overrides}' --additional-config '{extra}'"
 
@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in found:
         print(f"{'ok ' if one.holds else 'NO '} {one.about}: {one.text}")
     if all(one.holds for one in found):
-        print(f"\n{command_line(given.model, given.policy or 'freeze:F')}")
+        options = {"allow_transfer": True} if given.allow_transfer else {}
+        print(f"\n{command_line(given.model, given.policy or 'freeze:F', **options)}")
         return 0
     return 1
 
@@ -105,16 +106,15 @@ def _attention(text: Any) -> list[Finding]:
 
 
 def _policy(model: str, text: str, shape: Any, allow_transfer: bool) -> Finding:
-    from dyvte.plugins.vllm.options import EngineConfig
+    from dyvte.plugins.vllm.options import EngineConfig, check_made_for
     from dyvte.policies import LearnedPolicy
-    from dyvte.runtime.checks import check_fingerprints
 
     about = f"policy {text}"
     try:
-        policy = EngineConfig(policy=text).parsed()
+        config = EngineConfig(policy=text, allow_transfer=allow_transfer)
+        policy = config.parsed()
         policy.check(shape.num_layers, shape.hidden_size)
-        if isinstance(policy, LearnedPolicy):
-            check_fingerprints(policy.gates.config, {"fingerprint": shape.fingerprint}, allow_transfer)
+        check_made_for(policy, {"fingerprint": shape.fingerprint}, config, "give --allow-transfer")
     except DyvteError as error:
         return Finding(False, about, str(error))
     off = []

@@ -15,6 +15,7 @@ from dyvte.plugins.vllm.names import KEY, VERSIONS
 from dyvte.plugins.vllm.options import (
     EngineConfig,
     Options,
+    check_made_for,
     engine_config,
     last_layer,
     may_leave,
@@ -70,6 +71,7 @@ def prepare(vllm_config: Any) -> None:
     policy = config.parsed()
     shape = describe_config(vllm_config.model_config.model)
     policy.check(shape.num_layers, shape.hidden_size)
+    check_made_for(policy, {"fingerprint": shape.fingerprint}, config)
     if not isinstance(policy, NeverPolicy):
         refuse(vllm_config, policy, config, shape.num_layers)
         adapt(vllm_config, policy, config, shape.num_layers, init_logger(LOGGER).info)

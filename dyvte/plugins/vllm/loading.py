@@ -11,10 +11,9 @@ from dyvte.backbones.fingerprint import tensors_digest
 from dyvte.errors import ExitRuntimeError, UnsupportedBackboneError
 from dyvte.plugins.vllm.attention import recording
 from dyvte.plugins.vllm.driver import Driver, decoder_of
-from dyvte.plugins.vllm.options import last_layer, may_leave, options_of
+from dyvte.plugins.vllm.options import check_made_for, last_layer, may_leave, options_of
 from dyvte.plugins.vllm.reports import Reports
-from dyvte.policies import LearnedPolicy, NeverPolicy
-from dyvte.runtime.checks import check_fingerprints
+from dyvte.policies import NeverPolicy
 
 # Where vLLM keeps several projections of transformers in one tensor.
 _STACKED = {
@@ -78,14 +77,13 @@ def check_identity(model: nn.Module, vllm_config: Any) -> None:
     if options is None:
         return
     config = options.config
-    policy = config.parsed()
-    if not isinstance(policy, LearnedPolicy):
+    policy, path = config.parsed(), vllm_config.model_config.model
+    if policy.made_for is None:
         return
-    path, gates = vllm_config.model_config.model, policy.gates.config
     found: dict[str, str | None] = {"fingerprint": describe_config(path).fingerprint}
-    if gates.backbone.get("weights"):
+    if policy.made_for.backbone.get("weights"):
         found["weights"] = weights_digest(decoder_of(model), path)
-    check_fingerprints(gates, found, config.allow_transfer)
+    check_made_for(policy, found, config)
 
 
 def weights_digest(stack: nn.Module, path: str) -> str | None:

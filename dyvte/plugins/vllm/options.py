@@ -11,7 +11,10 @@ from dyvte.errors import ConfigError, UnsupportedBackboneError
 from dyvte.plugins.vllm.book import RequestBook
 from dyvte.plugins.vllm.names import ARCHITECTURES, KEY
 from dyvte.policies import FixedPolicy, FreezePolicy, LearnedPolicy, NeverPolicy, Policy, parse_policy
+from dyvte.runtime.checks import check_fingerprints
 
+ADVICE = f'set "allow_transfer": true beside "policy" in --additional-config {KEY}'
+"""How gates of another backbone are allowed in an engine."""
 _SERVED = (NeverPolicy, FixedPolicy, FreezePolicy, LearnedPolicy)
 
 
@@ -77,6 +80,27 @@ def engine_config(values: Any) -> EngineConfig:
             f"{origin}: expected an object such as {{'policy': 'freeze:8:24'}}, found {values!r}"
         )
     return from_dict(EngineConfig, dict(values), origin=origin)
+
+
+def check_made_for(
+    policy: Policy, found: Mapping[str, str | None], config: EngineConfig, option: str = ADVICE
+) -> None:
+    """Hold a policy to the backbone that it was made for, if to any.
+
+    Parameters
+    ----------
+    found
+        Fingerprints of the backbone in hand, as `dyvte.runtime.checks.check_fingerprints` takes them.
+    option
+        How another backbone's is allowed, in the words of whoever is told.
+
+    Raises
+    ------
+    GateMismatchError
+        It was made for another, and ``allow_transfer`` is not set.
+    """
+    if policy.made_for is not None:
+        check_fingerprints(policy.made_for, found, config.allow_transfer, f", or {option}")
 
 
 def last_layer(policy: Policy, num_layers: int) -> int:

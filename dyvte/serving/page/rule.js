@@ -70,8 +70,9 @@ dyvte.boundText = function (bound) {
     return "the image never leaves";
   }
   const chance = `with probability ${dyvte.percent(1 - bound.delta)}`;
+  const whose = bound.group ? `, questions of group ${bound.group}` : "";
   if (bound.loss === "same_answer") {
-    return `at most ${Number((100 * bound.alpha).toPrecision(3))} % of answers differ, ${chance}`;
+    return `at most ${Number((100 * bound.alpha).toPrecision(3))} % of answers differ, ${chance}${whose}`;
   }
-  return `mean loss ${bound.loss} at most ${bound.alpha}, ${chance}`;
+  return `mean loss ${bound.loss} at most ${bound.alpha}, ${chance}${whose}`;
 };

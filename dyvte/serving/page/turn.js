@@ -75,6 +75,8 @@ dyvte.TurnView = class {
     const bound = this.boundOf(column);
     if (bound) {
       add("certified", dyvte.boundText(bound));
+    } else if (report.not_certified) {
+      add("certified", `no: ${report.not_certified}`);
     }
     return list;
   }
@@ -83,6 +85,9 @@ dyvte.TurnView = class {
   boundOf(column) {
     if (column !== this.turn.columns.own || column.report.exit_layer < 0 || !column.schedule.startsWith("gates")) {
       return null;
+    }
+    if (column.report.certified) {
+      return column.report.certified;
     }
     return this.bounds().find((one) => Math.abs(dyvte.levelOf(one.threshold) - this.turn.level) < 1e-9) || null;
   }
