@@ -159,14 +159,14 @@ def test_messages_name_arguments_that_are_settings_too():
     """Who runs a command cannot pass an argument of Python: messages speak of settings, by their names."""
     settings = {one.name for cls in (ServeConfig, EvalConfig) for one in settings_of(cls)}
     of_python = {
-        "allow_transfer": ["dyvte/runtime/session.py"],  # commands look before a block is entered
-        "positions": ["dyvte/runtime/positions.py"],  # no command asks for other ones
+        "allow_transfer": "dyvte/runtime/session.py",  # commands look before a block is entered
+        "positions": ("dyvte/runtime/", "dyvte/calibration/vtw.py"),  # no setting of any command
     }
     for path in sorted((ROOT / "dyvte").rglob("*.py")):
         where = path.relative_to(ROOT).as_posix()
         for text in said_in(ast.parse(path.read_text(encoding="utf-8"))):
             for name in re.findall(r"\b([a-z]+(?:_[a-z]+)*)=(?:True|False|None|')", text):
-                assert name in settings or where in of_python.get(name, ()), f"{where}: {text}"
+                assert name in settings or where.startswith(of_python.get(name, ())), f"{where}: {text}"
 
 
 def said_in(tree: ast.AST) -> list[str]:
