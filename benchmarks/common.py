@@ -6,7 +6,6 @@ Prompts have the published proportions: 35 tokens before the image, 576 visual t
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import torch
 import transformers
 
 import dyvte
+from dyvte.heap import keep_memory
 from dyvte.progress import progress
 
 PREFIX, VISUAL, PROMPT = 35, 576, 40
@@ -72,18 +72,6 @@ def interleaved(variants: dict[str, Callable[[], float]], rounds: int, seed: int
                     times[name].append(seconds)
                 advance(1)
     return times
-
-
-def keep_memory() -> bool:
-    """Let this process keep what it frees, where the C library can (glibc): else each pass gives some of its
-    memory back to the system and takes it again, more or less by how the heap happens to lie, and that is up
-    to 5 % of a pass's time. True where it could."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: the largest that glibc takes.
-    return bool(mallopt(-1, 2**31 - 1)) and bool(mallopt(-3, 32 * 2**20))
 
 
 # -- ratios ------------------------------------------------------------------------------------------------

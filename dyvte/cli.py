@@ -98,7 +98,9 @@ def _run(argv: Sequence[str]) -> int:
         parser.print_help()
         return EXIT_BAD_INPUT
     from dyvte.errors import DyvteError
+    from dyvte.heap import keep_memory
 
+    keep_memory()
     try:
         return int(args.run(args) or 0)
     except DyvteError as error:

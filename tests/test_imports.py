@@ -11,7 +11,7 @@ import dyvte
 PACKAGE = Path(dyvte.__file__).parent
 # One total order; a module may import what stands before it.
 ORDER = [
-    *["errors", "registry", "files", "entries", "formatting", "progress", "plotting"],
+    *["errors", "registry", "files", "entries", "formatting", "heap", "progress", "plotting"],
     *["shipped", "groups", "config", "fields", "distributed", "spans", "gates"],
     *["policies", "backbones", "decoder", "reductions", "runtime", "costs"],
     *[

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dyvte.costs.schedules import schedule_compute
 from dyvte.errors import ConfigError
-from dyvte.gates import CLOSED, HeadLogits, exit_probabilities, schedule_probabilities
+from dyvte.gates import CLOSED, HeadLogits, exit_probabilities
 from dyvte.objectives.base import OBJECTIVES, Objective
+from dyvte.objectives.expectation import expected_cost
 from dyvte.objectives.losses import answer_loss, check_loss
 from dyvte.teacher.trace import Trace
 
@@ -192,37 +193,45 @@ class ScheduleCosts:
         num_points = points if span > 1 else 1
         log_x_S = torch.linspace(-math.log(span), math.log(span), num_points, dtype=torch.float64)
         log_x_S = log_x_S.to(self.loss_BM.device)
-        log_probability_SBM = self._chances(logits, shift * log_x_S)
         price_SM = lam * log_x_S.exp()[:, None] * self.compute_M
         if memory_price:
             price_SM = price_SM + memory_price * log_x_S.exp()[:, None] * self.kv_M
-        cost_SBM = self.loss_BM.to(log_probability_SBM) + price_SM.to(log_probability_SBM)[:, None]
-        objective_SB = (log_probability_SBM.exp() * cost_SBM).sum(2)
+        each_S = (-log_x_S / 2).exp()
+        if isinstance(logits, HeadLogits):
+            return self._of_schedules(logits, shift * log_x_S, price_SM, each_S / num_points)
+        log_probability_SBL = self._chances(logits, shift * log_x_S)
+        cost_SBL = self.loss_BM.to(log_probability_SBL) + price_SM.to(log_probability_SBL)[:, None]
+        objective_SB = (log_probability_SBL.exp() * cost_SBL).sum(2)
         objective_S = objective_SB.mean(1) if self.weight_B is None else objective_SB @ self.weight_B
-        return (objective_S * (-log_x_S / 2).exp().to(objective_S)).mean()
+        return (objective_S * each_S.to(objective_S)).mean()
 
-    def _chances(self, logits: Tensor | HeadLogits, shift_S: Tensor) -> Tensor:
-        """(S, B, M) log P of M schedules, with each shift added to every logit; nobody leaves or freezes
-        where no label is known."""
-        closed_L = self.closed_L
-        if isinstance(logits, Tensor):
-            shifted_SBL = logits + shift_S.to(logits)[:, None, None]
-            if closed_L is not None:
-                shifted_SBL = shifted_SBL.masked_fill(closed_L, CLOSED)
-            return exit_probabilities(shifted_SBL.flatten(0, 1)).unflatten(0, shifted_SBL.shape[:2])
+    def _of_schedules(self, logits: HeadLogits, shift_S: Tensor, price_SM: Tensor, each_S: Tensor) -> Tensor:
+        """Over the grid of schedules; nobody leaves or freezes where no label is known."""
         if logits.freeze_layers != self.freeze_layers:
             raise ConfigError(
                 f"logits of streams frozen after {logits.freeze_layers}, labels of {self.freeze_layers}: "
                 "expected both from one trace"
             )
-        exit_BGL = logits.exit_BGL
-        exit_SBGL = exit_BGL + shift_S.to(exit_BGL)[:, None, None, None]
-        freeze_SBL = logits.freeze_BL + shift_S.to(logits.freeze_BL)[:, None, None]
-        if closed_L is not None:
-            exit_SBGL = exit_SBGL.masked_fill(closed_L, CLOSED)
-        shifted = HeadLogits(exit_SBGL.flatten(0, 1), freeze_SBL.flatten(0, 1), logits.freeze_layers)
-        log_p = schedule_probabilities(shifted.closed_elsewhere())
-        return log_p.flatten(1).unflatten(0, exit_SBGL.shape[:2])
+        grid = logits.exit_BGL.shape[1:]
+        weight_B = self.weight_B
+        if weight_B is None:
+            weight_B = torch.full((len(logits),), 1 / len(logits), dtype=each_S.dtype, device=each_S.device)
+        return expected_cost(
+            logits,
+            shift_S,
+            self.loss_BM.unflatten(1, grid),
+            price_SM.unflatten(1, grid),
+            each_S[:, None] * weight_B,
+            self.closed_L,
+        )
+
+    def _chances(self, logits_BL: Tensor, shift_S: Tensor) -> Tensor:
+        """(S, B, L) log P of the exits, with each shift added to every logit; nobody leaves where no label
+        is known."""
+        shifted_SBL = logits_BL + shift_S.to(logits_BL)[:, None, None]
+        if self.closed_L is not None:
+            shifted_SBL = shifted_SBL.masked_fill(self.closed_L, CLOSED)
+        return exit_probabilities(shifted_SBL.flatten(0, 1)).unflatten(0, shifted_SBL.shape[:2])
 
 
 def _check(lam: float, span: float, memory_price: float) -> None:

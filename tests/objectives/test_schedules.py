@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dyvte.errors import ConfigError
-from dyvte.gates import CLOSED, HeadLogits, exit_probabilities
+from dyvte.gates import CLOSED, HeadLogits, exit_probabilities, schedule_probabilities
 from dyvte.objectives import ExpectedRisk, answer_loss, expected_risk
+from dyvte.objectives.expectation import expected_cost
 from dyvte.objectives.losses import is_bounded
 from dyvte.teacher.trace import Trace
 from tests.helpers.traces import make_trace
@@ -180,3 +181,62 @@ def test_losses_joined_are_their_mean() -> None:
         ExpectedRisk(loss="same_answer+kl")
     assert is_bounded("same_answer+risk:0.5")
     assert not is_bounded("same_answer+risk")
+
+
+def summed(logits: HeadLogits, shift_S, loss_BGL, price_SGL, weight_SB) -> torch.Tensor:
+    """The expectation as the sum over all schedules that it stands for."""
+    total = torch.zeros((), dtype=torch.float64)
+    for s, shift in enumerate(shift_S.tolist()):
+        chance_BGL = schedule_probabilities(logits.shifted(shift, shift).closed_elsewhere()).exp()
+        total = total + weight_SB[s].double() @ (chance_BGL * (loss_BGL + price_SGL[s])).sum((1, 2))
+    return total
+
+
+@pytest.mark.parametrize("freezes", [(0, 1, 2, 3, 4), (0, 2), (3,)])
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # chances that round to 0 and 1 in single precision
+def test_the_recursion_has_the_value_and_the_gradient_of_the_sum(freezes, scale) -> None:
+    generator = torch.Generator().manual_seed(7)
+    of = {"generator": generator, "dtype": torch.float64}
+    logits = random_logits(6, freezes)
+    parts = [(scale * part).requires_grad_() for part in (logits.exit_BGL, logits.freeze_BL)]
+    logits = HeadLogits(*parts, freezes)
+    shape = (len(freezes) + 1, LAYERS)
+    given = (
+        torch.randn(3, **of),
+        torch.rand(6, *shape, **of),
+        torch.rand(3, *shape, **of),
+        torch.rand(3, 6, **of),
+    )
+    got, expected = expected_cost(logits, *given), summed(logits, *given)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    wanted = torch.autograd.grad(expected, parts)
+    for mine, theirs in zip(torch.autograd.grad(got, parts), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-14)
+    single = [part.detach().float().requires_grad_() for part in parts]
+    got = expected_cost(HeadLogits(*single, freezes), *given)
+    assert got.dtype == torch.float32
+    for mine, theirs in zip(torch.autograd.grad(got, single), wanted, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_small_chances_are_not_rounded_away() -> None:
+    # a gate that nearly all rows have passed still learns: 1 - sigmoid(30) is no zero in single precision
+    exit_BGL = torch.zeros(1, 2, LAYERS)
+    exit_BGL[0, -1, 0] = 30.0
+    parts = [exit_BGL.requires_grad_(), torch.zeros(1, LAYERS).requires_grad_()]
+    zeros = torch.zeros(1, 2, LAYERS)
+    given = (torch.zeros(1), torch.rand(1, 2, LAYERS), zeros, torch.ones(1, 1))
+    got = torch.autograd.grad(expected_cost(HeadLogits(*parts, (3,)), *given), parts)
+    double = [part.detach().double().requires_grad_() for part in parts]
+    wanted = torch.autograd.grad(summed(HeadLogits(*double, (3,)), *given), double)
+    assert (got[0][0, -1, 1:4] != 0).all()
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=0)
+
+
+def test_without_a_gradient_the_value_is_the_same() -> None:
+    trace, logits = make_trace(6, LAYERS, freezes=(0, 2)), random_logits(6, (0, 2))
+    with torch.no_grad():
+        alone = expected_risk(logits, trace, lam=0.1, span=10)
+    wanted = HeadLogits(logits.exit_BGL.requires_grad_(), logits.freeze_BL.requires_grad_(), (0, 2))
+    assert torch.equal(alone, expected_risk(wanted, trace, lam=0.1, span=10).detach())
