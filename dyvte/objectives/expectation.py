@@ -11,7 +11,7 @@ layers, and the plain one), S prices.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,64 +72,65 @@ class _ExpectedCost(torch.autograd.Function):
         weight_SB: Tensor,
         closed_L: Tensor | None,
     ) -> Tensor:
-        # Layers first, so that each step of the recursion works on whole blocks of memory.
-        shape = (len(shift_S), 1, 1)
-        exit_KSGB = exit_BGL.permute(2, 1, 0)[:-1, None] + shift_S.view(shape)
-        leave_KSGB, stay_KSGB = exit_KSGB.sigmoid(), (-exit_KSGB).sigmoid()
+        # Layers first, and the plain stream apart: each step of a recursion works on one block of memory.
+        frozen, plain = (
+            _asked(exit_BGL[:, part], loss_BGL[:, part], price_SGL[:, part], shift_S)
+            for part in (slice(0, -1), slice(-1, None))
+        )
         for i, f in enumerate(freezes):  # nobody is asked before the stream begins
-            leave_KSGB[:f, :, i], stay_KSGB[:f, :, i] = 0.0, 1.0
+            frozen.leave[:f, :, i], frozen.stay[:f, :, i] = 0.0, 1.0
         if closed_L is not None:
-            leave_KSGB[closed_L[:-1]], stay_KSGB[closed_L[:-1]] = 0.0, 1.0
-        freeze_SFB = freeze_BL[:, list(freezes)].T + shift_S.view(shape)
-        enter_SFB, update_SFB = freeze_SFB.sigmoid(), (-freeze_SFB).sigmoid()
-        cost_LSGB = loss_BGL.permute(2, 1, 0)[:, None] + price_SGL.permute(2, 0, 1)[..., None]
+            for part in (frozen, plain):
+                part.leave[closed_L[:-1]], part.stay[closed_L[:-1]] = 0.0, 1.0
+        freeze_FSB = freeze_BL.T[list(freezes), None] + shift_S[:, None]
+        enter_FSB, update_FSB = freeze_FSB.sigmoid(), freeze_FSB.neg().sigmoid()
 
-        # From the last layer down: what a row is expected to cost that is asked next after layer k.
-        frozen_LSFB = torch.empty_like(cost_LSGB[:, :, :-1])
-        plain_LSB, passed_KSB = torch.empty_like(cost_LSGB[:, :, -1]), torch.empty_like(cost_LSGB[:-1, :, -1])
-        frozen_LSFB[-1], plain_LSB[-1] = cost_LSGB[-1, :, :-1], cost_LSGB[-1, :, -1]
-        for k in range(len(leave_KSGB) - 1, -1, -1):
-            torch.lerp(frozen_LSFB[k + 1], cost_LSGB[k, :, :-1], leave_KSGB[k, :, :-1], out=frozen_LSFB[k])
+        # From the last layer down: what a row is expected to cost that is asked next after layer k + 1.
+        after_LSFB = torch.empty_like(frozen.cost)
+        after_LSFB[-1] = frozen.cost[-1]
+        for k in reversed(range(len(frozen.leave))):
+            torch.lerp(after_LSFB[k + 1], frozen.cost[k], frozen.leave[k], out=after_LSFB[k])
         # A stream's value stays what it is below its own first layer: the lowest one is that of entering.
-        entered_SFB = frozen_LSFB[0]
-        for k in range(len(leave_KSGB) - 1, -1, -1):
-            passed_KSB[k] = plain_LSB[k + 1]
-            if k + 1 in freezes:
-                i = freezes.index(k + 1)
-                torch.lerp(plain_LSB[k + 1], entered_SFB[:, i], enter_SFB[:, i], out=passed_KSB[k])
-            torch.lerp(passed_KSB[k], cost_LSGB[k, :, -1], leave_KSGB[k, :, -1], out=plain_LSB[k])
-        value_SB = plain_LSB[0]
-        if 0 in freezes:
-            i = freezes.index(0)
-            value_SB = torch.lerp(value_SB, entered_SFB[:, i], enter_SFB[:, i])
-        value = (weight_SB * value_SB).sum()
+        entered_FSB = after_LSFB[0].transpose(0, 1)
+        here_SB, passed, ahead = plain.cost[-1, :, 0], [], []  # behind a freeze gate, and behind an exit gate
+        for k in reversed(range(len(plain.leave) + 1)):
+            ahead.append(here_SB)
+            if k in freezes:
+                i = freezes.index(k)
+                here_SB = torch.lerp(here_SB, entered_FSB[i], enter_FSB[i])
+            passed.append(here_SB)
+            if k:
+                here_SB = torch.lerp(here_SB, plain.cost[k - 1, :, 0], plain.leave[k - 1, :, 0])
+        value = (weight_SB * here_SB).sum()
         if not any(ctx.needs_input_grad):
             return value
 
         # From the first layer up: the chance to be asked there, times the row's weight.
-        asked_KSGB = torch.empty_like(leave_KSGB)
-        reach_SFB = torch.empty_like(enter_SFB)  # of the freeze gates
-        here_SB = weight_SB
-        for k in range(len(asked_KSGB) + 1):
+        exit_grad_LGB = exit_BGL.new_zeros(exit_BGL.shape[::-1])
+        freeze_grad_BL = torch.zeros_like(freeze_BL)
+        starts_SFB = torch.empty_like(after_LSFB[0])
+        asked_SB = weight_SB
+        for k in range(len(plain.leave) + 1):
             if k:
-                asked_KSGB[k - 1, :, -1] = here_SB
-                here_SB = here_SB * stay_KSGB[k - 1, :, -1]
+                leave_SB, stay_SB = plain.leave[k - 1, :, 0], plain.stay[k - 1, :, 0]
+                gain_SB = plain.cost[k - 1, :, 0] - passed[-1 - k]
+                exit_grad_LGB[k - 1, -1] = gain_SB.mul_(asked_SB).mul_(leave_SB).mul_(stay_SB).sum(0)
+                asked_SB = asked_SB * stay_SB
             if k in freezes:
                 i = freezes.index(k)
-                reach_SFB[:, i] = here_SB
-                here_SB = here_SB * update_SFB[:, i]
-        if len(asked_KSGB):
-            torch.mul(reach_SFB, enter_SFB, out=asked_KSGB[0, :, :-1])
-        for k in range(1, len(asked_KSGB)):
-            torch.mul(asked_KSGB[k - 1, :, :-1], stay_KSGB[k - 1, :, :-1], out=asked_KSGB[k, :, :-1])
-        after_KSGB = torch.cat((frozen_LSFB[1:], passed_KSB[:, :, None]), 2)
-        asked_KSGB.mul_(leave_KSGB).mul_(stay_KSGB).mul_(cost_LSGB[:-1] - after_KSGB)
-        exit_grad_LGB = exit_BGL.new_zeros(exit_BGL.shape[::-1])
-        torch.sum(asked_KSGB, 1, out=exit_grad_LGB[:-1])
-        updated_SFB = plain_LSB[list(freezes)].transpose(0, 1)
-        reach_SFB.mul_(enter_SFB).mul_(update_SFB).mul_(entered_SFB - updated_SFB)
-        freeze_grad_BL = torch.zeros_like(freeze_BL)
-        freeze_grad_BL[:, list(freezes)] = reach_SFB.sum(0).T
+                enters_SB = asked_SB * enter_FSB[i]
+                starts_SFB[:, i] = enters_SB
+                gain_SB = entered_FSB[i] - ahead[-1 - k]
+                freeze_grad_BL[:, k] = gain_SB.mul_(enters_SB).mul_(update_FSB[i]).sum(0)
+                asked_SB = asked_SB * update_FSB[i]
+        gain_KSFB = frozen.cost[:-1].sub_(after_LSFB[1:]).mul_(frozen.leave).mul_(frozen.stay)
+        asked_KSFB = after_LSFB[:-1]  # not read any more
+        for k in range(len(asked_KSFB)):
+            if k:
+                torch.mul(asked_KSFB[k - 1], frozen.stay[k - 1], out=asked_KSFB[k])
+            else:
+                asked_KSFB[k] = starts_SFB
+        exit_grad_LGB[:-1, :-1] = gain_KSFB.mul_(asked_KSFB).sum(1)
         ctx.save_for_backward(exit_grad_LGB.permute(2, 1, 0), freeze_grad_BL)
         return value
 
@@ -138,3 +139,17 @@ class _ExpectedCost(torch.autograd.Function):
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         exit_grad_BGL, freeze_grad_BL = ctx.saved_tensors
         return given * exit_grad_BGL, given * freeze_grad_BL, *([None] * 6)
+
+
+class _Asked(NamedTuple):
+    """Chances (K, S, G, B) to leave where asked, and to stay, and costs (L, S, G, B) of leaving there."""
+
+    leave: Tensor
+    stay: Tensor
+    cost: Tensor
+
+
+def _asked(exit_BGL: Tensor, loss_BGL: Tensor, price_SGL: Tensor, shift_S: Tensor) -> _Asked:
+    exit_KSGB = exit_BGL.permute(2, 1, 0)[:-1, None].contiguous() + shift_S[:, None, None]
+    cost_LSGB = loss_BGL.permute(2, 1, 0)[:, None].contiguous() + price_SGL.permute(2, 0, 1)[..., None]
+    return _Asked(exit_KSGB.sigmoid(), exit_KSGB.neg_().sigmoid_(), cost_LSGB)
