@@ -107,6 +107,18 @@ class Processes:
         """This process's part: every ``world_size``-th item, so that parts take equally long."""
         return items[self.rank :: self.world_size]
 
+    def together(self, parts: Sequence[Item]) -> list[Item]:
+        """What all processes made of their shares (see `share`), in the order of the items, on every process;
+        anything that can be pickled."""
+        if self.world_size == 1:
+            return list(parts)
+        shares: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(shares, list(parts), group=self.group)
+        joined: list[Any] = [None] * sum(map(len, shares))
+        for rank, share in enumerate(shares):
+            joined[rank :: self.world_size] = share
+        return joined
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:

@@ -73,6 +73,8 @@ with join_processes() as processes:
     assert processes.all_true(True) and not processes.all_true(rank == 0)
     assert processes.mean(float(rank)) == 0.5
     assert processes.from_first(["of", rank]) == ["of", 0]
+    items = list(range(5))
+    assert processes.together([(i, rank) for i in processes.share(items)]) == [(i, i % 2) for i in items]
     assert processes.first_alone(lambda: "done") == ("done" if rank == 0 else None)
 
     def raising(error):

@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
     from dyvte.reporting.comparison import write_comparison
 
     config = config_from(CompareConfig, args)
-    page = write_comparison(compare(config), config.output)
+    found = compare(config)
+    if found is None:  # a process that only helps
+        return 0
+    page = write_comparison(found, config.output)
     print(page.read_text(encoding="utf-8"))
     print(f"report: {config.output}")
     return 0

@@ -22,10 +22,10 @@ from dyvte.comparison.oracle import oracle_points, schedule_oracle_points
 from dyvte.comparison.plan_compare import PlanComparison, compare_searches, shared_reductions
 from dyvte.comparison.question_features import router_features
 from dyvte.comparison.records import plain
-from dyvte.comparison.router_training import router_steps
 from dyvte.comparison.runs import (
     BenchmarkComparison,
     BenchmarkRuns,
+    ScoreCurves,
     benchmark_comparison,
     gates_name,
     mixture_name,
@@ -34,7 +34,6 @@ from dyvte.comparison.runs import (
     static_name,
 )
 from dyvte.comparison.scenes import TracedScenes, load_scenes
-from dyvte.comparison.schedule_router import KINDS as SCHEDULE_RULES
 from dyvte.comparison.score_curves import score_curves
 from dyvte.comparison.static_sets import SetComparison, StaticSet, compare_sets, read_static_sets
 from dyvte.comparison.table import PolicyRow, table_rows
@@ -49,6 +48,7 @@ from dyvte.comparison.tuned_router import (
 )
 from dyvte.comparison.vtw import VtwChoice, choose_vtw
 from dyvte.config import dump_config
+from dyvte.distributed import Processes, join_processes
 from dyvte.errors import ConfigError
 from dyvte.evaluation.askable import without_unaskable
 from dyvte.evaluation.fitting import check_named
@@ -58,7 +58,6 @@ from dyvte.evaluation.runner import load_pipeline, load_questions, prompts_of
 from dyvte.evaluation.scores import FULL_MODEL, Machine
 from dyvte.evaluation.settings import NamedPolicy, parse_policies, with_reductions
 from dyvte.policies import LearnedPolicy
-from dyvte.progress import progress
 from dyvte.tasks.base import get_benchmark
 from dyvte.teacher import TraceStore
 
@@ -114,8 +113,11 @@ class Comparison:
         return {"settings": settings, **found, **{name: plain(one) for name, one in asked.items() if one}}
 
 
-def compare(config: CompareConfig) -> Comparison:
+def compare(config: CompareConfig) -> Comparison | None:
     """Run the whole comparison; runs on benchmarks are taken up where they stopped.
+
+    Several processes (torchrun, accelerate) share the routers' trainings, the studies of traces and the
+    benchmarks' batches; all but the first of them return None.
 
     Parameters
     ----------
@@ -128,15 +130,16 @@ def compare(config: CompareConfig) -> Comparison:
     DataError
         Traces are not of the given data, or not of every exit layer.
     """
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {config.output}: {error.strerror or error}") from error
-    dump_config(config, config.output / CONFIG_FILE)
+    with join_processes() as processes:
+        return _compare(config, processes)
+
+
+def _compare(config: CompareConfig, processes: Processes) -> Comparison | None:
+    processes.first_alone(lambda: _open_output(config))
     if config.plans is not None:  # before hours of work, not after
         shared_reductions(*_searches(config))
     policies = _policies(config)
-    pipeline = load_pipeline(config, policies=policies)
+    pipeline = load_pipeline(config, processes.device, policies=policies)
     check_named(pipeline.model, pipeline.processor, policies)
     sets = _static_sets(config, pipeline) if config.frozen_sets is not None else []
     train, calibration, test = (
@@ -147,32 +150,51 @@ def compare(config: CompareConfig) -> Comparison:
             (config.traces_test, config.data_test),
         )
     )
-    pairs = make_pairs(config, pipeline, train, calibration)
-    _say(f"{len(pairs)} gates and their routers ready; comparing on {len(test.questions)} test samples")
-    on_traces = compare_on_traces(calibration, test, pairs, num_draws=config.num_draws, seed=config.seed)
-    budgets = _at_budgets(config, calibration, test, pairs) if config.shares else None
-    plans = _plans(config, pipeline, pairs) if config.plans is not None else None
-    vtw = choose_vtw(config, pipeline, calibration, [pair.gates for pair in pairs])
-    runs = _run_benchmarks(config, pipeline, calibration, pairs, vtw)
-    return Comparison(
-        version=dyvte.__version__,
-        eta=config.eta,
-        seed=config.seed,
-        machine=machine(),
-        vtw=vtw,
-        gates={pair.name: GateSetting(pair.gates.threshold, pair.gates.budget) for pair in pairs},
-        traces=on_traces,
-        benchmarks={
-            run.title: _benchmark(config, pipeline, run, pairs, swept=index == 0)
-            for index, run in enumerate(runs)
-        },
-        rows=tuple(
-            table_rows(runs, pairs, vtw, _timing(config, pipeline, runs[0], pairs, vtw)) if runs else ()
-        ),
-        budgets=budgets,
-        plans=plans,
-        sets=_at_their_cost(config, test, pairs, sets),
+    pairs = make_pairs(config, pipeline, train, calibration, processes)
+    if processes.first:
+        _say(f"{len(pairs)} gates and their routers ready; comparing on {len(test.questions)} test samples")
+    draws = {"num_draws": config.num_draws, "seed": config.seed}
+    studies: list[Callable[[], Any]] = [
+        lambda: compare_on_traces(calibration, test, pairs, **draws),
+        lambda: choose_vtw(config, pipeline, calibration, [pair.gates for pair in pairs]),
+        lambda: _at_budgets(config, calibration, test, pairs) if config.shares else None,
+        lambda: _plans(config, pipeline, pairs) if config.plans is not None else None,
+        lambda: _at_their_cost(config, test, pairs, sets),
+    ]
+    on_traces, vtw, budgets, plans, at_their_cost = processes.together(
+        [study() for study in processes.share(studies)]
     )
+    runs = _run_benchmarks(config, pipeline, calibration, pairs, vtw, processes)
+    curves = {run.title: _curves(config, pipeline, run, pairs) for run in runs[:1]}
+
+    def conclude() -> Comparison:
+        timing = _timing(config, pipeline, runs[0], pairs, vtw) if runs else {}
+        return Comparison(
+            version=dyvte.__version__,
+            eta=config.eta,
+            seed=config.seed,
+            machine=machine(),
+            vtw=vtw,
+            gates={pair.name: GateSetting(pair.gates.threshold, pair.gates.budget) for pair in pairs},
+            traces=on_traces,
+            benchmarks={
+                run.title: benchmark_comparison(run, pairs, curves.get(run.title), **draws) for run in runs
+            },
+            rows=tuple(table_rows(runs, pairs, vtw, timing) if runs else ()),
+            budgets=budgets,
+            plans=plans,
+            sets=at_their_cost,
+        )
+
+    return processes.first_alone(conclude)
+
+
+def _open_output(config: CompareConfig) -> None:
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {config.output}: {error.strerror or error}") from error
+    dump_config(config, config.output / CONFIG_FILE)
 
 
 def _policies(config: CompareConfig) -> list[NamedPolicy]:
@@ -206,7 +228,11 @@ def _at_their_cost(
 
 
 def make_pairs(
-    config: CompareConfig, pipeline: Pipeline, train: TracedScenes, calibration: TracedScenes
+    config: CompareConfig,
+    pipeline: Pipeline,
+    train: TracedScenes,
+    calibration: TracedScenes,
+    processes: Processes | None = None,
 ) -> list[Pair]:
     """Gates of every seed, each with a question-only router trained and tuned like them.
 
@@ -218,6 +244,7 @@ def make_pairs(
     pipeline : the backbone, for the router's text states.
     train : what routers learn from.
     calibration : what they, and thresholds, are chosen on.
+    processes : that share the routers' trainings; None: this one alone.
     """
     features = router_features(pipeline, train.questions)
     stacks = _load_seeds(config.gates, calibration)
@@ -230,16 +257,13 @@ def make_pairs(
     if freezes == {False}:
         train.trace.check_labelled(range(train.num_layers + 1), "a question-only router of exits alone")
     tuned = [training_settings(one.gates, len(train.questions), lam=config.lam) for one in stacks]
-    steps = len(features) * sum(router_steps(len(train.questions), settings) for settings in tuned)
-    steps *= len(SCHEDULE_RULES) if freezes == {True} else 1
-    pairs = []
-    with progress(steps, "question-only routers", "step") as advance:
-        for gates, settings in zip(stacks, tuned, strict=True):
-            candidates = train_router_candidates(
-                features, train, calibration, settings, advance, freezes=gates.freezes
-            )
-            pairs.append(Pair(gates, best_router(candidates, gates.budget), tuple(candidates)))
-    return pairs
+    candidates = train_router_candidates(
+        features, train, calibration, tuned, freezes=freezes == {True}, processes=processes
+    )
+    return [
+        Pair(gates, best_router(own, gates.budget), tuple(own))
+        for gates, own in zip(stacks, candidates, strict=True)
+    ]
 
 
 def _load_seeds(folders: Sequence[str], calibration: TracedScenes) -> list[TunedGates]:
@@ -319,6 +343,7 @@ def _run_benchmarks(
     calibration: TracedScenes,
     pairs: Sequence[Pair],
     vtw: VtwChoice,
+    processes: Processes,
 ) -> list[BenchmarkRuns]:
     found = []
     for source in config.sources:
@@ -328,7 +353,7 @@ def _run_benchmarks(
         kept, unaskable = without_unaskable(
             pipeline, questions, prompts, f"{source.title} ({source.root})", config.max_bad_samples
         )
-        runs = BenchmarkRuns(benchmark, source.title, kept, config.dialect, unaskable)
+        runs = BenchmarkRuns(benchmark, source.title, kept, config.dialect, unaskable, processes=processes)
         evaluation = config.evaluation_of(source)
         layers, controls = vtw.layers(), config.controls
         run_benchmark(pipeline, runs, calibration, pairs, evaluation, fixed_layers=layers, controls=controls)
@@ -336,19 +361,13 @@ def _run_benchmarks(
     return found
 
 
-def _benchmark(
-    config: CompareConfig,
-    pipeline: Pipeline,
-    runs: BenchmarkRuns,
-    pairs: Sequence[Pair],
-    *,
-    swept: bool,
-) -> BenchmarkComparison:
-    curves = None
-    if swept and config.sweep_questions > 0:
-        source = next(one for one in config.sources if one.title == runs.title)
-        curves = score_curves(pipeline, runs, pairs, config.evaluation_of(source), config.sweep_questions)
-    return benchmark_comparison(runs, pairs, curves, num_draws=config.num_draws, seed=config.seed)
+def _curves(
+    config: CompareConfig, pipeline: Pipeline, runs: BenchmarkRuns, pairs: Sequence[Pair]
+) -> ScoreCurves | None:
+    if config.sweep_questions <= 0:
+        return None
+    source = next(one for one in config.sources if one.title == runs.title)
+    return score_curves(pipeline, runs, pairs, config.evaluation_of(source), config.sweep_questions)
 
 
 def _timing(

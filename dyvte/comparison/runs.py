@@ -26,6 +26,7 @@ from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.significance import graded, score_difference, score_value
 from dyvte.comparison.traces import Pair
 from dyvte.comparison.tuned_gates import TunedGates
+from dyvte.distributed import Processes
 from dyvte.evaluation.generation import Pipeline
 from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import EvalConfig, PolicyResult, prompts_of, run_policies
@@ -48,6 +49,7 @@ class BenchmarkRuns:
     unaskable : questions that cannot be asked, by id, and why; they are none of ``questions``, nor are others
         about their images.
     results, policies : by name.
+    processes : that share the batches; each of them gets all results.
     """
 
     benchmark: Benchmark
@@ -57,6 +59,7 @@ class BenchmarkRuns:
     unaskable: Mapping[str, str] = field(default_factory=dict)
     results: dict[str, PolicyResult] = field(default_factory=dict)
     policies: dict[str, NamedPolicy] = field(default_factory=dict)
+    processes: Processes = field(default_factory=Processes)
 
     @property
     def num_layers(self) -> int:
@@ -98,8 +101,15 @@ class BenchmarkRuns:
             Of the progress bar.
         """
         found = run_policies(
-            pipeline, self.benchmark, self.questions, policies, config, description=f"{self.title}: {label}"
+            pipeline,
+            self.benchmark,
+            self.questions,
+            policies,
+            config,
+            description=f"{self.title}: {label}",
+            processes=self.processes,
         )
+        found = self.processes.from_first(found)
         self.results.update((result.name, result) for result in found)
         self.policies.update((named.name, named) for named in policies)
 

@@ -56,7 +56,10 @@ def score_curves(
     ScoreCurves or None
         None where nothing can be graded here.
     """
-    sweep = BenchmarkRuns(runs.benchmark, runs.title, runs.questions[:num_questions], runs.dialect)
+    processes = runs.processes
+    sweep = BenchmarkRuns(
+        runs.benchmark, runs.title, runs.questions[:num_questions], runs.dialect, processes=processes
+    )
     config = dataclasses.replace(config, output=config.output.with_name(f"{config.output.name}-sweep"))
     policies = [parse_named(f"fixed:{k}") for k in range(runs.num_layers)] + [parse_named(FULL_MODEL)]
     sweep.run(pipeline, policies, config, "every fixed layer")
@@ -66,7 +69,12 @@ def score_curves(
     prompts = prompts_of(sweep.benchmark, sweep.questions, config.question_suffix)
     visual_B = sweep.num_visual_B
     stacks = [pair.gates.gates for pair in pairs]
-    logits = probe_gates(pipeline, sweep.questions, prompts, stacks, config.batch_size)
+    # What is answered next hangs on them: they must be the same on every process.
+    logits = processes.from_first(
+        processes.first_alone(
+            lambda: probe_gates(pipeline, sweep.questions, prompts, stacks, config.batch_size)
+        )
+    )
     gates = {pair.name: pair.gates.points(one, visual_B) for pair, one in zip(pairs, logits, strict=True)}
     router = {pair.name: pair.router.points(prompts, visual_B) for pair in pairs}
     given: dict[tuple[int, int, int], str] = {}

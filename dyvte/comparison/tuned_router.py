@@ -9,11 +9,14 @@ Shape letters: L decoder layers, F features, S settings.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dyvte.calibration.operating_points import OperatingPoints, compute_to_reach, mixed, mixture_at
@@ -26,17 +29,22 @@ from dyvte.comparison.router import (
     router_threshold,
     train_routers,
 )
-from dyvte.comparison.router_training import RouterSettings
+from dyvte.comparison.router_training import RouterSettings, router_steps
 from dyvte.comparison.scenes import TracedScenes
 from dyvte.comparison.schedule_router import KINDS as SCHEDULE_RULES
-from dyvte.comparison.schedule_router import ScheduleRouter, schedule_curve, train_schedule_routers
+from dyvte.comparison.schedule_router import Kind, ScheduleRouter, schedule_curve, train_schedule_routers
 from dyvte.comparison.tuned_gates import budget_grid
+from dyvte.distributed import Processes
 from dyvte.errors import ConfigError
 from dyvte.gates import GateConfig, GateStack
 from dyvte.objectives import ExpectedRisk, answer_loss
+from dyvte.progress import Advance, progress
 
 ROUTER_LEARNING_RATES = (1e-3, 3e-3)
 ROUTER_MIN_STEPS = 1000
+
+Curve = Callable[[Tensor, Tensor], OperatingPoints]
+"""From features and visual tokens of other questions to a rule's operating points."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,7 @@ class TunedRouter:
     kind: str
     featurise: Featurise
     router: QuestionRouter | ScheduleRouter
-    curve: Callable[[Tensor, Tensor], OperatingPoints]
-    """From features and visual tokens of other questions to the rule's operating points."""
+    curve: Curve
     calibration_curve: tuple[np.ndarray, np.ndarray, np.ndarray]
     """Visual compute, loss and same answer on the calibration scenes at those settings."""
     settings: RouterSettings
@@ -74,6 +81,15 @@ class TunedRouter:
             (B,) visual tokens.
         """
         return self.curve(self.featurise(questions), num_visual_B)
+
+
+class _Candidate(NamedTuple):
+    """What a process tells the others of a router: the fields of `TunedRouter` after the first two."""
+
+    router: QuestionRouter | ScheduleRouter
+    curve: Curve
+    calibration_curve: tuple[np.ndarray, np.ndarray, np.ndarray]
+    settings: RouterSettings
 
 
 @dataclass(frozen=True)
@@ -152,15 +168,15 @@ def train_router_candidates(
     features: Mapping[str, Featurise],
     train: TracedScenes,
     calibration: TracedScenes,
-    settings: RouterSettings,
-    advance: Callable[[int], object] | None = None,
+    settings_P: Sequence[RouterSettings],
     *,
     freezes: bool = False,
-) -> list[TunedRouter]:
-    """Routers on each kind of features, of each kind of rule, with each learning rate.
+    processes: Processes | None = None,
+) -> list[list[TunedRouter]]:
+    """For each of the settings, routers on each kind of features, of each kind of rule, with each rate.
 
     Of exits: one price, or the gates' range of prices. With ``freezes`` of schedules, as gates with a freeze
-    head choose them: both kinds of `dyvte.comparison.schedule_router`. ``advance`` as in `train_routers`.
+    head choose them: both kinds of `dyvte.comparison.schedule_router`.
 
     Parameters
     ----------
@@ -170,29 +186,57 @@ def train_router_candidates(
         What routers learn from.
     calibration
         What their thresholds are chosen on.
-    settings
-        Of the training.
-    advance
-        Shows the progress.
+    settings_P
+        Of the trainings: one for each of the gates that are compared.
     freezes
         Choose schedules in place of exits.
+    processes
+        That share the trainings; None: this one alone. Each gets all that is found.
     """
-    find = _schedule_candidates if freezes else _exit_candidates
+    processes = processes or Processes()
+    rules: tuple[Kind | None, ...] = SCHEDULE_RULES if freezes else (None,)
+    # Rules take unequally long; every process gets as many of each.
+    jobs = [(seed, kind, rule) for rule in rules for seed in range(len(settings_P)) for kind in features]
+    own = processes.share(jobs)
+    steps = sum(router_steps(len(train.questions), settings_P[seed]) for seed, _, _ in own)
+    found = []
+    with progress(steps, "question-only routers", "step", shown=processes.first) as advance, _one_thread():
+        for seed, kind, rule in own:
+            samples = (features[kind], train, calibration, settings_P[seed])
+            if rule is None:
+                found.append(_exit_candidates(*samples, advance))
+            else:
+                found.append(_schedule_candidates(rule, *samples, advance))
+    by_job = dict(zip(jobs, processes.together(found), strict=True))
     return [
-        router
-        for kind, featurise in features.items()
-        for router in find(kind, featurise, train, calibration, settings, advance)
+        [
+            TunedRouter(kind if rule is None else f"{kind}, {rule}", features[kind], *one)
+            for kind in features
+            for rule in rules
+            for one in by_job[seed, kind, rule]
+        ]
+        for seed in range(len(settings_P))
     ]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A router's step is many small operations: threads wait for each other more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _exit_candidates(
-    kind: str,
     featurise: Featurise,
     train: TracedScenes,
     calibration: TracedScenes,
     settings: RouterSettings,
-    advance: Callable[[int], object] | None,
-) -> list[TunedRouter]:
+    advance: Advance,
+) -> list[_Candidate]:
     tried = [
         dataclasses.replace(settings, learning_rate=rate, span=span)
         for span in sorted({1.0, settings.span})
@@ -206,7 +250,7 @@ def _exit_candidates(
         grid = budget_grid(calibration.num_layers)
         thresholds = {router_threshold(readiness_BL, num_visual_B, b) for b in grid} | {NEVER}
         curve = partial(_exit_points, router, tuple(sorted(thresholds)))
-        found.append(_tuned(kind, featurise, router, curve, calibration, chosen))
+        found.append(_judged(router, curve, features_BF, calibration, chosen))
     return found
 
 
@@ -217,20 +261,19 @@ def _exit_points(
 
 
 def _schedule_candidates(
-    kind: str,
+    rule: Kind,
     featurise: Featurise,
     train: TracedScenes,
     calibration: TracedScenes,
     settings: RouterSettings,
-    advance: Callable[[int], object] | None,
-) -> list[TunedRouter]:
+    advance: Advance,
+) -> list[_Candidate]:
     tried = [dataclasses.replace(settings, learning_rate=rate) for rate in ROUTER_LEARNING_RATES]
     features_BF, found = featurise(calibration.questions), []
-    for rule in SCHEDULE_RULES:
-        routers = train_schedule_routers(featurise(train.questions), train.trace, rule, tried, advance)
-        for router, chosen in zip(routers, tried, strict=True):
-            curve = schedule_curve(router, features_BF, calibration.trace, chosen.loss)
-            found.append(_tuned(f"{kind}, {rule}", featurise, router, curve, calibration, chosen))
+    routers = train_schedule_routers(featurise(train.questions), train.trace, rule, tried, advance)
+    for router, chosen in zip(routers, tried, strict=True):
+        curve = schedule_curve(router, features_BF, calibration.trace, chosen.loss)
+        found.append(_judged(router, curve, features_BF, calibration, chosen))
     return found
 
 
@@ -252,16 +295,15 @@ def thriftiest_router(candidates: Sequence[TunedRouter], same_answer: float) -> 
     return min(candidates, key=lambda router: router.calibration_compute(same_answer))
 
 
-def _tuned(
-    kind: str,
-    featurise: Featurise,
+def _judged(
     router: QuestionRouter | ScheduleRouter,
-    curve: Callable[[Tensor, Tensor], OperatingPoints],
+    curve: Curve,
+    features_BF: Tensor,
     calibration: TracedScenes,
     settings: RouterSettings,
-) -> TunedRouter:
+) -> _Candidate:
     trace = calibration.trace
-    points = curve(featurise(calibration.questions), trace.num_visual)
+    points = curve(features_BF, trace.num_visual)
     loss = points.means_S(Labels(answer_loss(trace, settings.loss), trace.freezes))
     same = points.means_S(Labels.of(trace, "same_answer"))
-    return TunedRouter(kind, featurise, router, curve, (points.compute_S, loss, same), settings)
+    return _Candidate(router, curve, (points.compute_S, loss, same), settings)

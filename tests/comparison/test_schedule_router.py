@@ -92,7 +92,7 @@ def test_the_chosen_candidate_is_that_of_routers_trained_alone():
     )
     bag = BagOfWords.fit(train.questions)
     settings = RouterSettings(lam=0.2, span=20.0, epochs=8, batch_size=32, loss=LOSS, min_parameters=900)
-    found = train_router_candidates({"bag": bag}, train, calibration, settings, freezes=True)
+    (found,) = train_router_candidates({"bag": bag}, train, calibration, [settings], freezes=True)
     assert [one.kind for one in found] == [f"bag, {kind}" for kind in KINDS for _ in ROUTER_LEARNING_RATES]
     features, asked = bag(train.questions), bag(calibration.questions)
     for one in found:
@@ -125,7 +125,7 @@ def test_no_candidate_is_smaller_than_the_gates(name, freezes):
         "text states": lambda asked: torch.stack([known[question] for question in asked]),
     }
     settings = dataclasses.replace(training_settings(gates, 20), epochs=1)
-    found = train_router_candidates(features, scenes, scenes, settings, freezes=freezes)
+    (found,) = train_router_candidates(features, scenes, scenes, [settings], freezes=freezes)
     assert len(found) == 8
     for one in found:
         assert one.router.num_parameters >= gates.num_deciding_parameters, one.kind

@@ -22,6 +22,7 @@ from dyvte.teacher import Teacher, TeacherConfig, TraceStore, write_traces
 from dyvte.tracing import TracingConfig
 from dyvte.tracing.frozen_search import search_frozen
 from tests.comparison.test_compare import _config, _write_split
+from tests.helpers.ranks import on_two_ranks
 from tests.helpers.world import World
 
 ROUTER_STEPS = 150
@@ -153,3 +154,27 @@ def test_answers_depend_on_the_schedule_alone(compared):
         same = curves.rules.gates[seed].metrics["same_answer"]
         assert same[-1] == 1.0
         assert not any(np.isnan(same))
+
+
+TWO = """
+import os, sys
+from dyvte.cli import main
+from dyvte.comparison import tuned_router
+
+tuned_router.ROUTER_MIN_STEPS = 5
+assert main(["compare", "--config", "{config}", "--output", "{output}"]) == 0
+print("rank", os.environ["RANK"], "exact", file=sys.stderr)
+"""
+
+
+@pytest.mark.full
+def test_two_processes_find_what_one_finds(compared, tmp_path):
+    _, output = compared
+    on_two_ranks(tmp_path, TWO.format(config=output / "config.yaml", output=tmp_path / "out"))
+    one, two = (json.loads((folder / "comparison.json").read_text()) for folder in (output, tmp_path / "out"))
+    for found in (one, two):
+        found["settings"].pop("machine")  # another number of threads
+    assert two == one
+    assert sorted(path.name for path in (tmp_path / "out" / "runs").rglob("*.jsonl")) == sorted(
+        path.name for path in (output / "runs").rglob("*.jsonl")
+    )
