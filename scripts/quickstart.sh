@@ -141,7 +141,8 @@ finish
 cat "$OUT/logs/mme.log"
 
 step 7 "compare with VTW, static schedules, a question-only router and the oracles"
-dyvte compare --config "configs/compare_$asked.yaml" --gates "${gates[@]}" --traces-train "$OUT/trace-train" \
+core "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m dyvte \
+    compare --config "configs/compare_$asked.yaml" --gates "${gates[@]}" --traces-train "$OUT/trace-train" \
     --traces-calibration "$OUT/trace-calibration" --traces-test "$OUT/trace-test" --output "$OUT/comparison"
 
 cat <<EOT

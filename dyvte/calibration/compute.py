@@ -5,6 +5,8 @@ Shape letters: B samples, L decoder layers.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,17 +72,13 @@ def threshold_for_budget(
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, found {value}")
     cuts = _midpoints(path.levels())
-    bounds = [
-        (cost, bound)
-        for cost, bound in ((path.compute, budget), (path.memory, memory_budget))
-        if bound is not None and bound < 1
-    ]
-    if not bounds:
+    bounds = [math.inf if bound is None or bound >= 1 else bound for bound in (budget, memory_budget)]
+    if bounds == [math.inf, math.inf]:
         return 1.0
 
     def meets(cut: int) -> bool:
-        chosen = path.at(float(cuts[cut]))
-        return all(cost(chosen) <= bound for cost, bound in bounds)
+        spent = path.spent(float(cuts[cut]))
+        return all(cost <= bound for cost, bound in zip(spent, bounds, strict=True))
 
     if not meets(0):
         raise CalibrationError(_unmet(path, path.at(float(cuts[0])), budget, memory_budget))

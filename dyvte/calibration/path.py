@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ class ThresholdPath:
     min_layer: int = 1
     gap: float = 0.0
     kv_share: float = math.nan
+    _spent: dict[float, tuple[float, float]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @staticmethod
     def of(logits: Tensor | HeadLogits, trace: Trace, config: GateConfig) -> ThresholdPath:
@@ -134,6 +137,19 @@ class ThresholdPath:
             Of the B samples of this path; freezing saves none.
         """
         return visual_compute(chosen.exit_layers_B, self.num_visual_B, self.num_layers)
+
+    def spent(self, level: float) -> tuple[float, float]:
+        """`compute` and `memory` at a level; remembered, as the searches for several budgets meet there.
+
+        Parameters
+        ----------
+        level
+            The exit threshold as a logit.
+        """
+        if level not in self._spent:
+            chosen = self.at(level)
+            self._spent[level] = self.compute(chosen), self.memory(chosen)
+        return self._spent[level]
 
     def levels(self) -> Tensor:
         """(n,) float64, ascending: where some decision can change.
