@@ -12,7 +12,7 @@ from dyvte.gates import HeadLogits
 def test_levels_that_several_budgets_meet_are_decided_once(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     exit_BGL = torch.randn(200, 3, 6, generator=generator)
-    logits = HeadLogits(exit_BGL, torch.randn(200, 6, generator=generator), (0, 2))
+    logits = HeadLogits(exit_BGL, torch.randn(200, 6, generator=generator), (0, 2)).closed_elsewhere()
     path = ThresholdPath(logits, torch.full((200,), 9), kv_share=0.2)
     budgets = (0.3, 0.45, 0.6, 0.75)
     alone = [threshold_for_budget(ThresholdPath(logits, path.num_visual_B, kv_share=0.2), b) for b in budgets]
