@@ -143,7 +143,7 @@ cat "$OUT/logs/mme.log"
 step 7 "compare with VTW, static schedules, a question-only router and the oracles"
 core "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m dyvte \
     compare --config "configs/compare_$asked.yaml" --gates "${gates[@]}" --traces-train "$OUT/trace-train" \
-    --traces-calibration "$OUT/trace-calibration" --traces-test "$OUT/trace-test" --output "$OUT/comparison"
+    --traces-calibration "$OUT/trace-calibration" --traces-test "$OUT/trace-test" --earlier "$OUT/eval/gqa" "$OUT/eval/mme" --output "$OUT/comparison"
 
 cat <<EOT
 

@@ -127,6 +127,8 @@ class CompareConfig(GenerationSettings):
     """Tokens of an answer at most; null: as many as the benchmarks' answers need."""
     limit: int | None = None
     """Answer this many questions of each benchmark only."""
+    earlier: tuple[Path, ...] = ()
+    """Outputs of ``dyvte eval``: what was asked there in the same way is taken from there."""
     sweep_questions: int = 500
     """Questions of the first benchmark answered at every fixed K, for score curves; 0 for none."""
     eta: float = 0.003
@@ -197,5 +199,6 @@ class CompareConfig(GenerationSettings):
             question_suffix=self.question_suffix,
             dialect=self.dialect,
             limit=self.limit,
+            earlier=self.earlier,
             timing_batches=0,
         )

@@ -18,6 +18,7 @@ from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.askable import unaskable
 from dyvte.evaluation.checks import check_ids, defects_of, refuse
+from dyvte.evaluation.earlier import take_over
 from dyvte.evaluation.fitting import before_weights, check_named
 from dyvte.evaluation.generation import (
     Batch,
@@ -88,6 +89,8 @@ class EvalConfig(GenerationSettings):
     compute each of their images once."""
     overwrite: bool = False
     """Start anew where the output folder holds a run."""
+    earlier: tuple[Path, ...] = ()
+    """Outputs of earlier runs: what was asked there in the same way is taken from there."""
     mask_head: str | None = None
     """Folder of what makes masks, for benchmarks whose answers hold one; null: segmentation/ below the
     model's."""
@@ -201,17 +204,14 @@ def run_policies(
     answers_depend_on = identity(pipeline, benchmark, questions, prompts, config)
     ids = [[questions[i].id for i in rows] for rows in plan]
 
+    def open_log(named: NamedPolicy) -> AnswerLog:
+        folder, own = config.output / named.name, identity_of(named, answers_depend_on)
+        if processes.first and not config.overwrite:
+            take_over(folder, own, config.earlier)
+        return AnswerLog(folder, own, ids, overwrite=config.overwrite, rank=processes.rank)
+
     def open_logs() -> list[AnswerLog]:
-        return [
-            AnswerLog(
-                config.output / named.name,
-                identity_of(named, answers_depend_on),
-                ids,
-                overwrite=config.overwrite,
-                rank=processes.rank,
-            )
-            for named in policies
-        ]
+        return [open_log(named) for named in policies]
 
     # The first process tidies up what a kill left; only then may the others look.
     logs = processes.first_alone(open_logs) or open_logs()

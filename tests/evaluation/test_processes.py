@@ -270,3 +270,28 @@ def test_scores_say_how_the_run_was_made(pipeline, data, tmp_path):
     rows = [json.loads(line) for line in (result.folder / "exits.jsonl").read_text().splitlines()]
     assert rows[0]["visual_tokens"] == [[16, 1], [0, 3]]
     assert scores["visual_token_layers_per_question"] == 16
+
+
+def test_what_an_earlier_run_was_asked_is_not_asked_again(pipeline, data, tmp_path, monkeypatch):
+    asked = []
+
+    def counted(pipeline, batch, exits, *args):
+        asked.append(str(exits.policy))
+        return answer(pipeline, batch, exits, *args)
+
+    monkeypatch.setattr("dyvte.evaluation.runner.answer", counted)
+    first = _run(pipeline, _config(data, tmp_path / "first"), ("never", "fixed:2"))
+    (tmp_path / "first" / "fixed-2" / "predictions.jsonl").rename(tmp_path / "lost")  # a run that was killed
+    asked.clear()
+    earlier = (tmp_path / "first", tmp_path / "nowhere", tmp_path / "first" / "never")
+    later = _run(pipeline, _config(data, tmp_path / "later", earlier=earlier), ("never", "fixed:2"))
+    assert len(set(asked)) == 1  # fixed:2 alone
+    assert [later[name].answers == first[name].answers for name in first] == [True, True]
+    for name in ("run.json", "exits.jsonl", "predictions.jsonl"):
+        theirs, ours = (tmp_path / folder / "never" / name for folder in ("first", "later"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    # Asked in another way, or anew: nothing is taken over.
+    for changes in ({"batch_size": 4}, {"overwrite": True}):
+        asked.clear()
+        _run(pipeline, _config(data, tmp_path / "other", earlier=earlier, **changes), ("never",))
+        assert asked
