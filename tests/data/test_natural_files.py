@@ -19,11 +19,13 @@ from dyvte.data.scenes.grounding import OBJECTS
 from dyvte.data.scenes.natural import TAUGHT_TYPES
 from dyvte.data.scenes.styles import NATURAL, PLAIN, narrowed
 from dyvte.data.scenes.wordings import QUERIES, SHORT_SUFFIX, VERIFICATIONS
+from dyvte.data.scenes.world import draw_scene
 from dyvte.errors import ConfigError
 from dyvte.tasks import base as tasks
+from tests.data.test_scenes import solve
 
 SPLITS = ("train", "calibration", "validation", "test", "unseen")
-SIZES = {**dict.fromkeys(SPLITS, 96), "gqa": 80, "mme": 2, "refcoco": 40, "captions": 12}
+SIZES = {**dict.fromkeys(SPLITS, 96), "gqa": 80, "mme": 2, "pope": 9, "refcoco": 40, "captions": 12}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,29 @@ def test_gqa_and_mme_are_read_by_their_tasks(root):
     mme = tasks.get_benchmark("mme").load(root / "mini_mme")
     assert len(mme) == len(writers.MME_SUBTASKS) * SIZES["mme"] * 2
     assert Counter(q.answer.lower() for q in mme) == {"yes": len(mme) // 2, "no": len(mme) // 2}
+
+
+def test_pope_asks_each_image_for_what_is_there_and_what_is_not(root):
+    asked = tasks.get_benchmark("pope").load(root / "mini_pope")
+    assert len(asked) == 6 * SIZES["pope"]
+    cells = Counter((q.image_id, q.kind, q.answer) for q in asked)
+    assert set(cells.values()) == {1}
+    assert len(cells) == len(asked)
+    shown = {}
+    for q in asked:
+        number = int(q.image_id.removesuffix(".png")[-12:]) - 1
+        shown[q.image_id] = scene = draw_scene("test", NATURAL.first_scene["pope"] + number, 0)
+        assert solve(scene, q.text) == q.answer
+    things = {i: {(c.color, c.name) for c in s.cells if c and c.kind == "shape"} for i, s in shown.items()}
+    known = Counter(thing for own in things.values() for thing in own)
+    for q in asked:
+        color, name = q.text.removesuffix("?").split()[-2:]
+        there = things[q.image_id]
+        if q.answer == "no" and q.kind == "popular":
+            assert known[color, name] == max(n for thing, n in known.items() if thing not in there)
+        if q.answer == "no" and q.kind == "adversarial":
+            near = {(c, n) for c, _ in there for _, n in there} - there
+            assert (color, name) in near or not near
 
 
 def test_boxes_hold_what_differs_from_the_ground(root):

@@ -10,7 +10,15 @@ from dyvte.data.scenes.styles import NATURAL, PLAIN, narrowed
 from dyvte.data.scenes.writers import write_all
 from dyvte.errors import DyvteError
 
-DEFAULT_SIZES = {"train": 4000, "calibration": 2400, "validation": 800, "test": 1600, "gqa": 600, "mme": 30}
+DEFAULT_SIZES = {
+    "train": 4000,
+    "calibration": 2400,
+    "validation": 800,
+    "test": 1600,
+    "gqa": 600,
+    "mme": 30,
+    "pope": 100,
+}
 NATURAL_SIZES = {
     "train": 1600,
     "calibration": 1200,
@@ -19,11 +27,18 @@ NATURAL_SIZES = {
     "unseen": 400,
     "gqa": 240,
     "mme": 10,
+    "pope": 20,
     "refcoco": 120,
     "captions": 40,
 }
 """A sample of the 30-layer backbone costs forty times one of the 10-layer backbone."""
-UNITS = {"gqa": "questions", "mme": "images per subtask", "refcoco": "expressions", "captions": "images"}
+UNITS = {
+    "gqa": "questions",
+    "mme": "images per subtask",
+    "pope": "images, six questions each",
+    "refcoco": "expressions",
+    "captions": "images",
+}
 
 
 def main() -> int:

@@ -4,6 +4,7 @@
 <root>/instruct/test_unseen.json     (natural style: the test scenes in wordings that no training uses)
 <root>/mini_gqa/testdev_balanced_questions.json + mini_gqa/images/*.png
 <root>/mini_mme/<subtask>/...        (flat or split layout, as the release has it)
+<root>/mini_pope                     (see `pope`)
 <root>/mini_refcoco, mini_captions   (natural style: see `grounding`)
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from dyvte.data.scenes.grounding import write_captions, write_refcoco
+from dyvte.data.scenes.pope import write_pope
 from dyvte.data.scenes.questions import Question, View
 from dyvte.data.scenes.render import save
 from dyvte.data.scenes.styles import PLAIN, Style
@@ -242,6 +244,9 @@ def write_all(
     tell(f"{write_gqa(root, sizes['gqa'], seed, style=style)}: {sizes['gqa']} questions")
     folder = write_mme(root, sizes["mme"], seed, style=style)
     tell(f"{folder}: {len(MME_SUBTASKS)} subtasks x {sizes['mme']} images")
+    if "pope" in sizes:
+        path = write_pope(root / "mini_pope", sizes["pope"], style.first_scene["pope"], seed)
+        tell(f"{path}: {sizes['pope']} images")
     if "refcoco" in sizes:
         path = write_refcoco(root / "mini_refcoco", sizes["refcoco"], style.first_scene["refcoco"], seed)
         tell(f"{path}: {sizes['refcoco']} expressions")
