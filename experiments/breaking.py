@@ -141,8 +141,11 @@ class Rules:
         own = LearnedPolicy(gates.gates, gates.threshold, gates.min_layer, gates.fallback)
         return [parse_named(FULL_MODEL), learned(GATES, own)]
 
-    def others(self, pipeline: Pipeline, runs: BenchmarkRuns, config: EvalConfig) -> list[NamedPolicy]:
-        """The rest, at the gates' visual compute on these questions: answers are not looked at."""
+    def others(
+        self, pipeline: Pipeline, runs: BenchmarkRuns, config: EvalConfig, also: Sequence[float]
+    ) -> list[NamedPolicy]:
+        """The rest, at the gates' visual compute on these questions: answers are not looked at; and at
+        further ones."""
         spent, visual_B = runs.results[GATES].scores.cost.visual_compute, runs.num_visual_B
         prompts = prompts_of(runs.benchmark, runs.questions, config.question_suffix)
         (logits,) = probe_gates(pipeline, runs.questions, prompts, [self.exits.gates], config.batch_size)
@@ -153,13 +156,16 @@ class Rules:
             FIXED: fixed_points(trace.risk, visual_B),
         }
         ids = [q.id for q in runs.questions]
-        named = []
-        for name, one in points.items():
-            chosen = one.draw(one.at_compute(spent), ids, config.seed)
-            freezes = dict(zip(ids, chosen.freeze_layers_B.tolist())) if name == STATIC else None
-            named.append(given_exits(name, dict(zip(ids, chosen.exit_layers_B.tolist())), freezes))
-        reductions = controls_at(spent, runs.num_layers, int(visual_B.max()))
-        return [*named, parse_named("blind"), *with_reductions([parse_named(FULL_MODEL)], reductions)]
+        named, reductions = [parse_named("blind")], []
+        for number, compute in enumerate((spent, *also)):
+            for name, one in points.items():
+                chosen = one.draw(one.at_compute(compute), ids, config.seed)
+                exits = dict(zip(ids, chosen.exit_layers_B.tolist()))
+                freezes = dict(zip(ids, chosen.freeze_layers_B.tolist())) if name == STATIC else None
+                named.append(given_exits(f"{name}-{compute:g}" if number else name, exits, freezes))
+            reductions += controls_at(compute, runs.num_layers, int(visual_B.max()))
+        full = parse_named(FULL_MODEL)
+        return [*named, *with_reductions([full], list(dict.fromkeys(reductions)))]
 
 
 def quality(runs: BenchmarkRuns, name: str) -> list[float]:
@@ -179,6 +185,11 @@ def quality(runs: BenchmarkRuns, name: str) -> list[float]:
     if runs.benchmark.name == "chair":
         return [f1(set(q.details["synonyms"].named(texts[q.id])), q.details["objects"]) for q in questions]
     return runs.hits(name)
+
+
+def title_of(name: str, reduction: str) -> str:
+    """What the tables call a run: a rule at a further compute by the name of the rule."""
+    return TITLES.get(name) or TITLES.get(name.rpartition("-")[0]) or reduction
 
 
 def f1(named: set[str], there: set[str]) -> float:
@@ -209,7 +220,7 @@ def compared(runs: BenchmarkRuns, num_draws: int) -> dict[str, Any]:
             "same_answer": paired_bootstrap(runs.same_B(GATES), runs.same_B(name), images, **how),
         }
         rows[name] = {
-            "title": TITLES.get(name) or runs.policies[name].reduction,
+            "title": title_of(name, runs.policies[name].reduction),
             "visual_compute": result.scores.cost.visual_compute,
             "score": runs.value(hits[name]),
             "scores": {
@@ -260,14 +271,20 @@ def _cells(name: str, found: Mapping[str, Any], by_degree: bool) -> list[str]:
     return cells
 
 
-def answer(rules: Rules, pipeline: Pipeline, source: BenchmarkSource, config: EvalConfig) -> BenchmarkRuns:
+def answer(
+    rules: Rules,
+    pipeline: Pipeline,
+    source: BenchmarkSource,
+    config: EvalConfig,
+    also: Sequence[float],
+) -> BenchmarkRuns:
     """All rules on a benchmark, by real generation; what is answered already is not asked again."""
     benchmark = get_benchmark(source.name)
     questions = load_questions(benchmark, source.root, config.limit, 0)
     runs = BenchmarkRuns(benchmark, source.title, questions, config.dialect)
     pipeline = dataclasses.replace(pipeline, max_new_tokens=config.max_new_tokens)
     runs.run(pipeline, rules.first(), config, "full model, gates")
-    runs.run(pipeline, rules.others(pipeline, runs, config), config, "controls")
+    runs.run(pipeline, rules.others(pipeline, runs, config, also), config, "controls")
     return runs
 
 
@@ -278,6 +295,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--benchmark", action="append", required=True, help="[TITLE:]NAME=ROOT; several")
     parser.add_argument("--gates", type=Path, help="of three states; default: trained from the same traces")
     parser.add_argument("--budget", type=float, help="threshold of this visual compute on calibration data")
+    parser.add_argument(
+        "--also",
+        type=float,
+        nargs="+",
+        default=[],
+        help="visual compute at which all but the gates are asked too",
+    )
     parser.add_argument("--limit", type=int, help="questions of a benchmark at most")
     parser.add_argument("--batch-size", type=int, default=32, help="questions of a batch")
     args = parser.parse_args(words)
@@ -302,13 +326,13 @@ def main(words: Sequence[str] | None = None) -> None:
             seed=args.seeds[0],
         )
         pipeline = pipeline or load_pipeline(config)
-        found = compared(answer(rules, pipeline, source, config), args.draws)
+        found = compared(answer(rules, pipeline, source, config, args.also), args.draws)
         content["benchmarks"][source.title] = found
         sizes = f"{found['num_questions']} questions about {found['num_images']} images"
         hard = found["hard"]
         hard_size = f"; hard subset: {hard.num_questions} that {POOLED} fails" if hard else ""
         print(f"\n## {source.title}\n\n{sizes}{hard_size}\n\n{table(found)}", flush=True)
-    write_atomically(bench.work / "breaking.json", json.dumps(plain(content), indent=2) + "\n")
+        write_atomically(bench.work / "breaking.json", json.dumps(plain(content), indent=2) + "\n")
 
 
 if __name__ == "__main__":
