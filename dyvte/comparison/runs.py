@@ -28,6 +28,7 @@ from dyvte.comparison.traces import Pair
 from dyvte.comparison.tuned_gates import TunedGates
 from dyvte.distributed import Processes
 from dyvte.evaluation.generation import Pipeline
+from dyvte.evaluation.given import Asked, known_answers
 from dyvte.evaluation.run_log import Answer
 from dyvte.evaluation.runner import EvalConfig, PolicyResult, prompts_of, run_policies
 from dyvte.evaluation.scores import FULL_MODEL, RunScores
@@ -50,6 +51,7 @@ class BenchmarkRuns:
         about their images.
     results, policies : by name.
     processes : that share the batches; each of them gets all results.
+    known : answers to these questions that need not be asked for again.
     """
 
     benchmark: Benchmark
@@ -60,6 +62,7 @@ class BenchmarkRuns:
     results: dict[str, PolicyResult] = field(default_factory=dict)
     policies: dict[str, NamedPolicy] = field(default_factory=dict)
     processes: Processes = field(default_factory=Processes)
+    known: Mapping[Asked, Answer] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -83,6 +86,11 @@ class BenchmarkRuns:
         """Whole answer equal to the full model's, per question."""
         pairs = zip(self.results[name].answers, self.results[FULL_MODEL].answers, strict=True)
         return np.array([a.prediction == b.prediction for a, b in pairs], dtype=np.float64)
+
+    def answered(self) -> dict[Asked, Answer]:
+        """All answers of policies without reductions so far, by question and schedule."""
+        whole = [name for name, named in self.policies.items() if not named.reductions]
+        return known_answers(one for name in whole for one in self.results[name].answers)
 
     def run(
         self, pipeline: Pipeline, policies: Sequence[NamedPolicy], config: EvalConfig, label: str
@@ -108,6 +116,7 @@ class BenchmarkRuns:
             config,
             description=f"{self.title}: {label}",
             processes=self.processes,
+            known={**self.known, **self.answered()},
         )
         found = self.processes.from_first(found)
         self.results.update((result.name, result) for result in found)

@@ -58,7 +58,12 @@ def score_curves(
     """
     processes = runs.processes
     sweep = BenchmarkRuns(
-        runs.benchmark, runs.title, runs.questions[:num_questions], runs.dialect, processes=processes
+        runs.benchmark,
+        runs.title,
+        runs.questions[:num_questions],
+        runs.dialect,
+        processes=processes,
+        known=runs.answered(),
     )
     config = dataclasses.replace(config, output=config.output.with_name(f"{config.output.name}-sweep"))
     policies = [parse_named(f"fixed:{k}") for k in range(runs.num_layers)] + [parse_named(FULL_MODEL)]

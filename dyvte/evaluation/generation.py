@@ -343,7 +343,7 @@ def answer(
     record = run.records[0] if run.records else _record_of_text(pipeline, batch)
     asked_gates = bool(record.gate_logits_BL.isfinite().any())
     asked_freezes = bool(record.freeze_logits_BL.isfinite().any())
-    kv_bytes = sum(record.kv_bytes_alone) / len(texts)
+    kv_bytes_B = record.kv_bytes_B.tolist()
     visual_BL, text_BL = record.visual_tokens_BL.tolist(), record.text_tokens_BL.tolist()
     frozen_BL = record.frozen_tokens_BL.tolist()
     return [
@@ -357,7 +357,7 @@ def answer(
             text_tokens=pack_layers(text_BL[row]),
             score_layers=tuple(k for k in record.score_layers if visual_BL[row][k - 1]),
             num_new_tokens=len(new_B[row]),
-            kv_bytes=kv_bytes,
+            kv_bytes=kv_bytes_B[row],
             gate_logits=_logits(record.gate_logits_BL[row]) if asked_gates else (),
             freeze_layer=_frozen_before(record, row),
             frozen_tokens=pack_layers(frozen_BL[row]) if any(frozen_BL[row]) else (),

@@ -58,7 +58,7 @@ class Answer:
     frozen_tokens : further visual tokens that each layer read and did not update; empty: none in any.
     score_layers : layers k in which a reduction had the last token's attention computed apart.
     num_new_tokens : tokens generated, the closing one included.
-    kv_bytes : share of the batch's KV cache after prefill.
+    kv_bytes : share of the batch's KV cache after prefill, by the tokens that each layer holds of it.
     gate_logits : one per layer, None where no gate ran; empty when no gates were used.
     freeze_logits : of the freeze head, entry j after j layers; empty without one.
     problem : why the question was not asked; empty for one that was.

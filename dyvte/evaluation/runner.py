@@ -5,30 +5,29 @@ Several processes (torchrun, accelerate) share the batches; the first of them ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dyvte.backbones import get_template, open_backbone
-from dyvte.backbones.sizes import decoder_shape
 from dyvte.config import dump_config, to_dict
 from dyvte.distributed import Processes, join_processes, own_device
 from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.askable import unaskable
+from dyvte.evaluation.asking import Asking, ask_missing
 from dyvte.evaluation.checks import check_ids, defects_of, refuse
 from dyvte.evaluation.earlier import take_over
 from dyvte.evaluation.fitting import before_weights, check_named
 from dyvte.evaluation.generation import (
-    Batch,
     GenerationSettings,
     Pipeline,
-    answer,
-    encoded_batches,
     plan_batches,
     shown_by,
 )
+from dyvte.evaluation.given import Asked, ask_given, is_given
 from dyvte.evaluation.identity import identity, identity_of
 from dyvte.evaluation.latency import PLAIN, even_batches, machine, measure_generation
 from dyvte.evaluation.masks import open_segmenter
@@ -38,9 +37,7 @@ from dyvte.evaluation.run_log import Answer, AnswerLog, texts
 from dyvte.evaluation.scores import FULL_MODEL, TIMED_IMAGES, RunIdentity, RunScores, Timing
 from dyvte.evaluation.settings import NO_REDUCTION, NamedPolicy, parse_policies, with_reductions
 from dyvte.policies import POLICIES
-from dyvte.progress import progress
 from dyvte.reductions import REDUCTIONS
-from dyvte.runtime import VisualExit
 from dyvte.tasks.base import (
     DIALECTS,
     TASKS,
@@ -167,6 +164,7 @@ def run_policies(
     *,
     description: str | None = None,
     processes: Processes | None = None,
+    known: Mapping[Asked, Answer] | None = None,
 ) -> list[PolicyResult]:
     """Ask, time, score and write; a finished or half-finished run below ``config.output`` is taken up.
 
@@ -189,6 +187,9 @@ def run_policies(
         Of the progress bar; None: the benchmark's name.
     processes
         That share the batches; None: this one alone.
+    known
+        Answers of other policies to these questions. Policies that are given by question id then share the
+        answers at equal schedules, among themselves and with these; None: each is asked by itself.
     """
     processes = processes or Processes()
     where = f"{benchmark.name} ({config.data})"
@@ -231,8 +232,8 @@ def run_policies(
         return kept | found
 
     problems = processes.from_first(processes.first_alone(find_unaskable))
-    asking = _Asking(pipeline, questions, prompts, plan, problems)
-    _ask_missing(asking, policies, logs, description or benchmark.name, processes)
+    asking = Asking(pipeline, questions, prompts, plan, problems)
+    _ask(asking, policies, logs, known, description or benchmark.name, processes)
     processes.barrier()
 
     def conclude() -> list[PolicyResult]:
@@ -262,57 +263,25 @@ def run_policies(
     return processes.first_alone(conclude) or []
 
 
-@dataclass(frozen=True)
-class _Asking:
-    """What is put to the backbone: questions, their prompts, the batches as indices of questions, and why
-    some questions cannot be asked, by id."""
-
-    pipeline: Pipeline
-    questions: Sequence[Question]
-    prompts: Sequence[str]
-    plan: Sequence[Sequence[int]]
-    problems: Mapping[str, str]
-
-    def batches(self, wanted: Sequence[int]) -> Iterator[Batch]:
-        """The wanted ones, encoded, of the questions that can be asked."""
-        return encoded_batches(
-            self.pipeline, self.questions, self.prompts, self.plan, wanted, self.problems.keys()
-        )
-
-    def answers(self, batch: Batch, exits: VisualExit) -> list[Answer]:
-        """To all questions of a batch; empty ones to those that cannot be asked."""
-        given = answer(self.pipeline, batch, exits) if batch.question_ids else []
-        by_id = {one.question_id: one for one in given}
-        num_layers = decoder_shape(self.pipeline.model.config).num_layers
-        ids = [self.questions[i].id for i in self.plan[batch.index]]
-        return [by_id.get(q) or Answer.unanswered(q, self.problems[q], num_layers) for q in ids]
-
-
-def _ask_missing(
-    asking: _Asking,
+def _ask(
+    asking: Asking,
     policies: Sequence[NamedPolicy],
     logs: Sequence[AnswerLog],
+    known: Mapping[Asked, Answer] | None,
     description: str,
     processes: Processes,
 ) -> None:
-    """Ask this process's share of what is missing; the first shows how far it is with its own."""
-    missing = [set(log.missing()) for log in logs]
-    wanted = processes.share(sorted(set().union(*missing)))
-    total = sum(len(asking.plan[index]) for index in wanted for one in missing if index in one)
-    if processes.world_size > 1:
-        description = f"{description} (1 of {processes.world_size} processes)"
-    hidden = total == 0 or not processes.first
-    exits = [named.exits() for named in policies]
-    with progress(total, description, "answer", shown=not hidden) as advance:
-        for batch in asking.batches(wanted):
-            for one, log, still in zip(exits, logs, missing, strict=True):
-                if batch.index in still:
-                    log.append(batch.index, asking.answers(batch, one))
-                    advance(len(asking.plan[batch.index]))
+    """What is missing; with ``known``, one answer for all given policies of equal schedule."""
+    given = [known is not None and is_given(named) for named in policies]
+    for ask, wanted in ((ask_missing, False), (partial(ask_given, known=known), True)):
+        chosen = [n for n, one in enumerate(given) if one is wanted]
+        if chosen:
+            own = [policies[n] for n in chosen], [logs[n] for n in chosen]
+            ask(asking, *own, description=description, processes=processes)
 
 
 def _timing(
-    asking: _Asking,
+    asking: Asking,
     policies: Sequence[NamedPolicy],
     logs: Sequence[AnswerLog],
     config: EvalConfig,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dyvte.errors import ExitRuntimeError
@@ -67,6 +68,14 @@ class PrefillRecord:
     text_tokens_BL: Tensor
     score_layers: tuple[int, ...]
     found: FoundGroups | None = None
+
+    @property
+    def kv_bytes_B(self) -> Tensor:
+        """(B,) float64: each row's share of `kv_bytes_alone`, layer by layer, by the tokens that it holds."""
+        held_BL = (self.visual_tokens_BL + self.frozen_tokens_BL + self.text_tokens_BL).double()
+        bytes_L = torch.tensor(self.kv_bytes_alone, dtype=torch.float64)
+        share_BL = held_BL[:, : len(bytes_L)] / held_BL.sum(0).clamp(min=1)[: len(bytes_L)]
+        return (share_BL * bytes_L).sum(1)
 
 
 class Run:

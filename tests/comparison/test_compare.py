@@ -306,7 +306,7 @@ def test_answers_depend_on_the_exit_layer_alone(compared):
 
 def test_again_gives_the_same_without_asking(world, compared, monkeypatch):
     found, output = compared
-    monkeypatch.setattr("dyvte.evaluation.runner.answer", lambda *args: pytest.fail("asked again"))
+    monkeypatch.setattr("dyvte.evaluation.asking.answer", lambda *args: pytest.fail("asked again"))
     again = compare(_config(world, output))
     same = ("vtw", "gates", "traces", "benchmarks", "rows")
     assert [plain(getattr(again, name)) for name in same] == [plain(getattr(found, name)) for name in same]

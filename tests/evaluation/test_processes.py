@@ -13,9 +13,10 @@ from dyvte.backbones import BackboneConfig, get_template
 from dyvte.distributed import Processes
 from dyvte.errors import ConfigError
 from dyvte.evaluation.generation import Pipeline, answer, encode_questions
+from dyvte.evaluation.given import known_answers
 from dyvte.evaluation.run_log import PARTIAL_FILE, AnswerLog, pack_layers, unpack_layers
 from dyvte.evaluation.runner import EvalConfig, load_questions, run_policies
-from dyvte.evaluation.settings import parse_policies, with_reductions
+from dyvte.evaluation.settings import given_exits, parse_policies, with_reductions
 from dyvte.tasks.base import get_benchmark
 from tests.helpers.fixtures import write_mini_gqa
 from tests.helpers.models import tiny_llava
@@ -212,7 +213,7 @@ def test_a_killed_process_loses_nothing_for_any_number_that_goes_on(pipeline, da
         return answer(*args)
 
     config = _config(data, tmp_path / "killed")
-    monkeypatch.setattr("dyvte.evaluation.runner.answer", until_killed)
+    monkeypatch.setattr("dyvte.evaluation.asking.answer", until_killed)
     _, errors = _run_in_threads(pipeline, config, 2)
     assert [type(error) for error in errors] == [KeyboardInterrupt, KeyboardInterrupt]
     folder = tmp_path / "killed" / "never"
@@ -228,7 +229,7 @@ def test_a_killed_process_loses_nothing_for_any_number_that_goes_on(pipeline, da
             kept.append(args[1].question_ids)
         return answer(*args)
 
-    monkeypatch.setattr("dyvte.evaluation.runner.answer", noting)
+    monkeypatch.setattr("dyvte.evaluation.asking.answer", noting)
     _, errors = _run_in_threads(pipeline, config, 3)
     assert not errors
     # two policies on five batches; two answers from each process before, one of those torn
@@ -279,7 +280,7 @@ def test_what_an_earlier_run_was_asked_is_not_asked_again(pipeline, data, tmp_pa
         asked.append(str(exits.policy))
         return answer(pipeline, batch, exits, *args)
 
-    monkeypatch.setattr("dyvte.evaluation.runner.answer", counted)
+    monkeypatch.setattr("dyvte.evaluation.asking.answer", counted)
     first = _run(pipeline, _config(data, tmp_path / "first"), ("never", "fixed:2"))
     (tmp_path / "first" / "fixed-2" / "predictions.jsonl").rename(tmp_path / "lost")  # a run that was killed
     asked.clear()
@@ -295,3 +296,41 @@ def test_what_an_earlier_run_was_asked_is_not_asked_again(pipeline, data, tmp_pa
         asked.clear()
         _run(pipeline, _config(data, tmp_path / "other", earlier=earlier, **changes), ("never",))
         assert asked
+
+
+def test_given_policies_share_answers_at_equal_schedules(pipeline, data, tmp_path, monkeypatch):
+    benchmark, config = get_benchmark("gqa"), _config(data, tmp_path / "shared")
+    questions = load_questions(benchmark, data, None, 0)
+    ids = [question.id for question in questions]
+    exits = [dict(zip(ids, layers)) for layers in ([1, 2, 3] * 40, [1, 2, 4] * 40, [3] * 120)]
+    freezes = [None, {one: min(k, 2) for one, k in exits[1].items()}, dict.fromkeys(ids, 1)]
+    given = [given_exits(f"given-{n}", *both) for n, both in enumerate(zip(exits, freezes))]
+    alone = run_policies(pipeline, benchmark, questions, given, _config(data, tmp_path / "alone"))
+    (full,) = run_policies(pipeline, benchmark, questions, parse_policies(["fixed:1"]), config)
+    asked = []
+
+    def counted(pipeline, batch, exits, *args):
+        asked.extend(batch.question_ids)
+        return answer(pipeline, batch, exits, *args)
+
+    monkeypatch.setattr("dyvte.evaluation.asking.answer", counted)
+    known = known_answers(full.answers)
+    shared = run_policies(pipeline, benchmark, questions, given, config, known=known)
+    # After layer 1 all is known; (2, 2) and (3, 3) are asked once, (2, 4) and (1, 3) too.
+    schedules = {
+        (one, min(f[one], k), k) for e, f in zip(exits, [exits[0], *freezes[1:]]) for one, k in e.items()
+    }
+    assert len(asked) == len(set(asked)) == len([one for one in schedules if one[1:] != (1, 1)])
+    for mine, theirs in zip(shared, alone, strict=True):
+        for ours, other in zip(mine.answers, theirs.answers, strict=True):
+            bytes_apart = abs(ours.kv_bytes - other.kv_bytes) / other.kv_bytes
+            assert dataclasses.replace(ours, kv_bytes=other.kv_bytes) == other
+            assert bytes_apart < 0.15  # padding, which depends on the other rows
+    # A run that stopped goes on: what it holds is not asked again.
+    path = tmp_path / "shared" / "given-2"
+    for name in ("predictions.jsonl", "exits.jsonl"):
+        (path / name).unlink()
+    asked.clear()
+    again = run_policies(pipeline, benchmark, questions, given, config, known=known)
+    assert len(asked) == len(ids)
+    assert [one.answers for one in again] == [one.answers for one in shared]

@@ -132,13 +132,13 @@ def test_a_killed_run_ends_with_identical_files(pipeline, data, tmp_path, cut, m
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr("dyvte.evaluation.runner.answer", answer_until)
+    monkeypatch.setattr("dyvte.evaluation.asking.answer", answer_until)
     with pytest.raises(KeyboardInterrupt):
         _run(pipeline, small_run(data, killed), ["never", "fixed:2"])
     partial = killed / "never" / "answers.partial.jsonl"
     content = partial.read_bytes()
     partial.write_bytes(content[: int(len(content) * cut)] if cut else content)
-    monkeypatch.setattr("dyvte.evaluation.runner.answer", original)
+    monkeypatch.setattr("dyvte.evaluation.asking.answer", original)
     _run(pipeline, small_run(data, killed), ["never", "fixed:2"])
     for name in ("never", "fixed-2"):
         for file in ("predictions.jsonl", "exits.jsonl", "testdev_balanced_predictions.json"):
@@ -149,7 +149,7 @@ def test_a_killed_run_ends_with_identical_files(pipeline, data, tmp_path, cut, m
 def test_a_finished_run_is_not_asked_again(pipeline, data, tmp_path, monkeypatch):
     config = small_run(data, tmp_path)
     _, first = _run(pipeline, config, ["fixed:2"])
-    monkeypatch.setattr("dyvte.evaluation.runner.answer", lambda *args: pytest.fail("asked again"))
+    monkeypatch.setattr("dyvte.evaluation.asking.answer", lambda *args: pytest.fail("asked again"))
     _, second = _run(pipeline, config, ["fixed:2"])
     assert first["fixed-2"].answers == second["fixed-2"].answers
     assert first["fixed-2"].scores == second["fixed-2"].scores

@@ -98,7 +98,7 @@ def test_a_killed_run_ends_with_the_same_files(alone, data, policies, tmp_path, 
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dyvte.evaluation.runner.answer", answer_until)
+        patch.setattr("dyvte.evaluation.asking.answer", answer_until)
         with pytest.raises(KeyboardInterrupt):
             run(sharing(alone), data, tmp_path / "killed", order)
     run(sharing(alone), data, tmp_path / "killed", order)
