@@ -84,9 +84,9 @@ def ask_given(
     parts: dict[int, range] = {}  # of each batch: those of the plan that answer it
     size = max(map(len, asking.plan))
     for index in wanted:
-        asked = [rule for rule, still in zip(rules, missing, strict=True) if index in still]
         first = len(plan)
-        own = list(dict.fromkeys(_new(asking, index, asked, found)))
+        # Of all rules, whatever is missing: a run that goes on forms the same batches.
+        own = list(dict.fromkeys(_new(asking, index, rules, found)))
         numbers = range(len(rows), len(rows) + len(own))
         rows += own
         plan += [list(numbers[start : start + size]) for start in range(0, len(own), size)]
