@@ -7,9 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import SamModel
 
+from dyvte.backbones.segmenter import Segmenter
 from dyvte.cli import main
+from dyvte.evaluation.masks import FOLDER
 from dyvte.tasks.base import TASKS, get_benchmark
+from tests.backbones.test_lisa import sam_config
 from tests.helpers.benchmark_files import CASES, write_benchmark
 from tests.helpers.models import tiny_llava
 
@@ -23,6 +27,7 @@ def model(tmp_path_factory):
     backbone, processor = tiny_llava(4, 32)
     backbone.save_pretrained(folder)
     processor.save_pretrained(folder)
+    Segmenter(SamModel(sam_config()), 32, None).save(folder / FOLDER)  # of the tasks that ask for masks
     return folder
 
 

@@ -98,6 +98,7 @@ def test_an_error_ends_all_processes(world, tmp_path):
     """No rank waits for one that refused."""
     (tmp_path / "never").mkdir()
     (tmp_path / "never" / "run.json").write_text('{"benchmark": "other"}')
+    (tmp_path / "never" / "answers.partial.jsonl").touch()
     process = _start(world, tmp_path, TORCHRUN)
     output = process.communicate(timeout=200)[0].decode()
     assert process.returncode != 0
