@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dyvte.decoder import Layout, Slots
-from dyvte.decoder.attention import query_projections
+from dyvte.decoder.attention import attention_of, query_projections
 from dyvte.decoder.caches import Behind, Capture, KeysValues, keys_and_values
 from dyvte.decoder.masks import cut_mask
 from dyvte.errors import ExitRuntimeError
 from dyvte.runtime.image_store import Segment
+from dyvte.runtime.shared_reading import Read, may_read_apart, own_mask, reading_apart
 from dyvte.runtime.stack import Stack
 from dyvte.runtime.streams import Stream
 
@@ -177,13 +178,48 @@ class Group:
         )
         self._buffers: KeysValues | None = None
         self._masks: dict[int, tuple[Any, Any]] = {}
+        self._reads = [Read(rows, start, len(one.tokens_S)) for rows, start, one in self._pieces]
+        self._own_masks: dict[int, Tensor | None] = {}
 
-    def run(self, call: Call, states_RTD: Tensor) -> tuple[Any, KeysValues]:
-        """What the layer returns, and keys and values of the group's own tokens."""
-        cache = self._cache(call.index, states_RTD.device)
-        arguments = self._arguments(call)
-        output = call.forward(states_RTD, attention_mask=self._mask(call), past_key_values=cache, **arguments)
+    def run(self, call: Call, states_RTD: Tensor, *, may_split: bool = False) -> tuple[Any, KeysValues]:
+        """What the layer returns, and keys and values of the group's own tokens.
+
+        Parameters
+        ----------
+        call
+            The layer.
+        states_RTD
+            What enters it.
+        may_split
+            What is borrowed may be read by all rows at once: the last bits then depend on the other rows.
+        """
+        arguments = {**self._arguments(call), "attention_mask": self._mask(call)}
+        own = self._own_mask(call, states_RTD.device) if may_split else None
+        if own is None:
+            cache = self._cache(call.index, states_RTD.device)
+            output = call.forward(states_RTD, past_key_values=cache, **arguments)
+            return output, (cache.keys, cache.values)
+        cache = Capture()
+        known = [one.keys_values(call.index) for _, _, one in self._pieces]
+
+        def copied(keys: Tensor, values: Tensor) -> KeysValues:
+            return self._cache(call.index, states_RTD.device).update(keys, values)
+
+        with reading_apart(self.stack.backbone.layers[call.index], self._reads, known, own, copied):
+            output = call.forward(states_RTD, past_key_values=cache, **arguments)
         return output, (cache.keys, cache.values)
+
+    def _own_mask(self, call: Call, device: torch.device) -> Tensor | None:
+        """Of the group's own tokens alone; None where keys and values are to be copied for each row, as where
+        hardly two rows read the same."""
+        layer = self.stack.backbone.layers[call.index]
+        if not may_read_apart(str(self.stack.config._attn_implementation), device):
+            return None
+        if not self._reads or 2 * len(self._reads) > len(self.rows) or attention_of(layer) is None:
+            return None
+        if id(call.mask) not in self._own_masks:
+            self._own_masks[id(call.mask)] = own_mask(self._mask(call), self._reads, self._queries.valid)
+        return self._own_masks[id(call.mask)]
 
     def keys_alone(self, call: Call, states_RTD: Tensor) -> KeysValues:
         """Keys and values of the group's own tokens, and nothing else of the layer."""

@@ -252,7 +252,7 @@ class SharedPart:
         self.rows.freeze(call, [one for one in self._borrowed if one.frozen_at is not None])
         output, own = None, []
         for group in self.groups:
-            output, known = group.run(call, self._states(group, call))
+            output, known = group.run(call, self._states(group, call), may_split=True)
             group.own.scatter(out_BND, hidden_of(output))
             own.append(known)
         self._turned = []
