@@ -192,7 +192,7 @@ def test_a_single_policy_on_images_of_their_own_keeps_none(alone, data, policies
 
 def test_the_setting_gives_the_store(tmp_path, monkeypatch):
     model, processor = tiny_llava(LAYERS)
-    monkeypatch.setattr("dyvte.evaluation.runner.open_backbone", lambda *_: (model, processor))
+    monkeypatch.setattr("dyvte.evaluation.runner.open_backbone", lambda *_, **__: (model, processor))
     config = EvalConfig(model=BackboneConfig(path="tiny"), benchmark="gqa", data=tmp_path, output=tmp_path)
     assert load_pipeline(config, torch.device("cpu")).images.max_bytes == 2 * 2**30
     none = dataclasses.replace(config, image_store=0)
