@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from dyvte.serving.asking import Collected
 from dyvte.serving.bodies import BodyReader
 from dyvte.serving.config import MEGABYTE, ServeConfig
 from dyvte.serving.errors import RequestError
+from dyvte.serving.events import all_at_once, one_by_one, unless_gone
 from dyvte.serving.explore import trace_schedules
 from dyvte.serving.hosts import HostGuard
 from dyvte.serving.images import ImageReader
@@ -74,11 +75,14 @@ class Service:
     async def complete(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         asked, conversation = await self._prepared(request)
+        # What is streamed comes event by event; else there is one thing to wait for, the last of them.
         events: asyncio.Queue[Event] = asyncio.Queue()
+        whole: asyncio.Queue[list[Event]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
         job = self.answerer.job(
             conversation,
             id=f"chatcmpl-{uuid.uuid4().hex}",
-            emit=_into(events, asyncio.get_running_loop()),
+            emit=one_by_one(events, loop) if asked.stream else all_at_once(whole, loop),
             schedule=self.answerer.menu.choose(asked.wish),
             decoding=asked.decoding,
             num_choices=asked.num_choices,
@@ -91,20 +95,18 @@ class Service:
         replies = Replies(job.id, self.name, tokenizer, with_logprobs)
         self.scheduler.submit(job)
         try:
-            first = await _unless_gone(request, events.get())
-            if first is not None and asked.stream:
-                collected.add(first)
-                stream = self._stream(asked, job, events, collected, replies, first)
-                headers = {**_NO_STORE, **exit_header(first.report)}
+            came = await unless_gone(request, (events if asked.stream else whole).get())
+            if came is not None and asked.stream:
+                collected.add(came)
+                stream = self._stream(asked, job, events, collected, replies, came)
+                headers = {**_NO_STORE, **exit_header(came.report)}
                 return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-            event = first
-            while event is not None and not isinstance(event, Finished):
+            for event in came or ():
                 collected.add(event)
-                event = await _unless_gone(request, events.get())
         except BaseException:
             self.scheduler.cancel(job)
             raise
-        if event is None:
+        if came is None:
             self.scheduler.cancel(job)
             self.metrics.cancelled.inc()
             return Response(status_code=499)
@@ -154,7 +156,7 @@ class Service:
             )
         work = partial(trace_schedules, self.answerer, conversation, asked.decoding.max_tokens)
         future = self.scheduler.do(work)
-        found = await _unless_gone(request, asyncio.wrap_future(future))
+        found = await unless_gone(request, asyncio.wrap_future(future))
         if found is None:
             self.metrics.cancelled.inc()
             return Response(status_code=499)
@@ -355,29 +357,3 @@ class Counting:
 
 def _json(values: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(to_json(values), status, headers, media_type="application/json")
-
-
-def _into(events: asyncio.Queue[Event], loop: asyncio.AbstractEventLoop) -> Callable[[Event], None]:
-    def emit(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-    return emit
-
-
-async def _unless_gone(request: Request, waited: Any) -> Any:
-    """What is waited for; None if the client goes away before."""
-    wanted = asyncio.ensure_future(waited)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return wanted.result() if wanted.done() else None
-    finally:
-        for one in (wanted, gone):
-            if not one.done():
-                one.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

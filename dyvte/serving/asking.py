@@ -76,7 +76,7 @@ class Collected:
             That of a job that failed.
         """
         if isinstance(event, Started):
-            self._prompt, self._first = event, time.perf_counter()
+            self._prompt, self._first = event, event.at
         elif isinstance(event, Piece):
             self._texts[event.choice].append(event.text)
             self._logprobs[event.choice].extend(event.logprobs)

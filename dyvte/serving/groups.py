@@ -170,7 +170,7 @@ class RowGroup:
             if row.choice == 0 and job.started is None:
                 job.started = now
                 report = report_row(self.answerer, record, at, int(counts[at]), job.schedule)
-                job.tell(Started(int(counts[at]), report))
+                job.tell(Started(int(counts[at]), report, now))
 
     def fail(self, job: Job, error: Exception) -> None:
         """Give up a job's rows."""

@@ -121,10 +121,12 @@ class ExitReport:
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt has been read: its tokens (visual ones among them), and its layers."""
+    """The prompt has been read: its tokens (visual ones among them), its layers, and when (seconds of
+    `time.perf_counter`)."""
 
     prompt_tokens: int
     report: ExitReport
+    at: float
 
 
 @dataclass(frozen=True)

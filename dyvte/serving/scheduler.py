@@ -19,6 +19,9 @@ from dyvte.serving.jobs import Failed, Job
 Result = TypeVar("Result")
 TURN_TOKENS = 8
 """Tokens that a group grows by before the next group has its turn."""
+FIRST_TOKENS = 4
+"""Tokens that a group grows by before waiting jobs may start: to begin a turn anew costs more than to go on,
+many short answers end meanwhile, and more jobs start together then."""
 _log = logging.getLogger("dyvte.serving")
 
 
@@ -201,7 +204,7 @@ class Scheduler:
         """Should the group whose turn it is let others go on, after so many tokens of this turn?"""
         if self._works or self._is_late() or (count >= TURN_TOKENS and len(self._groups) > 1):
             return True
-        first = self._waiting[0] if self._waiting else None
+        first = self._waiting[0] if self._waiting and count >= FIRST_TOKENS else None
         return first is not None and first.num_choices <= self.max_rows - self.running_rows
 
     def _is_late(self) -> bool:
