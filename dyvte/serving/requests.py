@@ -136,8 +136,10 @@ def parse_json(body: bytes) -> Any:
         ) from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply", code="invalid_json") from error
-    except ValueError as error:  # JSONDecodeError, and numbers of too many digits
+    except ValueError as error:
         text = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}..."
+        if "digits" in text and not isinstance(error, json.JSONDecodeError):  # Python's own advice
+            text = "a number of too many digits"
         raise RequestError(f"the body is not valid JSON: {text}", code="invalid_json") from error
 
 

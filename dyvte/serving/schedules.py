@@ -21,10 +21,12 @@ from dyvte.policies import (
     parse_policy,
 )
 from dyvte.reductions import NO_REDUCTION, parse_reductions
+from dyvte.registry import unknown
 from dyvte.runtime.checks import check_policy
 from dyvte.serving.certificates import BY_GROUP, Certificate, Proof, Proofs
 from dyvte.serving.errors import RequestError
 
+_NAME_FILES = (LearnedPolicy.name, OraclePolicy.name)
 WISHES = ("policy", "threshold", "max_risk", "budget")
 
 
@@ -180,13 +182,18 @@ class ScheduleMenu:
         if wish.threshold is not None or wish.policy == "gates":
             return self._gated(wish.threshold, "policy" if wish.threshold is None else "threshold")
         text = str(wish.policy)
-        if text.partition(":")[0] in (LearnedPolicy.name, OraclePolicy.name):
+        name, _, argument = text.partition(":")
+        if argument and name in _NAME_FILES:
             raise RequestError(
                 f"visual_exit.policy {text!r}: a request cannot name files of the server; expected never, "
                 "fixed:K, freeze:F[:K], or gates (those that the server was started with)",
                 param="visual_exit.policy",
             )
         try:
+            served = {one: POLICIES.get(one).usage for one in POLICIES if one not in _NAME_FILES}
+            if name not in served:  # what is known of the command line holds forms that requests have not
+                forms = [*served.values(), "gates (a threshold of theirs: visual_exit.threshold)"]
+                raise ConfigError(unknown("policy", name, [*served, "gates"], given=text, shown=forms))
             policy = parse_policy(text)
             check_policy(policy, self._backbone)
         except DyvteError as error:

@@ -55,3 +55,7 @@ def test_json_is_read_strictly():
     for body in (b"{'a': 1}", b"Infinity", b'{"a": 1} x', b'\x80"'):
         with pytest.raises(RequestError):
             parse_json(body)
+    with pytest.raises(RequestError, match=r"not valid JSON: a number of too many digits$"):
+        parse_json(b"1" * 5000)
+    with pytest.raises(RequestError, match="not valid JSON: NaN is no JSON"):
+        parse_json(b'{"temperature": NaN}')

@@ -57,6 +57,11 @@ def test_what_makes_no_sense_is_refused(answerer, pipeline, gates_folder, tmp_pa
         ScheduleWish(policy="never", budget=0.5)
     with pytest.raises(RequestError, match="threshold are given"):
         ScheduleWish(policy="never", threshold=0.5)
+    for text in ("nothing", "gates@0.5", "oracle", ""):
+        with pytest.raises(RequestError, match="unknown policy") as error:
+            chosen(answerer, policy=text)
+        assert "FOLDER" not in str(error.value), "what only the command line takes is not offered"
+        assert "gates (a threshold of theirs: visual_exit.threshold)" in str(error.value)
     with pytest.raises(ConfigError, match="names samples beforehand"):
         Answerer.of(pipeline, f"oracle:{_oracle(tmp_path)}")
     with pytest.raises(ConfigError, match="has gates already"):
