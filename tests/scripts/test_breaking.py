@@ -86,7 +86,7 @@ def test_the_whole_experiment_and_that_it_goes_on_where_it_was(breaking, tmp_pat
 
     kept = {path: path.read_bytes() for path in (tmp_path / "work").rglob("*.jsonl")}
     with monkeypatch.context() as patch:
-        patch.setattr("dyvte.evaluation.runner.answer", None)  # nothing is asked again
+        patch.setattr("dyvte.evaluation.generation.generate_greedily", None)  # nothing is asked again
         breaking.main(words)
     assert {path: path.read_bytes() for path in kept} == kept
     assert capsys.readouterr().out.endswith(shown[shown.index("## mini-POPE") :])
