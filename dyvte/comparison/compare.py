@@ -51,6 +51,7 @@ from dyvte.config import dump_config
 from dyvte.distributed import Processes, join_processes
 from dyvte.errors import ConfigError
 from dyvte.evaluation.askable import without_unaskable
+from dyvte.evaluation.earlier import check_earlier
 from dyvte.evaluation.fitting import check_named
 from dyvte.evaluation.generation import Pipeline, encoded_batches, plan_batches
 from dyvte.evaluation.latency import PrefillTimes, even_batches, machine, measure_prefill
@@ -138,6 +139,7 @@ def _compare(config: CompareConfig, processes: Processes) -> Comparison | None:
     processes.first_alone(lambda: _open_output(config))
     if config.plans is not None:  # before hours of work, not after
         shared_reductions(*_searches(config))
+    check_earlier(config.earlier)
     policies = _policies(config)
     pipeline = load_pipeline(config, processes.device, policies=policies)
     check_named(pipeline.model, pipeline.processor, policies)

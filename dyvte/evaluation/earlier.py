@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dyvte.errors import ConfigError
 from dyvte.evaluation.run_log import EXITS_FILE, PREDICTIONS_FILE, RUN_FILE
 from dyvte.files import write_atomically
+
+
+def check_earlier(earlier: Sequence[Path]) -> None:
+    """Raise ConfigError where a folder of earlier runs is not there: all would quietly be asked again."""
+    for root in earlier:
+        if not root.is_dir():
+            raise ConfigError(f"earlier: there is no folder {root}; expected the --output of a dyvte eval")
 
 
 def take_over(folder: Path, identity: Mapping[str, Any], earlier: Sequence[Path]) -> bool:
@@ -21,7 +29,7 @@ def take_over(folder: Path, identity: Mapping[str, Any], earlier: Sequence[Path]
     identity
         All that its answers depend on (`dyvte.evaluation.identity.identity_of`).
     earlier
-        Folders of runs, or folders of such folders; one that is not there holds none.
+        Folders of runs, or folders of such folders (`check_earlier`).
 
     Returns
     -------

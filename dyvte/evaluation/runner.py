@@ -19,7 +19,7 @@ from dyvte.errors import ConfigError, DataError
 from dyvte.evaluation.askable import unaskable
 from dyvte.evaluation.asking import Asking, ask_missing
 from dyvte.evaluation.checks import check_ids, defects_of, refuse
-from dyvte.evaluation.earlier import take_over
+from dyvte.evaluation.earlier import check_earlier, take_over
 from dyvte.evaluation.fitting import before_weights, check_named
 from dyvte.evaluation.generation import (
     GenerationSettings,
@@ -148,6 +148,7 @@ def evaluate(config: EvalConfig) -> list[PolicyResult]:
     """What ``dyvte eval`` does; an empty list on all processes but the first."""
     benchmark = get_benchmark(config.benchmark)
     check_dialect(config.dialect, getattr(benchmark, "dialects", DIALECTS), benchmark.name)
+    check_earlier(config.earlier)
     policies = with_reductions(parse_policies(config.policies, config.seed), config.reductions)
     questions = load_questions(benchmark, config.data, config.limit, config.max_bad_samples)
     with join_processes() as processes:
