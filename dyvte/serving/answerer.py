@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,8 @@ from torch import nn
 from dyvte.backbones import Backbone, describe, get_template, open_backbone
 from dyvte.backbones.greedy import end_tokens
 from dyvte.backbones.sizes import DecoderShape, decoder_shape
+from dyvte.costs.reductions import visual_factors
+from dyvte.costs.visual import visual_share
 from dyvte.data.defects import is_of_sample, problem_text
 from dyvte.distributed import own_device
 from dyvte.evaluation.generation import Batch, Pipeline, encode_rendered
@@ -54,6 +57,19 @@ class Answerer:
     context: int | None
     ends: frozenset[int]
     images: ImageStore | None = None
+
+    @cached_property
+    def visual_compute(self) -> Callable[[int, tuple[int, ...], tuple[int, ...]], float]:
+        """Visual compute of a row, from how many visual tokens it has, and how many of them each layer
+        updates, and reads frozen. Remembered: rows of one schedule with as many tokens have the same."""
+
+        @lru_cache(maxsize=4096)
+        def of(num_visual: int, visual_L: tuple[int, ...], frozen_L: tuple[int, ...]) -> float:
+            factors = visual_factors(self.reductions, self.shape, num_visual)
+            frozen_BL = [frozen_L] if any(frozen_L) else None
+            return visual_share(self.shape, [visual_L], [num_visual], factors, frozen_BL)
+
+        return of
 
     @classmethod
     def open(cls, config: AnswerConfig) -> Answerer:

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dyvte.backbones.sizes import DecoderShape
-from dyvte.costs.reductions import visual_factors
-from dyvte.costs.visual import visual_share
 from dyvte.gates.groups import NEVER
 from dyvte.policies import LearnedPolicy
-from dyvte.reductions import Reduction
 from dyvte.runtime.records import PrefillRecord
 from dyvte.serving.answerer import Answerer
 from dyvte.serving.jobs import ExitReport
@@ -87,21 +82,7 @@ def _threshold(policy: LearnedPolicy, group: int | None) -> float:
 
 def _compute(answerer: Answerer, record: PrefillRecord, row: int) -> float:
     visual_L, frozen_L = record.visual_tokens_BL[row].tolist(), record.frozen_tokens_BL[row].tolist()
-    reductions, num_visual = answerer.reductions, int(record.num_visual_B[row])
-    return _share(answerer.shape, reductions, num_visual, tuple(visual_L), tuple(frozen_L))
-
-
-@lru_cache(maxsize=4096)
-def _share(
-    shape: DecoderShape,
-    reductions: tuple[Reduction, ...],
-    num_visual: int,
-    visual_L: tuple[int, ...],
-    frozen_L: tuple[int, ...],
-) -> float:
-    """Visual compute of a row; rows of one schedule and as many visual tokens have the same."""
-    factors = visual_factors(reductions, shape, num_visual)
-    return visual_share(shape, [visual_L], [num_visual], factors, [frozen_L] if any(frozen_L) else None)
+    return answerer.visual_compute(int(record.num_visual_B[row]), tuple(visual_L), tuple(frozen_L))
 
 
 def _probabilities(logits_L: Tensor) -> tuple[float | None, ...]:
