@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -47,6 +48,7 @@ TITLES = {
 
 
 def main() -> None:
+    """Train both, judge, write."""
     args = arguments()
     scenes = args.scenes / "instruct"
     if not (scenes / "test.json").is_file():
@@ -55,7 +57,7 @@ def main() -> None:
     for name, extra in RUNS.items():
         began = time.perf_counter()
         run(
-            *("-m", "dyvte", "train", "--lora", "--config", str(CONFIG), "--report_to", "none"),
+            *("-m", "dyvte", "train", "--lora", "--config", str(args.config), "--report_to", "none"),
             *("--data_path", str(scenes / "train.json"), "--seed", str(args.seed)),
             *("--output_dir", str(args.output / name), "--trace_dir", str(args.output / "answers")),
             *extra, *shlex.split(args.extra),
@@ -81,7 +83,9 @@ def main() -> None:
 def judge(args: argparse.Namespace, path: Path) -> dict:
     """Test metrics of the backbone without an adapter and with each of them."""
     cfg = load_config(
-        TrainConfig, CONFIG, [f"data.path={path}", f"data.limit={args.test}", "data.seed=1", "output_dir=."]
+        TrainConfig,
+        args.config,
+        [f"data.path={path}", f"data.limit={args.test}", "data.seed=1", "output_dir=."],
     )
     selection, alone = select_samples(cfg.data), Processes(0, 1, torch.device("cpu"))
     metrics = {}
@@ -125,10 +129,11 @@ def table(result: dict) -> str:
     """Markdown: every fixed exit, the first that reach the targets, accuracy."""
     metrics = result["metrics"]
     last = len(metrics["base"]["risk"]) - 1
+    judged = [k for k, value in enumerate(metrics["base"]["risk"]) if not math.isnan(value)]
     head = "| exit layer | " + " | ".join(TITLES[name] for name in metrics)
     lines = [f"{head} | risk " + " | risk ".join(f"({TITLES[name]})" for name in metrics) + " |"]
     lines.append("|" + "---|" * (1 + 2 * len(metrics)))
-    for k in range(last + 1):
+    for k in judged:
         same = " | ".join(f"{metrics[name]['same_answer'][k]:.1%}" for name in metrics)
         risk = " | ".join(f"{metrics[name]['risk'][k]:.4f}" for name in metrics)
         lines.append(f"| {k} | {same} | {risk} |")
@@ -161,9 +166,10 @@ def plot(result: dict, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, values in result["metrics"].items():
-        layers = range(len(values["risk"]))
-        left.plot(layers, [100 * value for value in values["same_answer"]], marker="o", label=TITLES[name])
-        right.plot(layers, [max(value, 1e-5) for value in values["risk"]], marker="o", label=TITLES[name])
+        layers = [k for k, value in enumerate(values["risk"]) if not math.isnan(value)]
+        shares, risks = ([values[key][k] for k in layers] for key in ("same_answer", "risk"))
+        left.plot(layers, [100 * value for value in shares], marker="o", label=TITLES[name])
+        right.plot(layers, [max(value, 1e-5) for value in risks], marker="o", label=TITLES[name])
     left.axhline(99, color="grey", linewidth=0.8, linestyle=":")
     left.set(xlabel="exit layer", ylabel="same answer as the un-adapted full model, %", ylim=(40, 101))
     right.set(xlabel="exit layer", ylabel="risk: KL(full || exit), nats", yscale="log")
@@ -187,6 +193,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "lora-exit")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="of the training")
     parser.add_argument("--scenes", type=Path, default=ROOT / "data" / "scenes")
     parser.add_argument("--test", type=int, default=500, help="test questions")
     parser.add_argument("--seed", type=int, default=0)

@@ -136,7 +136,8 @@ def test_bad_input_is_named(world: Path, tmp_path: Path, capsys, case: str) -> N
     assert message in capsys.readouterr().err
 
 
-def test_shipped_configuration_loads() -> None:
-    cfg = load_config(TrainConfig, ROOT / "configs" / "embedded_lora.yaml")
+@pytest.mark.parametrize(("name", "backbone"), [("embedded", "tiny-llava"), ("smol", "smol-llava")])
+def test_shipped_configuration_loads(name: str, backbone: str) -> None:
+    cfg = load_config(TrainConfig, ROOT / "configs" / f"{name}_lora.yaml")
     assert cfg.lora.enabled
-    assert cfg.model.path == str(ROOT / "checkpoints" / "tiny-llava")
+    assert cfg.model.path == str(ROOT / "checkpoints" / backbone)

@@ -126,7 +126,7 @@ def config(name: str, overrides: list[str] = ()) -> TrainConfig:
 
 def test_every_training_configuration_is_here() -> None:
     others = {f"{kind}{name}" for kind in ("", "compare_", "eval_") for name in ("embedded", "smol")}
-    others |= {"embedded_states", "embedded_lora"}
+    others |= {"embedded_states", "embedded_lora", "smol_lora"}
     found = {path.stem for path in CONFIGS.glob("*.yaml") if "output_dir" in path.read_text(encoding="utf-8")}
     assert found - others == set(FAMILY)
 

@@ -8,6 +8,7 @@ Shape letters: B rows, N tokens, A predicted positions, V vocabulary, L decoder 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -105,13 +106,16 @@ class LoraTraining(Training):
         columns = exit_columns(self.model, self.validation, self.cfg.teacher)
         first, last = self.exits
         risk, same = columns["risk"].mean(0), columns["same_answer"].mean(0)
+        judged = [k for k, value in enumerate(risk.tolist()) if not math.isnan(value)]
+        drawn = [k for k in judged if first <= k <= last] or judged
         return {
-            "validation/risk": float(risk[first : last + 1].mean()),
-            "validation/same_answer": float(same[first : last + 1].mean()),
+            "validation/risk": float(risk[drawn].mean()),
+            "validation/same_answer": float(same[drawn].mean()),
             "validation/full_same_answer": float(same[-1]),
             "validation/first_exit_99": first_reaching(same, 0.99),
-            "validation/risk_at": risk.tolist(),
-            "validation/same_answer_at": same.tolist(),
+            "validation/exits": judged,
+            "validation/risk_at": risk[judged].tolist(),
+            "validation/same_answer_at": same[judged].tolist(),
         }
 
     @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyvte.backbones import describe
 from dyvte.teacher import TeacherConfig
 from dyvte.teacher.batches import batches_of
 from dyvte.teacher.exits import positions_before, trace_checked
@@ -38,12 +39,21 @@ def exit_columns(
 ) -> dict[str, Tensor]:
     """(B, K) risk and same answer of every exit, against the full model without its adapter.
 
+    Columns of exits that ``teacher.exit_layers`` or ``exit_every`` leaves out are NaN, as in a trace.
+
     Parameters
     ----------
+    model:
+        With its adapter.
+    data:
+        Samples and what the un-adapted model answered.
+    teacher:
+        How batches are made, and which exits are judged.
     adapted:
         False: the exits too are those of the model without its adapter.
     """
     parts, order = [], []
+    exits = teacher.schedules(describe(model).num_layers).exits
     place = {sample.id: row for row, sample in enumerate(data.samples)}
     for batch in batches_of(data.samples, teacher, by_length=False):
         rows = [place[sample.id] for sample in batch]
@@ -52,9 +62,9 @@ def exit_columns(
         with torch.no_grad(), model.disable_adapter():
             full_BAV, _ = predicted_logits(model, inputs, positions_before(answer_BN, ids))
             if not adapted:
-                parts.append(_trace(model, inputs, answer_BN, ids, full_BAV, teacher))
+                parts.append(_trace(model, inputs, answer_BN, ids, full_BAV, teacher, exits))
         if adapted:
-            parts.append(_trace(model, inputs, answer_BN, ids, full_BAV, teacher))
+            parts.append(_trace(model, inputs, answer_BN, ids, full_BAV, teacher, exits))
     back = torch.tensor(order).argsort()
     return {
         name: torch.cat([getattr(part, name) for part in parts])[back].double()
@@ -62,9 +72,10 @@ def exit_columns(
     }
 
 
-def _trace(model, inputs, answer_BN, ids, full_BAV, teacher: TeacherConfig) -> Any:
+def _trace(model, inputs, answer_BN, ids, full_BAV, teacher: TeacherConfig, exits: Sequence[int]) -> Any:
     options = {
         "sample_ids": ids,
+        "exits": exits,
         "exits_per_chunk": teacher.exits_per_chunk,
         "share_images": teacher.share_images,
         "reference_BAV": full_BAV,
@@ -78,7 +89,7 @@ def first_reaching(same_answer_K: Tensor, target: float) -> int:
     Parameters
     ----------
     same_answer_K
-        (K,) shares by exit layer.
+        (K,) shares by exit layer, NaN where an exit was not judged.
     target
         In [0, 1].
     """
@@ -87,7 +98,7 @@ def first_reaching(same_answer_K: Tensor, target: float) -> int:
 
 
 def exit_rows(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[ExitRow]:
-    """One row per exit layer: means before and after."""
+    """One row per exit layer that was judged: means before and after."""
     return [
         ExitRow(
             exit_layer=k,
@@ -97,6 +108,7 @@ def exit_rows(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list
             risk_after=float(after["risk"][:, k].mean()),
         )
         for k in range(before["risk"].shape[1])
+        if not bool(before["risk"][:, k].isnan().any())
     ]
 
 
@@ -112,8 +124,8 @@ def exit_table(rows: Sequence[ExitRow]) -> str:
     for target in TARGETS:
         found = []
         for shares in ([row.same_answer_before for row in rows], [row.same_answer_after for row in rows]):
-            k = first_reaching(torch.tensor(shares), target)
-            found.append(str(k) if k < len(rows) else "none")
+            place = first_reaching(torch.tensor(shares), target)
+            found.append(str(rows[place].exit_layer) if place < len(rows) else "none")
         lines.append(
             f"first exit with at least {target:.0%} same answer: {found[0]} before, {found[1]} after"
         )

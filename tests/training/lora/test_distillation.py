@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from dyvte.teacher import Teacher, TeacherConfig
 from dyvte.teacher.exits import positions_before
 from dyvte.training.lora.distillation import LoraTraining, distillation_loss
 from dyvte.training.lora.labels import label
+from dyvte.training.lora.metrics import exit_columns, exit_rows, exit_table
 from dyvte.training.lora.model import add_adapter, trainable
 from dyvte.training.lora.train import train_lora
 from dyvte.training.schedule import drawn_exits
@@ -52,6 +54,19 @@ def fresh(world: Path, output: Path, processes: Processes, **changed):
     quiet = {"file": "", "max_bad_samples": 0, "progress": lambda _: None}
     data = label(output / "answers", teacher, select_samples(cfg.data), processes, **quiet)
     return LoraTraining(cfg, model, data, None, processes), model, data
+
+
+def test_exits_that_are_left_out_are_not_judged(world: Path, tmp_path: Path, processes: Processes) -> None:
+    training, model, data = fresh(world, tmp_path, processes)
+    training.close()
+    teacher = TeacherConfig(template="chat", max_new_tokens=3)
+    every, some = (exit_columns(model, data, replace(teacher, exit_layers=k)) for k in ((), (1,)))
+    for name, values in some.items():
+        assert torch.equal(values[:, [1, LAYERS]], every[name][:, [1, LAYERS]])
+        assert bool(values[:, [k for k in range(LAYERS) if k != 1]].isnan().all())
+    rows = exit_rows(some, every)
+    assert [row.exit_layer for row in rows] == [1, LAYERS]
+    assert exit_table(rows).splitlines()[-1].endswith(f"{LAYERS} before, {LAYERS} after")
 
 
 def test_gradients_equal_brute_force(world: Path, tmp_path: Path, processes: Processes) -> None:
