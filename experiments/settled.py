@@ -19,15 +19,13 @@ from typing import TypeAlias
 import torch
 from recipes import TARGETS, judged, table
 from torch import Tensor, nn
-from workbench import Workbench, arguments
+from workbench import Workbench, arguments, hidden_size
 
 from dyvte.backbones import open_backbone
 from dyvte.comparison.records import plain
-from dyvte.comparison.scenes import TracedScenes, load_scenes
 from dyvte.evaluation.latency import machine
 from dyvte.files import write_atomically
 from dyvte.gates import DEFAULT_FEATURES
-from dyvte.teacher import TraceStore
 from dyvte.teacher.trace import Trace
 from dyvte.training.target import TargetConfig
 
@@ -92,34 +90,11 @@ def with_parts(trace: Trace, parts: Sequence[Part]) -> Trace:
     return dataclasses.replace(trace, features=wide[:, -1], grid=wider)
 
 
-@torch.no_grad()
-def written(bench: Workbench, split: str, name: str, parts: Sequence[Part]) -> Path:
-    """A split's traces with further parts, made where they are not complete."""
-    store = TraceStore.open(bench.work / f"trace-{split}")
-    names = "+".join((*DEFAULT_FEATURES, *STAND_INS[: len(parts)]))
-    size = store.manifest.feature_size // len(DEFAULT_FEATURES) * (len(DEFAULT_FEATURES) + len(parts))
-    manifest = dataclasses.replace(
-        store.manifest, fingerprint={**store.manifest.fingerprint, "features": names}, feature_size=size
-    )
-    wide = TraceStore.create(bench.work / f"trace-{split}-{name}", manifest)
-    for index in wide.missing():
-        shard = store.read(index)
-        wide.write(index, dataclasses.replace(shard, trace=with_parts(shard.trace, parts)))
-    return wide.folder
-
-
-def scenes(bench: Workbench, split: str, name: str) -> TracedScenes:
-    """Traced scenes with further parts."""
-    folder = bench.work / f"trace-{split}-{name}"
-    return load_scenes(folder, bench.scenes / f"{split}.json", bench.scenes / "images")
-
-
 def variants(bench: Workbench) -> Mapping[str, Sequence[Part]]:
     """What is read beside the features, by name."""
     model, _ = open_backbone(bench.settings().model)
     text = model.get_decoder()
-    text = getattr(text, "language_model", text)
-    read = margin(text.norm, model.get_output_embeddings())
+    read = margin(getattr(text, "language_model", text).norm, model.get_output_embeddings())
     last, mean = change(1), change(0)
     return {
         "nothing": (),
@@ -141,15 +116,20 @@ def main() -> None:
     for split in SPLITS:
         bench.traces(split)
     target, found = TargetConfig(alpha=args.alpha), {}
+    size = hidden_size(bench.work / "trace-train")
     for name, parts in variants(bench).items():
         if args.only and name not in args.only:
             continue
-        for split in SPLITS:
-            written(bench, split, name, parts)
-        features = json.dumps([*DEFAULT_FEATURES, *STAND_INS[: len(parts)]])
-        read = (f"teacher.features={features}", f"gates.features={features}")
-        folders = list(bench.gates(f"settled-{name}", *read, trace=f"train-{name}"))
-        calibration, test = (scenes(bench, split, name) for split in SPLITS[1:])
+        features = (*DEFAULT_FEATURES, *STAND_INS[: len(parts)])
+        about = (features, size * len(features))
+        with torch.no_grad():
+            made = {
+                split: bench.rewritten(split, name, lambda trace, add=parts: with_parts(trace, add), *about)
+                for split in SPLITS
+            }
+        read = (f"teacher.features={json.dumps(features)}", f"gates.features={json.dumps(features)}")
+        folders = list(bench.gates(f"settled-{name}", *read, trace=made["train"]))
+        calibration, test = (bench.load(split, rewritten=made[split]) for split in SPLITS[1:])
         found |= judged({name: folders}, calibration, test, target)
         print(f"{name}: {found[name]}", flush=True)
     print(f"\n{machine()}\n{len(test.trace)} test samples\n\n{table(found, args.alpha)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from dyvte.comparison.scenes import TracedScenes, load_scenes
 from dyvte.comparison.tuned_gates import TunedGates, load_gates
 from dyvte.config import load_config
 from dyvte.teacher import TraceStore
+from dyvte.teacher.trace import Trace
 from dyvte.tracing import trace_data
 from dyvte.training.config import TrainConfig
 from dyvte.training.train import train
@@ -71,9 +72,9 @@ class Workbench:
         trace_data(cfg, folder)
         return folder
 
-    def load(self, split: str, *overrides: str) -> TracedScenes:
-        """A split's traces with questions and images."""
-        folder = self.traces(split, *overrides)
+    def load(self, split: str, *overrides: str, rewritten: str = "") -> TracedScenes:
+        """A split's traces with questions and images; ``rewritten`` is the name of others than its own."""
+        folder = self.work / f"trace-{rewritten}" if rewritten else self.traces(split, *overrides)
         return load_scenes(folder, self.scenes / f"{split}.json", self.scenes / "images")
 
     def thinned(self, split: str, freezes: Sequence[int]) -> str:
@@ -87,6 +88,29 @@ class Workbench:
         for index in thin.missing():
             shard = store.read(index)
             thin.write(index, dataclasses.replace(shard, trace=shard.trace.thinned(freezes=freezes)))
+        return name
+
+    def rewritten(
+        self, split: str, name: str, change: Callable[[Trace], Trace], features: Sequence[str], size: int
+    ) -> str:
+        """Name of a split's traces with other features, made where they are not complete.
+
+        Parameters
+        ----------
+        split, name
+            What is changed, and what the change is called.
+        change
+            A trace to one with the same labels and other features.
+        features, size
+            Names of the parts that they have then, and the numbers of all parts together.
+        """
+        store, name = TraceStore.open(self.work / f"trace-{split}"), f"{split}-{name}"
+        fingerprint = {**store.manifest.fingerprint, "features": "+".join(features)}
+        manifest = dataclasses.replace(store.manifest, fingerprint=fingerprint, feature_size=size)
+        changed = TraceStore.create(self.work / f"trace-{name}", manifest)
+        for index in changed.missing():
+            shard = store.read(index)
+            changed.write(index, dataclasses.replace(shard, trace=change(shard.trace)))
         return name
 
     def gates(self, name: str, *overrides: str, trace: str = "train") -> Iterator[Path]:
