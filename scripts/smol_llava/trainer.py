@@ -26,6 +26,8 @@ ALL_KINDS = (
     *("count", "relation", "compare", "beside", "larger", "sum", "trail", "skip_color", "skip_where"),
     *("box", "describe"),
 )
+LAST_KINDS = (*(kind for kind in ALL_KINDS if kind not in ("count", "relation", "sum")), "color")
+"""At the end: what was not learned is no longer asked, what is learned slowly twice as often."""
 FIRST_SCENE = 50_000_000
 """Where the scenes of this training start; the first stages of both backbones and all files lie elsewhere."""
 
@@ -42,6 +44,8 @@ class Recipe:
     """Questions of a scene; one scene per process and step."""
     first_steps: int = 500
     """Steps with the first types only."""
+    last_from: int = 1060
+    """From this step on the types of the end are asked."""
     row_steps: int = 300
     """Steps in which each scene has two further row or column lists: they ground the visual tokens."""
     text_every: int = 3
@@ -106,6 +110,8 @@ class Trainer:
         """Question types asked at `step`."""
         if step < self.recipe.row_steps:
             return (*FIRST_KINDS, "row", "column")
+        if step >= self.recipe.last_from:
+            return LAST_KINDS
         return FIRST_KINDS if step < self.recipe.first_steps else ALL_KINDS
 
     def row(self, step: int):
