@@ -135,8 +135,10 @@ def work(args: argparse.Namespace) -> int:
         world_size=args.processes,
         timeout=timedelta(hours=6),  # processes may be paused for hours
     )
-    first = args.rank == 0
-    log_file, began = (args.work / "log.jsonl").open("a", encoding="utf-8"), time.time()
+    first, log_path = args.rank == 0, args.work / "log.jsonl"
+    if first and args.start_from is not None and not log_path.exists():  # one log from the first step on
+        log_path.write_bytes((args.start_from / "training_log.jsonl").read_bytes())
+    log_file, began = log_path.open("a", encoding="utf-8"), time.time()
 
     def log(record: dict) -> None:
         if first:
