@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workbench import Workbench, arguments, hidden_size
+from reference import reference_rules
+from workbench import Workbench, arguments
 
 from dyvte.comparison.compare import compare
 from dyvte.comparison.config import CompareConfig
@@ -22,7 +23,6 @@ from dyvte.reporting.budgets import budget_markdown, plot_budgets
 from dyvte.reporting.comparison import write_comparison
 
 OUR_SHAPES = ("compact", "shared")
-REFERENCE = "objective.name=reference_label"
 
 
 def our_gates(bench: Workbench, calibration: TracedScenes) -> list[Path]:
@@ -30,33 +30,6 @@ def our_gates(bench: Workbench, calibration: TracedScenes) -> list[Path]:
     best = bench.best({shape: (f"gates.architecture={shape}",) for shape in OUR_SHAPES}, calibration)
     print(f"[budgets] our gates: {best.label}", flush=True)
     return best.folders
-
-
-def reference_rules(bench: Workbench, calibration: TracedScenes) -> dict[str, list[Path]]:
-    """The published rule on the data's answers: its own schedule and shape, and a stronger variant.
-
-    The published rule leaves where p > 0.5; here its threshold is swept as ours is, which is its strongest
-    form. Its learning rate is the better of two, by mean risk on the calibration scenes; the variant has
-    that of the configuration.
-    """
-    data = "teacher.label_source=data"
-    width = hidden_size(bench.traces("train", data, name="train-data")) // 2  # 2048 of 4096
-    own = (REFERENCE, "objective.one_layer_per_step=true", "gates.architecture=reference")
-    variants = {
-        "reference rule": ((1e-3, 5e-3), (data, *own, f"gates.hidden_size={width}")),
-        "reference rule, all layers, compact": (
-            (bench.settings().optimizer.learning_rate,),
-            (data, REFERENCE, "gates.architecture=compact"),
-        ),
-    }
-    rules = {}
-    for name, (rates, overrides) in variants.items():
-        stem = name.replace(", ", "-").replace(" ", "-")
-        tried = {f"{stem}-{rate:g}": (*overrides, f"optimizer.learning_rate={rate}") for rate in rates}
-        best = bench.best(tried, calibration, trace="train-data")
-        print(f"[budgets] {name}: {best.label}", flush=True)
-        rules[name] = best.folders
-    return rules
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from freezing_costs import at_target, prefill_ratios, sets_at_target, text_tokens
 from freezing_tables import certified_table, hulls_table, lengths_table, target_table
+from reference import reference_rules
 from torch import Tensor
 from workbench import Workbench, arguments
 
@@ -258,6 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--static-exits", type=int, nargs="*", default=STATIC_EXITS, help="of gates for the freeze"
     )
+    parser.add_argument("--reference", action="store_true", help="gates of DyVTE's published rule too")
     kinds = {"nargs": "+", "choices": KINDS_OF_EXITS, "default": list(KINDS_OF_EXITS)}
     parser.add_argument("--exits-alone", **kinds, help="trainings of gates without a freeze head")
     parser.add_argument("--budgets", type=parse_budgets, default="0.1:0.7", help="visual compute")
@@ -289,6 +291,11 @@ def main() -> None:
         others.append(best_static("static freeze, gates for the exit", freeze_parts, calibration, test))
     if exit_parts:
         others.append(best_static("gates for the freeze, static exit", exit_parts, calibration, test))
+    if args.reference:
+        others += [
+            Rule.of(name, *(load_gates(one, name, calibration).points_on(test) for one in folders_of))
+            for name, folders_of in reference_rules(bench, calibration).items()
+        ]
     found = compare_at_budgets(
         test,
         ours,
