@@ -46,6 +46,11 @@ class Recipe:
     """Steps with the first types only."""
     last_from: int = 1060
     """From this step on the types of the end are asked."""
+    verify_from: int = 1400
+    """From this step on colours are asked four times as often, and more in yes/no form: a colour that the
+    image has elsewhere was taken for that of the shape in one question of six."""
+    verify_share: float = 0.6
+    """Share of yes/no forms from then on; 0.3 before."""
     row_steps: int = 300
     """Steps in which each scene has two further row or column lists: they ground the visual tokens."""
     text_every: int = 3
@@ -110,15 +115,18 @@ class Trainer:
         """Question types asked at `step`."""
         if step < self.recipe.row_steps:
             return (*FIRST_KINDS, "row", "column")
+        if step >= self.recipe.verify_from:
+            return (*LAST_KINDS, "color", "color")
         if step >= self.recipe.last_from:
             return LAST_KINDS
         return FIRST_KINDS if step < self.recipe.first_steps else ALL_KINDS
 
     def row(self, step: int):
         """This process's packed scene of `step`."""
-        index = FIRST_SCENE + step * self.world + self.rank
+        index, recipe = FIRST_SCENE + step * self.world + self.rank, self.recipe
+        asking = {"verify_share": recipe.verify_share} if step >= recipe.verify_from else {}
         return self.network.packer.scene_row(
-            "train", index, self.recipe.questions, self.kinds(step), self.recipe.seed
+            "train", index, recipe.questions, self.kinds(step), recipe.seed, **asking
         )
 
     def losses(self, step: int) -> tuple[dict[str, float], dict[str, list[bool]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ pytest.importorskip("sklearn")
 
 from transformers import LlamaConfig, LlamaModel
 
+from dyvte.data.scenes.wordings import QUERIES, SKIPS, VERIFICATIONS
 from smol_llava.decoder import Layout, LoraDecoder
 from smol_llava.evaluation import iou
 from smol_llava.text import text_loss
-from smol_llava.trainer import ALL_KINDS, Recipe, Schedule
+from smol_llava.trainer import ALL_KINDS, FIRST_KINDS, Recipe, Schedule, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_wheel = pytest.mark.skipif(
@@ -111,6 +113,22 @@ def test_iou():
     assert iou((0, 0, 1, 1), (0, 0, 1, 1)) == 1
     assert iou((0, 0, 0.5, 1), (0.25, 0, 0.75, 1)) == pytest.approx(1 / 3)
     assert iou((0, 0, 0.2, 0.2), (0.5, 0.5, 0.6, 0.6)) == 0
+
+
+def test_what_is_asked_at_which_step():
+    trainer = SimpleNamespace(recipe=Recipe())
+    asked = {step: Trainer.kinds(trainer, step) for step in (0, 400, 600, 1060, 1400)}
+    assert set(asked[0]) == set(asked[400]) == set(FIRST_KINDS)
+    assert asked[600] == ALL_KINDS
+    assert set(ALL_KINDS) - set(asked[1060]) == {"count", "relation", "sum"}
+    assert [asked[step].count("color") for step in (600, 1060, 1400)] == [1, 2, 4]
+
+
+def test_unseen_wordings_are_never_trained():
+    for table in (*QUERIES.values(), *VERIFICATIONS.values(), SKIPS):
+        asked = {*table.phrase, *(text for text, _ in table.sentence)}
+        assert len(asked) == len(table.phrase) + len(table.sentence)
+        assert not asked & set(table.unseen)
 
 
 @pytest.fixture(scope="module")
