@@ -17,7 +17,9 @@ from dyvte.backbones.given_features import save_for_features
 from dyvte.config import load_config
 from dyvte.errors import UnsupportedBackboneError
 from dyvte.training import TrainConfig
+from dyvte.training.candidates import Choice
 from dyvte.training.dryrun import dry_run
+from dyvte.training.target import CANDIDATES, OWN
 from dyvte.training.train import train
 from dyvte.training.zero import engine_config
 from tests.helpers.families import FAMILIES
@@ -82,7 +84,7 @@ def world(tmp_path: Path, request, monkeypatch) -> list[str]:
         f"model.path={tmp_path / 'backbone'}", "model.dtype=float32", f"data.path={tmp_path / 'data.json'}",
         f"data.image_folder={tmp_path / 'images'}", "data.fraction=1", "data.validation_fraction=0",
         "teacher.batch_size=4", "teacher.max_new_tokens=3", "epochs=1", "batch_size=4",
-        "tracking.report_to=[]", f"output_dir={tmp_path / 'run'}", *overrides,
+        "tracking.report_to=[]", f"output_dir={tmp_path / 'run'}", "target.alpha=null", *overrides,
     ]  # fmt: skip
 
 
@@ -169,6 +171,16 @@ def test_it_dry_runs_and_trains_two_steps(name: str, world: list[str], tmp_path:
     with exits(model) as run:
         model.generate(**_prompt(processor, cfg), max_new_tokens=2)
     assert run.exit_layers.tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["llava_v1_5_7b", pytest.param("qwen2_vl_7b", marks=pytest.mark.full)])
+def test_its_target_tries_several_trainings(name: str, world: list[str]) -> None:
+    asked = config(name).target
+    assert asked.is_set
+    result = train(config(name, [*world, f"target.alpha={asked.alpha}"]))
+    choice = Choice.read(result.gates.parent)
+    assert {OWN, *CANDIDATES} <= set(choice.values)
+    assert choice.target["alpha"] == asked.alpha
 
 
 def _prompt(processor, cfg: TrainConfig) -> dict[str, torch.Tensor]:
