@@ -2,7 +2,7 @@
 
 Each combination of reductions is traced once, against the un-pruned model. From that every static schedule
 is judged, a freeze layer F and an exit layer K (--policy freeze:F:K, fixed:K), and every threshold of the
-gates. Freeze layers are thinned to about eight unless --freeze-every or --freeze-layers say which;
+gates. Freeze layers are thinned to about eight unless --freeze-every or --teacher.freeze-layers say which;
 --exits-only leaves them away: every schedule then freezes where it leaves.
 
 The same command started again goes on where it stopped. Written to --output: plans.json, plans.md, plans.png,
