@@ -19,7 +19,7 @@ from dyvte.errors import UnsupportedBackboneError
 from dyvte.training import TrainConfig
 from dyvte.training.candidates import Choice
 from dyvte.training.dryrun import dry_run
-from dyvte.training.target import CANDIDATES, OWN
+from dyvte.training.target import OWN
 from dyvte.training.train import train
 from dyvte.training.zero import engine_config
 from tests.helpers.families import FAMILIES
@@ -179,7 +179,8 @@ def test_its_target_tries_several_trainings(name: str, world: list[str]) -> None
     assert asked.is_set
     result = train(config(name, [*world, f"target.alpha={asked.alpha}"]))
     choice = Choice.read(result.gates.parent)
-    assert {OWN, *CANDIDATES} <= set(choice.values)
+    assert {OWN, *asked.candidates} <= set(choice.values)
+    assert len(asked.candidates) == 3
     assert choice.target["alpha"] == asked.alpha
 
 
