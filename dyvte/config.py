@@ -64,7 +64,7 @@ def load_config(
     values: dict[str, Any] = {}
     if path is not None:
         file = find_settings(path)
-        values = _anchor(cls, _read_yaml(file.path), file, str(path))
+        values = _make_way(cls, _anchor(cls, _read_yaml(file.path), file, str(path)), overrides)
     origin = "defaults" if path is None else str(path)
     for override in overrides:
         _apply_override(cls, values, override)
@@ -151,6 +151,24 @@ def _anchored_text(text: Any, file: SettingsFile) -> Any:
         return text
     label, equals, path = text.rpartition("=")
     return f"{label}{equals}{file.absolute(path)}" if path.startswith(("./", "../")) else text
+
+
+def _make_way(cls: Any, values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A file's values without those that belong to a choice which an override replaces.
+
+    What a file says of one objective says nothing of another: naming another one is no contradiction. What
+    the overrides themselves say stays to be refused, and so does a key that no choice has.
+    """
+    named = {key.strip(): text.strip().strip("'\"") for key, _, text in (o.partition("=") for o in overrides)}
+    for field in dataclasses.fields(cls):
+        registry, given = field.metadata.get("registry"), values.get(field.name)
+        name = named.get(f"{field.name}.name")
+        if registry is None or not isinstance(given, Mapping) or name not in list(registry):
+            continue
+        known = {other: {one.name for one in dataclasses.fields(registry.get(other))} for other in registry}
+        foreign = set().union(*known.values()) - known[name]
+        values = {**values, field.name: {key: one for key, one in given.items() if key not in foreign}}
+    return values
 
 
 def _apply_override(cls: Any, values: dict[str, Any], override: str) -> None:

@@ -8,7 +8,7 @@ from workbench import Workbench, hidden_size
 
 from dyvte.comparison.scenes import TracedScenes
 
-REFERENCE = "objective={name: reference_label}"
+REFERENCE = "objective.name=reference_label"
 
 
 def reference_rules(bench: Workbench, calibration: TracedScenes) -> dict[str, list[Path]]:

@@ -158,6 +158,20 @@ def test_a_section_is_the_choice_that_it_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("curves")
+def test_an_override_may_name_another_choice_than_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "curve: {name: circle, radius: 1}\n")
+    assert load_config(Drawing, path, ["curve.name=line"]).curve == Line()
+    assert load_config(Drawing, path, ["curve.slope=3", "curve.name=line"]).curve == Line(slope=3.0)
+    assert load_config(Drawing, path, ['curve.name="line"']).curve == Line()  # as command lines quote it
+    assert load_config(Drawing, path, ["curve.name=circle"]).curve == Circle(radius=1.0)
+    for overrides in (["curve.name=line", "curve.radius=3"], ["curve.radius=3", "curve.name=line"]):
+        with pytest.raises(ConfigError, match=r"curve\.radius belongs to the curve circle, not to line"):
+            load_config(Drawing, path, overrides)
+    with pytest.raises(ConfigError, match=r"unknown key 'curve\.radiu'"):
+        load_config(Drawing, write(tmp_path, "curve: {name: circle, radiu: 1}\n"), ["curve.name=line"])
+
+
+@pytest.mark.usefixtures("curves")
 @pytest.mark.parametrize(
     ("override", "needle"),
     [

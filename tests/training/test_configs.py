@@ -142,6 +142,13 @@ def test_it_loads_and_its_paths_are_relative_to_it(name: str) -> None:
                                     "auto" if embedded else "v1")  # fmt: skip
 
 
+@pytest.mark.parametrize("name", [*FAMILY, "smol", "embedded_states"])
+@pytest.mark.parametrize("objective", ["reference_label", "safe_label"])
+def test_another_objective_can_be_named(name: str, objective: str) -> None:
+    found = config(name, [f"objective.name={objective}", "gates.freeze_head=false"]).objective
+    assert found.name == objective
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_it_dry_runs_and_trains_two_steps(name: str, world: list[str], tmp_path: Path) -> None:
     cfg = config(name, world)
