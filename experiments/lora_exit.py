@@ -52,6 +52,10 @@ def main() -> None:
     args = arguments()
     scenes = args.scenes / "instruct"
     if not (scenes / "test.json").is_file():
+        if args.config.resolve() != CONFIG:
+            raise SystemExit(
+                f"error: {scenes}: no test.json there; write the scenes that {args.config} is for"
+            )
         run("-m", "dyvte.data.scenes", "--output", str(args.scenes))
     seconds = {}
     for name, extra in RUNS.items():
@@ -103,9 +107,12 @@ def judge(args: argparse.Namespace, path: Path) -> dict:
                 right = accuracy(model, teacher, data, cfg.teacher)
         else:
             right = accuracy(model, teacher, data, cfg.teacher)
+        risk = columns["risk"].mean(0)
+        judged = [k for k, value in enumerate(risk.tolist()) if not math.isnan(value)]
         metrics[name] = {
-            "same_answer": same.tolist(),
-            "risk": columns["risk"].mean(0).tolist(),
+            "exits": judged,
+            "same_answer": same[judged].tolist(),
+            "risk": risk[judged].tolist(),
             "first": {str(target): first_reaching(same, target) for target in TARGETS},
             "accuracy": right,
         }
@@ -128,14 +135,13 @@ def accuracy(model, teacher: Teacher, data: Labelled, cfg: TeacherConfig) -> flo
 def table(result: dict) -> str:
     """Markdown: every fixed exit, the first that reach the targets, accuracy."""
     metrics = result["metrics"]
-    last = len(metrics["base"]["risk"]) - 1
-    judged = [k for k, value in enumerate(metrics["base"]["risk"]) if not math.isnan(value)]
+    exits = metrics["base"]["exits"]
     head = "| exit layer | " + " | ".join(TITLES[name] for name in metrics)
     lines = [f"{head} | risk " + " | risk ".join(f"({TITLES[name]})" for name in metrics) + " |"]
     lines.append("|" + "---|" * (1 + 2 * len(metrics)))
-    for k in judged:
-        same = " | ".join(f"{metrics[name]['same_answer'][k]:.1%}" for name in metrics)
-        risk = " | ".join(f"{metrics[name]['risk'][k]:.4f}" for name in metrics)
+    for i, k in enumerate(exits):
+        same = " | ".join(f"{metrics[name]['same_answer'][i]:.1%}" for name in metrics)
+        risk = " | ".join(f"{metrics[name]['risk'][i]:.4f}" for name in metrics)
         lines.append(f"| {k} | {same} | {risk} |")
     lines += [
         "",
@@ -146,7 +152,7 @@ def table(result: dict) -> str:
         first = [metrics[name]["first"][str(target)] for name in metrics]
         lines.append(
             f"| first exit with same answer >= {target:.0%} | "
-            + " | ".join(str(k) if k <= last else "none" for k in first)
+            + " | ".join(str(k) if k <= exits[-1] else "none" for k in first)
             + " |"
         )
     lines.append(
@@ -166,10 +172,9 @@ def plot(result: dict, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, values in result["metrics"].items():
-        layers = [k for k, value in enumerate(values["risk"]) if not math.isnan(value)]
-        shares, risks = ([values[key][k] for k in layers] for key in ("same_answer", "risk"))
-        left.plot(layers, [100 * value for value in shares], marker="o", label=TITLES[name])
-        right.plot(layers, [max(value, 1e-5) for value in risks], marker="o", label=TITLES[name])
+        layers = values["exits"]
+        left.plot(layers, [100 * value for value in values["same_answer"]], marker="o", label=TITLES[name])
+        right.plot(layers, [max(value, 1e-5) for value in values["risk"]], marker="o", label=TITLES[name])
     left.axhline(99, color="grey", linewidth=0.8, linestyle=":")
     left.set(xlabel="exit layer", ylabel="same answer as the un-adapted full model, %", ylim=(40, 101))
     right.set(xlabel="exit layer", ylabel="risk: KL(full || exit), nats", yscale="log")

@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from recipes import TARGETS, judged, table
 from torch import Tensor, nn
-from workbench import Workbench, arguments, hidden_size
+from workbench import SPLITS, Workbench, arguments, hidden_size
 
 from dyvte.backbones import open_backbone
 from dyvte.comparison.records import plain
@@ -31,7 +32,6 @@ from dyvte.training.target import TargetConfig
 
 STAND_INS = ("mean_visual", "last_visual")
 """Names under which further parts are stored: gates know four parts, and these two are not traced here."""
-SPLITS = ("train", "calibration", "test")
 CODES = 8
 """Numbers are spread over so many bumps: a gate normalises its parts, and the scale of one number is lost."""
 
@@ -113,23 +113,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all numbers here")
     args = parser.parse_args()
     bench = Workbench.of(args)
+    known = variants(bench)
+    if unknown := sorted({*(args.only or ())} - {*known}):
+        parser.error(f"--only: unknown {', '.join(unknown)}; known: {', '.join(known)}")
     for split in SPLITS:
         bench.traces(split)
     target, found = TargetConfig(alpha=args.alpha), {}
     size = hidden_size(bench.work / "trace-train")
-    for name, parts in variants(bench).items():
-        if args.only and name not in args.only:
-            continue
+    for name in args.only or known:
+        parts = known[name]
         features = (*DEFAULT_FEATURES, *STAND_INS[: len(parts)])
-        about = (features, size * len(features))
+        add = partial(with_parts, parts=parts)
         with torch.no_grad():
-            made = {
-                split: bench.rewritten(split, name, lambda trace, add=parts: with_parts(trace, add), *about)
-                for split in SPLITS
-            }
+            train, calibration, test = bench.with_features(name, add, features, size * len(features))
         read = (f"teacher.features={json.dumps(features)}", f"gates.features={json.dumps(features)}")
-        folders = list(bench.gates(f"settled-{name}", *read, trace=made["train"]))
-        calibration, test = (bench.load(split, rewritten=made[split]) for split in SPLITS[1:])
+        folders = list(bench.gates(f"settled-{name}", *read, trace=train))
         found |= judged({name: folders}, calibration, test, target)
         print(f"{name}: {found[name]}", flush=True)
     print(f"\n{machine()}\n{len(test.trace)} test samples\n\n{table(found, args.alpha)}")

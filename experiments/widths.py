@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 from recipes import judged, table
 from torch import Tensor
-from workbench import Workbench, arguments, hidden_size
+from workbench import SPLITS, Workbench, arguments, hidden_size
 
 from dyvte.comparison.records import plain
 from dyvte.evaluation.latency import machine
@@ -26,7 +27,6 @@ from dyvte.gates import DEFAULT_FEATURES
 from dyvte.teacher.trace import Trace
 from dyvte.training.target import TargetConfig
 
-SPLITS = ("train", "calibration", "test")
 WIDTHS = (1152, 8192)
 RATES = (5e-3, 1e-3, 2e-4)
 
@@ -68,17 +68,10 @@ def main() -> None:
     for width in (len(DEFAULT_FEATURES) * size, *args.widths):
         turn = isometry(size, width // len(DEFAULT_FEATURES))
         name = f"width-{width}"
-        made = {
-            split: bench.rewritten(
-                split, name, lambda trace, t=turn: widened(trace, t), DEFAULT_FEATURES, width
-            )
-            for split in SPLITS
-        }
-        calibration, test = (bench.load(split, rewritten=made[split]) for split in SPLITS[1:])
+        widen = partial(widened, turn_DW=turn)
+        train, calibration, test = bench.with_features(name, widen, DEFAULT_FEATURES, width)
         folders = {
-            f"{rate:g}": list(
-                bench.gates(f"{name}-{rate:g}", f"optimizer.learning_rate={rate}", trace=made["train"])
-            )
+            f"{rate:g}": list(bench.gates(f"{name}-{rate:g}", f"optimizer.learning_rate={rate}", trace=train))
             for rate in args.rates
         }
         content[width] = judged(folders, calibration, test, target)

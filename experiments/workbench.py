@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dyvte.comparison.config import parse_budgets
@@ -19,6 +20,7 @@ from dyvte.tracing import trace_data
 from dyvte.training.config import TrainConfig
 from dyvte.training.train import train
 
+SPLITS = ("train", "calibration", "test")
 BUDGETS = parse_budgets("0.25:0.85")
 """Eight shares of the full model's visual compute."""
 
@@ -80,38 +82,45 @@ class Workbench:
     def thinned(self, split: str, freezes: Sequence[int]) -> str:
         """Name of a split's traces as a pass over fewer freeze layers would have made them: gates that use no
         other learn the same from them, sooner."""
-        store = TraceStore.open(self.work / f"trace-{split}")
-        name = f"{split}-freezes-{'-'.join(map(str, freezes))}"
-        fingerprint = {**store.manifest.fingerprint, "freezes": ",".join(map(str, freezes))}
-        manifest = dataclasses.replace(store.manifest, fingerprint=fingerprint)
-        thin = TraceStore.create(self.work / f"trace-{name}", manifest)
-        for index in thin.missing():
-            shard = store.read(index)
-            thin.write(index, dataclasses.replace(shard, trace=shard.trace.thinned(freezes=freezes)))
-        return name
+        listed = [str(f) for f in freezes]
+        thin = partial(Trace.thinned, freezes=freezes)
+        return self.rewritten(split, f"freezes-{'-'.join(listed)}", thin, freezes=",".join(listed))
 
     def rewritten(
-        self, split: str, name: str, change: Callable[[Trace], Trace], features: Sequence[str], size: int
+        self, split: str, name: str, change: Callable[[Trace], Trace], *, size: int | None = None, **made: str
     ) -> str:
-        """Name of a split's traces with other features, made where they are not complete.
+        """Name of a split's traces after a change, made where they are not complete.
 
         Parameters
         ----------
         split, name
             What is changed, and what the change is called.
         change
-            A trace to one with the same labels and other features.
-        features, size
-            Names of the parts that they have then, and the numbers of all parts together.
+            A trace to the changed one.
+        size
+            Numbers of all parts of the features together; None: as before.
+        made
+            Entries of the fingerprint that the change makes others.
         """
         store, name = TraceStore.open(self.work / f"trace-{split}"), f"{split}-{name}"
-        fingerprint = {**store.manifest.fingerprint, "features": "+".join(features)}
-        manifest = dataclasses.replace(store.manifest, fingerprint=fingerprint, feature_size=size)
+        old = store.manifest
+        manifest = dataclasses.replace(
+            old, fingerprint={**old.fingerprint, **made}, feature_size=size or old.feature_size
+        )
         changed = TraceStore.create(self.work / f"trace-{name}", manifest)
         for index in changed.missing():
             shard = store.read(index)
             changed.write(index, dataclasses.replace(shard, trace=change(shard.trace)))
         return name
+
+    def with_features(
+        self, name: str, change: Callable[[Trace], Trace], features: Sequence[str], size: int
+    ) -> tuple[str, TracedScenes, TracedScenes]:
+        """All splits with other features: the name of the training traces, calibration and test scenes."""
+        made = {"size": size, "features": "+".join(features)}
+        train, *judged = (self.rewritten(split, name, change, **made) for split in SPLITS)
+        calibration, test = (self.load(split, rewritten=one) for split, one in zip(SPLITS[1:], judged))
+        return train, calibration, test
 
     def gates(self, name: str, *overrides: str, trace: str = "train") -> Iterator[Path]:
         """Trained gates of every seed; those that are there already are not trained again."""

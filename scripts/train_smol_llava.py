@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 AUTOGROUP_NICE = 15
+CHECKPOINT = ("adapter.safetensors", "recipe.json", "training_log.jsonl")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,6 +74,15 @@ def main() -> int:
         return export_state(args)
     if args.rank is not None:
         return work(args)
+    if args.start_from is not None:
+        missing = [name for name in CHECKPOINT if not (args.start_from / name).is_file()]
+        if missing:
+            print(f"error: --start-from {args.start_from}: no {missing[0]} there, so no checkpoint of this "
+                  "script; give a folder that --export wrote", file=sys.stderr)  # fmt: skip
+            return 2
+        log = args.work / "log.jsonl"
+        if not log.exists():  # one log from the first step on
+            log.write_bytes((args.start_from / CHECKPOINT[-1]).read_bytes())
     rendezvous = args.work.resolve() / f".rendezvous-{time.time_ns()}"
     command = [sys.executable, __file__, *sys.argv[1:], "--rendezvous", str(rendezvous)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -135,10 +145,8 @@ def work(args: argparse.Namespace) -> int:
         world_size=args.processes,
         timeout=timedelta(hours=6),  # processes may be paused for hours
     )
-    first, log_path = args.rank == 0, args.work / "log.jsonl"
-    if first and args.start_from is not None and not log_path.exists():  # one log from the first step on
-        log_path.write_bytes((args.start_from / "training_log.jsonl").read_bytes())
-    log_file, began = log_path.open("a", encoding="utf-8"), time.time()
+    first = args.rank == 0
+    log_file, began = (args.work / "log.jsonl").open("a", encoding="utf-8"), time.time()
 
     def log(record: dict) -> None:
         if first:
