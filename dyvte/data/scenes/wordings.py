@@ -20,7 +20,8 @@ class Wordings:
     sentence : tuple of (str, str)
         Ask for a sentence, with the sentence that answers; ``{answer}`` is the phrase.
     unseen : tuple of str
-        Ask for a word or phrase; never used in training.
+        Ask for a word or phrase; never used in training. Whoever adds wordings to train on has read these,
+        and writes like them: add new ones here after a training, and look at those.
     """
 
     phrase: tuple[str, ...]
@@ -38,7 +39,12 @@ QUERIES: dict[str, Wordings] = {
             "The background: which color is it?",
         ),
         sentence=(("Tell me about the background.", "The background is {answer}."),),
-        unseen=("What is the color of the background?", "What background color does this picture have?"),
+        unseen=(
+            "What is the color of the background?",
+            "What background color does this picture have?",
+            "What color lies behind the shapes?",
+            "I wonder about the background color.",
+        ),
     ),
     "existence": Wordings(
         phrase=(
@@ -48,7 +54,12 @@ QUERIES: dict[str, Wordings] = {
             "Do you find a {color} {name} in the image?",
             "Is a {color} {name} present?",
         ),
-        unseen=("Is a {color} {name} visible?", "Does this picture contain a {color} {name}?"),
+        unseen=(
+            "Is a {color} {name} visible?",
+            "Does this picture contain a {color} {name}?",
+            "Is there such a thing as a {color} {name} in the photo?",
+            "Any sign of a {color} {name}?",
+        ),
     ),
     "color": Wordings(
         phrase=(
@@ -60,7 +71,12 @@ QUERIES: dict[str, Wordings] = {
             "The {name} is of which color?",
         ),
         sentence=(("Tell me the color of the {name}.", "The {name} is {answer}."),),
-        unseen=("What is the color of the {name}?", "The {name} in the picture has which color?"),
+        unseen=(
+            "What is the color of the {name}?",
+            "The {name} in the picture has which color?",
+            "What hue is the {name}?",
+            "Could you tell me the {name}'s color?",
+        ),
     ),
     "shape": Wordings(
         phrase=(
@@ -71,7 +87,12 @@ QUERIES: dict[str, Wordings] = {
             "Say which shape is drawn in {color}.",
         ),
         sentence=(("Tell me which shape is {color}.", "The {color} shape is a {answer}."),),
-        unseen=("What is the {color} shape called?", "What kind of shape is the {color} one?"),
+        unseen=(
+            "What is the {color} shape called?",
+            "What kind of shape is the {color} one?",
+            "Identify the shape with {color} paint.",
+            "I see something {color}; which shape is it?",
+        ),
     ),
     "cell": Wordings(
         phrase=(
@@ -84,7 +105,12 @@ QUERIES: dict[str, Wordings] = {
             "Which thing is drawn in {place}?",
         ),
         sentence=(("Tell me what {place} holds.", "There is {answer} in {place}."),),
-        unseen=("Which object is in {place}?", "What does {place} contain?"),
+        unseen=(
+            "Which object is in {place}?",
+            "What does {place} contain?",
+            "What occupies {place}?",
+            "Tell me the content at {place}.",
+        ),
     ),
     "count": Wordings(
         phrase=(
@@ -105,7 +131,12 @@ QUERIES: dict[str, Wordings] = {
             "Find the {name} and name its row and column.",
         ),
         sentence=(("Tell me where the {name} is.", "The {name} is in {answer}."),),
-        unseen=("Where can I find the {name}?", "What is the location of the {name}?"),
+        unseen=(
+            "Where can I find the {name}?",
+            "What is the location of the {name}?",
+            "Where does the {name} sit?",
+            "At which spot of the grid is the {name}?",
+        ),
     ),
     "relation": Wordings(
         phrase=(
@@ -128,7 +159,12 @@ QUERIES: dict[str, Wordings] = {
             "Count both: are {first} more frequent than {second}?",
             "Is the count of {first} above the count of {second}?",
         ),
-        unseen=("Do {first} outnumber {second}?", "Is the number of {first} larger than that of {second}?"),
+        unseen=(
+            "Do {first} outnumber {second}?",
+            "Is the number of {first} larger than that of {second}?",
+            "Comparing counts, do {first} beat {second}?",
+            "Are there fewer {second} than {first}?",
+        ),
     ),
     "read": Wordings(
         phrase=(
@@ -138,7 +174,12 @@ QUERIES: dict[str, Wordings] = {
             "Name the digit in {color}.",
         ),
         sentence=(("Tell me the value of the {color} digit.", "The {color} digit is {answer}."),),
-        unseen=("What number is drawn in {color}?", "What does the {color} digit say?"),
+        unseen=(
+            "What number is drawn in {color}?",
+            "What does the {color} digit say?",
+            "The number painted {color} is which one?",
+            "Which numeral appears in {color}?",
+        ),
     ),
     "sum": Wordings(
         phrase=(
@@ -158,7 +199,11 @@ QUERIES: dict[str, Wordings] = {
             "Which object does the path of arrows end at?",
             "Go where the arrows point, the orange one first. What do you find?",
         ),
-        unseen=("If you follow the arrows starting at the orange one, what do you reach?",),
+        unseen=(
+            "If you follow the arrows starting at the orange one, what do you reach?",
+            "Where do the arrows take you when you begin with the orange one?",
+            "What is the final stop of the arrow path?",
+        ),
     ),
     "arrow": Wordings(
         phrase=("Answer what the orange arrow asks.", "The orange arrow asks something. Answer it."),
@@ -175,6 +220,8 @@ QUERIES: dict[str, Wordings] = {
         unseen=(
             "Go through row {row} from the left: what is there?",
             "Name the content of each cell in row {row}.",
+            "Enumerate the contents of row {row}.",
+            "Walk along row {row} and report what you meet.",
         ),
     ),
     "column": Wordings(
@@ -188,6 +235,8 @@ QUERIES: dict[str, Wordings] = {
         unseen=(
             "Go through column {column} from the top: what is there?",
             "Name the content of each cell in column {column}.",
+            "Enumerate the contents of column {column}.",
+            "Walk down column {column} and report what you meet.",
         ),
     ),
     "beside": Wordings(
@@ -202,7 +251,12 @@ QUERIES: dict[str, Wordings] = {
         sentence=(
             ("Tell me what is directly {word} the {name}.", "Directly {word} the {name} there is {answer}."),
         ),
-        unseen=("What is the direct neighbor {word} the {name}?", "What sits directly {word} the {name}?"),
+        unseen=(
+            "What is the direct neighbor {word} the {name}?",
+            "What sits directly {word} the {name}?",
+            "Which thing borders the {name} {word} it?",
+            "What is adjacent to the {name}, directly {word} it?",
+        ),
     ),
     "larger": Wordings(
         phrase=(
@@ -215,7 +269,12 @@ QUERIES: dict[str, Wordings] = {
             "Is the larger digit the {first} or the {second} one?",
         ),
         sentence=(("Tell me which digit is larger.", "The {answer} digit is larger."),),
-        unseen=("Is the {first} or the {second} digit the bigger one?", "What color is the bigger digit?"),
+        unseen=(
+            "Is the {first} or the {second} digit the bigger one?",
+            "What color is the bigger digit?",
+            "Between the {first} and {second} digit, which wins in value?",
+            "Which digit counts for more, {first} or {second}?",
+        ),
     ),
     "describe": Wordings(
         phrase=(
@@ -248,7 +307,10 @@ VERIFICATIONS: dict[str, Wordings] = {
             "Is {asked} the color behind all the objects?",
             "Can it be said that the background is {asked}?",
         ),
-        unseen=("Would you say the background is {asked}?",),
+        unseen=(
+            "Would you say the background is {asked}?",
+            "Would {asked} be the background color?",
+        ),
     ),
     "color": Wordings(
         phrase=(
@@ -257,7 +319,10 @@ VERIFICATIONS: dict[str, Wordings] = {
             "Is {asked} the color of the {name}?",
             "Can it be said that the {name} is {asked}?",
         ),
-        unseen=("Would you say the {name} is {asked}?",),
+        unseen=(
+            "Would you say the {name} is {asked}?",
+            "Would {asked} be the {name}'s color?",
+        ),
     ),
     "count": Wordings(
         phrase=(
@@ -274,7 +339,10 @@ VERIFICATIONS: dict[str, Wordings] = {
             "Is {asked} the value of the {color} digit?",
             "Can it be said that the {color} digit is {asked}?",
         ),
-        unseen=("Would you say the {color} digit is {asked}?",),
+        unseen=(
+            "Would you say the {color} digit is {asked}?",
+            "Would the {color} digit be a {asked}?",
+        ),
     ),
     "sum": Wordings(
         phrase=(
@@ -297,7 +365,11 @@ SKIPS = Wordings(
         "Reply skipped when you see a {asked} background, and otherwise tell me: {inner}",
         "Answer the question unless the background is {asked}, then say skipped: {inner}",
     ),
-    unseen=("In case of a {asked} background reply skipped, else answer this: {inner}",),
+    unseen=(
+        "In case of a {asked} background reply skipped, else answer this: {inner}",
+        "Should the background turn out {asked}, write skipped; in all other cases: {inner}",
+        "{inner} But write skipped in case the background is {asked}.",
+    ),
 )
 
 SHORT_SUFFIX = "\nAnswer the question using a single word or phrase."
