@@ -66,23 +66,31 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether training can start from a folder; says what is missing if not."""
+    missing = [name for name in CHECKPOINT if not (folder / name).is_file()]
+    if missing:
+        print(
+            f"error: --start-from {folder}: no {missing[0]} there, so no checkpoint of this script; give a "
+            "folder that --export wrote",
+            file=sys.stderr,
+        )
+    return not missing
+
+
 def main() -> int:
     """Start one process per core, each in a session of its own: kernels share cores by session."""
     args = parse_arguments()
+    if args.start_from is not None and not is_checkpoint(args.start_from):
+        return 2
     args.work.mkdir(parents=True, exist_ok=True)
     if args.export is not None:
         return export_state(args)
     if args.rank is not None:
         return work(args)
-    if args.start_from is not None:
-        missing = [name for name in CHECKPOINT if not (args.start_from / name).is_file()]
-        if missing:
-            print(f"error: --start-from {args.start_from}: no {missing[0]} there, so no checkpoint of this "
-                  "script; give a folder that --export wrote", file=sys.stderr)  # fmt: skip
-            return 2
-        log = args.work / "log.jsonl"
-        if not log.exists():  # one log from the first step on
-            log.write_bytes((args.start_from / CHECKPOINT[-1]).read_bytes())
+    log = args.work / "log.jsonl"
+    if args.start_from is not None and not log.exists():  # one log from the first step on
+        log.write_bytes((args.start_from / CHECKPOINT[-1]).read_bytes())
     rendezvous = args.work.resolve() / f".rendezvous-{time.time_ns()}"
     command = [sys.executable, __file__, *sys.argv[1:], "--rendezvous", str(rendezvous)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

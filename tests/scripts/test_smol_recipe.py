@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +124,14 @@ def test_what_is_asked_at_which_step():
     assert asked[600] == ALL_KINDS
     assert set(ALL_KINDS) - set(asked[1060]) == {"count", "relation", "sum"}
     assert [asked[step].count("color") for step in (600, 1060, 1400)] == [1, 2, 4]
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_runs(tmp_path):
+    command = [sys.executable, ROOT / "scripts/train_smol_llava.py", "--work", tmp_path / "work"]
+    found = subprocess.run([*command, "--start-from", tmp_path], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert f"--start-from {tmp_path}: no adapter.safetensors there" in found.stderr
+    assert not (tmp_path / "work").exists()
 
 
 def test_unseen_wordings_are_never_trained():
